@@ -1,0 +1,49 @@
+"""An exponential moving average of the weights, kept by Lightning's `WeightAveraging`."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sagl.settings.errors import require
+
+
+class WeightAverage(WeightAveraging):
+    """Average of the weights with one decay; validation sees it, and a checkpoint's `state_dict` holds it.
+
+    The raw weights are in the checkpoint's `current_model_state`, and in the module when training ends.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        """An average that forgets by `decay` a step, and faster at first.
+
+        Args:
+            decay: weight of the past, in [0, 1). ADM uses 0.9999.
+
+        Raises:
+            UserError: `decay` is out of range.
+        """
+        require(0 <= decay < 1, f"`decay` must be in [0, 1), got {decay}.")
+        self.decay = decay
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
+        """One update; young averages forget faster, so that the first weights do not linger."""
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The average lives where the weights do."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the raw weights in place: checkpoints hold both."""
+
+
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The network's averaged weights in a loaded training checkpoint, without their prefix."""
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -1,0 +1,58 @@
+"""`checkpoints/last.ckpt`, written every so many steps and minutes, whole or not at all."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from sagl.settings.errors import require
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves all that a resume needs, under one name: after `every_n_steps`, after `every_minutes`, and at the end.
+
+    The file is written beside its place and renamed, so that there is always a whole one.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int = 1000, every_minutes: float = 5.0) -> None:
+        """Where and how often.
+
+        Args:
+            path: the file, such as runs/shoes/checkpoints/last.ckpt.
+            every_n_steps: optimiser steps between two saves.
+            every_minutes: minutes between two saves.
+
+        Raises:
+            UserError: either is not above 0.
+        """
+        require(every_n_steps > 0, f"`save_every_steps` must be above 0, got {every_n_steps}.")
+        require(every_minutes > 0, f"`save_every_minutes` must be above 0, got {every_minutes}.")
+        self.path, self.every_n_steps, self.every_seconds = path, every_n_steps, 60 * every_minutes
+        self._saved_step, self._saved_at = 0, time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the step that was resumed."""
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+        """Save where it is due. Rank 0's clock decides for all ranks."""
+        steps_due = trainer.global_step - self._saved_step >= self.every_n_steps
+        time_due = time.monotonic() - self._saved_at >= self.every_seconds
+        if trainer.strategy.broadcast(steps_due or time_due):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end of a run is its last checkpoint."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_step and self.path.exists():
+            return
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            os.replace(partial, self.path)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()

@@ -1,0 +1,85 @@
+"""`sagl fit`: train a network with LightningCLI, everything that it writes in one folder."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sagl.callbacks.ema import WeightAverage
+from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.modules.diffusion_module import DiffusionModule
+from sagl.settings.errors import require
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration to OUTPUT/config.yaml."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Once, on rank 0; a resumed run writes the configuration that it resumes with."""
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI whose run folder, checkpoint and averages are decided in one place."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The flags that are not the trainer's, the model's or the data's."""
+        parser.add_argument("--output", type=str, required=True, help="Folder for config, logs and checkpoints.")
+        parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
+        parser.add_argument("--average_decay", type=float, default=0.9999, help="Of the average of the weights.")
+        parser.add_argument("--save_every_steps", type=int, default=1000, help="Steps between two checkpoints.")
+        parser.add_argument("--save_every_minutes", type=float, default=5.0, help="Minutes between two checkpoints.")
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self._get(self.config, "output"))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """What a resume reads."""
+        return self.output / "checkpoints" / "last.ckpt"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401 (Lightning's own)
+        """A trainer that writes into the run folder only.
+
+        Raises:
+            UserError: the folder holds a run, and --resume was not given.
+        """
+        resume = self._get(self.config, "resume")
+        require(
+            resume or not self.last_checkpoint.exists(),
+            f"`output` must be a new folder, and {self.output} holds a run. Add --resume to go on, or choose another.",
+        )
+        logger = TensorBoardLogger(self.output, name="logs", version="")
+        kwargs = {**kwargs, "default_root_dir": str(self.output), "logger": logger}
+        return super().instantiate_trainer(**kwargs, callbacks=self._callbacks())
+
+    def _callbacks(self) -> list[Any]:
+        every = {name: self._get(self.config, f"save_every_{name}") for name in ("steps", "minutes")}
+        return [
+            WeightAverage(self._get(self.config, "average_decay")),
+            LastCheckpoint(self.last_checkpoint, every["steps"], every["minutes"]),
+        ]
+
+    def before_fit(self) -> None:
+        """Resume where there is something to resume."""
+        resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
+        self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
+
+
+def main(arguments: list[str]) -> None:
+    """Train: `sagl fit --config FILE --output DIR [--resume]`."""
+    FitCLI(
+        DiffusionModule,
+        LightningDataModule,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "sagl"},
+        args=["fit", *arguments],
+    )

@@ -1,0 +1,105 @@
+"""The seam: what one evaluation is told, what it brings back, and the network as a function of (x_t, step)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from sagl.diffusion.process import learned_log_variance
+from sagl.diffusion.schedule import Schedule
+from sagl.settings.diffusion import Variance
+from sagl.shapes import Image, Labels, Site, Timestep, TokenMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """All that one evaluation is told besides x_t and step, and what it is to bring back."""
+
+    labels: Labels | None = None
+    """(B,); None is the null label."""
+    attention_sites: tuple[Site, ...] = ()
+    """Where to bring back the attention received."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direction:
+    """What one guidance adds at one step, already scaled."""
+
+    eps: Image | float = 0.0
+    """scale · (eps - eps of a weaker prediction): eq. 11, 15, 17."""
+    score: Image | float = 0.0
+    """scale · grad log p(y | x_t): eq. 9. The sampler adds it, after its clip."""
+    nfe: float = 0.0
+    """Network evaluations a sample that it cost."""
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    """To show: SAG's mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one evaluation brings back; guided, the sum of the plain one and the directions."""
+
+    eps: Image
+    """(B, C, H, W) predicted noise."""
+    log_variance: Tensor
+    """() or (B, C, H, W): log variance of the reverse step."""
+    score: Image | float = 0.0
+    """Sum of the directions' scores."""
+    nfe: float = 1.0
+    """Network evaluations a sample."""
+    attention: Mapping[Site, TokenMap] = field(default_factory=dict)
+    """Attention received, where the condition asked."""
+    directions: Mapping[str, Direction] = field(default_factory=dict)
+    """What each guidance added, by name."""
+
+
+Denoiser = Callable[[Image, int, Condition], Prediction]
+"""(x_t, step, condition) -> prediction; a guided denoiser is one again."""
+
+
+class NetworkOutput(Protocol):
+    """What a network brings back; see `sagl.models.adm.UNetOutput`."""
+
+    @property
+    def out(self) -> Tensor:
+        """(B, C, H, W) eps; (B, 2C, H, W) with a learned variance behind it."""
+
+    @property
+    def attention(self) -> Mapping[Site, TokenMap]:
+        """Attention received, at the sites asked for."""
+
+
+class Network(Protocol):
+    """Any network that predicts eps from (x_t, timestep, labels) and can tell what its tokens attend to."""
+
+    def __call__(
+        self, x: Image, timesteps: Timestep, labels: Labels | None = None, *, attention_sites: Sequence[Site] = ()
+    ) -> NetworkOutput:
+        """One pass."""
+
+
+def as_denoiser(network: Network, schedule: Schedule, variance: Variance) -> Denoiser:
+    """A network on a schedule as a `Denoiser`. The arithmetic outside the network is the caller's dtype."""
+
+    def denoise(x_t: Image, step: int, condition: Condition) -> Prediction:
+        timesteps = schedule.timestep(step, len(x_t), x_t.device)
+        output = network(x_t, timesteps, condition.labels, attention_sites=condition.attention_sites)
+        eps, log_variance = split_prediction(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
+        return Prediction(eps=eps, log_variance=log_variance, attention=output.attention)
+
+    return denoise
+
+
+def split_prediction(
+    out: Tensor, channels: int, schedule: Schedule, step: int | Tensor, variance: Variance
+) -> tuple[Image, Tensor]:
+    """A network's channels as eps and log variance: (B, C or 2C, H, W) -> (B, C, H, W), () … (B, C, H, W).
+
+    With a fixed variance, channels behind eps are left unread.
+    """
+    eps, behind = out[:, :channels], out[:, channels:]
+    if variance == "learned_range":
+        return eps, learned_log_variance(behind, schedule.log_posterior_variance(step), schedule.log_beta(step))
+    fixed = schedule.log_posterior_variance(step) if variance == "fixed_small" else schedule.log_large_variance(step)
+    return eps, fixed.to(out)

@@ -1,0 +1,104 @@
+"""The noise schedule: beta_t and its cumulative products, in float64 (eq. 1, 2)."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sagl.diffusion.respacing import respaced_timesteps
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.shapes import AlphaBar, Timestep
+
+
+def linear_betas(num_timesteps: int) -> Tensor:
+    """Ho et al. 2020: 1e-4 to 0.02 at 1000 timesteps, scaled for other lengths: -> (T,) float64."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. 17: alpha_bar is a squared cosine, beta at most 0.999: -> (T,) float64."""
+
+    def alpha_bar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    times = [t / num_timesteps for t in range(num_timesteps + 1)]
+    betas = [min(1 - alpha_bar(after) / alpha_bar(before), 0.999) for before, after in zip(times, times[1:], strict=False)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A chain of steps, 0 the cleanest, each at a timestep of the original process.
+
+    Every method takes one step (and answers with a scalar) or a batch of them (and answers with (B, 1, 1, 1)),
+    always in float64; step -1 is the clean image.
+    """
+
+    timesteps: Tensor
+    """(S,) int64: the original timestep of every step; what the network is conditioned on."""
+    alphas_cumprod: Tensor
+    """(S,) float64."""
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the chain."""
+        return len(self.timesteps)
+
+    def alpha_bar(self, step: int | Tensor) -> AlphaBar:
+        """Cumulative product of 1 - beta at a step; 1 at step -1."""
+        return self._at(self._padded, step, shift=1)
+
+    def beta(self, step: int | Tensor) -> AlphaBar:
+        """Beta of the (respaced) chain."""
+        return self._at(self.betas, step)
+
+    def log_beta(self, step: int | Tensor) -> AlphaBar:
+        """The upper end of the reverse variance: log beta."""
+        return self._at(self.betas.log(), step)
+
+    def log_posterior_variance(self, step: int | Tensor) -> AlphaBar:
+        """The lower end of the reverse variance: log of eq. 4's, with step 1's at step 0, where it would be -inf."""
+        return self._at(self._log_posterior, step)
+
+    def log_large_variance(self, step: int | Tensor) -> AlphaBar:
+        """The fixed large variance: log beta, with the posterior's at step 0, as ADM's decoder has it."""
+        return self._at(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
+
+    def timestep(self, step: int | Tensor, batch: int, device: torch.device) -> Timestep:
+        """What the network is told at a step: -> (batch,) int64 on `device`."""
+        return self.timesteps[step].expand(batch).to(device)
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """(S,) float64: 1 - alpha_bar_t / alpha_bar_{t-1}."""
+        return 1 - self._padded[1:] / self._padded[:-1]
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+
+    @cached_property
+    def _log_posterior(self) -> Tensor:
+        variance = self.betas * (1 - self._padded[:-1]) / (1 - self._padded[1:])
+        return torch.cat([variance[1:2] if self.num_steps > 1 else self.betas, variance[1:]]).log()
+
+    @staticmethod
+    def _at(table: Tensor, step: int | Tensor, shift: int = 0) -> Tensor:
+        if isinstance(step, int):
+            return table[step + shift]
+        return table.to(step.device)[step + shift][:, None, None, None]
+
+
+def make_schedule(settings: DiffusionSettings, respacing: str | None = None) -> Schedule:
+    """The whole process, or the chain of steps that a respacing keeps (Nichol & Dhariwal 2021, section 4).
+
+    Raises:
+        UserError: `respacing` does not fit the process.
+    """
+    betas = {"linear": linear_betas, "cosine": cosine_betas}[settings.noise_schedule](settings.num_timesteps)
+    kept = respaced_timesteps(respacing or str(settings.num_timesteps), settings.num_timesteps)
+    timesteps = torch.tensor(kept)
+    return Schedule(timesteps=timesteps, alphas_cumprod=torch.cumprod(1 - betas, dim=0)[timesteps])

@@ -1,0 +1,65 @@
+"""What all guidances share: each adds one direction to the plain prediction, and the directions are summed.
+
+A guidance is told the plain prediction of the step and may evaluate the network again; it changes the condition,
+never the network. n guidances cost 1 + n passes, in any order.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
+from sagl.shapes import Image
+
+
+def _nothing(condition: Condition) -> Condition:
+    return condition
+
+
+def _always(step: int) -> bool:  # noqa: ARG001
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """One guidance."""
+
+    direction: Callable[[Denoiser, Image, int, Condition, Prediction], Direction]
+    """(denoise, x_t, step, condition, plain prediction) -> what to add."""
+    ask: Callable[[Condition], Condition] = _nothing
+    """The condition of the plain pass, with what this guidance needs of it."""
+    when: Callable[[int], bool] = _always
+    """Whether a step is guided; a step that is not costs nothing."""
+
+
+def guided(denoise: Denoiser, guidances: Mapping[str, Guidance]) -> Denoiser:
+    """The denoiser that adds the guidances' directions to every prediction; with none of them, `denoise` itself."""
+
+    def call(x_t: Image, step: int, condition: Condition) -> Prediction:
+        active = {name: g for name, g in guidances.items() if g.when(step)}
+        asked = reduce(lambda c, g: g.ask(c), active.values(), condition)
+        plain = denoise(x_t, step, asked)
+        bare = replace(condition, attention_sites=())  # a second pass brings nothing back
+        added = {name: g.direction(denoise, x_t, step, bare, plain) for name, g in active.items()}
+        return replace(
+            plain,
+            eps=sum((d.eps for d in added.values()), plain.eps),
+            score=sum((d.score for d in added.values()), plain.score),
+            nfe=sum((d.nfe for d in added.values()), plain.nfe),
+            directions=added,
+            attention={site: plain.attention[site] for site in condition.attention_sites},
+        )
+
+    return call if guidances else denoise
+
+
+def away_from(weak: Prediction, plain: Prediction, scale: float) -> Direction:
+    """Eq. 11, 15, 17: eps' + (1 + s)(eps - eps') = eps + s (eps - eps'), so that s = 0 adds exactly nothing."""
+    return Direction(eps=scale * (plain.eps - weak.eps), nfe=weak.nfe)
+
+
+def within(guidance: Guidance, interval: tuple[float, float], num_steps: int) -> Guidance:
+    """The guidance at positions round(start · S) … round(end · S) - 1 of the chain, position 0 the noisiest."""
+    start, end = (round(fraction * num_steps) for fraction in interval)
+    inner = guidance.when
+    return replace(guidance, when=lambda step: start <= num_steps - 1 - step < end and inner(step))

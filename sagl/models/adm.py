@@ -1,0 +1,405 @@
+"""The ADM UNet and its encoder classifier (Dhariwal & Nichol 2021), under OpenAI's parameter names.
+
+Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks count from the coarsest resolution up.
+A network knows nothing of diffusion: it maps (x, timesteps, labels) to channels, and brings back the attention
+that it was asked for.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sagl.models.channels import channel_affine, channel_moments
+from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
+from sagl.settings.errors import UserError, require
+from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
+from sagl.shapes import HeadSplit, Image, Labels, Site, Timestep, TokenMap
+
+
+class UNetOutput(NamedTuple):
+    """What one pass brings back."""
+
+    out: Tensor
+    """(B, C or 2C, H, W) float32: eps, then the variance's channels where the network learns them."""
+    attention: Mapping[Site, TokenMap]
+    """Attention received at each site that was asked for, (B, head, H, W), mean 1."""
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def timestep_embedding(timesteps: Timestep, width: int) -> Tensor:
+    """Cosines, then sines, of the timestep at geometric frequencies 1 … 1/10000: (B,) -> (B, width) float32."""
+    half = width // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * exponents.exp()
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
+
+
+class Norm(nn.GroupNorm):
+    """Group normalisation in 32 groups, with the timestep's scale and shift folded into its own gain and offset."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(32, width)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
+        mean, square = (moment.unflatten(1, (32, -1)).mean(dim=2) for moment in channel_moments(x))
+        share = self.num_channels // 32
+        gain = (square - mean.square() + self.eps).rsqrt().repeat_interleave(share, dim=1) * self.weight
+        offset = self.bias - mean.repeat_interleave(share, dim=1) * gain
+        if scale is not None and shift is not None:
+            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+        return channel_affine(x, gain, offset)
+
+
+def zero_conv(width: int, out: int) -> nn.Conv2d:
+    """A 3x3 convolution that begins at zero, so that its branch begins as nothing."""
+    conv = nn.Conv2d(width, out, 3, padding=1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias) if conv.bias is not None else None
+    return conv
+
+
+class Halve(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2): a strided convolution, or the average of 2x2 pixels."""
+
+    def __init__(self, width: int, *, learned: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1) if learned else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Half the side."""
+        return self.op(x)
+
+
+class Double(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): each pixel four times, with a convolution after it or not."""
+
+    def __init__(self, width: int, *, learned: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1) if learned else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the side."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a skip, told the timestep; may change width and, given `resample`, the side."""
+
+    def __init__(self, s: EncoderSettings, width: int, out: int, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.settings, self.resample = s, resample or nn.Identity()
+        self.in_layers = nn.Sequential(Norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * s.num_channels, out * (1 + s.use_scale_shift_norm)))
+        self.out_layers = nn.Sequential(Norm(out), nn.SiLU(), nn.Dropout(s.dropout), zero_conv(out, out))
+        self.skip_connection = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H, W), (B, E) -> (B, C', H', W'); recomputed in the backward pass with `use_checkpoint`."""
+        if self.settings.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        normalise, activate, conv = self.in_layers
+        h = conv(self.resample(activate(normalise(x))))
+        told = self.emb_layers(emb)
+        if self.settings.use_scale_shift_norm:
+            h = self.out_layers[1:](self.out_layers[0](h, *told.chunk(2, dim=1)))
+        else:
+            h = self.out_layers(h + told[:, :, None, None].to(h.dtype))
+        return self.skip_connection(self.resample(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, beside a skip (eq. 13, 14)."""
+
+    def __init__(self, s: EncoderSettings, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.settings, self.num_heads = s, num_heads
+        self.split = split_before_heads if s.use_new_attention_order else split_after_heads
+        self.norm = Norm(width)
+        self.qkv = nn.Conv1d(width, 3 * width, 1)
+        self.proj_out = nn.Conv1d(width, width, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Tensor, asked: tuple[HeadSplit, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
+        """(B, C, H, W) -> the same shape, and the attention received for each head split asked for."""
+        if self.settings.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, asked, use_reentrant=False)
+        return self._forward(x, asked)
+
+    def _forward(self, x: Tensor, asked: tuple[HeadSplit, ...]) -> tuple[Tensor, list[TokenMap]]:
+        qkv = pointwise(self.qkv, self.norm(x).flatten(2).mT)
+        attended = attention(*self.split(qkv, self.num_heads))
+        out = pointwise(self.proj_out, attended.transpose(1, 2).flatten(2))
+        return x + out.mT.unflatten(-1, x.shape[-2:]), [self._received(qkv, heads, x.shape[-2:]) for heads in asked]
+
+    def _received(self, qkv: Tensor, heads: HeadSplit, side: torch.Size) -> TokenMap:
+        """As the layer splits its heads, or as the released SAG code does: `num_heads` of them, always legacy order."""
+        if heads == "as_released":
+            query, key, _ = split_after_heads(qkv, self.settings.num_heads)
+        else:
+            query, key, _ = self.split(qkv, self.num_heads)
+        return attention_received(query, key).unflatten(-1, side)
+
+
+def pointwise(conv: nn.Conv1d, tokens: Tensor) -> Tensor:
+    """A convolution of width 1 on tokens that lie channels last: (B, L, C) -> (B, L, C')."""
+    return F.linear(tokens, conv.weight[..., 0], conv.bias)
+
+
+class Stage(nn.Sequential):
+    """One numbered block: a convolution, or a residual block with attention and resampling as they come."""
+
+    def forward(self, x: Tensor, emb: Tensor, asked: tuple[HeadSplit, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
+        """(B, C, H, W), (B, E) -> (B, C', H', W') and the attention asked for."""
+        received: list[TokenMap] = []
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, AttentionBlock):
+                x, received = layer(x, asked)
+            else:
+                x = layer(x)
+        return x, received
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether attention can be asked for here."""
+        return any(isinstance(layer, AttentionBlock) for layer in self)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+class Encoder(nn.Module):
+    """The way down and the middle, which UNet and classifier share."""
+
+    def __init__(self, s: EncoderSettings) -> None:
+        super().__init__()
+        self.time_embed = nn.Sequential(
+            nn.Linear(s.num_channels, 4 * s.num_channels), nn.SiLU(), nn.Linear(4 * s.num_channels, 4 * s.num_channels)
+        )
+        self.input_blocks = nn.ModuleList(_input_stages(s))
+        width = s.widths[-1]
+        self.middle_block = Stage(
+            ResBlock(s, width, width), AttentionBlock(s, width, s.heads_of(width)), ResBlock(s, width, width)
+        )
+
+    def descend(self, x: Image, emb: Tensor) -> Iterator[Tensor]:
+        """Features after every input block and, last, after the middle."""
+        for stage in (*self.input_blocks, self.middle_block):
+            x, _ = stage(x, emb)
+            yield x
+
+
+class UNet(Encoder):
+    """The ADM UNet. Its parameters carry OpenAI's names; `UNetSettings` are guided-diffusion's flags."""
+
+    def __init__(self, settings: UNetSettings) -> None:
+        super().__init__(settings)
+        self.settings = settings
+        embeddings = (settings.num_classes or 0) + settings.null_label
+        if settings.num_classes is not None:
+            self.label_emb = nn.Embedding(embeddings, 4 * settings.num_channels)
+        self.output_blocks = nn.ModuleList(_output_stages(settings))
+        width = settings.widths[0]
+        out_channels = settings.in_channels * (1 + settings.learn_sigma)
+        self.out = nn.Sequential(Norm(width), nn.SiLU(), zero_conv(width, out_channels))
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Blocks that have attention, with the side of their feature maps in pixels."""
+        return {name: side for name, (stage, side) in self._named_stages().items() if stage.has_attention}
+
+    def forward(
+        self, x: Image, timesteps: Timestep, labels: Labels | None = None, *, attention_sites: Sequence[Site] = ()
+    ) -> UNetOutput:
+        """One pass.
+
+        Args:
+            x: (B, C, H, W), noised images.
+            timesteps: (B,), 0…999 of the original process, whatever the respacing.
+            labels: (B,) class indices; None is the null label. An unconditional network does not read them.
+            attention_sites: where to bring attention back from.
+
+        Raises:
+            UserError: a site without attention; no labels, and no null label either.
+        """
+        asked = self._asked(attention_sites)
+        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels).to(self.time_embed[0].weight.dtype))
+        emb = self._add_label(emb, labels)
+        received: dict[Site, TokenMap] = {}
+        h, skips = x.to(self.out[-1].weight.dtype, memory_format=torch.channels_last), []
+
+        def run(stage: Stage, name: str, h: Tensor) -> Tensor:
+            splits = asked.get(name, ())
+            h, maps = stage(h, emb, splits)
+            received.update({Site(name, split): m for split, m in zip(splits, maps, strict=True)})
+            return h
+
+        for k, stage in enumerate(self.input_blocks):
+            h = run(stage, f"input.{k}", h)
+            skips.append(h)
+        h = run(self.middle_block, "middle", h)
+        for k, stage in enumerate(self.output_blocks):
+            h = run(stage, f"output.{k}", torch.cat([h, skips.pop()], dim=1))
+        return UNetOutput(self.out(h).float(), received)
+
+    def _named_stages(self) -> dict[str, tuple[Stage, int]]:
+        """Every block by name, with the side of the feature map inside it."""
+        s, middle = self.settings, self.settings.resolutions[-1]
+        down = [side for side in s.resolutions for _ in range(s.num_res_blocks + 1)]  # each level's last one halves
+        up = [side for side in reversed(s.resolutions) for _ in range(s.num_res_blocks + 1)]
+        inputs = {f"input.{k}": (stage, side) for k, (stage, side) in enumerate(zip(self.input_blocks, [s.image_size, *down], strict=False))}
+        outputs = {f"output.{k}": (stage, side) for k, (stage, side) in enumerate(zip(self.output_blocks, up, strict=True))}
+        return {**inputs, "middle": (self.middle_block, middle), **outputs}
+
+    def _asked(self, attention_sites: Sequence[Site]) -> dict[str, tuple[HeadSplit, ...]]:
+        """Head splits wanted, block by block."""
+        asked: dict[str, tuple[HeadSplit, ...]] = {}
+        for name, split in dict.fromkeys(attention_sites):
+            self.require_site(name)
+            asked[name] = (*asked.get(name, ()), split)
+        return asked
+
+    def require_site(self, name: str) -> None:
+        """Refuse a site that has no attention.
+
+        Raises:
+            UserError: names the sites that have it, with their resolutions.
+        """
+        if name not in (sites := self.sites):
+            listed = ", ".join(f"{known} ({side}x{side})" for known, side in sites.items())
+            raise UserError(f"`site` must be a block with attention: {listed}; got {name!r}. Output blocks count from the coarsest up.")
+
+    def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
+        """The timestep's embedding plus the label's, or the null label's where there is none."""
+        s = self.settings
+        if s.num_classes is None:
+            return emb
+        if labels is None:
+            require(s.null_label, "`labels` must be given: this class-conditional network was trained without a null label.")
+            labels = torch.full(emb.shape[:1], s.num_classes, device=emb.device)
+        return emb + self.label_emb(labels)
+
+
+class Classifier(Encoder):
+    """ADM's classifier of noisy images: the encoder under one of four poolings."""
+
+    def __init__(self, settings: ClassifierSettings) -> None:
+        super().__init__(settings)
+        self.settings = settings
+        self.out = _POOLS[settings.pool](settings)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Image, timesteps: Timestep) -> Tensor:
+        """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
+        features = list(self.descend(x.to(memory_format=torch.channels_last), emb))
+        if self.settings.pool.startswith("spatial"):
+            return self.out(torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)).float()
+        return self.out(features[-1]).float()
+
+
+# ----------------------------------------------------------------------------------- layouts and poolings
+
+
+def _resample(s: EncoderSettings, width: int, kind: type[Halve] | type[Double]) -> nn.Module:
+    """The end of a level: a residual block that resamples, or a plain convolution."""
+    return ResBlock(s, width, width, kind(width, learned=False)) if s.resblock_updown else kind(width, learned=True)
+
+
+def _input_stages(s: EncoderSettings) -> Iterator[Stage]:
+    """The way down: a convolution, then for every level its blocks and, but for the last, a halving."""
+    width = s.widths[0]
+    yield Stage(nn.Conv2d(s.in_channels, width, 3, padding=1))
+    for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
+        if level:
+            yield Stage(_resample(s, width, Halve))
+        for _ in range(s.num_res_blocks):
+            attention = [AttentionBlock(s, out, s.heads_of(out))] if side in s.attention_resolutions else []
+            yield Stage(ResBlock(s, width, out), *attention)
+            width = out
+
+
+def _skip_widths(s: EncoderSettings) -> list[int]:
+    """Channels of the features that the way down leaves for the way up, in the order they are made."""
+    halved = [width for width, _ in pairwise(s.widths)]
+    levels = [[width] * s.num_res_blocks + halved[level : level + 1] for level, width in enumerate(s.widths)]
+    return [s.widths[0], *(width for level in levels for width in level)]
+
+
+def _output_stages(s: UNetSettings) -> Iterator[Stage]:
+    """The way up: for every level, coarsest first, one block more than on the way down, then a doubling."""
+    skips, width = _skip_widths(s), s.widths[-1]
+    for level in reversed(range(len(s.widths))):
+        out, side = s.widths[level], s.resolutions[level]
+        heads = s.heads_of(out) if s.num_head_channels else s.num_heads_upsample or s.num_heads
+        for block in range(s.num_res_blocks + 1):
+            layers: list[nn.Module] = [ResBlock(s, width + skips.pop(), out)]
+            if side in s.attention_resolutions:
+                layers.append(AttentionBlock(s, out, heads))
+            if level and block == s.num_res_blocks:
+                layers.append(_resample(s, out, Double))
+            yield Stage(*layers)
+            width = out
+
+
+class AttentionPool(nn.Module):
+    """Attention from the mean token to all tokens, with learned positions (as in CLIP): (B, C, H, W) -> (B, classes)."""
+
+    def __init__(self, s: ClassifierSettings) -> None:
+        super().__init__()
+        width, tokens = s.widths[-1], s.resolutions[-1] ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(width, tokens + 1) / width**0.5)
+        self.qkv_proj = nn.Conv1d(width, 3 * width, 1)
+        self.c_proj = nn.Conv1d(width, s.num_classes, 1)
+        self.num_heads = s.heads_of(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean token's answer."""
+        tokens = x.flatten(2).mT
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.mT
+        qkv = split_before_heads(pointwise(self.qkv_proj, tokens), self.num_heads)
+        attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        return pointwise(self.c_proj, attended[:, :1])[:, 0]
+
+
+def _attention_pool(s: ClassifierSettings) -> nn.Module:
+    return nn.Sequential(Norm(s.widths[-1]), nn.SiLU(), AttentionPool(s))
+
+
+def _adaptive_pool(s: ClassifierSettings) -> nn.Module:
+    width = s.widths[-1]
+    conv = nn.Conv2d(width, s.num_classes, 1)
+    return nn.Sequential(Norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+
+
+def _spatial_pool(s: ClassifierSettings) -> nn.Module:
+    features = sum(_skip_widths(s)) + s.widths[-1]
+    return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, s.num_classes))
+
+
+def _spatial_v2_pool(s: ClassifierSettings) -> nn.Module:
+    features = sum(_skip_widths(s)) + s.widths[-1]
+    return nn.Sequential(nn.Linear(features, 2048), Norm(2048), nn.SiLU(), nn.Linear(2048, s.num_classes))
+
+
+_POOLS = {
+    "attention": _attention_pool,
+    "adaptive": _adaptive_pool,
+    "spatial": _spatial_pool,
+    "spatial_v2": _spatial_v2_pool,
+}

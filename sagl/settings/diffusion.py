@@ -1,0 +1,53 @@
+"""Settings of the diffusion process, its training loss and its samplers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sagl.settings.errors import require
+
+NoiseSchedule = Literal["linear", "cosine"]
+Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+Loss = Literal["hybrid", "simple", "vlb"]
+TimestepSampler = Literal["uniform", "loss_second_moment"]
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuse `value` unless it is among `allowed`.
+
+    Raises:
+        UserError: names the argument, what is allowed and what came.
+    """
+    require(value in allowed, f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """The process that a network was trained for."""
+
+    noise_schedule: NoiseSchedule = "linear"
+    """beta over time: linear (ADM) or cosine (Nichol & Dhariwal 2021)."""
+    num_timesteps: int = 1000
+    """Length of the original process; a network is conditioned on 0 … num_timesteps - 1."""
+    variance: Variance = "learned_range"
+    """Of a reverse step: between posterior and beta as the network says, or fixed at either end."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no process."""
+        one_of("noise_schedule", self.noise_schedule, ("linear", "cosine"))
+        one_of("variance", self.variance, ("learned_range", "fixed_small", "fixed_large"))
+        require(self.num_timesteps >= 1, f"`num_timesteps` must be at least 1, got {self.num_timesteps}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What training minimises."""
+
+    kind: Loss = "hybrid"
+    """hybrid: L_simple plus the bound for the variance alone (ADM); simple: L_simple; vlb: the bound."""
+    timestep_sampler: TimestepSampler = "uniform"
+    """Which timesteps are trained: all alike, or in proportion to their loss's root mean square."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names."""
+        one_of("kind", self.kind, ("hybrid", "simple", "vlb"))
+        one_of("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))

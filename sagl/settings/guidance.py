@@ -1,0 +1,53 @@
+"""Settings of the guidances: one group each, `scale` 0 is off."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sagl.settings.diffusion import one_of
+from sagl.settings.errors import require
+
+DEFAULT_KERNEL = 31
+"""The paper's blur kernel (table 9)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttentionGuidance:
+    """Self-attention guidance (SAG, Algorithm 1)."""
+
+    scale: float = 0.0
+    """The paper's s; 0 is off and costs nothing. The released code's flag is 1 + s."""
+    site: str = "output.2"
+    """Block whose attention makes the mask: input.k, middle or output.k."""
+    threshold: float = 1.0
+    """Pixels whose token receives more than this are degraded; attention received has mean 1."""
+    blur_sigma: float = 3.0
+    """Standard deviation of the Gaussian blur, in pixels."""
+    kernel_size: int | None = None
+    """Side of the blur kernel in pixels, odd; None: 31, or the largest that fits a smaller image."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the chain that is guided, in fractions from the noisiest step (0) to the cleanest (1)."""
+    clip_x0: bool = True
+    """Clip x0_hat to [-1, 1] before the blur, as the released code does; Algorithm 1 does not."""
+    heads: Literal["layer", "as_released"] = "layer"
+    """Split the channels into the layer's own heads, or as the released code does, into num_heads of them."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning; what needs the network is checked when the run is prepared."""
+        require(self.blur_sigma > 0, f"`sag.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
+        require(
+            self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
+            f"`sag.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
+        )
+        start, end = self.interval
+        require(
+            0 <= start <= end <= 1, f"`sag.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}."
+        )
+        one_of("sag.heads", self.heads, ("layer", "as_released"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierGuidance:
+    """Classifier guidance (eq. 9; Dhariwal & Nichol 2021, algorithms 1 and 2)."""
+
+    scale: float = 0.0
+    """Factor on grad log p(y | x_t); 0 is off and costs nothing."""
