@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.datasets import FashionMNIST
 
 from sagl.settings.errors import UserError
@@ -43,7 +44,12 @@ class FashionMNISTData(LightningDataModule):
     """Training split and test split of Fashion-MNIST; batches of ((B, 1, 32, 32) uint8, (B,) int64)."""
 
     def __init__(
-        self, root: str | None = None, batch_size: int = 64, num_workers: int = 0, num_validation: int = 2000, seed: int = 0
+        self,
+        root: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        num_validation: int = 2000,
+        seed: int = 0,
     ) -> None:
         """Name the data; nothing is read yet.
 
@@ -56,30 +62,30 @@ class FashionMNISTData(LightningDataModule):
         """
         super().__init__()
         self.root = Path(root) if root else cache_folder()
-        self.batch_size, self.num_workers, self.num_validation, self.seed = batch_size, num_workers, num_validation, seed
+        self.batch_size, self.num_workers, self.num_validation, self.seed = (
+            batch_size,
+            num_workers,
+            num_validation,
+            seed,
+        )
 
     def prepare_data(self) -> None:
         """Find, unpack or download the files, once a machine."""
         fetch(self.root)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Shuffled, whole batches only."""
-        order = torch.Generator().manual_seed(self.seed + self._epoch())
+        """Shuffled, whole batches only; a resumed run goes on in a new order."""
         split = PaddedFashionMNIST(self.root, train=True)
-        return self._loader(split, shuffle=True, drop_last=True, generator=order)
+        resumed_at = self.trainer.global_step if self.trainer else 0
+        seed = int(np.random.SeedSequence([self.seed, resumed_at]).generate_state(1)[0])
+        order = RandomSampler(split, generator=torch.Generator().manual_seed(seed))
+        return DataLoader(split, self.batch_size, sampler=order, drop_last=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The first images of the test split, always the same."""
         split = PaddedFashionMNIST(self.root, train=False)
-        return self._loader(torch.utils.data.Subset(split, range(min(self.num_validation, len(split)))))
-
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer else 0
-
-    def _loader(self, split: Dataset[tuple[Tensor, Tensor]], **how: object) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(
-            split, self.batch_size, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, **how
-        )
+        first = Subset(split, range(min(self.num_validation, len(split))))
+        return DataLoader(first, self.batch_size, num_workers=self.num_workers)
 
 
 def fetch(root: Path) -> None:

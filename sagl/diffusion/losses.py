@@ -63,7 +63,7 @@ def training_losses(
 def bound_term(
     x_0: Image, x_t: Image, eps: Image, log_variance: Tensor, schedule: Schedule, steps: Tensor, *, clip_x0: bool
 ) -> PerSample:
-    """One term of the variational bound, in bits a dimension: KL, or at step 0 the decoder's negative log-likelihood."""
+    """One term of the variational bound, in bits a dimension: KL, or at step 0 the decoder's likelihood."""
     alpha_bar, before = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
     x0_hat = clip(x0_hat_from_eps(x_t, eps, alpha_bar), clip_x0)
     mean = posterior_mean(x0_hat, x_t, alpha_bar, before)

@@ -21,7 +21,9 @@ def respaced_timesteps(spec: str, num_timesteps: int) -> list[int]:
     kept, start = [], 0
     for section, count in enumerate(counts):
         length = size + (section < extra)
-        require(count <= length, f"`respacing` keeps {count} of {length} timesteps in {spec!r}: at most {length} are there.")
+        require(
+            count <= length, f"`respacing` keeps {count} of {length} timesteps in {spec!r}: at most {length} are there."
+        )
         kept += [start + offset for offset in _even(count, length)]
         start += length
     return kept
@@ -43,8 +45,8 @@ def _strided(count: int, num_timesteps: int, spec: str) -> list[int]:
         if len(range(0, num_timesteps, stride)) == count:
             return list(range(0, num_timesteps, stride))
     raise UserError(
-        f"`respacing` {spec!r} needs a whole stride that keeps {count} of {num_timesteps} timesteps, and there is none. "
-        f"Try 'ddim{len(range(0, num_timesteps, max(1, num_timesteps // max(1, count))))}' or '{count}'."
+        f"`respacing` {spec!r} needs a whole stride that keeps {count} of {num_timesteps} timesteps, "
+        f"and there is none. Try {str(count)!r}."
     )
 
 

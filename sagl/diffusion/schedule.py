@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     times = [t / num_timesteps for t in range(num_timesteps + 1)]
-    betas = [min(1 - alpha_bar(after) / alpha_bar(before), 0.999) for before, after in zip(times, times[1:], strict=False)]
+    betas = [min(1 - alpha_bar(after) / alpha_bar(before), 0.999) for before, after in pairwise(times)]
     return torch.tensor(betas, dtype=torch.float64)
 
 

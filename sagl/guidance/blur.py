@@ -23,7 +23,9 @@ def gaussian_blur(images: Image, kernel_size: int, blur_sigma: float) -> Image:
     """
     reach, (height, width) = kernel_size // 2, images.shape[-2:]
     kernel = gaussian_kernel(kernel_size, blur_sigma).to(images)
-    planes = F.pad(images, (reach, reach, reach, reach), mode="reflect").reshape(-1, 1, height + 2 * reach, width + 2 * reach)
+    planes = F.pad(images, (reach, reach, reach, reach), mode="reflect").reshape(
+        -1, 1, height + 2 * reach, width + 2 * reach
+    )
     rows = F.conv2d(planes, kernel[None, None, None, :])
     return F.conv2d(rows, kernel[None, None, :, None]).reshape(images.shape)
 

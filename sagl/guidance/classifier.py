@@ -8,7 +8,7 @@ from torch import Tensor
 from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.direction import Guidance
-from sagl.settings.errors import require
+from sagl.settings.errors import UserError
 from sagl.shapes import Image, Timestep
 
 Logits = Callable[[Image, Timestep], Tensor]
@@ -22,13 +22,13 @@ def classifier_guidance(scale: float, classifier: Logits, schedule: Schedule) ->
     """
 
     def direction(_: Denoiser, x_t: Image, step: int, condition: Condition, __: Prediction) -> Direction:
-        labels = condition.labels
-        require(labels is not None, "`labels` must be given for classifier guidance, got none.")
+        if condition.labels is None:
+            raise UserError("`labels` must be given for classifier guidance, got none.")
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
         with torch.inference_mode(False), torch.enable_grad():  # enable_grad alone does nothing in inference mode
             x = x_t.detach().clone().requires_grad_()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
-            chosen = log_p.gather(1, labels.clone()[:, None]).sum()
+            chosen = log_p.gather(1, condition.labels.clone()[:, None]).sum()
             return Direction(score=scale * torch.autograd.grad(chosen, x)[0])
 
     return Guidance(direction=direction, when=lambda _: scale != 0)

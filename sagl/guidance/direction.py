@@ -16,7 +16,7 @@ def _nothing(condition: Condition) -> Condition:
     return condition
 
 
-def _always(step: int) -> bool:  # noqa: ARG001
+def _always(step: int) -> bool:
     return True
 
 
@@ -41,14 +41,11 @@ def guided(denoise: Denoiser, guidances: Mapping[str, Guidance]) -> Denoiser:
         plain = denoise(x_t, step, asked)
         bare = replace(condition, attention_sites=())  # a second pass brings nothing back
         added = {name: g.direction(denoise, x_t, step, bare, plain) for name, g in active.items()}
-        return replace(
-            plain,
-            eps=sum((d.eps for d in added.values()), plain.eps),
-            score=sum((d.score for d in added.values()), plain.score),
-            nfe=sum((d.nfe for d in added.values()), plain.nfe),
-            directions=added,
-            attention={site: plain.attention[site] for site in condition.attention_sites},
-        )
+        eps, score, nfe = plain.eps, plain.score, plain.nfe
+        for d in added.values():
+            eps, score, nfe = eps + d.eps, score + d.score, nfe + d.nfe
+        attention = {site: plain.attention[site] for site in condition.attention_sites}
+        return replace(plain, eps=eps, score=score, nfe=nfe, directions=added, attention=attention)
 
     return call if guidances else denoise
 

@@ -7,16 +7,15 @@ that it was asked for.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sagl.models.channels import channel_affine, channel_moments
 from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
+from sagl.models.channels import channel_affine, channel_moments
 from sagl.settings.errors import UserError, require
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
 from sagl.shapes import HeadSplit, Image, Labels, Site, Timestep, TokenMap
@@ -50,21 +49,30 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
-        mean, square = (moment.unflatten(1, (32, -1)).mean(dim=2) for moment in channel_moments(x))
+        means, variances = (moment.unflatten(1, (32, -1)) for moment in channel_moments(x))
+        mean = means.mean(dim=2)
+        variance = variances.mean(dim=2) + means.var(dim=2, correction=0)
         share = self.num_channels // 32
-        gain = (square - mean.square() + self.eps).rsqrt().repeat_interleave(share, dim=1) * self.weight
+        gain = (variance + self.eps).rsqrt().repeat_interleave(share, dim=1) * self.weight
         offset = self.bias - mean.repeat_interleave(share, dim=1) * gain
         if scale is not None and shift is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         return channel_affine(x, gain, offset)
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with its parameters at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 def zero_conv(width: int, out: int) -> nn.Conv2d:
     """A 3x3 convolution that begins at zero, so that its branch begins as nothing."""
-    conv = nn.Conv2d(width, out, 3, padding=1)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias) if conv.bias is not None else None
-    return conv
+    return zeroed(nn.Conv2d(width, out, 3, padding=1))
 
 
 class Halve(nn.Module):
@@ -128,9 +136,7 @@ class AttentionBlock(nn.Module):
         self.split = split_before_heads if s.use_new_attention_order else split_after_heads
         self.norm = Norm(width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
-        self.proj_out = nn.Conv1d(width, width, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(nn.Conv1d(width, width, 1))
 
     def forward(self, x: Tensor, asked: tuple[HeadSplit, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
         """(B, C, H, W) -> the same shape, and the attention received for each head split asked for."""
@@ -146,10 +152,9 @@ class AttentionBlock(nn.Module):
 
     def _received(self, qkv: Tensor, heads: HeadSplit, side: torch.Size) -> TokenMap:
         """As the layer splits its heads, or as the released SAG code does: `num_heads` of them, always legacy order."""
-        if heads == "as_released":
-            query, key, _ = split_after_heads(qkv, self.settings.num_heads)
-        else:
-            query, key, _ = self.split(qkv, self.num_heads)
+        released = heads == "as_released"
+        split, num_heads = (split_after_heads, self.settings.num_heads) if released else (self.split, self.num_heads)
+        query, key, _ = split(qkv, num_heads)
         return attention_received(query, key).unflatten(-1, side)
 
 
@@ -158,20 +163,25 @@ def pointwise(conv: nn.Conv1d, tokens: Tensor) -> Tensor:
     return F.linear(tokens, conv.weight[..., 0], conv.bias)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """One numbered block: a convolution, or a residual block with attention and resampling as they come."""
 
-    def forward(self, x: Tensor, emb: Tensor, asked: tuple[HeadSplit, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
-        """(B, C, H, W), (B, E) -> (B, C', H', W') and the attention asked for."""
+    def __init__(self, name: str, side: int, layers: Sequence[nn.Module]) -> None:
+        super().__init__(layers)
+        self.name, self.side = name, side
+
+    def forward(self, x: Tensor, emb: Tensor, sites: Sequence[Site] = ()) -> tuple[Tensor, dict[Site, TokenMap]]:
+        """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of the sites that are here."""
+        here = [site for site in sites if site.name == self.name]
         received: list[TokenMap] = []
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, AttentionBlock):
-                x, received = layer(x, asked)
+                x, received = layer(x, tuple(site.heads for site in here))
             else:
                 x = layer(x)
-        return x, received
+        return x, dict(zip(here, received, strict=True))
 
     @property
     def has_attention(self) -> bool:
@@ -187,20 +197,19 @@ class Encoder(nn.Module):
 
     def __init__(self, s: EncoderSettings) -> None:
         super().__init__()
-        self.time_embed = nn.Sequential(
+        self.num_channels = s.num_channels
+        self.time_embed: nn.Sequential = nn.Sequential(
             nn.Linear(s.num_channels, 4 * s.num_channels), nn.SiLU(), nn.Linear(4 * s.num_channels, 4 * s.num_channels)
         )
-        self.input_blocks = nn.ModuleList(_input_stages(s))
+        self.input_blocks = _numbered("input", _input_layers(s))
         width = s.widths[-1]
-        self.middle_block = Stage(
-            ResBlock(s, width, width), AttentionBlock(s, width, s.heads_of(width)), ResBlock(s, width, width)
-        )
+        middle = [ResBlock(s, width, width), AttentionBlock(s, width, s.heads_of(width)), ResBlock(s, width, width)]
+        self.middle_block = Stage("middle", s.resolutions[-1], middle)
 
-    def descend(self, x: Image, emb: Tensor) -> Iterator[Tensor]:
-        """Features after every input block and, last, after the middle."""
-        for stage in (*self.input_blocks, self.middle_block):
-            x, _ = stage(x, emb)
-            yield x
+    def embed(self, timesteps: Timestep) -> Tensor:
+        """What the blocks are told of the timestep: (B,) -> (B, 4·num_channels)."""
+        embedding = timestep_embedding(timesteps, self.num_channels)
+        return self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
 
 
 class UNet(Encoder):
@@ -209,10 +218,9 @@ class UNet(Encoder):
     def __init__(self, settings: UNetSettings) -> None:
         super().__init__(settings)
         self.settings = settings
-        embeddings = (settings.num_classes or 0) + settings.null_label
         if settings.num_classes is not None:
-            self.label_emb = nn.Embedding(embeddings, 4 * settings.num_channels)
-        self.output_blocks = nn.ModuleList(_output_stages(settings))
+            self.label_emb = nn.Embedding(settings.num_classes + settings.null_label, 4 * settings.num_channels)
+        self.output_blocks = _numbered("output", _output_layers(settings))
         width = settings.widths[0]
         out_channels = settings.in_channels * (1 + settings.learn_sigma)
         self.out = nn.Sequential(Norm(width), nn.SiLU(), zero_conv(width, out_channels))
@@ -221,7 +229,8 @@ class UNet(Encoder):
     @property
     def sites(self) -> dict[str, int]:
         """Blocks that have attention, with the side of their feature maps in pixels."""
-        return {name: side for name, (stage, side) in self._named_stages().items() if stage.has_attention}
+        stages = (m for m in self.modules() if isinstance(m, Stage))
+        return {stage.name: stage.side for stage in stages if stage.has_attention}
 
     def forward(
         self, x: Image, timesteps: Timestep, labels: Labels | None = None, *, attention_sites: Sequence[Site] = ()
@@ -237,52 +246,40 @@ class UNet(Encoder):
         Raises:
             UserError: a site without attention; no labels, and no null label either.
         """
-        asked = self._asked(attention_sites)
-        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels).to(self.time_embed[0].weight.dtype))
-        emb = self._add_label(emb, labels)
+        for site in attention_sites:
+            self.require_site(site)
+        emb = self._add_label(self.embed(timesteps), labels)
         received: dict[Site, TokenMap] = {}
-        h, skips = x.to(self.out[-1].weight.dtype, memory_format=torch.channels_last), []
-
-        def run(stage: Stage, name: str, h: Tensor) -> Tensor:
-            splits = asked.get(name, ())
-            h, maps = stage(h, emb, splits)
-            received.update({Site(name, split): m for split, m in zip(splits, maps, strict=True)})
-            return h
-
-        for k, stage in enumerate(self.input_blocks):
-            h = run(stage, f"input.{k}", h)
+        h, skips = x.to(emb.dtype, memory_format=torch.channels_last), []
+        for stage in self.input_blocks:
+            h, maps = stage(h, emb, attention_sites)
+            received |= maps
             skips.append(h)
-        h = run(self.middle_block, "middle", h)
-        for k, stage in enumerate(self.output_blocks):
-            h = run(stage, f"output.{k}", torch.cat([h, skips.pop()], dim=1))
+        h, maps = self.middle_block(h, emb, attention_sites)
+        received |= maps
+        for stage in self.output_blocks:
+            h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
+            received |= maps
         return UNetOutput(self.out(h).float(), received)
 
-    def _named_stages(self) -> dict[str, tuple[Stage, int]]:
-        """Every block by name, with the side of the feature map inside it."""
-        s, middle = self.settings, self.settings.resolutions[-1]
-        down = [side for side in s.resolutions for _ in range(s.num_res_blocks + 1)]  # each level's last one halves
-        up = [side for side in reversed(s.resolutions) for _ in range(s.num_res_blocks + 1)]
-        inputs = {f"input.{k}": (stage, side) for k, (stage, side) in enumerate(zip(self.input_blocks, [s.image_size, *down], strict=False))}
-        outputs = {f"output.{k}": (stage, side) for k, (stage, side) in enumerate(zip(self.output_blocks, up, strict=True))}
-        return {**inputs, "middle": (self.middle_block, middle), **outputs}
-
-    def _asked(self, attention_sites: Sequence[Site]) -> dict[str, tuple[HeadSplit, ...]]:
-        """Head splits wanted, block by block."""
-        asked: dict[str, tuple[HeadSplit, ...]] = {}
-        for name, split in dict.fromkeys(attention_sites):
-            self.require_site(name)
-            asked[name] = (*asked.get(name, ()), split)
-        return asked
-
-    def require_site(self, name: str) -> None:
-        """Refuse a site that has no attention.
+    def require_site(self, site: Site) -> None:
+        """Refuse a site that has no attention, or whose channels do not split as it says.
 
         Raises:
-            UserError: names the sites that have it, with their resolutions.
+            UserError: names the sites that have attention, with their resolutions.
         """
-        if name not in (sites := self.sites):
+        if site.name not in (sites := self.sites):
             listed = ", ".join(f"{known} ({side}x{side})" for known, side in sites.items())
-            raise UserError(f"`site` must be a block with attention: {listed}; got {name!r}. Output blocks count from the coarsest up.")
+            raise UserError(
+                f"`site` must be a block with attention: {listed}; got {site.name!r}. "
+                "Output blocks count from the coarsest resolution up."
+            )
+        s = self.settings
+        width = dict(zip(s.resolutions, s.widths, strict=True))[sites[site.name]]
+        require(
+            site.heads == "layer" or width % s.num_heads == 0,
+            f"`heads` as_released needs num_heads ({s.num_heads}) to divide {site.name}'s width {width}. Use layer.",
+        )
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         """The timestep's embedding plus the label's, or the null label's where there is none."""
@@ -290,7 +287,7 @@ class UNet(Encoder):
         if s.num_classes is None:
             return emb
         if labels is None:
-            require(s.null_label, "`labels` must be given: this class-conditional network was trained without a null label.")
+            require(s.null_label, "`labels` must be given: this class-conditional network has no null label.")
             labels = torch.full(emb.shape[:1], s.num_classes, device=emb.device)
         return emb + self.label_emb(labels)
 
@@ -301,19 +298,29 @@ class Classifier(Encoder):
     def __init__(self, settings: ClassifierSettings) -> None:
         super().__init__(settings)
         self.settings = settings
-        self.out = _POOLS[settings.pool](settings)
+        self.out = _pool(settings)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Image, timesteps: Timestep) -> Tensor:
         """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
-        features = list(self.descend(x.to(memory_format=torch.channels_last), emb))
+        emb = self.embed(timesteps)
+        h, features = x.to(emb.dtype, memory_format=torch.channels_last), []
+        for stage in (*self.input_blocks, self.middle_block):
+            h, _ = stage(h, emb)
+            features.append(h)
         if self.settings.pool.startswith("spatial"):
-            return self.out(torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)).float()
-        return self.out(features[-1]).float()
+            h = torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)
+        return self.out(h).float()
 
 
 # ----------------------------------------------------------------------------------- layouts and poolings
+
+Layers = tuple[int, list[nn.Module]]
+"""One block to be: the side of its feature maps in pixels, and its layers."""
+
+
+def _numbered(prefix: str, blocks: Iterator[Layers]) -> nn.ModuleList:
+    return nn.ModuleList(Stage(f"{prefix}.{k}", side, layers) for k, (side, layers) in enumerate(blocks))
 
 
 def _resample(s: EncoderSettings, width: int, kind: type[Halve] | type[Double]) -> nn.Module:
@@ -321,44 +328,45 @@ def _resample(s: EncoderSettings, width: int, kind: type[Halve] | type[Double]) 
     return ResBlock(s, width, width, kind(width, learned=False)) if s.resblock_updown else kind(width, learned=True)
 
 
-def _input_stages(s: EncoderSettings) -> Iterator[Stage]:
+def _attention(s: EncoderSettings, width: int, side: int, num_heads: int) -> list[nn.Module]:
+    """Self-attention, where the settings ask for it at this side."""
+    return [AttentionBlock(s, width, num_heads)] if side in s.attention_resolutions else []
+
+
+def _input_layers(s: EncoderSettings) -> Iterator[Layers]:
     """The way down: a convolution, then for every level its blocks and, but for the last, a halving."""
     width = s.widths[0]
-    yield Stage(nn.Conv2d(s.in_channels, width, 3, padding=1))
+    yield s.image_size, [nn.Conv2d(s.in_channels, width, 3, padding=1)]
     for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
         if level:
-            yield Stage(_resample(s, width, Halve))
+            yield side, [_resample(s, width, Halve)]
         for _ in range(s.num_res_blocks):
-            attention = [AttentionBlock(s, out, s.heads_of(out))] if side in s.attention_resolutions else []
-            yield Stage(ResBlock(s, width, out), *attention)
+            yield side, [ResBlock(s, width, out), *_attention(s, out, side, s.heads_of(out))]
             width = out
 
 
 def _skip_widths(s: EncoderSettings) -> list[int]:
-    """Channels of the features that the way down leaves for the way up, in the order they are made."""
-    halved = [width for width, _ in pairwise(s.widths)]
-    levels = [[width] * s.num_res_blocks + halved[level : level + 1] for level, width in enumerate(s.widths)]
-    return [s.widths[0], *(width for level in levels for width in level)]
+    """Channels after each input block: what the way down leaves for the way up."""
+    levels = ([width] * (s.num_res_blocks + 1) for width in s.widths)  # each level's last one halves
+    return [s.widths[0], *(width for level in levels for width in level)][:-1]
 
 
-def _output_stages(s: UNetSettings) -> Iterator[Stage]:
+def _output_layers(s: UNetSettings) -> Iterator[Layers]:
     """The way up: for every level, coarsest first, one block more than on the way down, then a doubling."""
     skips, width = _skip_widths(s), s.widths[-1]
     for level in reversed(range(len(s.widths))):
         out, side = s.widths[level], s.resolutions[level]
         heads = s.heads_of(out) if s.num_head_channels else s.num_heads_upsample or s.num_heads
         for block in range(s.num_res_blocks + 1):
-            layers: list[nn.Module] = [ResBlock(s, width + skips.pop(), out)]
-            if side in s.attention_resolutions:
-                layers.append(AttentionBlock(s, out, heads))
+            layers = [ResBlock(s, width + skips.pop(), out), *_attention(s, out, side, heads)]
             if level and block == s.num_res_blocks:
                 layers.append(_resample(s, out, Double))
-            yield Stage(*layers)
+            yield side, layers
             width = out
 
 
 class AttentionPool(nn.Module):
-    """Attention from the mean token to all tokens, with learned positions (as in CLIP): (B, C, H, W) -> (B, classes)."""
+    """Attention from the mean token to all, with learned positions, as in CLIP: (B, C, H, W) -> (B, classes)."""
 
     def __init__(self, s: ClassifierSettings) -> None:
         super().__init__()
@@ -377,29 +385,13 @@ class AttentionPool(nn.Module):
         return pointwise(self.c_proj, attended[:, :1])[:, 0]
 
 
-def _attention_pool(s: ClassifierSettings) -> nn.Module:
-    return nn.Sequential(Norm(s.widths[-1]), nn.SiLU(), AttentionPool(s))
-
-
-def _adaptive_pool(s: ClassifierSettings) -> nn.Module:
-    width = s.widths[-1]
-    conv = nn.Conv2d(width, s.num_classes, 1)
-    return nn.Sequential(Norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
-
-
-def _spatial_pool(s: ClassifierSettings) -> nn.Module:
-    features = sum(_skip_widths(s)) + s.widths[-1]
-    return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, s.num_classes))
-
-
-def _spatial_v2_pool(s: ClassifierSettings) -> nn.Module:
-    features = sum(_skip_widths(s)) + s.widths[-1]
-    return nn.Sequential(nn.Linear(features, 2048), Norm(2048), nn.SiLU(), nn.Linear(2048, s.num_classes))
-
-
-_POOLS = {
-    "attention": _attention_pool,
-    "adaptive": _adaptive_pool,
-    "spatial": _spatial_pool,
-    "spatial_v2": _spatial_v2_pool,
-}
+def _pool(s: ClassifierSettings) -> nn.Module:
+    """From feature maps (attention, adaptive) or their means (spatial, spatial_v2) to logits."""
+    width, means = s.widths[-1], sum(_skip_widths(s)) + s.widths[-1]
+    if s.pool == "attention":
+        return nn.Sequential(Norm(width), nn.SiLU(), AttentionPool(s))
+    if s.pool == "adaptive":
+        conv = zeroed(nn.Conv2d(width, s.num_classes, 1))
+        return nn.Sequential(Norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+    hidden = [nn.ReLU()] if s.pool == "spatial" else [Norm(2048), nn.SiLU()]
+    return nn.Sequential(nn.Linear(means, 2048), *hidden, nn.Linear(2048, s.num_classes))

@@ -14,16 +14,19 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         pixels = _pixels(x)
-        ctx.save_for_backward(x)
-        mean = pixels.mean(dim=1, dtype=torch.float32)
-        square = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float32).square() / pixels.shape[1]
-        return mean, square
+        accumulate = torch.promote_types(x.dtype, torch.float32)
+        mean = pixels.mean(dim=1, dtype=accumulate)
+        centred = pixels - mean[:, None].to(x.dtype)  # a variance from E[x²] - E[x]² would cancel
+        variance = torch.linalg.vector_norm(centred, dim=1, dtype=accumulate).square() / pixels.shape[1]
+        ctx.save_for_backward(x, mean)
+        return mean, variance
 
     @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_square: Tensor) -> Tensor:  # noqa: ANN401
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor) -> Tensor:  # noqa: ANN401
+        x, mean = ctx.saved_tensors
         count = x[0, 0].numel()
-        return torch.addcmul(_each(d_mean / count, x), x, _each(d_square * (2 / count), x))
+        slope = d_variance * (2 / count)
+        return torch.addcmul(_each(d_mean / count - slope * mean, x), x, _each(slope, x))
 
 
 class _Affine(torch.autograd.Function):
@@ -40,12 +43,12 @@ class _Affine(torch.autograd.Function):
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and mean square of every channel: (B, C, …) -> (B, C), (B, C) float32."""
+    """Mean and variance of every channel: (B, C, …) -> (B, C), (B, C), float32 or better."""
     return _Moments.apply(x)
 
 
 def channel_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """x · gain + offset, channel by channel: (B, C, …), (B, C), (B, C) -> like x."""
+    """The affine map x · gain + offset, channel by channel: (B, C, …), (B, C), (B, C) -> like x."""
     return _Affine.apply(x, gain, offset)
 
 

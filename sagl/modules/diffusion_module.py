@@ -1,4 +1,4 @@
-"""The Lightning shell around a network in training: loss, labels, optimiser, logs. Formulas live in `sagl.diffusion`."""
+"""The Lightning shell around a network in training: loss, labels, optimiser, logs. No formulas."""
 
 from dataclasses import asdict
 from typing import Any
@@ -61,7 +61,8 @@ class DiffusionModule(LightningModule):
         require(0 <= label_dropout <= 1, f"`label_dropout` must be in [0, 1], got {label_dropout}.")
         require(
             label_dropout == 0 or network.null_label,
-            f"`label_dropout` needs a network with null_label: true, got {label_dropout} without. Set model.network.null_label.",
+            f"`label_dropout` needs a network with null_label: true, got {label_dropout} without. "
+            "Set model.network.null_label.",
         )
         learned = diffusion.variance == "learned_range"
         require(
@@ -69,10 +70,9 @@ class DiffusionModule(LightningModule):
             f"`variance` must be learned_range exactly if learn_sigma is true, got {diffusion.variance} with "
             f"learn_sigma={network.learn_sigma}.",
         )
-        parts = {"network": network, "diffusion": diffusion, "loss": loss, "optimizer": optimizer}
-        self.save_hyperparameters(
-            {**{name: asdict(part) for name, part in parts.items()}, "label_dropout": label_dropout, "seed": seed}
-        )
+        settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
+        settings |= {"optimizer": asdict(optimizer)}
+        self.save_hyperparameters({**settings, "label_dropout": label_dropout, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion
         self.loss_settings, self.optimizer_settings = loss, optimizer
         self.label_dropout, self.seed = label_dropout, seed

@@ -12,7 +12,7 @@ from sagl.shapes import Image
 def ddpm_step(
     x: Image, prediction: Prediction, schedule: Schedule, step: int, noise: StepNoise, *, clip_x0: bool = True
 ) -> Image:
-    """x_{t-1} from x_t (eq. 6, 7): the posterior mean of x0_hat, moved by variance · score (eq. 9), plus noise.
+    """x_{t-1} from x_t (eq. 4, 7): the posterior mean of x0_hat, moved by variance · score (eq. 9), plus noise.
 
     No noise at step 0. (B, C, H, W) -> the same.
     """

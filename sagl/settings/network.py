@@ -95,10 +95,11 @@ class UNetSettings(EncoderSettings):
         super().__post_init__()
         require(
             self.num_classes is not None or not self.null_label,
-            "`null_label` needs a class-conditional network, got num_classes=None. Set num_classes or null_label: false.",
+            "`null_label` needs a class-conditional network, got num_classes=None. Set num_classes.",
         )
         require(
-            self.num_classes is None or self.num_classes > 0, f"`num_classes` must be at least 1, got {self.num_classes}."
+            self.num_classes is None or self.num_classes > 0,
+            f"`num_classes` must be at least 1, got {self.num_classes}.",
         )
 
 
@@ -158,4 +159,6 @@ def _heads(s: EncoderSettings) -> None:
     parts = [s.num_head_channels or s.num_heads, getattr(s, "num_heads_upsample", None) or 1]
     for width in sorted(attended):
         for part in parts[: 1 if s.num_head_channels else 2]:
-            require(width % part == 0, f"`{named}` must divide the width {width} of a block with attention, got {part}.")
+            require(
+                width % part == 0, f"`{named}` must divide the width {width} of a block with attention, got {part}."
+            )

@@ -1,0 +1,43 @@
+"""Grids of images: rows of samples, under each other what belongs together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from sagl.data.pixels import to_rgb
+from sagl.shapes import ImageUint8
+
+
+def mask_pictures(share: Tensor) -> ImageUint8:
+    """Each pixel's share of guided steps in which it was masked: (B, 1, H, W) in [0, 1] -> (B, 3, H, W) uint8.
+
+    Black is never, white is always, by way of dark blue and orange.
+    """
+    stops = torch.tensor([[0, 0, 0], [38, 42, 110], [222, 120, 40], [255, 255, 255]], dtype=torch.float32)
+    at = share.clamp(0, 1) * (len(stops) - 1)
+    below = at.floor().long().clamp(max=len(stops) - 2)
+    colour = torch.lerp(stops[below], stops[below + 1], (at - below)[..., None])
+    return colour[:, 0].permute(0, 3, 1, 2).round().to(torch.uint8)
+
+
+def stacked_grid(rows: Sequence[ImageUint8], columns: int = 16, padding: int = 2, zoom: int = 2) -> ImageUint8:
+    """Image i of every row under each other; after `columns` samples a new block: R of (B, C, H, W) -> (3, H', W').
+
+    Pixels are doubled `zoom` times so that small images can be looked at.
+    """
+    blocks = []
+    for start in range(0, len(rows[0]), columns):
+        for row in rows:
+            part = to_rgb(row[start : start + columns])
+            blank = part.new_full((min(columns, len(rows[0])) - len(part), *part.shape[1:]), 255)
+            blocks.append(torch.cat([part, blank]))
+    enlarged = torch.cat(blocks).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    return make_grid(enlarged, nrow=min(columns, len(rows[0])), padding=padding, pad_value=255)
+
+
+def save_png(picture: ImageUint8, path: Path) -> None:
+    """(C, H, W) uint8 -> a PNG file; the bytes are stored as they are."""
+    save_image(picture.float() / 255, path)

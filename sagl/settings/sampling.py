@@ -1,0 +1,69 @@
+"""Settings of a sampling run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sagl.settings.diffusion import one_of
+from sagl.settings.errors import UserError, require
+
+Sampler = Literal["ddpm", "ddim"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainSettings:
+    """How one chain goes from noise to image."""
+
+    sampler: Sampler = "ddpm"
+    """ddpm: ancestral sampling; ddim: deterministic at eta 0."""
+    respacing: str = "250"
+    """Steps: "250" evenly spaced, "ddim25" at one whole stride, "10,15,20" by thirds of the process."""
+    eta: float = 0.0
+    """DDIM's share of the ancestral noise; only for sampler ddim."""
+    clip_x0: bool = True
+    """Clip the sampler's estimate of the clean image to [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no chain."""
+        one_of("sampler", self.sampler, ("ddpm", "ddim"))
+        require(self.eta >= 0, f"`eta` must be at least 0, got {self.eta}.")
+        require(
+            self.sampler == "ddim" or self.eta == 0,
+            f"`eta` is for sampler ddim, got eta {self.eta} with {self.sampler}. Add --sampler ddim.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Which samples a run makes."""
+
+    num_samples: int = 16
+    """Images to make; their ids are 0 … num_samples - 1."""
+    first_id: int = 0
+    """Id of the first image; an image depends on seed and id alone."""
+    batch_size: int = 64
+    """Images made together; the last micro-batch is computed at full size and cut."""
+    seed: int = 0
+    """Of noise and random labels."""
+    labels: str = "random"
+    """random, balanced (0, 1, 2, … in turn), null (no label), or classes in turn: "3" or "0,7,9"."""
+
+    def __post_init__(self) -> None:
+        """Refuse empty runs and labels that are no numbers."""
+        for name in ("num_samples", "batch_size"):
+            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("seed", "first_id"):
+            require(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if self.labels not in ("random", "balanced", "null"):
+            _ = self.listed_labels
+
+    @property
+    def listed_labels(self) -> list[int]:
+        """The classes of a list.
+
+        Raises:
+            UserError: `labels` is no list of whole numbers.
+        """
+        parts = self.labels.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise UserError(f"`labels` must be random, balanced, null or classes like 0,7,9; got {self.labels!r}.")
+        return [int(part) for part in parts]

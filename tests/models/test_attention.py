@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from sagl.models import attention as module
+from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
+from tests import oracle
+
+
+def heads(tokens=300, batch=2, num_heads=3, channels=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(batch, num_heads, tokens, channels, generator=g) for _ in range(3)]
+
+
+def explicit_map(query, key):
+    return torch.einsum("bhid,bhjd->bhij", query.double(), key.double()).div(math.sqrt(query.shape[-1])).softmax(dim=-1)
+
+
+@pytest.mark.parametrize(("split", "order"), [(split_after_heads, "legacy"), (split_before_heads, "new")])
+@pytest.mark.parametrize("num_heads", [1, 2, 6])
+def test_channels_are_split_into_heads_in_the_order_of_the_name(split, order, num_heads):
+    qkv = torch.randn(2, 36, 7, generator=torch.Generator().manual_seed(0))
+    got = split(qkv.mT, num_heads)
+    want = oracle.split_heads(qkv, num_heads, order)
+    for i in range(3):
+        torch.testing.assert_close(got[i].mT, torch.stack([head[i] for head in want], dim=1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_attention_is_the_softmax_of_the_products_whether_trained_or_not(trained):
+    query, key, value = heads()
+    want = explicit_map(query, key) @ value.double()
+    got = attention(query.requires_grad_(trained), key, value)
+    torch.testing.assert_close(got.detach().double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_attention_are_those_of_the_products():
+    inputs = [x.double().requires_grad_() for x in heads(tokens=4, num_heads=2, channels=3)]
+    assert torch.autograd.gradcheck(attention, inputs)
+
+
+def test_attention_received_is_the_map_summed_over_queries():
+    query, key, _ = heads()
+    want = explicit_map(query, key).sum(dim=-2)
+    torch.testing.assert_close(attention_received(query, key).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_attention_received_has_mean_one_in_every_head(tokens):
+    query, key, _ = heads(tokens)
+    received = attention_received(query, key)
+    torch.testing.assert_close(received.mean(dim=-1), torch.ones(2, 3), rtol=0, atol=1e-5)
+    assert tokens == 1 or received.std() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 299, 300, 1000])
+def test_chunking_changes_nothing(monkeypatch, rows):
+    query, key, _ = heads()
+    whole = attention_received(query, key)
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", rows)
+    torch.testing.assert_close(attention_received(query, key), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_never_more_rows_of_the_map_exist_than_are_summed_at_once(monkeypatch):
+    class Largest(TorchFunctionMode):
+        numel = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 10)
+    query, key, _ = heads()
+    with Largest() as largest:
+        attention_received(query, key)
+    assert largest.numel <= 2 * 3 * 10 * 300
+
+
+def test_attention_received_is_float32_and_close_for_half_precision_keys():
+    query, key, _ = heads()
+    got = attention_received(query.bfloat16(), key.bfloat16())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.mean(dim=-1), torch.ones(2, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, attention_received(query, key), rtol=0.2, atol=0.05)
