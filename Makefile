@@ -1,5 +1,5 @@
 # make sample   a grid of guided and unguided images from the embedded network
-# make test     the tests;  make check  all that CI runs;  make fix  formatting;  make bench  timings
+# make test     the tests;  make check  all that CI runs;  make fix  formatting
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

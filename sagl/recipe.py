@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
@@ -95,6 +96,23 @@ def prepare(
             raise UserError("`classifier.scale` needs a classifier, got none.")
         guidances["classifier"] = classifier_guidance(classifier_settings.scale, classifier, schedule)
     return Recipe(network=network, schedule=schedule, diffusion=diffusion, chain_settings=chain, guidances=guidances)
+
+
+def collect(chain: Chain) -> tuple[Image, Tensor | None]:
+    """Run a chain to its end.
+
+    Returns:
+        The images, (B, C, H, W), and each pixel's share of guided steps in which it was masked, (B, 1, H, W) in
+        [0, 1]; None where no step masked anything.
+    """
+    masked: Tensor | None = None
+    guided_steps = 0
+    x = torch.empty(0)
+    for _, after, prediction in chain:
+        x = after
+        for mask in (d.notes["mask"].float() for d in prediction.directions.values() if "mask" in d.notes):
+            masked, guided_steps = mask if masked is None else masked + mask, guided_steps + 1
+    return x, None if masked is None else masked / guided_steps
 
 
 def micro_batches(run: RunSettings) -> Iterator[list[int]]:

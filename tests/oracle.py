@@ -28,7 +28,7 @@ class Chain:
         self.posterior = self.beta * (1 - self.bar_before) / (1 - self.bar)
 
     def log_variance(self, step, variance, fraction=0.0):
-        low = np.log(self.posterior[max(step, 1)])
+        low = np.log(self.posterior[max(step, 1)] if len(self.beta) > 1 else self.beta[0])
         high = np.log(self.beta[step])
         if variance == "fixed_large":
             return high if step else low
@@ -53,7 +53,11 @@ class Chain:
             eps = (x - np.sqrt(bar) * np.clip(self.x0_hat(x, eps, step), -1, 1)) / np.sqrt(1 - bar)
         eps = eps - np.sqrt(1 - bar) * score
         variance = eta**2 * self.posterior[step]
-        return np.sqrt(before) * self.x0_hat(x, eps, step) + np.sqrt(1 - before - variance) * eps + np.sqrt(variance) * noise
+        return (
+            np.sqrt(before) * self.x0_hat(x, eps, step)
+            + np.sqrt(1 - before - variance) * eps
+            + np.sqrt(variance) * noise
+        )
 
     def bound(self, x_0, x, eps, log_variance, step, clip=False):
         """One term of the bound for each sample, in bits a dimension."""

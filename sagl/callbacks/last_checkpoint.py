@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sagl.settings.errors import require
 
@@ -47,6 +48,11 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of a run is its last checkpoint."""
         self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A polite end (SIGTERM) falls between two steps, and is saved; any other leaves the last whole file."""
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step and self.path.exists():

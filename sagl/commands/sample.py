@@ -18,6 +18,8 @@ from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
+    from torch import Tensor
+
     from sagl.recipe import Recipe
     from sagl.shapes import ImageUint8
 
@@ -138,32 +140,27 @@ def _rows(request: Request, recipe: "Recipe") -> tuple[dict[str, "ImageUint8"], 
     return rows, labels
 
 
-def _draw(run: RunSettings, recipe: "Recipe", title: str) -> tuple["ImageUint8", Any, list[int]]:
-    """All images of a run, (N, C, H, W); masked share of guided steps or None; labels."""
+def _draw(run: RunSettings, recipe: "Recipe", title: str) -> tuple["ImageUint8", "Tensor | None", list[int]]:
+    """All images of a run, (N, C, H, W); the masked share of guided steps, if any; labels."""
     import torch
 
     from sagl.data.pixels import to_uint8
-    from sagl.recipe import labels_of, micro_batches
+    from sagl.recipe import collect, labels_of, micro_batches
 
     batches = list(micro_batches(run))
-    images, shares, labels = [], [], []
-    with torch.inference_mode():
-        for ids in batches:
-            drawn = labels_of(run, ids, recipe.network)
-            x, masked, guided_steps = None, 0.0, 0
-            chain = recipe.chain(run.seed, ids, drawn)
-            for _, x, prediction in _shown(
-                chain, f"{title} {len(images) + 1}/{len(batches)}", recipe.schedule.num_steps
-            ):
-                if "sag" in prediction.directions:
-                    masked, guided_steps = masked + prediction.directions["sag"].notes["mask"].float(), guided_steps + 1
-            images.append(to_uint8(x))
-            shares.append(masked / guided_steps if guided_steps else None)
-            labels += [-1] * len(ids) if drawn is None else drawn.tolist()
     first = run.first_id - batches[0][0]
     kept = slice(first, first + run.num_samples)
-    share = None if shares[0] is None else torch.cat(shares)[kept]
-    return torch.cat(images)[kept], share, labels[kept]
+    images, shares = [], []
+    labels: list[int] = []
+    with torch.inference_mode():
+        for number, ids in enumerate(batches, start=1):
+            drawn = labels_of(run, ids, recipe.network)
+            chain = recipe.chain(run.seed, ids, drawn)
+            x, share = collect(_shown(chain, f"{title} {number}/{len(batches)}", recipe.schedule.num_steps))
+            images.append(to_uint8(x))
+            shares += [] if share is None else [share]
+            labels += [-1] * len(ids) if drawn is None else drawn.tolist()
+    return torch.cat(images)[kept], torch.cat(shares)[kept] if shares else None, labels[kept]
 
 
 def _shown(chain: Iterator[Any], title: str, num_steps: int) -> Iterator[Any]:

@@ -13,11 +13,9 @@ from torch import Tensor
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        pixels = _pixels(x)
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        mean = pixels.mean(dim=1, dtype=accumulate)
-        centred = pixels - mean[:, None].to(x.dtype)  # a variance from E[x²] - E[x]² would cancel
-        variance = torch.linalg.vector_norm(centred, dim=1, dtype=accumulate).square() / pixels.shape[1]
+        pixels = _pixels(x).to(torch.promote_types(x.dtype, torch.float32))
+        mean = pixels.mean(dim=1)
+        variance = (pixels - mean[:, None]).square_().mean(dim=1)  # E[x²] - E[x]² would cancel
         ctx.save_for_backward(x, mean)
         return mean, variance
 

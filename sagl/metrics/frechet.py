@@ -1,0 +1,37 @@
+"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017), in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Mean and covariance of features."""
+
+    mean: Tensor
+    """(D,) float64."""
+    covariance: Tensor
+    """(D, D) float64, divided by N - 1."""
+    num_samples: int
+    """N."""
+
+
+def statistics(features: Tensor) -> Statistics:
+    """(N, D) -> mean and unbiased covariance, in float64. N is at least 2."""
+    features = features.double()
+    return Statistics(mean=features.mean(dim=0), covariance=torch.cov(features.T), num_samples=len(features))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
+
+    The eigenvalues of C_a C_b are those of the symmetric C_a^(1/2) C_b C_a^(1/2), whose roots are taken: no root of
+    a matrix that is not symmetric, and singular covariances (fewer samples than features) do no harm.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(a.covariance)
+    root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
+    return max(0.0, float(distance))

@@ -1,0 +1,61 @@
+from itertools import pairwise
+
+import pytest
+
+from sagl.diffusion.respacing import respaced_timesteps
+from sagl.settings.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("spec", "total", "want"),
+    [
+        ("5", 10, [0, 2, 4, 7, 9]),
+        ("1", 10, [0]),
+        ("2", 10, [0, 9]),
+        ("2,3", 10, [0, 4, 5, 7, 9]),
+        ("1,1,1", 10, [0, 4, 7]),
+        ("ddim5", 10, [0, 2, 4, 6, 8]),
+        ("ddim4", 10, [0, 3, 6, 9]),
+    ],
+)
+def test_notation_keeps_these_timesteps(spec, total, want):
+    assert respaced_timesteps(spec, total) == want
+
+
+@pytest.mark.parametrize("count", range(1, 101))
+def test_a_number_keeps_that_many_timesteps_each_once_first_and_last_included(count):
+    kept = respaced_timesteps(str(count), 100)
+    assert len(kept) == count == len(set(kept))
+    assert kept == sorted(kept)
+    assert kept[0] == 0
+    assert kept[-1] == (99 if count > 1 else 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 50, 100])
+def test_ddim_keeps_one_whole_stride(count):
+    kept = respaced_timesteps(f"ddim{count}", 100)
+    assert len(kept) == count
+    assert kept[0] == 0
+    assert len({after - before for before, after in pairwise(kept)}) <= 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("0", "'0'"),
+        ("-5", "'-5'"),
+        ("2.5", "'2.5'"),
+        ("many", "'many'"),
+        ("ddim", "'ddim'"),
+        ("ddim0", "'ddim0'"),
+        ("10,,5", "'10,,5'"),
+        ("101", "'101'"),
+        ("60,10", "'60,10'"),
+        ("ddim26", "'ddim26'"),
+        ("ddim101", "'ddim101'"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_with_the_argument_and_what_came(spec, named):
+    with pytest.raises(UserError, match="`respacing`") as error:
+        respaced_timesteps(spec, 100)
+    assert named in str(error.value)

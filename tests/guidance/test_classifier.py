@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from sagl.diffusion.denoiser import Condition, as_denoiser
+from sagl.diffusion.noise import initial_noise, step_noise
+from sagl.diffusion.schedule import make_schedule
+from sagl.guidance.classifier import classifier_guidance
+from sagl.guidance.direction import guided
+from sagl.samplers.ddim import ddim
+from sagl.samplers.ddpm import ddpm
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from tests.reference import small_classifier
+from tests.toys import NOTHING, Recorder, plain, toy_network
+
+SCHEDULE = make_schedule(DiffusionSettings(), "ddim4")
+LABELS = torch.tensor([1, 4])
+SHAPE = (3, 16, 16)
+
+
+def images():
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def linear_classifier(x, timesteps):
+    """Logits k · sum(x) for class k: the gradient of log p(y) is y less the mean class, at every pixel."""
+    return x.flatten(1).sum(dim=1, keepdim=True) * torch.arange(5.0) / 100
+
+
+def score(scale=1.0, classifier=linear_classifier, x=None, step=2):
+    condition = Condition(labels=LABELS)
+    return guided(plain, {"c": classifier_guidance(scale, classifier, SCHEDULE)})(
+        images() if x is None else x, step, condition
+    )
+
+
+@pytest.mark.parametrize("scale", [-0.5, 1.0, 3.0])
+def test_the_score_is_scale_times_the_gradient_of_the_log_probability(scale):
+    x = images()
+    p = linear_classifier(x, None).softmax(dim=1)
+    want = scale / 100 * (LABELS - p @ torch.arange(5.0))
+    got = score(scale).score
+    torch.testing.assert_close(got, want[:, None, None, None].expand_as(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_score_of_a_network_is_that_of_finite_differences():
+    net, x, timesteps = small_classifier(), images(), SCHEDULE.timesteps[2].expand(2)
+    got = score(1.0, net, x).score
+    towards = torch.sign(got)
+
+    def log_p(x):
+        with torch.no_grad():
+            return float(net(x, timesteps).double().log_softmax(dim=1)[range(2), LABELS].sum())
+
+    slope = (log_p(x + 1e-3 * towards) - log_p(x - 1e-3 * towards)) / 2e-3
+    assert float((got * towards).sum()) == pytest.approx(slope, rel=0.02)
+
+
+def test_the_classifier_sees_the_noisy_image_at_the_original_timestep():
+    classifier, x = Recorder(linear_classifier), images()
+    score(1.0, classifier, x, step=3)
+    (args, _) = classifier.calls[0]
+    assert torch.equal(args[0].detach(), x)
+    assert args[1].tolist() == [750, 750]
+
+
+def test_eps_stays_the_plain_one_and_no_pass_is_paid_for():
+    denoise, x = Recorder(plain), images()
+    guidances = {"c": classifier_guidance(2.0, linear_classifier, SCHEDULE)}
+    prediction = guided(denoise, guidances)(x, 2, Condition(labels=LABELS))
+    assert torch.equal(prediction.eps, plain(x, 2, NOTHING).eps)
+    assert len(denoise.calls) == prediction.nfe == 1
+
+
+def test_zero_scale_does_not_call_the_classifier_nor_need_labels():
+    classifier = Recorder(linear_classifier)
+    prediction = guided(plain, {"c": classifier_guidance(0.0, classifier, SCHEDULE)})(images(), 2, NOTHING)
+    assert classifier.calls == []
+    assert prediction.score == 0
+
+
+def test_labels_must_be_given():
+    with pytest.raises(UserError, match="`labels` must be given"):
+        guided(plain, {"c": classifier_guidance(1.0, linear_classifier, SCHEDULE)})(images(), 2, NOTHING)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("sample", [ddpm, ddim])
+def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):
+    net = small_classifier()
+    with torch.no_grad():
+        want = chain(net, sample)
+    with mode():
+        got = chain(net, sample)
+    assert all(p.grad is None for p in net.parameters())
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)
+
+
+def chain(net, sample):
+    denoise = as_denoiser(toy_network, SCHEDULE, "learned_range")
+    denoise = guided(denoise, {"c": classifier_guidance(2.0, net, SCHEDULE)})
+    noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
+    x = initial_noise(0, range(2), SHAPE)
+    condition = Condition(labels=LABELS.clone())  # made here, so an inference tensor in inference mode
+    return [after.clone() for _, after, _ in sample(denoise, x, condition, SCHEDULE, noise)]
+
+
+def test_guidance_makes_the_class_likelier():
+    net = small_classifier()
+    timesteps = torch.zeros(2, dtype=torch.int64)
+
+    def log_p(scale):
+        denoise = as_denoiser(toy_network, SCHEDULE, "fixed_small")
+        denoise = guided(denoise, {"c": classifier_guidance(scale, net, SCHEDULE)})
+        noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
+        *_, (_, x, _) = ddpm(denoise, initial_noise(0, range(2), SHAPE), Condition(labels=LABELS), SCHEDULE, noise)
+        with torch.no_grad():
+            return net(x, timesteps).log_softmax(dim=1)[range(2), LABELS]
+
+    assert bool((log_p(20.0) > log_p(0.0)).all())
+    assert bool((log_p(-20.0) < log_p(0.0)).all())

@@ -1,0 +1,30 @@
+import pytest
+
+from sagl.settings.errors import UserError
+from sagl.settings.training import OptimizerSettings
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"decay_steps": -5}]
+)
+def test_rates_and_lengths_that_make_no_sense_are_refused_with_the_argument_and_what_came(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(UserError) as error:
+        OptimizerSettings(**changes)
+    assert f"`{name}`" in str(error.value)
+    assert str(value) in str(error.value)
+
+
+def test_the_rate_rises_linearly_in_warm_up():
+    settings = OptimizerSettings(warmup_steps=4)
+    assert [settings.rate_factor(step, -1) for step in range(7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
+
+
+def test_the_rate_falls_linearly_to_the_last_step():
+    settings = OptimizerSettings(decay_steps=4)
+    assert [settings.rate_factor(step, 8) for step in range(9)] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_rate_is_constant_without_warm_up_and_end():
+    assert [OptimizerSettings().rate_factor(step, 100) for step in (0, 50, 100)] == [1, 1, 1]
+    assert OptimizerSettings(decay_steps=4).rate_factor(10**9, -1) == 1
