@@ -94,7 +94,7 @@ def prepare(
     if classifier_settings and classifier_settings.scale:
         if classifier is None:
             raise UserError("`classifier.scale` needs a classifier, got none.")
-        guidances["classifier"] = classifier_guidance(classifier_settings.scale, classifier, schedule)
+        guidances["classifier"] = classifier_guidance(classifier_settings, classifier, schedule)
     return Recipe(network=network, schedule=schedule, diffusion=diffusion, chain_settings=chain, guidances=guidances)
 
 

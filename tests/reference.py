@@ -16,7 +16,7 @@ from sagl.guidance.direction import guided
 from sagl.guidance.sag import sag
 from sagl.models.adm import Classifier, UNet
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
 
 ASSETS = Path(__file__).parent / "assets"
@@ -121,7 +121,7 @@ def trajectory_error(name, sample):
     )
     guidances = {
         "sag": sag(settings, schedule),
-        "classifier": classifier_guidance(m["classifier_scale"], classifier(), schedule),
+        "classifier": classifier_guidance(ClassifierGuidance(scale=m["classifier_scale"]), classifier(), schedule),
     }
     denoise = guided(as_denoiser(network(m["model"]), schedule, "learned_range"), guidances)
     condition = Condition(labels=torch.tensor(m["classifier_labels"]) if m["classifier_labels"] else None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from sagl.diffusion.process import learned_log_variance
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import Variance
+from sagl.settings.errors import require
 from sagl.shapes import Image, Labels, Site, Timestep, TokenMap
 
 
@@ -97,9 +98,13 @@ def split_prediction(
     """A network's channels as eps and log variance: (B, C or 2C, H, W) -> (B, C, H, W), () … (B, C, H, W).
 
     With a fixed variance, channels behind eps are left unread.
+
+    Raises:
+        UserError: the variance is to be the network's, and it has no channels for it.
     """
     eps, behind = out[:, :channels], out[:, channels:]
     if variance == "learned_range":
+        require(behind.shape == eps.shape, "`variance` learned_range needs a network with learn_sigma: true.")
         return eps, learned_log_variance(behind, schedule.log_posterior_variance(step), schedule.log_beta(step))
     fixed = schedule.log_posterior_variance(step) if variance == "fixed_small" else schedule.log_large_variance(step)
     return eps, fixed.to(out)

@@ -27,7 +27,7 @@ class Losses:
     mse: PerSample
     """L_simple: mean squared error of eps."""
     vb: PerSample
-    """The bound's term at the timestep, scaled by T/1000 (T/1 in kind "vlb"); 0 in kind "simple"."""
+    """The bound's term at the timestep, scaled by T/1000 (by T in kind "vlb"); 0 where it is not trained."""
 
 
 Eps = Callable[[Image, Tensor], Tensor]
@@ -52,7 +52,7 @@ def training_losses(
     out = predict(x_t, timesteps).to(x_0.dtype)
     eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
     mse = mean_flat((noise - eps) ** 2)
-    if kind == "simple":
+    if kind == "simple" or (kind == "hybrid" and variance != "learned_range"):  # a fixed variance has nothing to learn
         return Losses(total=mse, mse=mse, vb=torch.zeros_like(mse))
     bound_eps = eps.detach() if kind == "hybrid" else eps
     scale = schedule.num_steps / (1000 if kind == "hybrid" else 1)
@@ -118,8 +118,9 @@ def prior_bits(x_0: Image, schedule: Schedule) -> PerSample:
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
     """KL(N(mean) || N(other)), element by element, in nats."""
-    spread = (log_variance - other_log_variance).exp() + (mean - other_mean) ** 2 * (-other_log_variance).exp()
-    return 0.5 * (other_log_variance - log_variance + spread - 1)
+    ratio = log_variance - other_log_variance
+    distance = (mean - other_mean) ** 2 * (-other_log_variance).exp()
+    return 0.5 * (torch.expm1(ratio) - ratio + distance)  # expm1: small terms would drown in exp(ratio) - 1
 
 
 def discretized_log_likelihood(x: Image, mean: Image, log_scale: Tensor) -> Tensor:

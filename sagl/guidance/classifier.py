@@ -9,13 +9,14 @@ from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.direction import Guidance
 from sagl.settings.errors import UserError
+from sagl.settings.guidance import ClassifierGuidance
 from sagl.shapes import Image, Timestep
 
 Logits = Callable[[Image, Timestep], Tensor]
 """A classifier of noisy images: ((B, C, H, W), (B,) timesteps) -> (B, classes)."""
 
 
-def classifier_guidance(scale: float, classifier: Logits, schedule: Schedule) -> Guidance:
+def classifier_guidance(settings: ClassifierGuidance, classifier: Logits, schedule: Schedule) -> Guidance:
     """Towards x_t that the classifier takes for the condition's labels: score = scale · grad log p(y | x_t).
 
     Costs no pass of the UNet; the labels must be given.
@@ -25,10 +26,10 @@ def classifier_guidance(scale: float, classifier: Logits, schedule: Schedule) ->
         if condition.labels is None:
             raise UserError("`labels` must be given for classifier guidance, got none.")
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
-        with torch.inference_mode(False), torch.enable_grad():  # enable_grad alone does nothing in inference mode
+        with torch.inference_mode(False):  # switches gradients on too; enable_grad alone does nothing in inference mode
             x = x_t.detach().clone().requires_grad_()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             chosen = log_p.gather(1, condition.labels.clone()[:, None]).sum()
-            return Direction(score=scale * torch.autograd.grad(chosen, x)[0])
+            return Direction(score=settings.scale * torch.autograd.grad(chosen, x)[0])
 
-    return Guidance(direction=direction, when=lambda _: scale != 0)
+    return Guidance(direction=direction, when=lambda _: settings.scale != 0)

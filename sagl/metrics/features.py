@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sagl.data.pixels import to_rgb
 from sagl.settings.errors import UserError
 from sagl.shapes import ImageUint8
 
@@ -26,8 +25,8 @@ def effnet_lite0(side: int) -> Extractor:
     network = _effnet_lite0()
 
     def extract(images_uint8: ImageUint8) -> Tensor:
-        x = F.interpolate(to_rgb(images_uint8).float(), size=(side, side), mode="bilinear", align_corners=False)
-        return network((x - 127) / 128).mean(dim=(2, 3))
+        x = F.interpolate(images_uint8.float(), size=(side, side), mode="bilinear", align_corners=False)
+        return network((x.expand(-1, 3, -1, -1) - 127) / 128).mean(dim=(2, 3))
 
     return extract
 

@@ -35,7 +35,11 @@ class DiffusionSettings:
         """Refuse what has no process."""
         one_of("noise_schedule", self.noise_schedule, ("linear", "cosine"))
         one_of("variance", self.variance, ("learned_range", "fixed_small", "fixed_large"))
-        require(self.num_timesteps >= 1, f"`num_timesteps` must be at least 1, got {self.num_timesteps}.")
+        least = 21 if self.noise_schedule == "linear" else 1  # linear betas reach 20 / num_timesteps
+        require(
+            self.num_timesteps >= least,
+            f"`num_timesteps` must be at least {least} for a {self.noise_schedule} schedule, got {self.num_timesteps}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ class UNetSettings(EncoderSettings):
             "`null_label` needs a class-conditional network, got num_classes=None. Set num_classes.",
         )
         require(
-            self.num_classes is None or self.num_classes > 0,
+            self.num_classes is None or self.num_classes >= 1,
             f"`num_classes` must be at least 1, got {self.num_classes}.",
         )
 
@@ -117,6 +117,7 @@ class ClassifierSettings(EncoderSettings):
     def __post_init__(self) -> None:
         """Check what only a classifier has."""
         super().__post_init__()
+        require(self.num_classes >= 1, f"`num_classes` must be at least 1, got {self.num_classes}.")
         require(self.pool in POOLS, f"`pool` must be one of {', '.join(POOLS)}, got {self.pool!r}.")
         require(
             self.pool != "attention" or self.num_head_channels is not None,
@@ -152,13 +153,16 @@ def _geometry(s: EncoderSettings) -> None:
 
 
 def _heads(s: EncoderSettings) -> None:
-    """Heads divide the width of every block that has attention."""
+    """Heads divide the width of every block that has attention; the middle always has it."""
     levels = zip(s.widths, s.resolutions, strict=True)
-    attended = {width for width, side in levels if side in s.attention_resolutions} | {s.widths[-1]}
-    named = "num_head_channels" if s.num_head_channels else "num_heads"
-    parts = [s.num_head_channels or s.num_heads, getattr(s, "num_heads_upsample", None) or 1]
-    for width in sorted(attended):
-        for part in parts[: 1 if s.num_head_channels else 2]:
+    attended = sorted({width for width, side in levels if side in s.attention_resolutions} | {s.widths[-1]})
+    deciding = ("num_head_channels",) if s.num_head_channels is not None else ("num_heads", "num_heads_upsample")
+    for name in deciding:
+        value = getattr(s, name, None)
+        if value is None:
+            continue
+        require(value >= 1, f"`{name}` must be at least 1 or left out, got {value}.")
+        for width in attended:
             require(
-                width % part == 0, f"`{named}` must divide the width {width} of a block with attention, got {part}."
+                width % value == 0, f"`{name}` must divide the width {width} of a block with attention, got {value}."
             )

@@ -25,7 +25,7 @@ class ChainSettings:
     def __post_init__(self) -> None:
         """Refuse what has no chain."""
         one_of("sampler", self.sampler, ("ddpm", "ddim"))
-        require(self.eta >= 0, f"`eta` must be at least 0, got {self.eta}.")
+        require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,
             f"`eta` is for sampler ddim, got eta {self.eta} with {self.sampler}. Add --sampler ddim.",
@@ -52,7 +52,8 @@ class RunSettings:
         for name in ("num_samples", "batch_size"):
             require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("seed", "first_id"):
-            require(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            require(0 <= value < 2**32, f"`{name}` must be in 0 … 2³² - 1, got {value}.")
         if self.labels not in ("random", "balanced", "null"):
             _ = self.listed_labels
 

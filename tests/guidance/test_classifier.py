@@ -10,6 +10,7 @@ from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
+from sagl.settings.guidance import ClassifierGuidance
 from tests.reference import small_classifier
 from tests.toys import NOTHING, Recorder, plain, toy_network
 
@@ -29,7 +30,7 @@ def linear_classifier(x, timesteps):
 
 def score(scale=1.0, classifier=linear_classifier, x=None, step=2):
     condition = Condition(labels=LABELS)
-    return guided(plain, {"c": classifier_guidance(scale, classifier, SCHEDULE)})(
+    return guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=scale), classifier, SCHEDULE)})(
         images() if x is None else x, step, condition
     )
 
@@ -66,7 +67,7 @@ def test_the_classifier_sees_the_noisy_image_at_the_original_timestep():
 
 def test_eps_stays_the_plain_one_and_no_pass_is_paid_for():
     denoise, x = Recorder(plain), images()
-    guidances = {"c": classifier_guidance(2.0, linear_classifier, SCHEDULE)}
+    guidances = {"c": classifier_guidance(ClassifierGuidance(scale=2.0), linear_classifier, SCHEDULE)}
     prediction = guided(denoise, guidances)(x, 2, Condition(labels=LABELS))
     assert torch.equal(prediction.eps, plain(x, 2, NOTHING).eps)
     assert len(denoise.calls) == prediction.nfe == 1
@@ -74,14 +75,18 @@ def test_eps_stays_the_plain_one_and_no_pass_is_paid_for():
 
 def test_zero_scale_does_not_call_the_classifier_nor_need_labels():
     classifier = Recorder(linear_classifier)
-    prediction = guided(plain, {"c": classifier_guidance(0.0, classifier, SCHEDULE)})(images(), 2, NOTHING)
+    prediction = guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=0.0), classifier, SCHEDULE)})(
+        images(), 2, NOTHING
+    )
     assert classifier.calls == []
     assert prediction.score == 0
 
 
 def test_labels_must_be_given():
     with pytest.raises(UserError, match="`labels` must be given"):
-        guided(plain, {"c": classifier_guidance(1.0, linear_classifier, SCHEDULE)})(images(), 2, NOTHING)
+        guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=1.0), linear_classifier, SCHEDULE)})(
+            images(), 2, NOTHING
+        )
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -99,7 +104,7 @@ def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):
 
 def chain(net, sample):
     denoise = as_denoiser(toy_network, SCHEDULE, "learned_range")
-    denoise = guided(denoise, {"c": classifier_guidance(2.0, net, SCHEDULE)})
+    denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=2.0), net, SCHEDULE)})
     noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
     x = initial_noise(0, range(2), SHAPE)
     condition = Condition(labels=LABELS.clone())  # made here, so an inference tensor in inference mode
@@ -112,7 +117,7 @@ def test_guidance_makes_the_class_likelier():
 
     def log_p(scale):
         denoise = as_denoiser(toy_network, SCHEDULE, "fixed_small")
-        denoise = guided(denoise, {"c": classifier_guidance(scale, net, SCHEDULE)})
+        denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=scale), net, SCHEDULE)})
         noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
         *_, (_, x, _) = ddpm(denoise, initial_noise(0, range(2), SHAPE), Condition(labels=LABELS), SCHEDULE, noise)
         with torch.no_grad():

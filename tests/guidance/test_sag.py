@@ -12,7 +12,7 @@ from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
-from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.shapes import Site
 from tests import oracle
 from tests.reference import relative_error, small_classifier, small_unet
@@ -170,7 +170,7 @@ def test_outside_the_interval_nothing_changes_and_no_attention_is_asked_for(unet
 
 def test_sag_and_classifier_guidance_cost_one_pass_more_in_either_order(unet):
     classifier = small_classifier()
-    both = {"sag": guidance(), "classifier": classifier_guidance(1.5, classifier, SCHEDULE)}
+    both = {"sag": guidance(), "classifier": classifier_guidance(ClassifierGuidance(scale=1.5), classifier, SCHEDULE)}
     condition = Condition(labels=torch.tensor([1, 4]))
     found = []
     for names in (("sag", "classifier"), ("classifier", "sag")):
