@@ -1,5 +1,6 @@
 """`sagl fit`: train a network with LightningCLI, everything that it writes in one folder."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ class SaveConfig(SaveConfigCallback):
 
 class FitCLI(LightningCLI):
     """LightningCLI whose run folder, checkpoint and averages are decided in one place."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401 (Lightning's own)
+        """Parsers that raise, so that a refusal is one line (see `sagl.cli`)."""
+        return super().init_parser(**{**kwargs, "exit_on_error": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags that are not the trainer's, the model's or the data's."""
@@ -72,7 +77,13 @@ class FitCLI(LightningCLI):
 
 
 def main(arguments: list[str]) -> None:
-    """Train: `sagl fit --config FILE --output DIR [--resume]`."""
+    """Train: `sagl fit --config FILE --output DIR [--resume]`.
+
+    Raises:
+        UserError, ArgumentError: the settings cannot be met; nothing has been written.
+    """
+    # sys.argv must stay as it is, for the launcher of further processes runs it again
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     FitCLI(
         DiffusionModule,
         LightningDataModule,
@@ -80,6 +91,8 @@ def main(arguments: list[str]) -> None:
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"enable_model_summary": False},
         parser_kwargs={"prog": "sagl"},
         args=["fit", *arguments],
     )
