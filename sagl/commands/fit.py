@@ -59,9 +59,10 @@ class FitCLI(LightningCLI):
             resume or not self.last_checkpoint.exists(),
             f"`output` must be a new folder, and {self.output} holds a run. Add --resume to go on, or choose another.",
         )
-        logger = TensorBoardLogger(self.output, name="logs", version="")
-        kwargs = {**kwargs, "default_root_dir": str(self.output), "logger": logger}
-        return super().instantiate_trainer(**kwargs, callbacks=self._callbacks())
+        kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
+        return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self) -> list[Any]:
         every = {name: self._get(self.config, f"save_every_{name}") for name in ("steps", "minutes")}

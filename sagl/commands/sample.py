@@ -1,6 +1,5 @@
 """`sagl sample`: images from a network, guided or not, and beside each other."""
 
-import json
 import platform
 import shlex
 import time
@@ -23,6 +22,8 @@ if TYPE_CHECKING:  # torch is imported once the command line has been accepted
     from sagl.recipe import Recipe
     from sagl.shapes import ImageUint8
 
+GRID_SAMPLES = 256
+"""The grid shows so many, the first; the other files hold all."""
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
 
 
@@ -196,7 +197,8 @@ def _write(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "command": command,
     }
-    npz = write_run(request.output, rows["samples"], labels, json.loads(json.dumps(record)))
-    save_png(stacked_grid(list(rows.values())), request.output / "grid.png")
+    request.output.mkdir(parents=True, exist_ok=True)
+    save_png(stacked_grid([row[:GRID_SAMPLES] for row in rows.values()]), request.output / "grid.png")
+    npz = write_run(request.output, rows["samples"], labels, record)
     print(f"{len(labels)} images in {seconds:.1f} s, {recipe.nfe} network evaluations each.")
     print(f"Look at {request.output / 'grid.png'} ({', above '.join(rows)}); arrays in {npz}.")

@@ -35,7 +35,15 @@ Eps = Callable[[Image, Tensor], Tensor]
 
 
 def training_losses(
-    predict: Eps, x_0: Image, timesteps: Tensor, noise: Image, schedule: Schedule, *, kind: Loss, variance: Variance
+    predict: Eps,
+    x_0: Image,
+    timesteps: Tensor,
+    noise: Image,
+    schedule: Schedule,
+    *,
+    kind: Loss,
+    variance: Variance,
+    max_weight: float = 1.0,
 ) -> Losses:
     """Losses of one batch, each sample at its own timestep of the whole process.
 
@@ -47,17 +55,20 @@ def training_losses(
         schedule: the whole process, not a respaced one.
         kind: hybrid trains the mean by L_simple and the variance alone by the bound.
         variance: the reverse step's.
+        max_weight: L_simple counts 1 / alpha_bar times, at most so often. 1: everywhere alike, as in ADM.
     """
-    x_t = add_noise(x_0, noise, schedule.alpha_bar(timesteps))
+    alpha_bar = schedule.alpha_bar(timesteps)
+    x_t = add_noise(x_0, noise, alpha_bar)
     out = predict(x_t, timesteps).to(x_0.dtype)
     eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
     mse = mean_flat((noise - eps) ** 2)
+    weighted = mse * (1 / alpha_bar).clamp(max=max_weight).flatten().to(mse)
     if kind == "simple" or (kind == "hybrid" and variance != "learned_range"):  # a fixed variance has nothing to learn
-        return Losses(total=mse, mse=mse, vb=torch.zeros_like(mse))
+        return Losses(total=weighted, mse=mse, vb=torch.zeros_like(mse))
     bound_eps = eps.detach() if kind == "hybrid" else eps
     scale = schedule.num_steps / (1000 if kind == "hybrid" else 1)
     vb = scale * bound_term(x_0, x_t, bound_eps, log_variance, schedule, timesteps, clip_x0=False)
-    return Losses(total=vb if kind == "vlb" else mse + vb, mse=mse, vb=vb)
+    return Losses(total=vb if kind == "vlb" else weighted + vb, mse=mse, vb=vb)
 
 
 def bound_term(

@@ -125,6 +125,7 @@ class DiffusionModule(LightningModule):
             self.schedule,
             kind=self.loss_settings.kind,
             variance=self.diffusion_settings.variance,
+            max_weight=self.loss_settings.max_weight,
         )
 
     def _labels(self, labels: Labels) -> Labels | None:

@@ -48,10 +48,16 @@ class LossSettings:
 
     kind: Loss = "hybrid"
     """hybrid: L_simple plus the bound for the variance alone (ADM); simple: L_simple; vlb: the bound."""
+    max_weight: float = 1.0
+    """L_simple counts 1 / alpha_bar times (the error of v; Salimans & Ho 2022), at most so often; 1: alike, as in ADM.
+
+    A short training learns x0_hat at high noise with a limit near 100: an error of eps is 1 / alpha_bar times as
+    large there (squared), and L_simple hardly sees it."""
     timestep_sampler: TimestepSampler = "uniform"
     """Which timesteps are trained: all alike, or in proportion to their loss's root mean square."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names."""
         one_of("kind", self.kind, ("hybrid", "simple", "vlb"))
+        require(self.max_weight >= 1, f"`max_weight` must be at least 1, got {self.max_weight}.")
         one_of("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))
