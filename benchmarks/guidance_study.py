@@ -1,6 +1,6 @@
 """Fréchet distance over guidance settings at equal seeds: which site, blur, scale and interval help a network.
 
-    python benchmarks/guidance_study.py study.jsonl --num_samples 1000 --respacing ddim10
+    python benchmarks/guidance_study.py study.jsonl --num_samples 1000 --sampler ddpm --respacing ddim20
 
 Each line of the output file is one measured setting; settings that are already in it are not measured again, so a
 study that was stopped goes on. The unguided run is one of them and is shared by all.
@@ -54,7 +54,8 @@ def main() -> None:
     p.add_argument("--num_samples", type=int, default=1000)
     p.add_argument("--first_id", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=100)
-    p.add_argument("--respacing", default="ddim10")
+    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
+    p.add_argument("--respacing", default="ddim20")
     p.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3])
     p.add_argument("--sites", nargs="+", default=["middle", "output.2", "output.5"])
     p.add_argument("--blur_sigmas", type=float, nargs="+", default=[1.0, 2.0])
@@ -63,7 +64,7 @@ def main() -> None:
 
     file = read_network(a.checkpoint)
     network = build_network(file)
-    chain = ChainSettings(sampler="ddim", respacing=a.respacing)
+    chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = EXTRACTORS[EXTRACTOR]()
     fetch(cache_folder())

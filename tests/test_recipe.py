@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -43,8 +44,10 @@ def images_of(recipe, run, ids=(0, 1)):
         return collect(recipe.chain(run.seed, list(ids), labels_of(run, list(ids), recipe.network)))
 
 
-def steps_of(recipe, run, sample_id):
+@cache
+def steps_of(sample_id, run, chain):
     """One sample of a run, step by step: its image and its mask."""
+    recipe = recipe_of(chain)
     (ids,) = (ids for ids in micro_batches(run) if sample_id in ids)
     row = ids.index(sample_id)
     with torch.inference_mode():
@@ -60,9 +63,8 @@ def steps_of(recipe, run, sample_id):
     "short", [RunSettings(num_samples=6, batch_size=4), RunSettings(num_samples=1, first_id=5, batch_size=4)]
 )
 def test_sample_5_of_a_run_of_8_is_the_same_bytes_in_another_run_at_the_same_batch_size(chain, short):
-    recipe = recipe_of(chain)
     long = RunSettings(num_samples=8, batch_size=4)
-    for (x, mask), (other, other_mask) in zip(steps_of(recipe, long, 5), steps_of(recipe, short, 5), strict=True):
+    for (x, mask), (other, other_mask) in zip(steps_of(5, long, chain), steps_of(5, short, chain), strict=True):
         assert torch.equal(x, other)
         assert torch.equal(mask, other_mask)
 
@@ -71,9 +73,8 @@ def test_sample_5_of_a_run_of_8_is_the_same_bytes_in_another_run_at_the_same_bat
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
 def test_sample_5_of_a_run_of_8_is_that_of_a_run_of_6_at_another_batch_size(chain, batch_size, record_property):
     """Within rounding, up to a step where a token flips over the threshold; flips are counted and named."""
-    recipe = recipe_of(chain)
-    want = steps_of(recipe, RunSettings(num_samples=8, batch_size=4), 5)
-    got = steps_of(recipe, RunSettings(num_samples=6, batch_size=batch_size), 5)
+    want = steps_of(5, RunSettings(num_samples=8, batch_size=4), chain)
+    got = steps_of(5, RunSettings(num_samples=6, batch_size=batch_size), chain)
     assert 0.1 < float(want[0][1].float().mean()) < 0.9
     flips, largest = 0, 0.0
     for (x, mask), (other, other_mask) in zip(want, got, strict=True):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -26,7 +25,7 @@ class WeightAverage(WeightAveraging):
             UserError: `decay` is out of range.
         """
         require(0 <= decay < 1, f"`decay` must be in [0, 1), got {decay}.")
-        self.decay = decay
+        self.decay, self._in_place = decay, False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
@@ -39,11 +38,20 @@ class WeightAverage(WeightAveraging):
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The average takes the weights' place."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._in_place = True
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The weights are back."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._in_place = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that ends while it validates is put right before anything is saved."""
+        if self._in_place:
+            self.on_validation_epoch_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the raw weights in place: checkpoints hold both."""
-
-
-def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The network's averaged weights in a loaded training checkpoint, without their prefix."""
-    prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

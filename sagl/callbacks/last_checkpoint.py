@@ -50,7 +50,7 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A polite end (SIGTERM) falls between two steps, and is saved; any other leaves the last whole file."""
+        """A polite end (SIGTERM) falls between two batches, and is saved; any other leaves the last whole file."""
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
 

@@ -50,7 +50,11 @@ def main(arguments: list[str]) -> None:
         kept = cache_folder() / "statistics" / f"{given.reference}-{given.extractor}.npz"
         reference = cached_statistics(kept, lambda: features_of(_images(given.reference), extract))
     else:
-        reference = statistics(features_of(_images(given.reference), extract))
+        others = _images(given.reference)
+        require(
+            len(others) >= 2, f"`reference` must hold at least 2 images, and {given.reference} holds {len(others)}."
+        )
+        reference = statistics(features_of(others, extract))
     result = {
         "frechet_distance": round(frechet_distance(measured, reference), 3),
         "extractor": given.extractor,

@@ -4,12 +4,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.models.checkpoints import load_training_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import require
 
@@ -52,13 +53,19 @@ class FitCLI(LightningCLI):
         """A trainer that writes into the run folder only.
 
         Raises:
-            UserError: the folder holds a run, and --resume was not given.
+            UserError: the folder holds a run, and --resume was not given; or its checkpoint cannot be read.
         """
         resume = self._get(self.config, "resume")
         require(
             resume or not self.last_checkpoint.exists(),
             f"`output` must be a new folder, and {self.output} holds a run. Add --resume to go on, or choose another.",
         )
+        require(
+            self._get(self.config, "ckpt_path") is None,
+            "`ckpt_path` is not for sagl: --resume goes on from the run in --output.",
+        )
+        if resume and self.last_checkpoint.exists():
+            load_training_checkpoint(self.last_checkpoint)  # refused here, in one line, or it can be read
         kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
@@ -75,6 +82,8 @@ class FitCLI(LightningCLI):
         """Resume where there is something to resume."""
         resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
+        self.config_init["fit"]["weights_only"] = True
+        seed_everything(self.model.seed, workers=True, verbose=False)  # dropout; all else has generators of its own
 
 
 def main(arguments: list[str]) -> None:
@@ -92,7 +101,7 @@ def main(arguments: list[str]) -> None:
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
-        seed_everything_default=0,
+        seed_everything_default=False,
         trainer_defaults={"enable_model_summary": False},
         parser_kwargs={"prog": "sagl"},
         args=["fit", *arguments],

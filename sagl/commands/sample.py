@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from sagl.models.zoo import EMBEDDED, described
-from sagl.settings.errors import require
+from sagl.settings.errors import UserError, require
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
 
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> Request:
     """
     p = parser()
     checkpoint = Path(p.parse_args(arguments).checkpoint)
-    p.set_defaults(described(checkpoint).get("recommended", {}))
+    advise(p, described(checkpoint).get("recommended", {}))
     given = p.parse_args(arguments)
     return Request(
         checkpoint=checkpoint,
@@ -86,6 +86,21 @@ def parse(arguments: list[str]) -> Request:
     )
 
 
+def advise(p: ArgumentParser, recommended: dict[str, Any]) -> None:
+    """Make recommended settings the parser's defaults.
+
+    Raises:
+        UserError: they are not settings of `sagl sample`.
+    """
+    try:
+        given = p.parse_object(recommended)
+        _fields(RunSettings, given), _fields(ChainSettings, given), _fields(SelfAttentionGuidance, given.sag)
+    except (KeyError, TypeError, ValueError, AttributeError, ArgumentError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"`recommended` must be settings of sagl sample, got {recommended}: {reason}") from error
+    p.set_defaults(recommended)
+
+
 def main(arguments: list[str]) -> None:
     """Sample: `sagl sample [--sag.scale S] [--compare] [--output DIR] …`.
 
@@ -94,6 +109,10 @@ def main(arguments: list[str]) -> None:
     """
     request = parse(arguments)
     require(not request.compare or request.sag.scale != 0, "`compare` needs guidance, got scale 0. Give --sag.scale.")
+    require(
+        request.output.is_dir() or not request.output.exists(),
+        f"`output` must be a folder, and {request.output} is a file. Choose another name.",
+    )
     require(request.checkpoint.is_file(), f"`checkpoint` must be a file, and there is none at {request.checkpoint}.")
     from sagl.data.run_folder import is_complete
     from sagl.models.checkpoints import build_network, read_network, sha256
@@ -199,6 +218,6 @@ def _write(
     }
     request.output.mkdir(parents=True, exist_ok=True)
     save_png(stacked_grid([row[:GRID_SAMPLES] for row in rows.values()]), request.output / "grid.png")
-    npz = write_run(request.output, rows["samples"], labels, record)
+    npz = write_run(request.output, rows["samples"], labels, record, request.run.first_id)
     print(f"{len(labels)} images in {seconds:.1f} s, {recipe.nfe} network evaluations each.")
     print(f"Look at {request.output / 'grid.png'} ({', above '.join(rows)}); arrays in {npz}.")

@@ -115,6 +115,8 @@ def fetch(root: Path) -> None:
 
 def _unpack(packed: Path, target: Path) -> None:
     """Gunzip, whole or not at all."""
-    with gzip.open(packed) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
-        shutil.copyfileobj(source, copy)
-    os.replace(copy.name, target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        copy = Path(folder) / target.name
+        with gzip.open(packed) as source, copy.open("wb") as unpacked:
+            shutil.copyfileobj(source, unpacked)
+        os.replace(copy, target)

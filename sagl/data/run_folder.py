@@ -50,7 +50,9 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     return bool(found)
 
 
-def write_run(folder: Path, images_uint8: ImageUint8, labels: Sequence[int], record: Mapping[str, Any]) -> Path:
+def write_run(
+    folder: Path, images_uint8: ImageUint8, labels: Sequence[int], record: Mapping[str, Any], first_id: int = 0
+) -> Path:
     """Write images and record; the record comes last, so that a folder with one is a finished run.
 
     Args:
@@ -58,6 +60,7 @@ def write_run(folder: Path, images_uint8: ImageUint8, labels: Sequence[int], rec
         images_uint8: (N, 1 or 3, H, W); grey images are written as RGB.
         labels: (N,), -1 for no label.
         record: what run.json holds.
+        first_id: id of the first image, which names its file.
 
     Returns:
         The npz: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 labels.
@@ -65,7 +68,7 @@ def write_run(folder: Path, images_uint8: ImageUint8, labels: Sequence[int], rec
     pixels = to_rgb(images_uint8).permute(0, 2, 3, 1).contiguous().numpy()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pixels):
-        PILImage.fromarray(picture).save(folder / "images" / f"{i:06d}.png")
+        PILImage.fromarray(picture).save(folder / "images" / f"{first_id + i:06d}.png")
     npz = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
     with _partial(npz).open("wb") as file:
         np.savez(file, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
@@ -86,6 +89,7 @@ def read_samples(path: Path) -> ImageUint8:
     files = [path] if path.suffix == ".npz" else sorted(path.glob("samples_*.npz"))
     require(bool(files) and files[0].is_file(), f"`run` must be an npz file or a folder that holds one, got {path}.")
     with np.load(files[0]) as arrays:
+        require("arr_0" in arrays, f"`run` must hold images as arr_0, and {files[0]} does not.")
         return torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
 
 

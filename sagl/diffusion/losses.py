@@ -4,7 +4,7 @@ Ho et al. 2020, eq. 5 and 14; Nichol & Dhariwal 2021, eq. 4 to 7 and 16, section
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -167,6 +167,12 @@ class TimestepSampler(Protocol):
     def update(self, timesteps: Tensor, losses: PerSample) -> None:
         """Learn from the losses seen at these timesteps."""
 
+    def state(self) -> dict[str, Tensor]:
+        """All that was learned."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimesteps:
@@ -180,6 +186,13 @@ class UniformTimesteps:
 
     def update(self, timesteps: Tensor, losses: PerSample) -> None:
         """Nothing to learn."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing learned."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to go on from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +228,15 @@ class LossSecondMomentTimesteps:
         p = self.probabilities()
         timesteps = torch.multinomial(p, batch, replacement=True, generator=generator)
         return timesteps, (1 / (self.num_timesteps * p[timesteps])).float()
+
+    def state(self) -> dict[str, Tensor]:
+        """The histories."""
+        return {"losses": self.losses, "counts": self.counts}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the histories of a `state`; from empty ones where it has none."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
 
     def update(self, timesteps: Tensor, losses: PerSample) -> None:
         """Push each loss onto its timestep's history, dropping the oldest of a full one."""

@@ -31,7 +31,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     a matrix that is not symmetric, and singular covariances (fewer samples than features) do no harm.
     """
     eigenvalues, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    root = (vectors * _without_rounding(eigenvalues).sqrt()) @ vectors.T
+    shared = _without_rounding(torch.linalg.eigvalsh(root @ b.covariance @ root)).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
     return max(0.0, float(distance))
+
+
+def _without_rounding(eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues that are rounding of 0 as 0: their roots, many and of one sign, would add up."""
+    floor = eigenvalues.max().clamp(min=0) * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > floor, eigenvalues, 0.0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,32 +87,49 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_safetensors(path: Path) -> NetworkFile:
-    about = described(path)
-    require(bool(about), f"`checkpoint` must carry sagl's settings, and {path} does not. Write it with sagl convert.")
-    return NetworkFile(
-        network=UNetSettings(**_tuples(about["network"])),
-        diffusion=DiffusionSettings(**about["diffusion"]),
-        state=load_file(path),
-        recommended=about["recommended"],
-    )
+def load_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint, memory-mapped, without running code in it.
 
-
-def _read_training(path: Path, weights: Weights) -> NetworkFile:
+    Raises:
+        UserError: it is none, or a pickle that wants to run code.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        hyperparameters = checkpoint["hyper_parameters"]
-        state = checkpoint["state_dict" if weights == "ema" else "current_model_state"]
+        require("state_dict" in checkpoint and "network" in checkpoint["hyper_parameters"], "another project's")
+        return dict(checkpoint)
     except Exception as error:  # torch reports a bad file in many ways
         raise UserError(
             f"`checkpoint` must be one that sagl fit wrote; {path} is none ({type(error).__name__})."
         ) from error
-    prefix = "network."
-    return NetworkFile(
-        network=UNetSettings(**_tuples(hyperparameters["network"])),
-        diffusion=DiffusionSettings(**hyperparameters["diffusion"]),
-        state={name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)},
-    )
+
+
+def _read_safetensors(path: Path) -> NetworkFile:
+    about = described(path)
+    require(bool(about), f"`checkpoint` must carry sagl's settings, and {path} does not. Write it with sagl convert.")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"`checkpoint` must be a whole .safetensors file, and {path} is damaged.") from error
+    return _network_file(about, state, path, about.get("recommended", {}))
+
+
+def _read_training(path: Path, weights: Weights) -> NetworkFile:
+    checkpoint = load_training_checkpoint(path)
+    prefix, part = "network.", "state_dict" if weights == "ema" else "current_model_state"
+    require(part in checkpoint, f"`weights` {weights} are not in {path}. Try --weights ema.")
+    state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint[part].items() if name.startswith(prefix)}
+    return _network_file(checkpoint["hyper_parameters"], state, path, {})
+
+
+def _network_file(
+    about: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, recommended: Mapping[str, Any]
+) -> NetworkFile:
+    try:
+        network = UNetSettings(**_tuples(about["network"]))
+        diffusion = DiffusionSettings(**about["diffusion"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"`checkpoint` must carry sagl's settings, and those in {path} are others.") from error
+    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=recommended)
 
 
 def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

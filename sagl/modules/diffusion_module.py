@@ -32,7 +32,7 @@ QUARTERS = 4
 class DiffusionModule(LightningModule):
     """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
 
-    Noise, timesteps and dropped labels of a step are drawn from (seed, step, rank) alone.
+    Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, step, batch, rank) alone.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DiffusionModule(LightningModule):
             loss: what is minimised.
             optimizer: AdamW and its rate.
             label_dropout: share of training samples that see the null label instead of their own.
-            seed: of noise, timesteps and dropped labels.
+            seed: of first weights, noise, timesteps and dropped labels.
 
         Raises:
             UserError: settings that contradict each other.
@@ -76,7 +76,9 @@ class DiffusionModule(LightningModule):
         self.network_settings, self.diffusion_settings = network, diffusion
         self.loss_settings, self.optimizer_settings = loss, optimizer
         self.label_dropout, self.seed = label_dropout, seed
-        self.network = UNet(network)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = UNet(network)
         self.schedule = make_schedule(diffusion)
         self.timestep_sampler: TimestepSampler = {
             "uniform": UniformTimesteps,
@@ -115,6 +117,14 @@ class DiffusionModule(LightningModule):
         max_steps = self.trainer.max_steps
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.rate_factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the timestep sampler has learned."""
+        checkpoint["timestep_sampler"] = self.timestep_sampler.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with what it had learned."""
+        self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
 
     def _losses(self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None) -> Losses:
         return training_losses(

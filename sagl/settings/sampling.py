@@ -37,7 +37,7 @@ class RunSettings:
     """Which samples a run makes."""
 
     num_samples: int = 16
-    """Images to make; their ids are 0 … num_samples - 1."""
+    """Images to make; their ids are first_id, first_id + 1, …"""
     first_id: int = 0
     """Id of the first image; an image depends on seed and id alone."""
     batch_size: int = 64

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sagl.models.checkpoints import build_network, read_network
+from sagl.models.zoo import described
+from tests.tiny import contents, exit_code, grey_unet, network_file, write_tiny, write_training_checkpoint
+
+
+@pytest.mark.parametrize(("weights", "factor"), [("ema", 0.5), ("raw", 1.0)])
+def test_a_training_checkpoint_becomes_a_file_with_its_averaged_or_its_raw_weights(weights, factor, tmp_path):
+    checkpoint, target = write_training_checkpoint(tmp_path / "last.ckpt"), tmp_path / "network.safetensors"
+    assert exit_code("convert", checkpoint, target, "--weights", weights) == 0
+    found, raw = load_file(target), grey_unet().state_dict()
+    assert found.keys() == raw.keys()
+    for name, tensor in raw.items():
+        assert torch.equal(found[name], factor * tensor), name
+    file = read_network(target)
+    assert file.network == grey_unet().settings
+    assert file.diffusion.noise_schedule == "cosine"
+
+
+def test_the_average_is_what_is_converted_if_nothing_is_said(tmp_path):
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    for name, flags in {"asked": ["--weights", "ema"], "left": []}.items():
+        assert exit_code("convert", checkpoint, tmp_path / f"{name}.safetensors", *flags) == 0
+    assert (tmp_path / "asked.safetensors").read_bytes() == (tmp_path / "left.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_is_half_the_size_and_close(dtype, tmp_path):
+    checkpoint, target = write_training_checkpoint(tmp_path / "last.ckpt"), tmp_path / "half.safetensors"
+    assert exit_code("convert", checkpoint, target, "--weights", "raw", "--dtype", str(dtype).split(".")[1]) == 0
+    found = load_file(target)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    parameters = sum(tensor.numel() for tensor in found.values())
+    assert target.stat().st_size < 2 * parameters + 20_000
+    for name, tensor in grey_unet().state_dict().items():
+        torch.testing.assert_close(found[name].float(), tensor, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_recommended_settings_are_written_and_said(tmp_path, capsys):
+    target, advice = tmp_path / "network.safetensors", {"respacing": "5", "sag": {"scale": 0.2, "site": "middle"}}
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    assert exit_code("convert", checkpoint, target, "--recommended", json.dumps(advice)) == 0
+    assert described(target)["recommended"] == advice
+    assert json.dumps(advice) in capsys.readouterr().out
+
+
+def test_advice_given_to_convert_is_followed_by_sample(tmp_path):
+    target, advice = tmp_path / "network.safetensors", {"sampler": "ddim", "respacing": "3", "labels": "2"}
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    assert exit_code("convert", checkpoint, target, "--recommended", json.dumps(advice)) == 0
+    assert exit_code("sample", "--checkpoint", target, "--output", tmp_path / "run", "--num_samples", 2) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {name: record["settings"][name] for name in advice} == advice
+
+
+def test_a_file_of_sagl_keeps_its_advice_unless_it_is_given_anew(tmp_path):
+    first = write_tiny(tmp_path / "first.safetensors", recommended={"respacing": "5"})
+    assert exit_code("convert", first, tmp_path / "kept.safetensors", "--dtype", "float16") == 0
+    assert described(tmp_path / "kept.safetensors")["recommended"] == {"respacing": "5"}
+    assert exit_code("convert", first, tmp_path / "new.safetensors", "--recommended", '{"respacing": "7"}') == 0
+    assert described(tmp_path / "new.safetensors")["recommended"] == {"respacing": "7"}
+    assert torch.equal(build_network(read_network(first)).out[2].weight, network_file().state["out.2.weight"])
+
+
+def test_weights_that_do_not_fit_their_settings_are_refused_and_nothing_is_written(tmp_path, capsys):
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"]["network.out.2.weight"]
+    torch.save(content, checkpoint)
+    before = contents(tmp_path)
+    assert exit_code("convert", checkpoint, tmp_path / "network.safetensors") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "out.2.weight" in said
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("advice", ['{"sag": {"strength": 3}}', '{"respacing": []}', '{"sag": {"scale": "strong"}}'])
+def test_advice_that_no_sampling_run_could_follow_is_refused(advice, tmp_path, capsys):
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    before = contents(tmp_path)
+    assert exit_code("convert", checkpoint, tmp_path / "network.safetensors", "--recommended", advice) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_file_that_could_not_be_read_back_as_safetensors_is_refused(tmp_path, capsys):
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    assert exit_code("convert", checkpoint, tmp_path / "network.pt") == 2
+    assert "`file`" in capsys.readouterr().err
+    assert not (tmp_path / "network.pt").exists()

@@ -1,0 +1,322 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sagl.models.checkpoints import build_network, read_network
+from sagl.modules.diffusion_module import DiffusionModule
+from sagl.settings.network import UNetSettings
+from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, write_fashion_mnist
+
+pytestmark = [*QUIET, *QUIET_CLI]
+
+NETWORK = {"image_size": 32, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1]}
+NETWORK |= {"attention_resolutions": [16], "num_classes": 10, "null_label": True}
+CONFIG = {
+    "model": {
+        "network": NETWORK,
+        "diffusion": {"noise_schedule": "cosine"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "label_dropout": 0.1,
+    },
+    "data": {"class_path": "sagl.data.fashion_mnist.FashionMNISTData"},
+    "trainer": {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+    },
+    "average_decay": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A whole configuration, with data of its own beside it."""
+    folder = tmp_path_factory.mktemp("fit")
+    write_fashion_mnist(folder)
+    data = {**CONFIG["data"], "init_args": {"root": str(folder), "batch_size": 4, "num_validation": 8}}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "data": data}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def the_environment_is_left_as_it_was(monkeypatch):
+    """Lightning's seed_everything writes variables."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+
+
+class Watch:
+    """What the training steps of a fit began with, and its module."""
+
+    def __init__(self, monkeypatch):
+        self.steps, self.optimizer, self.rates, self.raw, self.module = [], [], [], [], None
+        step = DiffusionModule.training_step
+
+        def watched(module, batch, batch_idx):
+            optimizer = module.trainer.optimizers[0]
+            self.module = module
+            self.steps.append(module.global_step)
+            self.optimizer.append([{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()])
+            self.rates.append(optimizer.param_groups[0]["lr"])
+            self.raw.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+            return step(module, batch, batch_idx)
+
+        monkeypatch.setattr(DiffusionModule, "training_step", watched)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return Watch(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def fitted(config):
+    """A fit of four steps, as it came out."""
+    output = config.parent / "fitted"
+    assert exit_code("fit", "--config", config, "--output", output) == 0
+    return output
+
+
+def copy_of(run, folder):
+    """A run folder that may be changed: the configuration and the checkpoint."""
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    return folder
+
+
+def checkpoint_of(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def scalars_of(run):
+    """What was logged: name -> (step, value), ..."""
+    events = EventAccumulator(str(run / "logs")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_fit_writes_its_configuration_logs_and_last_checkpoint_and_nothing_else(fitted):
+    written = {path.relative_to(fitted) for path in contents(fitted)}
+    assert {Path("config.yaml"), Path("checkpoints/last.ckpt")} <= written
+    assert any(path.parent == Path("logs") and "tfevents" in path.name for path in written)
+    assert {path.parts[0] for path in written} == {"config.yaml", "logs", "checkpoints"}
+    assert [path.name for path in (fitted / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_the_configuration_that_is_written_says_what_was_asked_and_what_was_left_out(fitted):
+    written = yaml.safe_load((fitted / "config.yaml").read_text())
+    assert {name: written["model"]["network"][name] for name in NETWORK} == NETWORK
+    assert written["model"]["optimizer"]["warmup_steps"] == 2
+    assert written["model"]["diffusion"]["num_timesteps"] == 1000
+    assert written["average_decay"] == 0.9
+    assert written["save_every_minutes"] == 5.0
+
+
+def test_validation_logs_the_loss_whole_and_by_quarter_of_the_timesteps(fitted):
+    scalars = scalars_of(fitted)
+    quarters = [f"val/loss_quarter_{q}" for q in range(4)]
+    for tag in ("val/loss", "val/mse", *quarters):
+        assert [step for step, _ in scalars[tag]] == [1, 3]  # after steps 0, 1 and 2, 3
+    for k in range(2):
+        parts = [scalars[tag][k][1] for tag in quarters]
+        assert len(set(parts)) == 4
+        assert sum(parts) / 4 == pytest.approx(scalars["val/loss"][k][1], rel=1e-5)
+    assert [step for step, _ in scalars["train/loss"]] == [0, 1, 2, 3]
+
+
+def test_the_last_checkpoint_is_read_without_running_code_and_holds_both_sets_of_weights(fitted):
+    checkpoint = checkpoint_of(fitted)
+    assert checkpoint["global_step"] == 4
+    path = fitted / "checkpoints" / "last.ckpt"
+    average, raw = read_network(path), read_network(path, "raw")
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in NETWORK.items()}
+    assert average.network == raw.network == UNetSettings(**settings)
+    assert average.diffusion.noise_schedule == "cosine"
+    assert any(not torch.equal(average.state[name], raw.state[name]) for name in raw.state)
+    build_network(average)
+
+
+# -------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_goes_on_from_the_step_weights_averages_and_optimiser_that_were_saved(
+    fitted, config, watch, tmp_path, monkeypatch
+):
+    output = copy_of(fitted, tmp_path / "run")
+    saved, averages = checkpoint_of(output), []
+    monkeypatch.setattr(
+        "sagl.callbacks.ema.WeightAverage.on_train_start",
+        lambda callback, *_: averages.append({k: v.clone() for k, v in callback._average_model.state_dict().items()}),
+    )
+    command = ["fit", "--config", config, "--output", output, "--resume"]
+    assert exit_code(*command, "--trainer.max_steps", 7) == 0
+    assert watch.steps == [4, 5, 6]
+    for name, tensor in saved["current_model_state"].items():
+        assert torch.equal(watch.raw[0][name], tensor), name
+    for name, tensor in saved["state_dict"].items():
+        assert torch.equal(averages[0][f"module.{name}"], tensor), name
+    assert int(averages[0]["n_averaged"]) == 4
+    moments = saved["optimizer_states"][0]["state"]
+    assert len(watch.optimizer[0]) == len(moments)
+    for found, want in zip(watch.optimizer[0], moments.values(), strict=True):
+        assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in want.items()}
+    assert {float(s["step"]) for s in watch.optimizer[0]} == {4.0}
+    assert checkpoint_of(output)["global_step"] == 7
+
+
+def test_resume_with_nothing_saved_starts_from_the_beginning(config, watch, tmp_path):
+    command = ["fit", "--config", config, "--output", tmp_path / "new", "--resume", "--trainer.max_steps", 2]
+    assert exit_code(*command) == 0
+    assert watch.steps == [0, 1]
+    assert watch.rates == pytest.approx([1e-3 / 3, 2e-3 / 3])
+    assert checkpoint_of(tmp_path / "new")["global_step"] == 2
+
+
+def test_the_written_configuration_fits_again_by_itself_to_the_same_weights(fitted, watch, tmp_path):
+    assert exit_code("fit", "--config", fitted / "config.yaml", "--output", tmp_path / "again") == 0
+    again, first = checkpoint_of(tmp_path / "again"), checkpoint_of(fitted)
+    assert watch.steps == [0, 1, 2, 3]
+    for kind in ("state_dict", "current_model_state"):
+        for name, tensor in first[kind].items():
+            torch.testing.assert_close(again[kind][name], tensor, msg=f"{kind} {name}")
+
+
+def test_an_existing_run_is_refused_without_resume_and_left_alone(fitted, config, capsys):
+    before = contents(fitted)
+    assert exit_code("fit", "--config", config, "--output", fitted) == 2
+    assert "`output` must be a new folder" in capsys.readouterr().err
+    assert contents(fitted) == before
+
+
+class Touch:
+    """Unpickled, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_last_checkpoint_that_wants_to_run_code_is_refused_and_the_code_not_run(fitted, config, tmp_path, capsys):
+    output, touched = copy_of(fitted, tmp_path / "run"), tmp_path / "touched"
+    torch.save({**checkpoint_of(fitted), "extra": Touch(touched)}, output / "checkpoints" / "last.ckpt")
+    try:
+        code = exit_code("fit", "--config", config, "--output", output, "--resume")
+    finally:
+        assert not touched.exists(), "the code in the checkpoint was run"
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model.optimizer.learning_rate", "0"], "`learning_rate`"),
+        (["--model.label_dropout", "2"], "`label_dropout` must be in [0, 1], got 2.0"),
+        (["--model.network.null_label", "false"], "`label_dropout` needs a network with null_label"),
+        (["--model.diffusion.variance", "fixed_small"], "`variance`"),
+        (["--average_decay", "1"], "decay` must be in [0, 1), got 1.0"),
+        (["--save_every_steps", "0"], "`save_every_steps` must be above 0, got 0"),
+        (["--save_every_minutes", "-1"], "`save_every_minutes` must be above 0, got -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_in_one_line_and_nothing_is_written(
+    flags, named, config, tmp_path, capsys
+):
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sagl fit: ")
+    assert said.count("\n") == 1
+    assert named in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--nonsense", "3"], "--nonsense"),
+        (["--model.network.image_size", "big"], "image_size"),
+        (["--trainer.max_steps", "many"], "max_steps"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--ckpt_path", "absent.ckpt"], "ckpt_path"),
+    ],
+)
+def test_flags_that_the_parser_does_not_know_are_refused_in_one_line_and_nothing_is_written(
+    flags, named, config, tmp_path, capsys
+):
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_fit_says_one_line_in_a_process_of_its_own(config, fitted):
+    command = [sys.executable, "-m", "sagl.cli", "fit", "--config", str(config), "--output", str(fitted)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("sagl fit: `output` must be a new folder")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- SIGTERM
+
+
+def test_a_polite_end_saves_and_resume_goes_on_from_there(config, watch, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "sagl.cli", "fit", "--config", str(config), "--output", str(output)]
+    flags = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w") as said:
+        fit = subprocess.Popen([*command, *flags], stdout=said, stderr=said, env=environment)
+        try:
+            deadline = time.monotonic() + 100
+            while "train/loss" not in logged(output):
+                assert fit.poll() is None, (tmp_path / "said").read_text()
+                assert time.monotonic() < deadline, "no step was logged"
+                time.sleep(0.2)
+            fit.send_signal(signal.SIGTERM)
+            fit.wait(timeout=100)
+        finally:
+            fit.kill()
+            fit.wait()
+    step = checkpoint_of(output)["global_step"]
+    assert step > 0
+    assert exit_code("fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", step + 1) == 0
+    assert watch.steps == [step]
+
+
+def logged(run):
+    """Tags of a run that may not have begun to write."""
+    return scalars_of(run) if list(run.glob("logs/*tfevents*")) else {}
+
+
+# -------------------------------------------------------------------------------------------------- what comes next
+
+
+def test_what_fit_wrote_can_be_sampled_from(fitted, tmp_path):
+    flags = ["--num_samples", 2, "--batch_size", 2, "--respacing", 2, "--sag.scale", 0.3, "--sag.site", "output.0"]
+    checkpoint = fitted / "checkpoints" / "last.ckpt"
+    assert exit_code("sample", "--checkpoint", checkpoint, "--output", tmp_path / "run", *flags) == 0
+    assert (tmp_path / "run" / "samples_2x32x32x3.npz").is_file()

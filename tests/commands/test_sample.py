@@ -1,0 +1,296 @@
+import hashlib
+import json
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+
+from sagl.commands.sample import parse
+from sagl.data.grid import mask_pictures
+from sagl.data.pixels import to_uint8
+from sagl.models.checkpoints import build_network, read_network, write_network
+from sagl.recipe import collect, labels_of, prepare
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.sampling import ChainSettings, RunSettings
+from tests.tiny import contents, exit_code, network_file, read_png, write_tiny, write_training_checkpoint
+
+SHORT = ["--sampler", "ddim", "--respacing", "4", "--batch_size", "4", "--seed", "2"]
+TWO = ["--num_samples", "2", *SHORT]
+GUIDED = [*SHORT, "--sag.scale", "0.5", "--sag.site", "output.0", "--sag.blur_sigma", "1"]
+CHAIN, SAG = ChainSettings(sampler="ddim", respacing="4"), {"scale": 0.5, "site": "output.0", "blur_sigma": 1.0}
+
+
+def sample(folder, *flags, network=None):
+    """Run the command on a tiny network; the folder that it wrote."""
+    network = network or write_tiny(folder.parent / "tiny.safetensors")
+    assert exit_code("sample", "--checkpoint", network, "--output", folder, *flags) == 0
+    return folder
+
+
+def arrays_of(folder):
+    """Images, (N, H, W, 3), and labels."""
+    (npz,) = folder.glob("samples_*.npz")
+    with np.load(npz) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def record_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def made_by_hand(network_path, ids, **sag):
+    """Grey images, (N, 1, H, W) uint8, and masked shares, straight from the recipe."""
+    file = read_network(network_path)
+    recipe = prepare(build_network(file), file.diffusion, CHAIN, SelfAttentionGuidance(**sag))
+    with torch.inference_mode():
+        x, share = collect(recipe.chain(2, ids, labels_of(RunSettings(seed=2), ids, recipe.network)))
+    return to_uint8(x), share
+
+
+def cell(picture, row, column, side=8):
+    """One enlarged image of a grid, made small again: (side, side, 3)."""
+    top, left = row * (2 * side + 2) + 2, column * (2 * side + 2) + 2
+    return picture[top : top + 2 * side : 2, left : left + 2 * side : 2]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A run of six with --compare."""
+    return sample(tmp_path_factory.mktemp("compared") / "run", "--num_samples", "6", "--compare", *GUIDED)
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_run_is_a_grid_images_arrays_and_a_record(compared):
+    names = {str(path.relative_to(compared)) for path in contents(compared)}
+    assert names == {"grid.png", "run.json", "samples_6x8x8x3.npz", *(f"images/{i:06d}.png" for i in range(6))}
+
+
+def test_arrays_are_what_public_evaluators_read(compared):
+    images, labels = arrays_of(compared)
+    assert (images.dtype, images.shape) == (np.uint8, (6, 8, 8, 3))
+    assert (labels.dtype, labels.shape) == (np.int64, (6,))
+    network = build_network(read_network(compared.parent / "tiny.safetensors"))
+    assert labels.tolist() == labels_of(RunSettings(seed=2), range(6), network).tolist()
+
+
+def test_grey_images_are_written_as_rgb_with_three_equal_channels(compared):
+    images, _ = arrays_of(compared)
+    assert (images == images[..., :1]).all()
+    assert images.std() > 10
+
+
+def test_images_are_the_arrays_and_both_are_the_recipe_s(compared):
+    images, _ = arrays_of(compared)
+    for i, image in enumerate(images):
+        assert (read_png(compared / "images" / f"{i:06d}.png") == image).all()
+    by_hand, _ = made_by_hand(compared.parent / "tiny.safetensors", [0, 1, 2, 3], **SAG)
+    assert (images[:4, ..., 0] == by_hand[:, 0].numpy()).all()
+
+
+def test_the_record_holds_settings_cost_versions_hash_and_command(compared):
+    record, network = record_of(compared), compared.parent / "tiny.safetensors"
+    settings = record["settings"]
+    assert settings["weights_sha256"] == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert settings["checkpoint"] == str(network)
+    want = {"num_samples": 6, "seed": 2, "batch_size": 4, "sampler": "ddim", "respacing": "4", "eta": 0.0}
+    assert {name: settings[name] for name in want} == want
+    assert {name: settings["sag"][name] for name in SAG} == SAG
+    assert record["nfe"] == 8
+    assert record["rows"] == ["unguided", "samples", "masks"]
+    assert record["seconds"] > 0
+    assert {name: record["versions"][name] for name in ("sagl", "torch")} == {
+        "sagl": version("sagl"),
+        "torch": version("torch"),
+    }
+    assert record["command"].startswith(f"sagl sample --checkpoint {network} --output {compared} ")
+    assert "--sag.scale 0.5" in record["command"]
+
+
+def test_compare_makes_three_rows_unguided_guided_and_masks(compared):
+    picture = read_png(compared / "grid.png")
+    assert picture.shape == (3 * 18 + 2, 6 * 18 + 2, 3)
+    network = compared.parent / "tiny.safetensors"
+    unguided, _ = made_by_hand(network, [0, 1, 2, 3])
+    guided, share = made_by_hand(network, [0, 1, 2, 3], **SAG)
+    assert not torch.equal(unguided, guided)
+    assert 0.05 < float(share.mean()) < 0.95
+    for column in range(4):
+        assert (cell(picture, 0, column) == unguided[column, 0, ..., None].numpy()).all()
+        assert (cell(picture, 1, column) == guided[column, 0, ..., None].numpy()).all()
+        assert (cell(picture, 2, column) == mask_pictures(share)[column].permute(1, 2, 0).numpy()).all()
+
+
+def test_without_compare_the_grid_is_one_row(tmp_path):
+    folder = sample(tmp_path / "run", "--num_samples", "3", *GUIDED)
+    assert read_png(folder / "grid.png").shape == (18 + 2, 3 * 18 + 2, 3)
+    assert record_of(folder)["rows"] == ["samples"]
+
+
+def test_a_sample_is_the_same_bytes_in_runs_of_other_lengths_and_beginnings(compared, tmp_path):
+    network = compared.parent / "tiny.safetensors"
+    images, labels = arrays_of(compared)
+    longer, _ = arrays_of(sample(tmp_path / "eight", "--num_samples", "8", *GUIDED, network=network))
+    assert (longer[:6] == images).all()
+    one, label = arrays_of(sample(tmp_path / "one", "--first_id", "5", "--num_samples", "1", *GUIDED, network=network))
+    assert (one[0] == images[5]).all()
+    assert label.tolist() == [labels[5]]
+
+
+def test_colour_images_are_written_as_they_are(tmp_path):
+    network = write_tiny(tmp_path / "colour.safetensors", in_channels=3)
+    images, _ = arrays_of(sample(tmp_path / "run", "--num_samples", "2", *SHORT, network=network))
+    assert images.shape == (2, 8, 8, 3)
+    assert (images[..., 0] != images[..., 1]).mean() > 0.5
+
+
+def test_samples_of_an_unconditional_network_have_the_label_minus_1(tmp_path):
+    network = write_tiny(tmp_path / "free.safetensors", num_classes=None, null_label=False)
+    assert arrays_of(sample(tmp_path / "run", "--num_samples", "2", *SHORT, network=network))[1].tolist() == [-1, -1]
+
+
+def test_a_training_checkpoint_gives_its_averaged_or_its_raw_weights(tmp_path):
+    checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
+    raw = write_tiny(tmp_path / "raw.safetensors", diffusion=DiffusionSettings(noise_schedule="cosine"))
+    runs = {
+        "average": sample(tmp_path / "average", "--num_samples", "2", *SHORT, network=checkpoint),
+        "raw": sample(tmp_path / "raw", "--num_samples", "2", "--weights", "raw", *SHORT, network=checkpoint),
+        "file": sample(tmp_path / "file", "--num_samples", "2", *SHORT, network=raw),
+    }
+    images = {name: arrays_of(folder)[0] for name, folder in runs.items()}
+    assert (images["raw"] == images["file"]).all()
+    assert (images["raw"] != images["average"]).any()
+
+
+# ---------------------------------------------------------------------------------------------- the same again
+
+
+def test_the_same_command_again_says_so_and_touches_nothing(tmp_path, capsys):
+    folder = sample(tmp_path / "run", *TWO)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert exit_code("sample", "--checkpoint", tmp_path / "tiny.safetensors", "--output", folder, *TWO) == 0
+    assert capsys.readouterr().out == f"{folder} already holds this run.\n"
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seed", "3"], "seed 2, got 3"),
+        (["--eta", "0.5", "--num_samples", "3"], "num_samples 2, got 3"),
+        (["--sag.scale", "0.5", "--sag.site", "middle"], "sag {"),
+        (["--weights", "raw"], "weights 'ema', got 'raw'"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused_by_the_first_that_differs(flags, named, tmp_path, capsys):
+    folder = sample(tmp_path / "run", *TWO)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    command = ["sample", "--checkpoint", tmp_path / "tiny.safetensors", "--output", folder, *TWO, *flags]
+    assert exit_code(*command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"holds a run with {named}" in said
+    assert contents(tmp_path) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path, capsys):
+    folder = sample(tmp_path / "run", *TWO)
+    file = network_file()
+    changed = {name: tensor * 1.01 for name, tensor in file.state.items()}
+    network = tmp_path / "tiny.safetensors"
+    write_network(type(file)(network=file.network, diffusion=file.diffusion, state=changed), network)
+    assert exit_code("sample", "--checkpoint", network, "--output", folder, *TWO) == 2
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_a_run_that_ended_before_its_grid_is_not_taken_for_complete(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    command = ["sample", "--checkpoint", write_tiny(tmp_path / "tiny.safetensors"), "--output", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sagl.data.grid.save_png", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            exit_code(*command, *TWO)
+    assert exit_code(*command, *TWO) == 0
+    assert (tmp_path / "run" / "grid.png").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------ advice
+
+
+ADVICE = {"sampler": "ddim", "respacing": "3", "labels": "balanced", "sag": {"scale": 0.4, "site": "output.1"}}
+
+
+def test_the_settings_that_a_file_recommends_are_used(tmp_path):
+    network = write_tiny(tmp_path / "advised.safetensors", recommended=ADVICE)
+    folder = sample(tmp_path / "run", "--num_samples", "4", network=network)
+    record = record_of(folder)
+    settings = record["settings"]
+    assert {name: settings[name] for name in ("sampler", "respacing", "labels")} == {
+        name: ADVICE[name] for name in ("sampler", "respacing", "labels")
+    }
+    assert settings["sag"] == {**json.loads(json.dumps(SelfAttentionGuidance().__dict__)), **ADVICE["sag"]}
+    assert record["nfe"] == 6
+    assert arrays_of(folder)[1].tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "got"),
+    [
+        (["--sag.scale", "0.1"], {"sag": (0.1, "output.1"), "respacing": "3"}),
+        (["--respacing", "5"], {"sag": (0.4, "output.1"), "respacing": "5"}),
+        (["--sag.scale", "0"], {"sag": (0.0, "output.1"), "respacing": "3"}),
+    ],
+)
+def test_a_flag_goes_before_what_the_file_recommends_and_leaves_the_rest(flags, got, tmp_path):
+    network = write_tiny(tmp_path / "advised.safetensors", recommended=ADVICE)
+    request = parse(["--checkpoint", str(network), *flags])
+    assert (request.sag.scale, request.sag.site) == got["sag"]
+    assert request.chain.respacing == got["respacing"]
+    assert request.chain.sampler == "ddim"
+
+
+def test_without_advice_the_defaults_are_the_fields_own(tmp_path):
+    request = parse(["--checkpoint", str(write_tiny(tmp_path / "plain.safetensors"))])
+    assert (request.run, request.chain, request.sag) == (RunSettings(), ChainSettings(), SelfAttentionGuidance())
+
+
+def test_advice_that_names_no_setting_is_refused_in_one_line(tmp_path, capsys):
+    network = write_tiny(tmp_path / "odd.safetensors", recommended={"sag": {"strength": 3}})
+    assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", *SHORT) == 2
+    assert "strength" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_compare_without_guidance_is_refused(tmp_path, capsys):
+    network = write_tiny(tmp_path / "tiny.safetensors")
+    command = ["sample", "--checkpoint", network, "--output", tmp_path / "run", "--compare", "--sag.scale", "0"]
+    assert exit_code(*command) == 2
+    assert "`compare` needs guidance, got scale 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    network, taken = write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "notes.txt"
+    taken.write_text("mine")
+    assert exit_code("sample", "--checkpoint", network, "--output", taken, "--num_samples", "1", *SHORT) == 2
+    assert "`output`" in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
+def test_the_default_kernel_is_shrunk_to_the_image_and_that_is_said(tmp_path, capsys):
+    sample(tmp_path / "run", "--num_samples", "1", *GUIDED)
+    assert "Blur kernel 15: the largest that fits 8x8 images." in capsys.readouterr().out
+
+
+def test_a_kernel_that_was_given_is_not_spoken_of(tmp_path, capsys):
+    sample(tmp_path / "run", "--num_samples", "1", *GUIDED, "--sag.kernel_size", "5")
+    assert "Blur kernel" not in capsys.readouterr().out

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from sagl.data.grid import mask_pictures, save_png, stacked_grid
+from tests.tiny import read_png
+
+
+def flat(count, first, side=3, channels=3):
+    """Images of one value each: first, first + 1, ..."""
+    values = torch.arange(first, first + count, dtype=torch.uint8)
+    return values[:, None, None, None].expand(count, channels, side, side)
+
+
+def values_of(grid, *, columns, side, padding):
+    """The value of every cell, row by row; fails where a cell is not of one value."""
+    step = side + padding
+    rows = (grid.shape[1] - padding) // step
+    starts = [[(padding + r * step, padding + c * step) for c in range(columns)] for r in range(rows)]
+    cells = [[grid[:, top : top + side, left : left + side] for top, left in row] for row in starts]
+    assert all(int(cell.min()) == int(cell.max()) for row in cells for cell in row)
+    return [[int(cell[0, 0, 0]) for cell in row] for row in cells]
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+def test_never_masked_is_black_and_always_masked_is_white():
+    picture = mask_pictures(torch.tensor([0.0, 1.0]).view(1, 1, 1, 2))
+    assert (picture.shape, picture.dtype) == ((1, 3, 1, 2), torch.uint8)
+    assert picture[0, :, 0, 0].tolist() == [0, 0, 0]
+    assert picture[0, :, 0, 1].tolist() == [255, 255, 255]
+
+
+def test_a_larger_share_is_brighter_all_the_way():
+    colours = mask_pictures(torch.linspace(0, 1, 31).view(1, 1, 1, 31))[0, :, 0].double()
+    brightness = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ colours
+    assert bool((brightness.diff() > 0).all())
+
+
+def test_thirds_are_the_stops_and_between_them_is_a_straight_line():
+    colours = mask_pictures(torch.tensor([1 / 3, 0.5, 2 / 3]).view(3, 1, 1, 1)).flatten(1).double()
+    assert colours[0].tolist() == pytest.approx([38, 42, 110], abs=1)
+    assert colours[2].tolist() == pytest.approx([222, 120, 40], abs=1)
+    assert colours[1].tolist() == pytest.approx([130, 81, 75], abs=1)
+
+
+# ------------------------------------------------------------------------------------------------------- grids
+
+
+def test_what_belongs_together_is_under_each_other():
+    grid = stacked_grid([flat(3, 10), flat(3, 20), flat(3, 30)], zoom=1)
+    assert values_of(grid, columns=3, side=3, padding=2) == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+
+
+def test_after_as_many_columns_as_fit_a_new_block_begins_and_is_filled_up_with_white():
+    grid = stacked_grid([flat(5, 10), flat(5, 20)], columns=2, zoom=1)
+    want = [[10, 11], [20, 21], [12, 13], [22, 23], [14, 255], [24, 255]]
+    assert values_of(grid, columns=2, side=3, padding=2) == want
+
+
+@pytest.mark.parametrize("zoom", [1, 2, 4])
+def test_every_pixel_is_repeated_in_both_directions(zoom):
+    images = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4).expand(2, 3, 3, 4)
+    grid = stacked_grid([images], padding=2, zoom=zoom)
+    assert grid.shape == (3, 3 * zoom + 4, 2 * (4 * zoom + 2) + 2)
+    for image, left in zip(images, (2, 4 * zoom + 4), strict=True):
+        found = grid[:, 2:-2, left : left + 4 * zoom]
+        assert torch.equal(found, image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    assert int(grid[:, 0].min()) == int(grid[:, :, 0].min()) == 255
+
+
+def test_grey_rows_and_coloured_rows_go_together():
+    grey = flat(2, 40, channels=1)
+    grid = stacked_grid([grey, flat(2, 50)], zoom=1)
+    assert grid.shape[0] == 3
+    assert values_of(grid, columns=2, side=3, padding=2) == [[40, 41], [50, 51]]
+
+
+def test_a_png_holds_every_byte_as_it_is(tmp_path):
+    picture = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    picture = torch.cat([picture, picture.flip(1), picture.flip(2)])
+    save_png(picture, tmp_path / "a.png")
+    assert (read_png(tmp_path / "a.png") == picture.permute(1, 2, 0).numpy()).all()

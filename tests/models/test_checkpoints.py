@@ -1,0 +1,212 @@
+import hashlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sagl.models.checkpoints import build_network, read_network, sha256, write_network
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from tests.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
+
+FIXED = DiffusionSettings(noise_schedule="cosine", variance="learned_range", num_timesteps=400)
+
+
+def changed(file, **tensors):
+    """The file with some tensors replaced; None takes one away. Points in names are written as underscores twice."""
+    tensors = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    state = {name: tensor for name, tensor in {**file.state, **tensors}.items() if tensor is not None}
+    return replace(file, state=state)
+
+
+# ------------------------------------------------------------------------------------------------- round trips
+
+
+def test_float32_comes_back_bit_for_bit_with_settings_and_advice(tmp_path):
+    advice = {"sampler": "ddim", "sag": {"scale": 0.3, "interval": [0.25, 1]}}
+    file = network_file(recommended=advice, diffusion=FIXED)
+    write_network(file, tmp_path / "a.safetensors")
+    found = read_network(tmp_path / "a.safetensors")
+    assert (found.network, found.diffusion, found.recommended) == (file.network, FIXED, advice)
+    assert found.state.keys() == file.state.keys()
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in file.state.items())
+
+
+def test_float16_comes_back_close_and_is_used_in_float32(tmp_path):
+    write_network(network_file(), tmp_path / "a.safetensors", torch.float16)
+    found, network = read_network(tmp_path / "a.safetensors"), grey_unet()
+    assert {tensor.dtype for tensor in found.state.values()} == {torch.float16}
+    built = build_network(found)
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
+    assert any(not torch.equal(p, q) for p, q in zip(built.parameters(), network.parameters(), strict=True))
+    told = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2])
+    error = (built(*told).out - network(*told).out).abs().max() / network(*told).out.abs().max()
+    assert 0 < float(error) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_channels": 64, "channel_mult": (0.5, 1.5), "attention_resolutions": (4,)},
+        {"num_head_channels": 16, "num_heads_upsample": 2},
+        {"attention_resolutions": ()},
+        {"num_classes": None, "null_label": False},
+    ],
+)
+def test_every_kind_of_setting_comes_back_equal(settings, tmp_path):
+    file = network_file(**settings)
+    write_network(file, tmp_path / "a.safetensors")
+    assert read_network(tmp_path / "a.safetensors").network == file.network
+
+
+def test_what_is_built_computes_what_was_written_and_is_ready_for_use(tmp_path):
+    network, built = grey_unet(), build_network(read_network(write_tiny(tmp_path / "a.safetensors")))
+    told = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2])
+    torch.testing.assert_close(built(*told).out, network(*told).out, rtol=1e-5, atol=1e-6)
+    assert not built.training
+    assert not any(parameter.requires_grad for parameter in built.parameters())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = write_tiny(tmp_path / "a.safetensors")
+    before = target.read_bytes()
+
+    def full_disk(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_network(network_file(), target)
+    assert target.read_bytes() == before
+
+
+def test_the_hash_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 10000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(bytes(range(256)) * 10000).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- strictness
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"out__2__weight": None}, ("1 parameters differ", "out.2.weight", "(2, 32, 3, 3)", "has none")),
+        ({"out__2__bias": torch.zeros(3)}, ("1 parameters differ", "out.2.bias", "(2,)", "(3,)")),
+        ({"extra": torch.zeros(4)}, ("1 parameters differ", "extra", "have none", "(4,)")),
+        ({"extra": torch.zeros(4), "out__2__weight": None}, ("2 parameters differ", "the first extra")),
+    ],
+)
+def test_names_and_shapes_that_do_not_fit_are_refused_with_count_name_and_both_shapes(tensors, named):
+    with pytest.raises(UserError) as error:
+        build_network(changed(network_file(), **tensors))
+    assert [part for part in ("`checkpoint`", *named) if part not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_settings_are_refused():
+    other = replace(network_file(), network=grey_unet(num_classes=7).settings)
+    with pytest.raises(UserError, match=r"label_emb\.weight: settings \(8, 128\), file \(4, 128\)"):
+        build_network(other)
+
+
+# ----------------------------------------------------------------------------------------- training checkpoints
+
+
+@pytest.mark.parametrize(("weights", "factor"), [("ema", 0.5), ("raw", 1.0)])
+def test_a_training_checkpoint_has_averaged_and_raw_weights(weights, factor, tmp_path):
+    file = read_network(write_training_checkpoint(tmp_path / "last.ckpt"), weights)
+    assert file.network == grey_unet().settings
+    assert file.diffusion == DiffusionSettings(noise_schedule="cosine")
+    assert file.recommended == {}
+    raw = grey_unet().state_dict()
+    assert file.state.keys() == raw.keys()
+    assert all(torch.equal(file.state[name], factor * tensor) for name, tensor in raw.items())
+
+
+def test_the_average_is_read_if_nothing_is_said(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    left, asked = read_network(path), read_network(path, "ema")
+    assert all(torch.equal(left.state[name], tensor) for name, tensor in asked.state.items())
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+class MakesFolder:
+    """Unpickled, makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "network.pt"])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_the_code_is_not_run(name, tmp_path):
+    path = write_training_checkpoint(tmp_path / name)
+    torch.save({**torch.load(path, weights_only=True), "extra": MakesFolder(tmp_path / "made")}, path)
+    try:
+        with pytest.raises(UserError, match="`checkpoint`") as error:
+            read_network(path)
+    finally:
+        assert not (tmp_path / "made").exists()
+    assert "\n" not in str(error.value)
+
+
+def test_the_pickle_of_that_test_does_run_code_where_it_is_let(tmp_path):
+    torch.save(MakesFolder(tmp_path / "made"), tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=False)
+    assert (tmp_path / "made").is_dir()
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "absent.ckpt", "."])
+def test_a_file_that_is_not_there_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"`checkpoint` must be a \.safetensors or \.ckpt file"):
+        read_network(tmp_path / name)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_without_settings_is_refused(metadata, tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match="`checkpoint` must carry sagl's settings"):
+        read_network(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a network at all" * 20])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_a_file_of_anything_else_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="`checkpoint`"):
+        read_network(tmp_path / name)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    path = write_tiny(tmp_path / "a.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="`checkpoint`"):
+        read_network(path)
+
+
+@pytest.mark.parametrize("hyperparameters", [None, {}, {"lr": 0.1}, {"network": {"depth": 3}, "diffusion": {}}])
+def test_a_training_checkpoint_of_another_project_is_refused(hyperparameters, tmp_path):
+    content = {"state_dict": {"weight": torch.zeros(2)}} | (
+        {} if hyperparameters is None else {"hyper_parameters": hyperparameters}
+    )
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="`checkpoint`"):
+        read_network(tmp_path / "a.ckpt")
+
+
+def test_raw_weights_that_a_checkpoint_does_not_have_are_refused(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    del content["current_model_state"]
+    torch.save(content, path)
+    assert read_network(path, "ema").state
+    with pytest.raises(UserError, match="`checkpoint`"):
+        read_network(path, "raw")

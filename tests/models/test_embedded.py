@@ -1,0 +1,81 @@
+"""The network that comes with the package: what it is, and that its images are garments."""
+
+import pytest
+import torch
+
+from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
+from sagl.data.pixels import to_float, to_uint8
+from sagl.metrics.features import EXTRACTORS, features_of
+from sagl.metrics.frechet import frechet_distance, statistics
+from sagl.models.checkpoints import build_network, read_network
+from sagl.models.zoo import EMBEDDED
+from sagl.recipe import collect, labels_of, prepare
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.paths import cache_folder
+from sagl.settings.sampling import ChainSettings, RunSettings
+
+NUM_IMAGES = 100
+
+
+@pytest.fixture(scope="module")
+def garments() -> PaddedFashionMNIST:
+    fetch(cache_folder())
+    return PaddedFashionMNIST(cache_folder(), train=False)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as recommended, ten of each class, and their labels."""
+    file = read_network(EMBEDDED)
+    chain = ChainSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
+    recipe = prepare(build_network(file), file.diffusion, chain, SelfAttentionGuidance(**file.recommended["sag"]))
+    labels = labels_of(RunSettings(labels="balanced"), range(NUM_IMAGES), recipe.network)
+    with torch.inference_mode():
+        x, _ = collect(recipe.chain(0, range(NUM_IMAGES), labels))
+    return to_uint8(x), labels
+
+
+def test_it_is_small_grey_conditional_and_has_a_null_label():
+    file = read_network(EMBEDDED)
+    assert EMBEDDED.stat().st_size <= 12e6
+    assert {tensor.dtype for tensor in file.state.values()} == {torch.float16}
+    s = file.network
+    assert (s.image_size, s.in_channels, s.num_classes, s.null_label) == (32, 1, 10, True)
+    assert {16, 8} <= set(s.attention_resolutions)
+    assert next(build_network(file).parameters()).dtype == torch.float32
+
+
+def test_its_recommended_settings_are_settings():
+    recommended = dict(read_network(EMBEDDED).recommended)
+    sag = SelfAttentionGuidance(**recommended.pop("sag"))
+    assert sag.scale != 0
+    run = {k: recommended.pop(k) for k in ("labels",) if k in recommended}
+    ChainSettings(**recommended)
+    RunSettings(**run)
+
+
+def test_images_are_of_the_class_that_was_asked_for(drawn, garments):
+    """Of ten classes, the nearest mean image of real garments is the right one for most drawn images."""
+    images, labels = drawn
+    means = torch.stack([to_float(garments.images[garments.labels == c]).mean(dim=0) for c in range(10)])
+    nearest = torch.cdist(to_float(images).flatten(1), means.flatten(1)).argmin(dim=1)
+    assert (nearest == labels).float().mean() >= 0.5
+
+
+def test_backgrounds_are_black_without_speckle(drawn):
+    """The frame of two black pixels around every training image is black in the drawn ones too."""
+    images, _ = drawn
+    frame = images.clone()
+    frame[..., 2:-2, 2:-2] = 0
+    assert (frame > 40).float().mean() < 0.01
+
+
+def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
+    extract = EXTRACTORS["effnet_lite0_64"]()
+    real = statistics(features_of(garments.images[:1000], extract))
+    noisy = (
+        garments.images[1000 : 1000 + NUM_IMAGES].float()
+        + 40 * torch.randn(NUM_IMAGES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    ).clamp(0, 255)
+    distance = frechet_distance(statistics(features_of(drawn[0], extract)), real)
+    assert distance < frechet_distance(statistics(features_of(noisy.to(torch.uint8), extract)), real)

@@ -1,0 +1,256 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from sagl.modules.diffusion_module import DiffusionModule
+from sagl.settings.diffusion import DiffusionSettings, LossSettings
+from sagl.settings.errors import UserError
+from sagl.settings.network import UNetSettings
+from sagl.settings.training import OptimizerSettings
+from tests.reference import draw_weights
+from tests.tiny import GREY, QUIET, trainer
+
+pytestmark = QUIET
+
+NULL = GREY["num_classes"]
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=GENERATOR)
+LABELS = torch.arange(8) % NULL
+
+
+def module_of(*, network=None, drawn=True, step=0, rank=0, **options):
+    """A module with drawn weights, told its step and rank without a trainer; what it logs is in `logged`."""
+    module = DiffusionModule(UNetSettings(**{**GREY, **(network or {})}), **options)
+    if drawn:
+        draw_weights(module.network, 1)
+    optimizers = [SimpleNamespace(param_groups=[{"lr": 1.0}])]
+    module.trainer = SimpleNamespace(global_step=step, global_rank=rank, optimizers=optimizers)
+    module.logged = {}
+    module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})
+    module.log_dict = lambda values: [module.log(name, value) for name, value in values.items()]
+    return module
+
+
+def told_to_network(module):
+    """Arguments of every pass of the network: (x_t, timesteps, labels)."""
+    calls = []
+    module.network.register_forward_pre_hook(lambda _, args: calls.append(args))
+    return calls
+
+
+def loss_of(module, batch_idx=0):
+    with torch.no_grad():
+        return float(module.training_step((IMAGES, LABELS), batch_idx))
+
+
+# -------------------------------------------------------------------------------------------------- what is drawn
+
+
+def test_the_loss_of_a_step_depends_on_seed_step_and_rank_alone():
+    torch.manual_seed(1)
+    first = loss_of(module_of(seed=3, step=10, rank=1, label_dropout=0.5))
+    torch.manual_seed(2)
+    busy = module_of(seed=3, step=0, rank=1, label_dropout=0.5)
+    for step in range(5):
+        busy.trainer.global_step = step
+        loss_of(busy)
+    busy.trainer.global_step = 10
+    assert loss_of(busy) == first
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"step": 11}, {"rank": 2}])
+def test_another_seed_step_or_rank_gives_another_loss(other):
+    told = {"seed": 3, "step": 10, "rank": 1}
+    assert loss_of(module_of(**{**told, **other})) != loss_of(module_of(**told))
+
+
+def test_batches_that_are_accumulated_into_one_step_see_different_noise():
+    module = module_of()
+    assert loss_of(module, batch_idx=0) != loss_of(module, batch_idx=1)
+
+
+def test_every_sample_has_a_timestep_and_noise_of_its_own():
+    module = module_of()
+    calls = told_to_network(module)
+    module.training_step((IMAGES[:1].expand(64, -1, -1, -1), LABELS[:1].expand(64)), 0)
+    x_t, timesteps, _ = calls[0]
+    assert len(set(timesteps.tolist())) > 50
+    assert 0 <= int(timesteps.min()) <= int(timesteps.max()) < 1000
+    assert len({x.numpy().tobytes() for x in x_t}) == 64
+
+
+# -------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.3, 0.22, 0.38), (1.0, 1, 1)])
+def test_label_dropout_puts_the_null_label_in_place_of_its_share_and_leaves_the_rest(dropout, low, high):
+    module = module_of(label_dropout=dropout)
+    calls = told_to_network(module)
+    labels = torch.arange(300) % NULL
+    module.training_step((torch.zeros(300, 1, 8, 8, dtype=torch.uint8), labels), 0)
+    seen = calls[0][2]
+    dropped = seen == NULL
+    assert low <= float(dropped.float().mean()) <= high
+    assert torch.equal(seen[~dropped], labels[~dropped])
+
+
+def test_validation_drops_no_labels():
+    module = module_of(label_dropout=1.0)
+    calls = told_to_network(module)
+    module.validation_step((IMAGES, LABELS), 0)
+    assert torch.equal(calls[0][2], LABELS)
+
+
+def test_an_unconditional_network_is_told_no_labels():
+    module = module_of(network={"num_classes": None, "null_label": False})
+    calls = told_to_network(module)
+    module.training_step((IMAGES, LABELS), 0)
+    module.validation_step((IMAGES, LABELS), 0)
+    assert [args[2] for args in calls] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "named"),
+    [
+        ({"null_label": False}, {"label_dropout": 0.1}, "`label_dropout` needs a network with null_label: true"),
+        ({}, {"label_dropout": 1.5}, "`label_dropout` must be in [0, 1], got 1.5"),
+        ({}, {"label_dropout": -0.1}, "`label_dropout` must be in [0, 1], got -0.1"),
+        ({}, {"diffusion": DiffusionSettings(variance="fixed_small")}, "`variance`"),
+        ({"learn_sigma": False}, {}, "`variance`"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(network, options, named):
+    with pytest.raises(UserError) as error:
+        module_of(network=network, **options)
+    assert named in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------- what a checkpoint holds
+
+
+def plain(value):
+    """Whether a value is made of dicts, lists, tuples, numbers and strings alone."""
+    if isinstance(value, dict):
+        return all(type(name) is str and plain(inner) for name, inner in value.items())
+    if type(value) in (list, tuple):
+        return all(plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def test_hyperparameters_are_plain_and_rebuild_the_settings():
+    loss, optimizer = LossSettings(timestep_sampler="loss_second_moment"), OptimizerSettings(warmup_steps=7)
+    diffusion = DiffusionSettings(noise_schedule="cosine")
+    module = module_of(diffusion=diffusion, loss=loss, optimizer=optimizer, label_dropout=0.25, seed=5)
+    saved = dict(module.hparams)
+    assert plain(saved)
+    assert UNetSettings(**saved["network"]) == module.network.settings
+    assert DiffusionSettings(**saved["diffusion"]) == diffusion
+    assert LossSettings(**saved["loss"]) == loss
+    assert OptimizerSettings(**saved["optimizer"]) == optimizer
+    assert (saved["label_dropout"], saved["seed"]) == (0.25, 5)
+
+
+# ----------------------------------------------------------------------------------------------------- the loss
+
+
+def test_a_fresh_network_predicts_nothing_so_its_error_is_that_of_the_noise():
+    module = module_of(drawn=False)
+    module.training_step((IMAGES.repeat(16, 1, 1, 1), LABELS.repeat(16)), 0)
+    assert module.logged["train/mse"] == pytest.approx(1, abs=0.05)
+    assert module.logged["train/rate"] == 1.0
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("hybrid", ("train/mse", "train/vb")), ("simple", ("train/mse",))])
+def test_the_loss_that_is_logged_is_the_one_that_is_minimised_and_the_sum_of_its_parts(kind, parts):
+    module = module_of(loss=LossSettings(kind=kind))
+    loss = module.training_step((IMAGES, LABELS), 0)
+    assert module.logged["train/loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert sum(module.logged[name] for name in parts) == pytest.approx(float(loss.detach()), rel=1e-5)
+    loss.backward()
+    assert float(module.network.out[2].weight.grad.abs().max()) > 0
+
+
+def test_the_second_moment_sampler_learns_from_every_sample():
+    loss = LossSettings(timestep_sampler="loss_second_moment")
+    module = module_of(loss=loss, diffusion=DiffusionSettings(num_timesteps=25))
+    loss_of(module)
+    counts, losses = module.timestep_sampler.counts, module.timestep_sampler.losses
+    assert int(counts.sum()) == 8
+    assert float(losses.sum()) > 0
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+def test_validation_looks_at_evenly_spread_timesteps_with_the_same_noise_every_time():
+    module = module_of()
+    calls = told_to_network(module)
+    module.validation_step((IMAGES, LABELS), 2)
+    first = dict(module.logged)
+    torch.manual_seed(9)
+    module.trainer.global_step = 50
+    module.validation_step((IMAGES, LABELS), 2)
+    assert calls[0][1].tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert torch.equal(calls[0][0], calls[1][0])
+    assert module.logged == first
+
+
+def test_the_loss_of_a_quarter_is_that_of_its_timesteps():
+    whole = module_of()
+    whole.validation_step((IMAGES, LABELS), 0)
+    quarters = [whole.logged[f"val/loss_quarter_{q}"] for q in range(4)]
+    assert sum(quarters) / 4 == pytest.approx(whole.logged["val/loss"], rel=1e-5)
+    other = IMAGES.clone()
+    other[2:4] = 255 - other[2:4]  # of timesteps 250 and 375
+    changed = module_of()
+    changed.validation_step((other, LABELS), 0)
+    differs = [changed.logged[f"val/loss_quarter_{q}"] != quarters[q] for q in range(4)]
+    assert differs == [False, True, False, False]
+
+
+def test_a_quarter_that_no_image_fell_into_is_not_logged():
+    module = module_of()
+    module.validation_step((IMAGES[:2], LABELS[:2]), 0)
+    assert {name for name in module.logged if "quarter" in name} == {"val/loss_quarter_0", "val/loss_quarter_2"}
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def fit(module, max_steps, images):
+    """Train on a handful of images, four at a time; the metrics of every step."""
+    data = TensorDataset(images, LABELS[: len(images)])
+    seen = []
+    run = trainer(max_steps=max_steps, gradient_clip_val=1.0)
+    module.on_train_batch_end = lambda *_: seen.append({n: float(v) for n, v in run.callback_metrics.items()})
+    loader = DataLoader(data, batch_size=4)
+    run.fit(module, loader, loader)
+    return seen
+
+
+def test_a_handful_of_images_is_overfitted_in_a_few_dozen_steps():
+    torch.manual_seed(0)
+    module = DiffusionModule(UNetSettings(**GREY), optimizer=OptimizerSettings(learning_rate=3e-3))
+    seen = fit(module, 60, IMAGES[:4])
+    assert seen[0]["train/mse"] > 0.8
+    assert sum(step["train/mse"] for step in seen[-10:]) / 10 < 0.35
+
+
+def test_the_rate_of_every_step_rises_in_warm_up_and_falls_at_the_end():
+    settings = OptimizerSettings(learning_rate=0.01, warmup_steps=3, decay_steps=4)
+    seen = fit(DiffusionModule(UNetSettings(**GREY), optimizer=settings), 10, IMAGES)  # two steps an epoch
+    rates = [step["train/rate"] / 0.01 for step in seen]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_the_optimiser_is_adamw_as_the_settings_have_it():
+    settings = OptimizerSettings(learning_rate=0.01, betas=(0.8, 0.95), weight_decay=0.2)
+    module = module_of(optimizer=settings)
+    module.trainer.max_steps = 10
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.2)
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.network.parameters()}
