@@ -23,7 +23,7 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.reference import cached_statistics
-from sagl.models.checkpoints import build_network, read_network
+from sagl.models.checkpoints import build_network, read_network, sha256
 from sagl.models.zoo import EMBEDDED
 from sagl.recipe import collect, labels_of, micro_batches, prepare
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -60,10 +60,11 @@ def main() -> None:
     p.add_argument("--sites", nargs="+", default=["middle", "output.2", "output.5"])
     p.add_argument("--blur_sigmas", type=float, nargs="+", default=[1.0, 2.0])
     p.add_argument("--intervals", nargs="+", default=["0-1"])
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the network's weights")
     a = p.parse_args()
 
     file = read_network(a.checkpoint)
-    network = build_network(file)
+    network = build_network(file).to(getattr(torch, a.dtype))
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = EXTRACTORS[EXTRACTOR]()
@@ -98,7 +99,13 @@ def pending(a: argparse.Namespace, chain: ChainSettings, run: RunSettings) -> It
     """Settings that the study does not hold yet, with the key they are kept under."""
     done = measured(a.study)
     for setting in grid(a):
-        key = {"checkpoint": a.checkpoint.name, "chain": asdict(chain), "run": asdict(run), "sag": setting}
+        key = {
+            "checkpoint": sha256(a.checkpoint),
+            "dtype": a.dtype,
+            "chain": asdict(chain),
+            "run": asdict(run),
+            "sag": setting,
+        }
         if json.dumps(json.loads(json.dumps(key)), sort_keys=True) not in done:
             yield key, setting
 
