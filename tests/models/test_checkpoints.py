@@ -208,5 +208,5 @@ def test_raw_weights_that_a_checkpoint_does_not_have_are_refused(tmp_path):
     del content["current_model_state"]
     torch.save(content, path)
     assert read_network(path, "ema").state
-    with pytest.raises(UserError, match="`checkpoint`"):
+    with pytest.raises(UserError, match="`weights` raw"):
         read_network(path, "raw")
