@@ -52,10 +52,6 @@ class Schedule:
         """Cumulative product of 1 - beta at a step; 1 at step -1."""
         return self._at(self._padded, step, shift=1)
 
-    def beta(self, step: int | Tensor) -> AlphaBar:
-        """Beta of the (respaced) chain."""
-        return self._at(self.betas, step)
-
     def log_beta(self, step: int | Tensor) -> AlphaBar:
         """The upper end of the reverse variance: log beta."""
         return self._at(self.betas.log(), step)

@@ -34,7 +34,7 @@ def test_tables_of_other_chains_are_those_of_a_second_derivation(kind, respacing
     schedule = made(kind, respacing, total)
     chain = oracle.Chain(kind, schedule.timesteps.tolist(), total)
     for step in range(schedule.num_steps):
-        got = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.beta(step), schedule.log_beta(step)]
+        got = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.betas[step], schedule.log_beta(step)]
         want = [chain.bar[step], chain.bar_before[step], chain.beta[step], np.log(chain.beta[step])]
         np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-9, atol=1e-12)
         for variance, found in (
