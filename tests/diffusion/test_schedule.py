@@ -72,7 +72,6 @@ def test_a_batch_of_steps_gets_the_values_of_each():
     schedule, steps = made(respacing="20"), torch.tensor([0, 7, 19])
     for table in (
         schedule.alpha_bar,
-        schedule.beta,
         schedule.log_beta,
         schedule.log_posterior_variance,
         schedule.log_large_variance,
