@@ -1,4 +1,4 @@
-"""Networks by name, without loading torch; for now the one that comes with the package."""
+"""Networks by name, without loading torch: the one that comes with the package."""
 
 import json
 import struct
