@@ -11,19 +11,21 @@ from torch import Tensor
 
 from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
+from sagl.diffusion.process import clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
-from sagl.guidance.blur import fitting_kernel
 from sagl.guidance.classifier import Logits, classifier_guidance
 from sagl.guidance.direction import Guidance, guided
 from sagl.guidance.sag import sag
+from sagl.guidance.weaker import classifier_free_guidance
 from sagl.models.adm import UNet
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError, require
-from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.errors import UserError
+from sagl.settings.fitting import require_fitting, require_labels
+from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
-from sagl.shapes import Image, Labels, Site
+from sagl.shapes import Image, Labels, Mask
 
 Chain = Iterator[tuple[int, Image, Prediction]]
 """(step, x after it, the prediction behind it), the noisiest step first."""
@@ -58,13 +60,9 @@ class Recipe:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a sample: one a step, and one more for every step that SAG guides."""
-        sag_steps = sum(self.guidances["sag"].when(step) for step in self._steps) if "sag" in self.guidances else 0
-        return self.schedule.num_steps + sag_steps
-
-    @property
-    def _steps(self) -> range:
-        return range(self.schedule.num_steps)
+        """Network evaluations a sample: one a step, and what each guidance adds to the steps that it guides."""
+        steps = range(self.schedule.num_steps)
+        return len(steps) + sum(g.passes * g.when(step) for g in self.guidances.values() for step in steps)
 
 
 def prepare(
@@ -74,6 +72,7 @@ def prepare(
     sag_settings: SelfAttentionGuidance | None = None,
     classifier: Logits | None = None,
     classifier_settings: ClassifierGuidance | None = None,
+    cfg_settings: ClassifierFreeGuidance | None = None,
 ) -> Recipe:
     """Check settings against the network, and put the recipe together. A guidance of scale 0 is left out.
 
@@ -82,19 +81,16 @@ def prepare(
             guidance lacks what it needs.
     """
     schedule = make_schedule(diffusion, chain.respacing)
-    require(
-        network.settings.learn_sigma or diffusion.variance != "learned_range",
-        "`variance` learned_range needs a network with learn_sigma: true. Set fixed_small or fixed_large.",
-    )
+    require_fitting(network.settings, diffusion, sag_settings, cfg_settings)
     guidances: dict[str, Guidance] = {}
     if sag_settings and sag_settings.scale:
-        network.require_site(Site(sag_settings.site, sag_settings.heads))
-        fitting_kernel(sag_settings.kernel_size, network.settings.image_size)
         guidances["sag"] = sag(sag_settings, schedule)
     if classifier_settings and classifier_settings.scale:
         if classifier is None:
             raise UserError("`classifier.scale` needs a classifier, got none.")
         guidances["classifier"] = classifier_guidance(classifier_settings, classifier, schedule)
+    if cfg_settings and cfg_settings.scale:
+        guidances["cfg"] = classifier_free_guidance(cfg_settings)
     return Recipe(network=network, schedule=schedule, diffusion=diffusion, chain_settings=chain, guidances=guidances)
 
 
@@ -116,10 +112,10 @@ def collect(chain: Chain) -> tuple[Image, Tensor | None]:
 
 
 def micro_batches(run: RunSettings) -> Iterator[list[int]]:
-    """Sample ids in groups of exactly batch_size, which start at multiples of it; the last may go over the end."""
-    first = run.first_id - run.first_id % run.batch_size
-    for start in range(first, run.first_id + run.num_samples, run.batch_size):
-        yield list(range(start, start + run.batch_size))
+    """Sample ids in groups of exactly the batch size, which start at multiples of it; the last may go over the end."""
+    size = run.images_at_once
+    for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
+        yield list(range(start, start + size))
 
 
 def labels_of(run: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
@@ -128,15 +124,28 @@ def labels_of(run: RunSettings, ids: Sequence[int], network: UNet) -> Labels | N
     Raises:
         UserError: a class that the network does not have, or no null label.
     """
+    require_labels(run, network.settings)
     classes = network.settings.num_classes
-    if classes is None:
-        require(run.labels in ("random", "null"), f"`labels` is for class-conditional networks, got {run.labels!r}.")
-        return None
-    if run.labels == "null":
-        require(network.settings.null_label, "`labels` null needs a network with a null label; this one has none.")
+    if classes is None or run.labels == "null":
         return None
     if run.labels == "random":
         return torch.tensor(random_labels(run.seed, ids, classes))
     listed = list(range(classes)) if run.labels == "balanced" else run.listed_labels
-    require(max(listed) < classes, f"`labels` must be classes 0 … {classes - 1}, got {max(listed)}.")
     return torch.tensor([listed[i % len(listed)] for i in ids])
+
+
+def estimates(
+    recipe: Recipe, seed: int, ids: Sequence[int], labels: Labels | None
+) -> Iterator[tuple[int, Image, Mask | None]]:
+    """A chain's estimate of the clean image, clipped, and what was masked, step by step, the noisiest first.
+
+    Yields:
+        (step, (B, C, H, W), (B, 1, H, W) bool or None where nothing was masked).
+    """
+    side, channels = recipe.network.settings.image_size, recipe.network.settings.in_channels
+    x = initial_noise(seed, ids, (channels, side, side))
+    for step, after, prediction in recipe.chain(seed, ids, labels):
+        x0_hat = clip(x0_hat_from_eps(x.to(after), prediction.eps, recipe.schedule.alpha_bar(step)), True)
+        masks = (d.notes["mask"] for d in prediction.directions.values() if "mask" in d.notes)
+        yield step, x0_hat, next(masks, None)
+        x = after

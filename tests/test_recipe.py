@@ -7,12 +7,12 @@ import torch
 from sagl.diffusion.denoiser import Condition, Direction, Prediction, as_denoiser
 from sagl.diffusion.noise import initial_noise, step_noise
 from sagl.guidance.direction import guided
-from sagl.recipe import collect, labels_of, micro_batches, prepare
+from sagl.recipe import collect, estimates, labels_of, micro_batches, prepare
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
-from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
 from tests.reference import small_classifier
 from tests.tiny import calm_unet, count_calls, grey_unet
@@ -26,7 +26,7 @@ SAG = {"scale": 0.5, "site": "output.1", "blur_sigma": 1.0}
 every_chain = pytest.mark.parametrize("chain", CHAINS, ids=["ddpm", "ddim", "ddim-eta"])
 
 
-def recipe_of(chain, *, network=None, classifier_scale=0.0, diffusion=None, **sag):
+def recipe_of(chain, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffusion=None, **sag):
     """A recipe on the small colour network, with SAG unless its scale is 0."""
     return prepare(
         network or calm_unet(),
@@ -35,6 +35,7 @@ def recipe_of(chain, *, network=None, classifier_scale=0.0, diffusion=None, **sa
         SelfAttentionGuidance(**{**SAG, **sag}),
         small_classifier() if classifier_scale else None,
         ClassifierGuidance(scale=classifier_scale),
+        ClassifierFreeGuidance(scale=cfg_scale),
     )
 
 
@@ -230,6 +231,7 @@ def test_an_interval_of_nothing_gives_the_unguided_bytes(chain):
         ({"chain": ChainSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
         ({"chain": ChainSettings(respacing="many")}, ("`respacing`", "'many'")),
         ({"network": {"learn_sigma": False}}, ("`variance`", "learn_sigma", "fixed_small")),
+        ({"network": {"null_label": False}, "cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
     ],
 )
 def test_prepare_refuses_what_does_not_fit_the_network_before_anything_runs(wrong, named):
@@ -312,3 +314,63 @@ def test_classifier_guidance_costs_no_call_of_the_network():
     recipe = recipe_of(CHAINS[0], classifier_scale=3.0, scale=0.0)
     assert set(recipe.guidances) == {"classifier"}
     assert recipe.nfe == recipe.schedule.num_steps
+
+
+# ------------------------------------------------------------------------------------------- several guidances
+
+
+@pytest.mark.parametrize(
+    ("guidances", "paid"),
+    [
+        ({"scale": 0.0}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"scale": 0.0, "cfg_scale": 1.0}, [2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"cfg_scale": -0.5}, [3, 3, 3, 3, 3, 3, 3, 3]),
+        ({"interval": (0.25, 0.5), "cfg_scale": 1.0}, [2, 2, 3, 3, 2, 2, 2, 2]),
+        ({"interval": (0.5, 1.0), "cfg_scale": 1.0, "classifier_scale": 2.0}, [2, 2, 2, 2, 3, 3, 3, 3]),
+    ],
+)
+def test_nfe_counts_every_call_of_the_network_by_every_guidance(guidances, paid):
+    network = calm_unet()
+    calls = count_calls(network)
+    recipe = recipe_of(CHAINS[1], network=network, **guidances)
+    with torch.inference_mode():
+        assert [p.nfe for _, _, p in recipe.chain(0, [0, 1], torch.tensor([0, 1]))] == paid
+    assert recipe.nfe == len(calls) == sum(paid)
+    assert recipe.unguided.nfe == 8
+
+
+# --------------------------------------------------------------------------------------------------- estimates
+
+
+@every_chain
+def test_estimates_are_x0_hat_of_every_step_clipped_with_the_mask_of_the_step(chain):
+    recipe = recipe_of(chain, cfg_scale=1.0, interval=(0.5, 1.0))
+    ids, labels = [2, 3], torch.tensor([1, 4])
+    with torch.inference_mode():
+        got = list(estimates(recipe, 7, ids, labels))
+        steps = list(recipe.chain(7, ids, labels))
+    x = initial_noise(7, ids, (3, 16, 16))
+    for (step, x0_hat, mask), (want_step, after, prediction) in zip(got, steps, strict=True):
+        alpha_bar = float(recipe.schedule.alpha_bar(step))
+        want = (x - (1 - alpha_bar) ** 0.5 * prediction.eps) / alpha_bar**0.5
+        assert step == want_step
+        torch.testing.assert_close(x0_hat, want.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+        noted = prediction.directions["sag"].notes["mask"] if "sag" in prediction.directions else None
+        assert (mask is None) == (noted is None) == (step >= recipe.schedule.num_steps / 2)
+        assert mask is None or torch.equal(mask, noted)
+        x = after
+
+
+def test_the_last_estimate_of_a_deterministic_chain_is_its_image():
+    recipe = recipe_of(CHAINS[1])
+    with torch.inference_mode():
+        *_, (step, x0_hat, _) = estimates(recipe, 0, [0, 1], torch.tensor([0, 1]))
+    images, _ = collect(recipe.chain(0, [0, 1], torch.tensor([0, 1])))
+    assert step == 0
+    torch.testing.assert_close(x0_hat, images, rtol=0, atol=1e-5)
+
+
+def test_the_estimates_of_a_recipe_without_guidance_mask_nothing():
+    recipe = recipe_of(CHAINS[0]).unguided
+    with torch.inference_mode():
+        assert [mask for _, _, mask in estimates(recipe, 0, [0], torch.tensor([0]))] == [None] * 6

@@ -11,10 +11,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from sagl import cli
-from sagl.models.adm import UNet, UNetOutput
+from sagl.models.adm import Classifier, UNet, UNetOutput
 from sagl.models.checkpoints import NetworkFile, write_network
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.reference import draw_weights
 
 GREY = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1,)}
@@ -79,6 +79,17 @@ def network_file(*, recommended=None, diffusion=None, **changes):
 def write_tiny(path, **options):
     """A tiny network as safetensors; returns the path."""
     write_network(network_file(**options), path)
+    return path
+
+
+def write_tiny_classifier(path, **changes):
+    """A tiny classifier of noisy grey 8x8 images as safetensors; returns the path."""
+    settings = {name: GREY[name] for name in ("in_channels", "num_channels", "num_res_blocks", "channel_mult")}
+    settings |= {"image_size": 8, "num_classes": 3, "num_head_channels": 32, **changes}
+    settings |= {"attention_resolutions": (settings["image_size"],)}
+    classifier = draw_weights(Classifier(ClassifierSettings(**settings)), 1)
+    file = NetworkFile(network=classifier.settings, diffusion=DiffusionSettings(), state=classifier.state_dict())
+    write_network(file, path)
     return path
 
 

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sagl.settings.errors import require
-from sagl.settings.guidance import DEFAULT_KERNEL
 from sagl.shapes import Image
 
 
@@ -28,19 +26,3 @@ def gaussian_blur(images: Image, kernel_size: int, blur_sigma: float) -> Image:
     )
     rows = F.conv2d(planes, kernel[None, None, None, :])
     return F.conv2d(rows, kernel[None, None, :, None]).reshape(images.shape)
-
-
-def fitting_kernel(kernel_size: int | None, image_size: int) -> int:
-    """The kernel that is used on images of a size: the one asked for, or the paper's 31 as far as it fits.
-
-    Raises:
-        UserError: the kernel asked for reaches over the mirrored border.
-    """
-    largest = 2 * image_size - 1
-    if kernel_size is None:
-        return min(DEFAULT_KERNEL, largest)
-    require(
-        kernel_size <= largest,
-        f"`sag.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
-    )
-    return kernel_size

@@ -32,4 +32,4 @@ def classifier_guidance(settings: ClassifierGuidance, classifier: Logits, schedu
             chosen = log_p.gather(1, condition.labels.clone()[:, None]).sum()
             return Direction(score=settings.scale * torch.autograd.grad(chosen, x)[0])
 
-    return Guidance(direction=direction, when=lambda _: settings.scale != 0)
+    return Guidance(direction=direction, when=lambda _: settings.scale != 0, passes=0)

@@ -30,6 +30,8 @@ class Guidance:
     """The condition of the plain pass, with what this guidance needs of it."""
     when: Callable[[int], bool] = _always
     """Whether a step is guided; a step that is not costs nothing."""
+    passes: int = 1
+    """Network evaluations that a guided step costs besides the plain one."""
 
 
 def guided(denoise: Denoiser, guidances: Mapping[str, Guidance]) -> Denoiser:

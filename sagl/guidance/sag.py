@@ -5,11 +5,11 @@ from dataclasses import replace
 from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
 from sagl.diffusion.process import clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
-from sagl.guidance.blur import fitting_kernel, gaussian_blur
+from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.degrade import degrade
 from sagl.guidance.direction import Guidance, away_from, within
 from sagl.guidance.mask import attention_mask
-from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.guidance import SelfAttentionGuidance, fitting_kernel
 from sagl.shapes import Image, Site
 
 

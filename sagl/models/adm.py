@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
 from sagl.models.channels import channel_affine, channel_moments
-from sagl.settings.errors import UserError, require
+from sagl.settings.errors import require
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
 from sagl.shapes import HeadSplit, Image, Labels, Site, Timestep, TokenMap
 
@@ -166,9 +166,9 @@ def pointwise(conv: nn.Conv1d, tokens: Tensor) -> Tensor:
 class Stage(nn.ModuleList):
     """One numbered block: a convolution, or a residual block with attention and resampling as they come."""
 
-    def __init__(self, name: str, side: int, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, name: str, layers: Sequence[nn.Module]) -> None:
         super().__init__(layers)
-        self.name, self.side = name, side
+        self.name = name
 
     def forward(self, x: Tensor, emb: Tensor, sites: Sequence[Site] = ()) -> tuple[Tensor, dict[Site, TokenMap]]:
         """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of the sites that are here."""
@@ -182,11 +182,6 @@ class Stage(nn.ModuleList):
             else:
                 x = layer(x)
         return x, dict(zip(here, received, strict=True))
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether attention can be asked for here."""
-        return any(isinstance(layer, AttentionBlock) for layer in self)
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -204,7 +199,7 @@ class Encoder(nn.Module):
         self.input_blocks = _numbered("input", _input_layers(s))
         width = s.widths[-1]
         middle = [ResBlock(s, width, width), AttentionBlock(s, width, s.heads_of(width)), ResBlock(s, width, width)]
-        self.middle_block = Stage("middle", s.resolutions[-1], middle)
+        self.middle_block = Stage("middle", middle)
 
     def embed(self, timesteps: Timestep) -> Tensor:
         """What the blocks are told of the timestep: (B,) -> (B, 4·num_channels)."""
@@ -226,12 +221,6 @@ class UNet(Encoder):
         self.out = nn.Sequential(Norm(width), nn.SiLU(), zero_conv(width, out_channels))
         self.to(memory_format=torch.channels_last)
 
-    @property
-    def sites(self) -> dict[str, int]:
-        """Blocks that have attention, with the side of their feature maps in pixels."""
-        stages = (m for m in self.modules() if isinstance(m, Stage))
-        return {stage.name: stage.side for stage in stages if stage.has_attention}
-
     def forward(
         self, x: Image, timesteps: Timestep, labels: Labels | None = None, *, attention_sites: Sequence[Site] = ()
     ) -> UNetOutput:
@@ -247,7 +236,7 @@ class UNet(Encoder):
             UserError: a site without attention; no labels, and no null label either.
         """
         for site in attention_sites:
-            self.require_site(site)
+            self.settings.require_site(*site)
         emb = self._add_label(self.embed(timesteps), labels)
         received: dict[Site, TokenMap] = {}
         h, skips = x.to(emb.dtype, memory_format=torch.channels_last), []
@@ -261,25 +250,6 @@ class UNet(Encoder):
             h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
             received |= maps
         return UNetOutput(self.out(h).float(), received)
-
-    def require_site(self, site: Site) -> None:
-        """Refuse a site that has no attention, or whose channels do not split as it says.
-
-        Raises:
-            UserError: names the sites that have attention, with their resolutions.
-        """
-        if site.name not in (sites := self.sites):
-            listed = ", ".join(f"{known} ({side}x{side})" for known, side in sites.items())
-            raise UserError(
-                f"`site` must be a block with attention: {listed}; got {site.name!r}. "
-                "Output blocks count from the coarsest resolution up."
-            )
-        s = self.settings
-        width = dict(zip(s.resolutions, s.widths, strict=True))[sites[site.name]]
-        require(
-            site.heads == "layer" or width % s.num_heads == 0,
-            f"`heads` as_released needs num_heads ({s.num_heads}) to divide {site.name}'s width {width}. Use layer.",
-        )
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         """The timestep's embedding plus the label's, or the null label's where there is none."""
@@ -315,12 +285,12 @@ class Classifier(Encoder):
 
 # ----------------------------------------------------------------------------------- layouts and poolings
 
-Layers = tuple[int, list[nn.Module]]
-"""One block to be: the side of its feature maps in pixels, and its layers."""
+Layers = list[nn.Module]
+"""One block to be."""
 
 
 def _numbered(prefix: str, blocks: Iterator[Layers]) -> nn.ModuleList:
-    return nn.ModuleList(Stage(f"{prefix}.{k}", side, layers) for k, (side, layers) in enumerate(blocks))
+    return nn.ModuleList(Stage(f"{prefix}.{k}", layers) for k, layers in enumerate(blocks))
 
 
 def _resample(s: EncoderSettings, width: int, kind: type[Halve] | type[Double]) -> nn.Module:
@@ -336,12 +306,12 @@ def _attention(s: EncoderSettings, width: int, side: int, num_heads: int) -> lis
 def _input_layers(s: EncoderSettings) -> Iterator[Layers]:
     """The way down: a convolution, then for every level its blocks and, but for the last, a halving."""
     width = s.widths[0]
-    yield s.image_size, [nn.Conv2d(s.in_channels, width, 3, padding=1)]
+    yield [nn.Conv2d(s.in_channels, width, 3, padding=1)]
     for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
         if level:
-            yield side, [_resample(s, width, Halve)]
+            yield [_resample(s, width, Halve)]
         for _ in range(s.num_res_blocks):
-            yield side, [ResBlock(s, width, out), *_attention(s, out, side, s.heads_of(out))]
+            yield [ResBlock(s, width, out), *_attention(s, out, side, s.heads_of(out))]
             width = out
 
 
@@ -361,7 +331,7 @@ def _output_layers(s: UNetSettings) -> Iterator[Layers]:
             layers = [ResBlock(s, width + skips.pop(), out), *_attention(s, out, side, heads)]
             if level and block == s.num_res_blocks:
                 layers.append(_resample(s, out, Double))
-            yield side, layers
+            yield layers
             width = out
 
 

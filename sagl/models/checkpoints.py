@@ -1,90 +1,134 @@
 """Networks on disk: safetensors with the settings inside; training checkpoints, read without running code in them."""
 
-import hashlib
 import json
-import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 
-from sagl.models.adm import UNet
-from sagl.models.zoo import METADATA_KEY, described
+from sagl.models.adm import Classifier, UNet
+from sagl.models.zoo import KINDS, METADATA_KEY, described, require_same, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.paths import whole_file
+from sagl.settings.sampling import Precision
 
-Weights = Literal["ema", "raw"]
+Settings = UNetSettings | ClassifierSettings
+AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkFile:
-    """A UNet's weights, with all that is needed to use them."""
+    """A network's weights, with all that is needed to use them."""
 
-    network: UNetSettings
+    network: UNetSettings | ClassifierSettings
     diffusion: DiffusionSettings
     state: Mapping[str, Tensor]
     recommended: Mapping[str, Any] = field(default_factory=dict)
     """Sampling settings that the makers of the weights advise, by flag name."""
 
 
-def read_network(path: Path, weights: Weights = "ema") -> NetworkFile:
-    """Weights and settings from a sagl .safetensors file or a training checkpoint (.ckpt).
+def read_network(
+    path: Path, weights: str = "ema", settings: Settings | None = None, diffusion: DiffusionSettings | None = None
+) -> NetworkFile:
+    """Weights and settings of a .safetensors file, a training checkpoint (.ckpt) or a plain state dict (.pt).
+
+    Tensors are memory-mapped, and nothing in the file is run.
 
     Args:
         path: the file.
-        weights: of a training checkpoint, the average (ema) or the last weights (raw).
+        weights: of a training checkpoint, the average (ema; ema:DECAY names which) or the last weights (raw).
+        settings: of the network; a plain state dict needs them, others carry their own, which must then agree.
+        diffusion: of the process, where the file does not say; ADM's linear schedule if left out.
 
     Raises:
-        UserError: no such file, not a network of sagl, or a pickle that wants to run code.
+        UserError: no such file, not a network, other settings, or a pickle that wants to run code.
     """
-    require(path.is_file(), f"`checkpoint` must be a .safetensors or .ckpt file, and there is none at {path}.")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_training(path, weights)
+    require(path.is_file(), f"`checkpoint` must be a .safetensors, .ckpt or .pt file, and there is none at {path}.")
+    require(
+        path.suffix == ".ckpt" or weights == "ema",
+        f"`weights` is for training checkpoints (.ckpt), and {path} holds one set of weights. Leave it out.",
+    )
+    tensors, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if about is None:
+        if settings is None:
+            raise UserError(
+                f"`checkpoint` {path} does not say which network it is for. Add --model NAME, or --config FILE."
+            )
+        return NetworkFile(network=settings, diffusion=diffusion or DiffusionSettings(), state=_plain(tensors, path))
+    file = _network_file(about, tensors, path, weights)
+    if settings is not None:
+        require_same(settings, file.network, path)
+    return file
 
 
-def write_network(file: NetworkFile, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write safetensors with the settings inside, whole or not at all."""
+def write_network(file: NetworkFile, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write safetensors with the settings inside, whole or not at all; `dtype` None keeps each tensor's own.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     about = {
-        "network": asdict(file.network),
+        next(name for name, kind in KINDS.items() if isinstance(file.network, kind)): asdict(file.network),
         "diffusion": asdict(file.diffusion),
         "recommended": dict(file.recommended),
     }
-    partial = path.with_suffix(".partial")
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in file.state.items()}
-    save_file(state, partial, metadata={METADATA_KEY: json.dumps(about)})
-    os.replace(partial, path)
+    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in file.state.items()}
+    with whole_file(path, "file") as partial:
+        save_file(state, partial, metadata={METADATA_KEY: json.dumps(about)})
 
 
 def build_network(file: NetworkFile) -> UNet:
     """The UNet in evaluation mode and float32, strictly loaded.
 
     Raises:
-        UserError: names or shapes do not fit the settings; names the first that do not.
+        UserError: it is a classifier; or names or shapes do not fit the settings: names the first five.
     """
+    if not isinstance(file.network, UNetSettings):
+        raise UserError("`checkpoint` must be a network that draws, and this one is a classifier.")
     with torch.device("meta"):
         network = UNet(file.network)
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in file.state.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"`checkpoint` must fit the network's settings: {len(wrong)} parameters differ, the first {name}: "
-            f"settings {expected.get(name, 'have none')}, file {found.get(name, 'has none')}."
-        )
-    network.load_state_dict({name: tensor.float() for name, tensor in file.state.items()}, assign=True)
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return _loaded(network, file)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def build_classifier(file: NetworkFile) -> Classifier:
+    """The classifier in evaluation mode and float32, strictly loaded.
+
+    Raises:
+        UserError: it is no classifier; or names or shapes do not fit the settings: names the first five.
+    """
+    if not isinstance(file.network, ClassifierSettings):
+        raise UserError("`classifier.checkpoint` must be a classifier, and this is a network that draws.")
+    with torch.device("meta"):
+        network = Classifier(file.network)
+    return _loaded(network, file)
+
+
+def require_fit(settings: Settings, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose names or shapes are not those of the settings.
+
+    Raises:
+        UserError: counts what differs and shows the first five.
+    """
+    with torch.device("meta"):
+        network = UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
+    _require_fit(network, state)
+
+
+def as_weights(network: AnyNetwork, precision: Precision, device: torch.device) -> AnyNetwork:
+    """The network on a device, its weights in the precision; the arithmetic around it stays float32."""
+    dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
+    return network.to(device=device, dtype=dtype)
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:
@@ -93,44 +137,82 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is none, or a pickle that wants to run code.
     """
+    checkpoint = _load_pickle(path)
+    require(
+        "state_dict" in checkpoint and "network" in checkpoint.get("hyper_parameters", {}),
+        f"`checkpoint` must be one that sagl fit wrote, and {path} is none.",
+    )
+    return checkpoint
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        require("state_dict" in checkpoint and "network" in checkpoint["hyper_parameters"], "another project's")
-        return dict(checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on files that it refuses in the same breath
+            loaded = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"`checkpoint` {path} is damaged, or a pickle that wants to run code, which sagl refuses. Fetch it again, "
+            "or write its tensors as .safetensors."
+        ) from error
     except Exception as error:  # torch reports a bad file in many ways
         raise UserError(
-            f"`checkpoint` must be one that sagl fit wrote; {path} is none ({type(error).__name__})."
+            f"`checkpoint` must be a whole .safetensors, .ckpt or .pt file, and {path} is damaged or none."
         ) from error
+    require(isinstance(loaded, dict), f"`checkpoint` must hold tensors by name, and {path} holds other things.")
+    return dict(loaded)
 
 
-def _read_safetensors(path: Path) -> NetworkFile:
+def _read_pickle(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """Its content, and its settings if sagl fit wrote it."""
+    loaded = _load_pickle(path)
+    return loaded, loaded.get("hyper_parameters") if "state_dict" in loaded else None
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
     about = described(path)
-    require(bool(about), f"`checkpoint` must carry sagl's settings, and {path} does not. Write it with sagl convert.")
     try:
-        state = load_file(path)
-    except SafetensorError as error:
+        return load_file(path), about or None
+    except (SafetensorError, OSError) as error:
         raise UserError(f"`checkpoint` must be a whole .safetensors file, and {path} is damaged.") from error
-    return _network_file(about, state, path, about.get("recommended", {}))
 
 
-def _read_training(path: Path, weights: Weights) -> NetworkFile:
-    checkpoint = load_training_checkpoint(path)
-    prefix, part = "network.", "state_dict" if weights == "ema" else "current_model_state"
-    require(part in checkpoint, f"`weights` {weights} are not in {path}. Try --weights ema.")
-    state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint[part].items() if name.startswith(prefix)}
-    return _network_file(checkpoint["hyper_parameters"], state, path, {})
+def _plain(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    require(
+        bool(tensors) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
+        f"`checkpoint` must hold a network's tensors by name, and {path} holds other things.",
+    )
+    return tensors
 
 
-def _network_file(
-    about: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, recommended: Mapping[str, Any]
-) -> NetworkFile:
-    try:
-        network = UNetSettings(**_tuples(about["network"]))
-        diffusion = DiffusionSettings(**about["diffusion"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"`checkpoint` must carry sagl's settings, and those in {path} are others.") from error
-    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=recommended)
+def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Path, weights: str) -> NetworkFile:
+    network, diffusion = settings_of(about, path)
+    state = _averaged(content, weights, path) if "state_dict" in content else _plain(content, path)
+    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=about.get("recommended") or {})
 
 
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
+    """The weights asked for, of those that a training checkpoint holds."""
+    decay = checkpoint["hyper_parameters"].get("average_decay")
+    held = {"ema": "state_dict", f"ema:{decay}": "state_dict", "raw": "current_model_state"}
+    known = [name for name, part in held.items() if part in checkpoint and name != "ema:None"]
+    require(weights in known, f"`weights` must be one of {', '.join(known)} for {path}, got {weights!r}.")
+    prefix = "network."
+    tensors = checkpoint[held[weights]]
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _require_fit(network: Module, state: Mapping[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shown = "; ".join(
+        f"{name}: settings {expected.get(name, 'have none')}, file {found.get(name, 'has none')}" for name in wrong[:5]
+    )
+    require(not wrong, f"`checkpoint` must fit the network's settings: {len(wrong)} parameters differ: {shown}.")
+
+
+def _loaded(network: AnyNetwork, file: NetworkFile) -> AnyNetwork:
+    _require_fit(network, file.state)
+    network.load_state_dict({name: tensor.float() for name, tensor in file.state.items()}, assign=True)
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)

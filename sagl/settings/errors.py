@@ -1,4 +1,6 @@
-"""The one exception that is a message to the user rather than a defect."""
+"""The one exception that is a message to the user rather than a defect, and what raises it."""
+
+import math
 
 
 class UserError(ValueError):
@@ -16,3 +18,15 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise UserError(message)
+
+
+def require_finite(settings: object, prefix: str = "") -> None:
+    """Refuse a settings object that holds nan or an infinity.
+
+    Raises:
+        UserError: names the first such field, behind `prefix`.
+    """
+    for name, value in vars(settings).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        wrong = [number for number in numbers if isinstance(number, float) and not math.isfinite(number)]
+        require(not wrong, f"`{prefix}{name}` must be a finite number, got {wrong and wrong[0]}.")

@@ -4,10 +4,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sagl.settings.diffusion import one_of
-from sagl.settings.errors import require
+from sagl.settings.errors import require, require_finite
 
 DEFAULT_KERNEL = 31
 """The paper's blur kernel (table 9)."""
+
+
+def fitting_kernel(kernel_size: int | None, image_size: int) -> int:
+    """The kernel that is used on images of a size: the one asked for, or the paper's 31 as far as it fits.
+
+    Raises:
+        UserError: the kernel asked for reaches over the mirrored border.
+    """
+    largest = 2 * image_size - 1
+    if kernel_size is None:
+        return min(DEFAULT_KERNEL, largest)
+    require(
+        kernel_size <= largest,
+        f"`sag.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
+    )
+    return kernel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +49,7 @@ class SelfAttentionGuidance:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning; what needs the network is checked when the run is prepared."""
+        require_finite(self, "sag.")
         require(self.blur_sigma > 0, f"`sag.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
         require(
             self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
@@ -46,8 +63,30 @@ class SelfAttentionGuidance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierFreeGuidance:
+    """Classifier-free guidance (CFG, eq. 11), for networks with a null label."""
+
+    scale: float = 0.0
+    """The paper's s: conditional + s · (conditional - null); 0 is off and costs nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        require_finite(self, "cfg.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifierGuidance:
-    """Classifier guidance (eq. 9; Dhariwal & Nichol 2021, algorithms 1 and 2)."""
+    """Classifier guidance (CG, eq. 9; Dhariwal & Nichol 2021, algorithms 1 and 2)."""
 
     scale: float = 0.0
     """Factor on grad log p(y | x_t); 0 is off and costs nothing."""
+    checkpoint: str | None = None
+    """Classifier of noisy images: the name of a released one, or a file."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        require_finite(self, "classifier.")
+
+
+GUIDANCES = {"sag": SelfAttentionGuidance, "cfg": ClassifierFreeGuidance, "classifier": ClassifierGuidance}
+"""The guidances by the name of their group of settings."""

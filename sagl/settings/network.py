@@ -102,6 +102,38 @@ class UNetSettings(EncoderSettings):
             f"`num_classes` must be at least 1, got {self.num_classes}.",
         )
 
+    @property
+    def sites(self) -> dict[str, int]:
+        """Blocks that have attention, with the side of their feature maps in pixels."""
+        downs = [side for level, side in enumerate(self.resolutions) for side in self._level(side, level > 0)]
+        ups = [side for side in reversed(self.resolutions) for side in [side] * (self.num_res_blocks + 1)]
+        inputs = {f"input.{k}": side for k, side in enumerate([0, *downs]) if side in self.attention_resolutions}
+        outputs = {f"output.{k}": side for k, side in enumerate(ups) if side in self.attention_resolutions}
+        return {**inputs, "middle": self.resolutions[-1], **outputs}
+
+    def require_site(self, name: str, heads: str = "layer") -> None:
+        """Refuse a site that has no attention, or whose channels do not split as `heads` says.
+
+        Raises:
+            UserError: names the sites that have attention, with their resolutions.
+        """
+        sites = self.sites
+        listed = ", ".join(f"{known} ({side}x{side})" for known, side in sites.items())
+        require(
+            name in sites,
+            f"`site` must be a block with attention: {listed}; got {name!r}. "
+            "Output blocks count from the coarsest resolution up.",
+        )
+        width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
+        require(
+            heads == "layer" or width % self.num_heads == 0,
+            f"`heads` as_released needs num_heads ({self.num_heads}) to divide {name}'s width {width}. Use layer.",
+        )
+
+    def _level(self, side: int, halved: bool) -> list[int]:
+        """Sides of a level's input blocks; 0 for the halving, which never has attention."""
+        return [0] * halved + [side] * self.num_res_blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(EncoderSettings):

@@ -1,7 +1,16 @@
-"""Folders that belong to the user."""
+"""Files and folders that belong to the user: where they are, and how they are written."""
 
+import errno
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sagl.settings.errors import UserError, require
+
+PARTIAL = ".partial"
+"""How the name of a file ends while it is being written."""
 
 
 def cache_folder() -> Path:
@@ -9,3 +18,70 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("SAGL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sagl"
+
+
+def packaged_configs() -> Path:
+    """The folder of the configs that come with the package: inside it, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path, argument: str = "output") -> Iterator[Path]:
+    """A file that appears under its name when it is whole, or not at all.
+
+    Yields:
+        The name to write under. When the block ends well the bytes are on the disk and have their own name.
+
+    Raises:
+        UserError: no room, no right to write; names `argument`.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"`{argument}` {path} cannot be written: {_reason(error)}.") from error
+    finally:
+        with suppress(OSError):  # where its folder could not be made
+            partial.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path, argument: str = "output") -> None:
+    """Refuse a folder that is not there and could not be made, or could not be written to.
+
+    Raises:
+        UserError: says which part of the path stands in the way.
+    """
+    there = nearest_existing(folder)
+    require(there.is_dir(), f"`{argument}` must be a folder, and {there} is a file. Choose another name.")
+    require(
+        os.access(there, os.W_OK | os.X_OK),
+        f"`{argument}` must be a folder that can be written, and {there} cannot. Choose another with --{argument}.",
+    )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first folder above it that is there and can be looked into."""
+    for part in (path, *path.absolute().parents):
+        with suppress(PermissionError):
+            if part.exists() or part.is_symlink():
+                return part
+    return Path(path.anchor or ".")
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, and the way out."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror}. Make room, then give the same command again: it goes on where it stopped"
+    return f"{error.strerror or error}. Choose another place"

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sagl.settings.diffusion import one_of
-from sagl.settings.errors import UserError, require
+from sagl.settings.errors import UserError, require, require_finite
 
 Sampler = Literal["ddpm", "ddim"]
+Precision = Literal["32-true", "bf16-true", "16-true"]
+Accelerator = Literal["auto", "cpu", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class ChainSettings:
 
     def __post_init__(self) -> None:
         """Refuse what has no chain."""
+        require_finite(self)
         one_of("sampler", self.sampler, ("ddpm", "ddim"))
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
@@ -40,8 +43,8 @@ class RunSettings:
     """Images to make; their ids are first_id, first_id + 1, …"""
     first_id: int = 0
     """Id of the first image; an image depends on seed and id alone."""
-    batch_size: int = 64
-    """Images made together; the last micro-batch is computed at full size and cut."""
+    batch_size: int | None = None
+    """Images made together, a micro-batch; the last one is computed at full size and cut. null: what suits the size."""
     seed: int = 0
     """Of noise and random labels."""
     labels: str = "random"
@@ -49,13 +52,18 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse empty runs and labels that are no numbers."""
-        for name in ("num_samples", "batch_size"):
-            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        require(self.num_samples >= 1, f"`num_samples` must be at least 1, got {self.num_samples}.")
+        require(self.images_at_once >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
         for name in ("seed", "first_id"):
             value = getattr(self, name)
             require(0 <= value < 2**32, f"`{name}` must be in 0 … 2³² - 1, got {value}.")
         if self.labels not in ("random", "balanced", "null"):
             _ = self.listed_labels
+
+    @property
+    def images_at_once(self) -> int:
+        """batch_size, or where it is left open all images, up to 64."""
+        return min(self.num_samples, 64) if self.batch_size is None else self.batch_size
 
     @property
     def listed_labels(self) -> list[int]:
@@ -68,3 +76,18 @@ class RunSettings:
         if not all(part.strip().isdecimal() for part in parts):
             raise UserError(f"`labels` must be random, balanced, null or classes like 0,7,9; got {self.labels!r}.")
         return [int(part) for part in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """Where, and with which numbers, the network computes."""
+
+    accelerator: Accelerator = "auto"
+    """auto: a GPU where there is one."""
+    precision: Precision = "32-true"
+    """Of the network's weights; the process itself is always float32."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names."""
+        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        one_of("trainer.precision", self.precision, ("32-true", "bf16-true", "16-true"))

@@ -123,7 +123,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivatio
     s = net.settings
     x, timesteps = images(channels=s.in_channels), torch.tensor([3, 777])
     labels = torch.tensor([6, 2]) if s.num_classes else None
-    sites = [Site(site, heads) for site in net.sites for heads in ("layer", "as_released")]
+    sites = [Site(site, heads) for site in net.settings.sites for heads in ("layer", "as_released")]
     with torch.no_grad():
         got = net(x, timesteps, labels, attention_sites=sites)
         want, maps = oracle.adm(net, x, timesteps, labels)
@@ -132,7 +132,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivatio
     assert set(got.attention) == set(maps) == set(sites)
     for site in sites:
         received = got.attention[site]
-        assert received.shape[-1] == net.sites[site.name]
+        assert received.shape[-1] == net.settings.sites[site.name]
         assert relative_error(received.flatten(2), maps[site].sum(dim=2)) < 1e-5
 
 
@@ -206,7 +206,7 @@ def test_asking_for_attention_at_any_site_changes_no_value(name):
     with torch.no_grad():
         plain = net(x, TIMESTEPS, labels)
         assert plain.attention == {}
-        for site in net.sites:
+        for site in net.settings.sites:
             asked = net(x, TIMESTEPS, labels, attention_sites=[Site(site)])
             torch.testing.assert_close(asked.out, plain.out, rtol=0, atol=1e-6)
 
@@ -215,11 +215,11 @@ def test_asking_for_attention_at_any_site_changes_no_value(name):
 def test_every_site_brings_back_a_map_of_its_side_with_mean_one(name):
     net = network(name)
     with torch.no_grad():
-        asked = [Site(site) for site in net.sites]
+        asked = [Site(site) for site in net.settings.sites]
         attention = net(reference_images(), TIMESTEPS, LABELS[name], attention_sites=asked).attention
     assert list(attention) == asked
     for site, received in attention.items():
-        assert received.shape[-2:] == (net.sites[site.name],) * 2
+        assert received.shape[-2:] == (net.settings.sites[site.name],) * 2
         torch.testing.assert_close(received.mean(dim=(2, 3)), torch.ones(received.shape[:2]), rtol=0, atol=1e-5)
 
 

@@ -1,15 +1,23 @@
-import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sagl.models.checkpoints import build_network, read_network, sha256, write_network
+from sagl.models.adm import Classifier
+from sagl.models.checkpoints import (
+    as_weights,
+    build_classifier,
+    build_network,
+    read_network,
+    write_network,
+)
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
-from tests.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
+from tests.reference import draw_weights
+from tests.tiny import grey_unet, network_file, write_tiny, write_tiny_classifier, write_training_checkpoint
 
 FIXED = DiffusionSettings(noise_schedule="cosine", variance="learned_range", num_timesteps=400)
 
@@ -78,14 +86,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"`file` .* cannot be written: no space"):
         write_network(network_file(), target)
     assert target.read_bytes() == before
-
-
-def test_the_hash_is_that_of_the_bytes(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(range(256)) * 10000)
-    assert sha256(tmp_path / "a") == hashlib.sha256(bytes(range(256)) * 10000).hexdigest()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 # --------------------------------------------------------------------------------------------------- strictness
@@ -97,7 +101,7 @@ def test_the_hash_is_that_of_the_bytes(tmp_path):
         ({"out__2__weight": None}, ("1 parameters differ", "out.2.weight", "(2, 32, 3, 3)", "has none")),
         ({"out__2__bias": torch.zeros(3)}, ("1 parameters differ", "out.2.bias", "(2,)", "(3,)")),
         ({"extra": torch.zeros(4)}, ("1 parameters differ", "extra", "have none", "(4,)")),
-        ({"extra": torch.zeros(4), "out__2__weight": None}, ("2 parameters differ", "the first extra")),
+        ({"extra": torch.zeros(4), "out__2__weight": None}, ("2 parameters differ", "extra: ", "; out.2.weight: ")),
     ],
 )
 def test_names_and_shapes_that_do_not_fit_are_refused_with_count_name_and_both_shapes(tensors, named):
@@ -107,7 +111,7 @@ def test_names_and_shapes_that_do_not_fit_are_refused_with_count_name_and_both_s
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_other_settings_are_refused():
+def test_weights_for_another_number_of_classes_are_refused():
     other = replace(network_file(), network=grey_unet(num_classes=7).settings)
     with pytest.raises(UserError, match=r"label_emb\.weight: settings \(8, 128\), file \(4, 128\)"):
         build_network(other)
@@ -166,14 +170,14 @@ def test_the_pickle_of_that_test_does_run_code_where_it_is_let(tmp_path):
 
 @pytest.mark.parametrize("name", ["absent.safetensors", "absent.ckpt", "."])
 def test_a_file_that_is_not_there_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match=r"`checkpoint` must be a \.safetensors or \.ckpt file"):
+    with pytest.raises(UserError, match=r"`checkpoint` must be a \.safetensors, \.ckpt or \.pt file"):
         read_network(tmp_path / name)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_a_file_without_settings_is_refused(metadata, tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(UserError, match="`checkpoint` must carry sagl's settings"):
+    with pytest.raises(UserError, match="does not say which network it is for"):
         read_network(tmp_path / "a.safetensors")
 
 
@@ -208,5 +212,88 @@ def test_raw_weights_that_a_checkpoint_does_not_have_are_refused(tmp_path):
     del content["current_model_state"]
     torch.save(content, path)
     assert read_network(path, "ema").state
-    with pytest.raises(UserError, match="`weights` raw"):
+    with pytest.raises(UserError, match="`weights` must be one of ema for"):
         read_network(path, "raw")
+
+
+# -------------------------------------------------------------------------------------------- plain state dicts
+
+
+def test_a_plain_state_dict_is_read_with_settings_that_are_given(tmp_path):
+    network = grey_unet()
+    torch.save(network.state_dict(), tmp_path / "released.pt")
+    file = read_network(tmp_path / "released.pt", settings=network.settings)
+    assert (file.network, file.diffusion) == (network.settings, DiffusionSettings())
+    told = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2])
+    assert torch.equal(build_network(file)(*told).out, network(*told).out)
+
+
+def test_a_plain_state_dict_is_mapped_not_copied(tmp_path):
+    network = grey_unet()
+    torch.save(network.state_dict(), tmp_path / "released.pt")
+    file = read_network(tmp_path / "released.pt", settings=network.settings)
+    built = build_network(file)
+    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "released.pt" in line]
+    spans = [tuple(int(end, 16) for end in region[0].split("-")) for region in regions]
+    for tensor in (*file.state.values(), built.time_embed[0].weight):
+        assert any(start <= tensor.data_ptr() < end for start, end in spans)
+
+
+def test_without_settings_a_plain_state_dict_is_refused_and_the_way_out_is_said(tmp_path):
+    torch.save(grey_unet().state_dict(), tmp_path / "released.pt")
+    with pytest.raises(UserError, match=r"does not say which network it is for\. Add --model NAME"):
+        read_network(tmp_path / "released.pt")
+
+
+def test_weights_of_other_settings_are_refused_by_the_first_five_that_differ(tmp_path):
+    torch.save(grey_unet().state_dict(), tmp_path / "released.pt")
+    file = read_network(tmp_path / "released.pt", settings=replace(grey_unet().settings, num_channels=64))
+    with pytest.raises(UserError, match=r"parameters differ") as refused:
+        build_network(file)
+    assert str(refused.value).count("; ") == 4
+
+
+def test_settings_that_contradict_those_in_the_file_are_refused(tmp_path):
+    path, settings = write_tiny(tmp_path / "a.safetensors"), grey_unet().settings
+    assert read_network(path, settings=replace(settings, dropout=0.3)).network == settings  # of training alone
+    with pytest.raises(UserError, match="is for a network with num_heads 4, not 2"):
+        read_network(path, settings=replace(settings, num_heads=2))
+
+
+def test_an_average_can_be_asked_for_by_its_decay(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["average_decay"] = 0.999
+    torch.save(content, path)
+    assert read_network(path, "ema:0.999").state.keys() == read_network(path, "ema").state.keys()
+    with pytest.raises(UserError, match=r"must be one of ema, ema:0\.999, raw for .*, got 'ema:0\.5'"):
+        read_network(path, "ema:0.5")
+
+
+def test_a_file_with_one_set_of_weights_has_no_others(tmp_path):
+    with pytest.raises(UserError, match="`weights` is for training checkpoints"):
+        read_network(write_tiny(tmp_path / "a.safetensors"), "raw")
+
+
+# ------------------------------------------------------------------------------------------------- classifiers
+
+
+def test_a_classifier_comes_back_bit_for_bit_and_is_no_network_that_draws(tmp_path):
+    read = read_network(write_tiny_classifier(tmp_path / "c.safetensors"))
+    drawn = draw_weights(Classifier(read.network), 1)
+    told = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    assert torch.equal(build_classifier(read)(*told), drawn(*told))
+    with pytest.raises(UserError, match="this one is a classifier"):
+        build_network(read)
+    with pytest.raises(UserError, match="this is a network that draws"):
+        build_classifier(read_network(write_tiny(tmp_path / "a.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)]
+)
+def test_weights_have_the_precision_asked_for_and_outputs_are_float32(precision, dtype, tmp_path):
+    network = build_network(read_network(write_tiny(tmp_path / "a.safetensors")))
+    cast = as_weights(network, precision, torch.device("cpu"))
+    assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+    assert cast(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0])).out.dtype == torch.float32

@@ -1,4 +1,6 @@
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -6,14 +8,27 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sagl.commands.sample import parse
+from sagl.commands.request import parse
+from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED, described
+from sagl.models.zoo import EMBEDDED, RELEASED, described, released
 from sagl.recipe import labels_of, prepare
-from sagl.settings.network import UNetSettings
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from sagl.settings.network import ClassifierSettings, UNetSettings
+from tests.reference import KEY_LISTS
 from tests.tiny import network_file, write_tiny
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+
+KEY_LIST_OF = {name: name for name in ("imagenet64", "imagenet128", "imagenet256_cond", "imagenet256_uncond")}
+KEY_LIST_OF |= {"imagenet512": "imagenet512"} | {
+    f"imagenet{n}_classifier": f"classifier{n}" for n in (64, 128, 256, 512)
+}
+KEY_LIST_OF |= {f"lsun_{kind}": "lsun_cat" for kind in ("bedroom", "cat", "horse", "horse_nodropout")}
+"""Names and shapes of each released file; those of the LSUN models are alike."""
+UNETS = sorted(name for name in RELEASED if not name.endswith("classifier"))
+CLASSIFIERS = sorted(set(RELEASED) - set(UNETS))
 
 
 def test_a_file_says_what_its_network_is(tmp_path):
@@ -42,7 +57,7 @@ def test_the_embedded_network_is_the_one_that_the_configuration_trains():
 
 def test_the_embedded_network_s_advice_can_be_followed():
     request, file = parse([]), read_network(EMBEDDED)
-    assert request.checkpoint == EMBEDDED
+    assert request.source.checkpoint == EMBEDDED
     network = build_network(file)
     recipe = prepare(network, file.diffusion, request.chain, request.sag)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.sag.interval)
@@ -60,3 +75,108 @@ def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
 def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
     labels = labels_of(parse(["--labels", label]).run, [9], build_network(read_network(EMBEDDED)))
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
+
+
+# ---------------------------------------------------------------------------------------- released checkpoints
+
+
+def test_thirteen_checkpoints_are_known_and_every_key_list_belongs_to_one():
+    assert sorted(RELEASED) == sorted(KEY_LIST_OF)
+    assert len(RELEASED) == 13
+    assert set(KEY_LIST_OF.values()) == set(KEY_LISTS)
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_settings_give_exactly_the_parameters_of_the_released_file(name):
+    settings = RELEASED[name].settings
+    with torch.device("meta"):
+        network = Classifier(settings) if isinstance(settings, ClassifierSettings) else UNet(settings)
+    got = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    assert got == {key: tuple(shape) for key, shape in KEY_LISTS[KEY_LIST_OF[name]].items()}
+
+
+def test_unets_are_unets_and_classifiers_classifiers():
+    assert {type(RELEASED[name].settings) for name in UNETS} == {UNetSettings}
+    assert {type(RELEASED[name].settings) for name in CLASSIFIERS} == {ClassifierSettings}
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_heads_are_those_of_the_public_flags_which_no_weights_show(name):
+    settings = RELEASED[name].settings
+    sides = dict(zip(settings.resolutions, settings.widths, strict=True))
+    heads = [settings.heads_of(sides[side]) for side in (32, 16, 8)]
+    if name in CLASSIFIERS:
+        assert [64 * count for count in heads] == [sides[side] for side in (32, 16, 8)]
+    else:
+        others = [8, 16, 16]
+        assert heads == {"imagenet64": [6, 9, 12], "imagenet128": [4, 4, 4]}.get(name, others)
+
+
+def test_only_the_64_pixel_unet_splits_q_k_v_before_the_heads():
+    assert [name for name in RELEASED if RELEASED[name].settings.use_new_attention_order] == ["imagenet64"]
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_the_process_is_the_one_of_training(name):
+    expected = DiffusionSettings(noise_schedule="cosine" if "imagenet64" in name else "linear")
+    assert RELEASED[name].diffusion == expected
+    assert (expected.num_timesteps, expected.variance) == (1000, "learned_range")
+
+
+def test_dropout_is_that_of_training():
+    with_dropout = {name: entry.settings.dropout for name, entry in RELEASED.items() if entry.settings.dropout}
+    assert with_dropout == dict.fromkeys(("imagenet64", "lsun_bedroom", "lsun_cat", "lsun_horse"), 0.1)
+    plain = replace(RELEASED["lsun_horse"].settings, dropout=0.0)
+    assert RELEASED["lsun_horse_nodropout"].settings == plain
+
+
+def test_labels_are_imagenets_or_none():
+    unlabelled = [name for name in UNETS if RELEASED[name].settings.num_classes is None]
+    assert unlabelled == ["imagenet256_uncond", *(name for name in UNETS if name.startswith("lsun"))]
+    assert {entry.settings.num_classes for name, entry in RELEASED.items() if name not in unlabelled} == {1000}
+    assert not any(RELEASED[name].settings.null_label for name in UNETS)
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_file_and_address_are_openais(name):
+    entry, size = RELEASED[name], RELEASED[name].settings.image_size
+    kind = "classifier" if name in CLASSIFIERS else "diffusion"
+    ending = "_uncond" if name == "imagenet256_uncond" else ""
+    assert entry.file == (f"{name}.pt" if name.startswith("lsun") else f"{size}x{size}_{kind}{ending}.pt")
+    assert entry.url == f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/{entry.file}"
+    assert name.startswith("lsun") or name.startswith(f"imagenet{size}")
+    assert entry.licence == "MIT"
+
+
+def test_the_five_networks_of_the_paper_have_a_configuration_of_their_name():
+    configs = {name: entry.config for name, entry in RELEASED.items() if entry.config}
+    papers = ("imagenet128", "imagenet256_cond", "imagenet256_uncond", "lsun_cat", "lsun_horse")
+    assert configs == {name: name for name in papers}
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_a_released_checkpoint_is_found_by_its_name(name):
+    assert released(name) is RELEASED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lsun_cats", " Did you mean lsun_cat?"),
+        ("lsun_cat.pt", " Did you mean lsun_cat?"),
+        ("LSUN_Bedrom", " Did you mean lsun_bedroom?"),
+        ("imagenet256", " Did you mean imagenet256_cond or imagenet256_uncond or imagenet256_classifier?"),
+        ("resnet50", ""),
+        ("", ""),
+    ],
+)
+def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
+    with pytest.raises(UserError) as error:
+        released(name)
+    assert str(error.value) == f"`model` must be one of {', '.join(RELEASED)}; got {name!r}.{hint}"
+
+
+@pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.models.download"])
+def test_names_and_downloads_load_no_torch(module):
+    check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=CONFIG.parents[1], check=False).returncode == 0

@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from sagl.settings.errors import UserError
-from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import (
+    GUIDANCES,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    SelfAttentionGuidance,
+    fitting_kernel,
+)
+from sagl.settings.sampling import ChainSettings
 
 
 @pytest.mark.parametrize(
@@ -37,10 +44,43 @@ def test_an_interval_may_be_the_whole_chain_or_empty(interval):
 def test_any_scale_is_allowed(scale):
     assert SelfAttentionGuidance(scale=scale).scale == scale
     assert ClassifierGuidance(scale=scale).scale == scale
+    assert ClassifierFreeGuidance(scale=scale).scale == scale
 
 
 def test_guidances_are_off_until_a_scale_is_given():
-    assert SelfAttentionGuidance().scale == ClassifierGuidance().scale == 0
+    assert {kind().scale for kind in GUIDANCES.values()} == {0}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        *((kind, {"scale": None}, f"{group}.scale") for group, kind in GUIDANCES.items()),
+        (SelfAttentionGuidance, {"threshold": None}, "sag.threshold"),
+        (SelfAttentionGuidance, {"blur_sigma": None}, "sag.blur_sigma"),
+        (SelfAttentionGuidance, {"interval": (0.0, None)}, "sag.interval"),
+        (ChainSettings, {"sampler": "ddim", "eta": None}, "eta"),
+    ],
+)
+def test_a_setting_that_is_no_finite_number_is_refused_by_its_name(kind, changes, named, number):
+    put = {
+        name: tuple(number if part is None else part for part in value) if isinstance(value, tuple) else value or number
+        for name, value in changes.items()
+    }
+    with pytest.raises(UserError) as error:
+        kind(**put)
+    assert str(error.value) == f"`{named}` must be a finite number, got {number}."
+
+
+@pytest.mark.parametrize(("side", "want"), [(256, 31), (16, 31), (15, 29), (8, 15), (1, 1)])
+def test_the_default_kernel_is_31_or_the_largest_that_fits(side, want):
+    assert fitting_kernel(None, side) == want
+
+
+def test_a_kernel_that_was_asked_for_is_used_or_refused_never_changed():
+    assert fitting_kernel(29, 15) == 29
+    with pytest.raises(UserError, match=r"`sag.kernel_size` must be at most 29 for 15x15 images, got 31"):
+        fitting_kernel(31, 15)
 
 
 def test_settings_are_frozen_and_keyword_only():

@@ -1,7 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
+from sagl.models.adm import AttentionBlock, UNet
+from sagl.models.zoo import RELEASED
 from sagl.settings.errors import UserError
 from sagl.settings.network import DEFAULT_CHANNEL_MULT, ClassifierSettings, UNetSettings
 
@@ -92,3 +95,60 @@ def test_settings_are_frozen_and_keyword_only(made):
         made.image_size = 64
     with pytest.raises(TypeError, match="positional"):
         type(made)(32)
+
+
+# ------------------------------------------------------------------------------------------------------- sites
+
+UNETS = {name: entry.settings for name, entry in RELEASED.items() if isinstance(entry.settings, UNetSettings)}
+UNETS |= {
+    "middle alone": UNetSettings(**SMALL, attention_resolutions=()),
+    "every level": UNetSettings(**SMALL, attention_resolutions=(32, 16, 8), num_res_blocks=1),
+    "the finest": UNetSettings(**SMALL, attention_resolutions=(32,), num_res_blocks=3),
+    "resampling blocks": UNetSettings(**SMALL, attention_resolutions=(16,), resblock_updown=True),
+    "one level": UNetSettings(image_size=8, num_channels=32, channel_mult=(1,), attention_resolutions=(8,)),
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_sites_are_the_blocks_of_the_network_that_hold_attention_in_their_order(name):
+    with torch.device("meta"):
+        network = UNet(UNETS[name])
+    stages = [*network.input_blocks, network.middle_block, *network.output_blocks]
+    held = [stage.name for stage in stages if any(isinstance(layer, AttentionBlock) for layer in stage)]
+    assert list(UNETS[name].sites) == held
+
+
+@pytest.mark.parametrize("name", [name for name in UNETS if name not in RELEASED])
+def test_a_site_tells_the_side_of_the_feature_maps_that_its_attention_sees(name):
+    network, seen = UNet(UNETS[name]), {}
+    for stage in (*network.input_blocks, network.middle_block, *network.output_blocks):
+        for layer in stage:
+            if isinstance(layer, AttentionBlock):
+                layer.register_forward_pre_hook(lambda _, args, at=stage.name: seen.update({at: args[0].shape[-1]}))
+    side = UNETS[name].image_size
+    with torch.no_grad():
+        network(torch.zeros(1, 3, side, side), torch.tensor([0]))
+    assert seen == UNETS[name].sites
+
+
+@pytest.mark.parametrize("site", ["output.9", "input.0", "input.3", "output", "", "Middle"])
+def test_a_block_without_attention_is_no_site_and_the_sites_are_listed(site):
+    settings = UNetSettings(**SMALL, attention_resolutions=(8,), num_res_blocks=1)
+    with pytest.raises(UserError) as error:
+        settings.require_site(site)
+    listed = "input.5 (8x8), middle (8x8), output.0 (8x8), output.1 (8x8)"
+    assert f"`site` must be a block with attention: {listed}; got {site!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("heads", ["layer", "as_released"])
+@pytest.mark.parametrize("name", UNETS)
+def test_every_site_can_be_asked_for_where_num_heads_divides_the_widths(name, heads):
+    for site in UNETS[name].sites:
+        UNETS[name].require_site(site, heads)
+
+
+def test_heads_as_released_must_divide_the_width_of_the_site():
+    settings = UNetSettings(**SMALL, attention_resolutions=(8,), num_heads=3, num_head_channels=32)
+    settings.require_site("middle")
+    with pytest.raises(UserError, match=r"`heads` as_released needs num_heads \(3\) to divide middle's width 64"):
+        settings.require_site("middle", "as_released")

@@ -1,0 +1,49 @@
+"""Whether settings go together: what is asked of a network, and what it has. Refused before any torch is loaded."""
+
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import require
+from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance, fitting_kernel
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import RunSettings
+
+
+def require_fitting(
+    network: UNetSettings,
+    diffusion: DiffusionSettings,
+    sag: SelfAttentionGuidance | None = None,
+    cfg: ClassifierFreeGuidance | None = None,
+) -> None:
+    """Refuse a process or a guidance that the network cannot serve; a guidance of scale 0 asks nothing.
+
+    Raises:
+        UserError: the variance is not the network's, the site has no attention, the kernel does not fit, there is
+            no null label.
+    """
+    require(
+        network.learn_sigma or diffusion.variance != "learned_range",
+        "`variance` learned_range needs a network with learn_sigma: true. Set fixed_small or fixed_large.",
+    )
+    if sag and sag.scale:
+        network.require_site(sag.site, sag.heads)
+        fitting_kernel(sag.kernel_size, network.image_size)
+    require(
+        not (cfg and cfg.scale) or network.null_label,
+        "`cfg.scale` needs a class-conditional network with a null label; this one has none. Give --cfg.scale 0.",
+    )
+
+
+def require_labels(run: RunSettings, network: UNetSettings) -> None:
+    """Refuse labels that the network does not know.
+
+    Raises:
+        UserError: labels for an unconditional network, a class that is not there, no null label.
+    """
+    classes = network.num_classes
+    if classes is None:
+        require(run.labels in ("random", "null"), f"`labels` is for class-conditional networks, got {run.labels!r}.")
+        return
+    if run.labels == "null":
+        require(network.null_label, "`labels` null needs a network with a null label; this one has none.")
+    elif run.labels not in ("random", "balanced"):
+        most = max(run.listed_labels)
+        require(most < classes, f"`labels` must be classes 0 … {classes - 1}, got {most}.")

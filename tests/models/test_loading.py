@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from sagl.models import loading
+from sagl.models.checkpoints import build_network
+from sagl.models.loading import fetch, load
+from sagl.models.zoo import EMBEDDED, RELEASED, Released, described, settings_of
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from tests.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
+
+COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """A released network as small as the others of the tests; its file says nothing of itself."""
+    tiny = Released(
+        file="tiny_diffusion.pt",
+        url="https://localhost/tiny_diffusion.pt",
+        licence="MIT",
+        settings=grey_unet().settings,
+        diffusion=COSINE,
+    )
+    monkeypatch.setitem(RELEASED, "tiny", tiny)
+    return tiny
+
+
+@pytest.fixture
+def cached(entry, monkeypatch, tmp_path):
+    """That network's file, in a cache of its own."""
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
+    return write_state(tmp_path / "models" / entry.file)
+
+
+def write_state(path, **changes):
+    path.parent.mkdir(exist_ok=True)
+    torch.save(grey_unet(**changes).state_dict(), path)
+    return path
+
+
+def same(file, other):
+    """Whether two files hold the same network."""
+    equal = file.state.keys() == other.state.keys() and all(
+        torch.equal(file.state[n], other.state[n]) for n in file.state
+    )
+    return equal and (file.network, file.diffusion) == (other.network, other.diffusion)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_file_is_read_with_the_settings_inside_it(kind, tmp_path):
+    path = write_tiny(tmp_path / "a.safetensors", diffusion=COSINE, recommended={"respacing": "5"})
+    file = load(kind(path))
+    assert same(file, network_file(diffusion=COSINE))
+    assert file.recommended == {"respacing": "5"}
+
+
+def test_of_a_training_checkpoint_the_weights_asked_for_are_read(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    average, raw = load(path).state, load(path, "raw").state
+    assert all(torch.equal(average[name], raw[name] / 2) for name in raw)
+
+
+def test_the_embedded_network_goes_by_its_name():
+    file = load("fashion_mnist")
+    assert (file.network, file.diffusion) == settings_of(described(EMBEDDED), EMBEDDED)
+    assert build_network(file).settings.num_classes == 10
+
+
+@pytest.mark.parametrize("place", ["cache", "elsewhere"])
+def test_a_released_network_goes_by_its_name_and_its_file_is_known_anywhere(place, entry, cached, tmp_path):
+    file = load("tiny" if place == "cache" else write_state(tmp_path / "copy" / entry.file))
+    assert same(file, network_file(diffusion=COSINE))
+    build_network(file)
+
+
+def test_a_file_with_settings_of_its_own_keeps_them_whatever_it_is_called(entry, tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt").rename(tmp_path / entry.file)
+    assert load(path).diffusion == DiffusionSettings(noise_schedule="cosine")
+
+
+def test_a_file_of_another_name_that_says_nothing_of_itself_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"`checkpoint` .*other\.pt does not say which network it is for"):
+        load(write_state(tmp_path / "other.pt"))
+
+
+def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_training_checkpoint(tmp_path / "fashion_mnist")
+    assert load("fashion_mnist").network == grey_unet().settings
+
+
+def test_what_is_fetched_is_checked_against_the_settings_of_its_name(entry, monkeypatch, tmp_path):
+    def fetched(path):
+        def bring(name, check):
+            assert name == "tiny"
+            check(path)
+            return path
+
+        monkeypatch.setattr(loading, "fetch_released", bring)
+        return fetch("tiny")
+
+    right, wrong = write_state(tmp_path / "right.pt"), write_state(tmp_path / "wrong.pt", num_classes=4)
+    assert fetched(right) == right
+    with pytest.raises(UserError, match=r"1 parameters differ: label_emb\.weight"):
+        fetched(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lsun_cats", r"must be one of .*imagenet64.*; got 'lsun_cats'\. Did you mean lsun_cat\?"),
+        ("fashion_mnis", r"must be one of .*fashion_mnist.*; got 'fashion_mnis'\. Did you mean fashion_mnist\?"),
+        ("absent.safetensors", r"`checkpoint` must be a file, and there is none at absent\.safetensors"),
+        ("absent/lsun_cat.pt", r"`checkpoint` must be a file, and there is none at absent/lsun_cat\.pt"),
+        ("absent.ckpt", r"`checkpoint` must be a file, and there is none at absent\.ckpt"),
+    ],
+)
+def test_a_name_or_file_that_is_not_there_is_refused_with_what_is(name, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "tiny"])
+def test_raw_weights_are_refused_of_a_network_that_has_one_set(name, cached):
+    with pytest.raises(UserError, match="`weights` is for training checkpoints"):
+        load(name, "raw")

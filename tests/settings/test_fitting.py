@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import pytest
+
+from sagl.models.zoo import NETWORKS, unet_named
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from sagl.settings.fitting import require_fitting, require_labels
+from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import RunSettings
+
+NETWORK = UNetSettings(
+    image_size=16,
+    num_channels=32,
+    channel_mult=(1, 2),
+    num_heads=2,
+    num_head_channels=32,
+    attention_resolutions=(8,),
+    num_classes=10,
+    null_label=True,
+)
+PLAIN = replace(NETWORK, num_classes=None, null_label=False)
+NO_NULL = replace(NETWORK, null_label=False)
+FIXED = DiffusionSettings(variance="fixed_small")
+
+
+def sag(**changes):
+    return SelfAttentionGuidance(**{"scale": 0.5, "site": "output.0", **changes})
+
+
+@pytest.mark.parametrize(
+    ("network", "diffusion", "guidances"),
+    [
+        (NETWORK, DiffusionSettings(), {}),
+        (replace(NETWORK, learn_sigma=False), FIXED, {}),
+        (NETWORK, FIXED, {"sag": sag()}),
+        (NETWORK, FIXED, {"sag": sag(heads="as_released", site="middle", kernel_size=31)}),
+        (NETWORK, FIXED, {"cfg": ClassifierFreeGuidance(scale=-1.0)}),
+        (PLAIN, FIXED, {"sag": sag(), "cfg": ClassifierFreeGuidance()}),
+        (PLAIN, FIXED, {"sag": sag(scale=0.0, site="output.99", kernel_size=99)}),
+    ],
+)
+def test_what_the_network_can_do_is_allowed_and_a_guidance_of_scale_0_asks_nothing(network, diffusion, guidances):
+    require_fitting(network, diffusion, **guidances)
+
+
+@pytest.mark.parametrize(
+    ("network", "diffusion", "guidances", "named"),
+    [
+        (replace(NETWORK, learn_sigma=False), DiffusionSettings(), {}, ("`variance`", "fixed_small or fixed_large")),
+        (NETWORK, FIXED, {"sag": sag(site="output.99")}, ("`site`", "output.0 (8x8)", "'output.99'")),
+        (NETWORK, FIXED, {"sag": sag(site="input.0", scale=-0.1)}, ("`site`", "'input.0'")),
+        (replace(NETWORK, num_heads=3), FIXED, {"sag": sag(heads="as_released")}, ("`heads`", "(3)", "64")),
+        (NETWORK, FIXED, {"sag": sag(kernel_size=33)}, ("`sag.kernel_size`", "at most 31", "got 33")),
+        (NO_NULL, FIXED, {"cfg": ClassifierFreeGuidance(scale=0.1)}, ("`cfg.scale`", "null label", "--cfg.scale 0")),
+        (PLAIN, FIXED, {"cfg": ClassifierFreeGuidance(scale=-0.1)}, ("`cfg.scale`", "null label")),
+    ],
+)
+def test_what_the_network_cannot_do_is_refused_with_the_argument_and_the_way_out(network, diffusion, guidances, named):
+    with pytest.raises(UserError) as error:
+        require_fitting(network, diffusion, **guidances)
+    assert [part for part in named if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_that_comes_with_a_name_goes_with_its_own_process(name):
+    require_fitting(*unet_named(name))
+
+
+@pytest.mark.parametrize(
+    ("network", "labels"),
+    [(NETWORK, labels) for labels in ("random", "balanced", "null", "0", "9", "0, 9,3")]
+    + [(NO_NULL, labels) for labels in ("random", "balanced", "7")]
+    + [(PLAIN, labels) for labels in ("random", "null")],
+)
+def test_labels_that_the_network_knows_are_allowed(network, labels):
+    require_labels(RunSettings(labels=labels), network)
+
+
+@pytest.mark.parametrize(
+    ("network", "labels", "said"),
+    [
+        (NETWORK, "10", "must be classes 0 … 9, got 10"),
+        (NETWORK, "0,12,3", "must be classes 0 … 9, got 12"),
+        (NO_NULL, "null", "null needs a network with a null label"),
+        (PLAIN, "balanced", "is for class-conditional networks, got 'balanced'"),
+        (PLAIN, "3", "is for class-conditional networks, got '3'"),
+    ],
+)
+def test_labels_that_the_network_does_not_know_are_refused(network, labels, said):
+    with pytest.raises(UserError) as error:
+        require_labels(RunSettings(labels=labels), network)
+    assert f"`labels` {said}" in str(error.value)
