@@ -1,3 +1,42 @@
 """sagl: fine-tune ADM diffusion models and sample from them with self-attention guidance."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sagl.models.checkpoints import build_classifier as build_classifier
+    from sagl.models.checkpoints import build_network as build_network
+    from sagl.models.loading import load as load
+    from sagl.recipe import collect as collect
+    from sagl.recipe import prepare as prepare
+    from sagl.settings.errors import UserError as UserError
+    from sagl.settings.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
+    from sagl.settings.guidance import ClassifierGuidance as ClassifierGuidance
+    from sagl.settings.guidance import SelfAttentionGuidance as SelfAttentionGuidance
+    from sagl.settings.sampling import ChainSettings as ChainSettings
+
 __version__ = "0.1.0"
+
+PUBLIC = {
+    "load": "sagl.models.loading",
+    "build_network": "sagl.models.checkpoints",
+    "build_classifier": "sagl.models.checkpoints",
+    "prepare": "sagl.recipe",
+    "collect": "sagl.recipe",
+    "ChainSettings": "sagl.settings.sampling",
+    "SelfAttentionGuidance": "sagl.settings.guidance",
+    "ClassifierFreeGuidance": "sagl.settings.guidance",
+    "ClassifierGuidance": "sagl.settings.guidance",
+    "UserError": "sagl.settings.errors",
+}
+"""Public names and where they live; loaded when they are asked for, so that `import sagl` loads no torch."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (PEP 562)
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'sagl' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*PUBLIC, "__version__"]

@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import described
-from tests.tiny import contents, exit_code, grey_unet, network_file, write_tiny, write_training_checkpoint
+from tests.tiny import GREY, contents, exit_code, grey_unet, network_file, write_tiny, write_training_checkpoint
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("ema", 0.5), ("raw", 1.0)])
@@ -92,5 +93,48 @@ def test_advice_that_no_sampling_run_could_follow_is_refused(advice, tmp_path, c
 def test_a_file_that_could_not_be_read_back_as_safetensors_is_refused(tmp_path, capsys):
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("convert", checkpoint, tmp_path / "network.pt") == 2
-    assert "`file`" in capsys.readouterr().err
+    assert "`target` must end in .safetensors" in capsys.readouterr().err
     assert not (tmp_path / "network.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- diffusers
+
+
+def test_a_folder_for_diffusers_comes_back_with_settings_advice_and_weights(tmp_path):
+    source = write_tiny(tmp_path / "tiny.safetensors", recommended={"respacing": "5"})
+    assert exit_code("convert", source, tmp_path / "folder") == 0
+    assert exit_code("convert", tmp_path / "folder", tmp_path / "back.safetensors") == 0
+    assert described(tmp_path / "back.safetensors") == described(source)
+    was, back = load_file(source), load_file(tmp_path / "back.safetensors")
+    assert was.keys() == back.keys()
+    assert all(torch.equal(was[name], back[name]) for name in was)
+
+
+def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    before = contents(tmp_path / "folder")
+    assert exit_code("convert", write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder") == 2
+    assert "`target`" in capsys.readouterr().err
+    assert contents(tmp_path / "folder") == before
+
+
+# ------------------------------------------------------------------------------------------- plain state dicts
+
+
+def test_a_plain_state_dict_is_converted_with_the_settings_of_a_config(tmp_path):
+    torch.save(grey_unet().state_dict(), tmp_path / "plain.pt")
+    config = {"model": {"network": {**GREY, "channel_mult": [1], "attention_resolutions": [8]}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    target = tmp_path / "network.safetensors"
+    assert exit_code("convert", tmp_path / "plain.pt", target, "--config", tmp_path / "mine.yaml") == 0
+    assert read_network(target).network == grey_unet().settings
+
+
+def test_a_plain_state_dict_of_another_network_is_refused_by_what_differs(tmp_path, capsys):
+    torch.save(grey_unet().state_dict(), tmp_path / "plain.pt")
+    assert exit_code("convert", tmp_path / "plain.pt", tmp_path / "a.safetensors", "--model", "lsun_cat") == 2
+    said = capsys.readouterr().err
+    assert "parameters differ: input_blocks.0.0.weight: settings (256, 3, 3, 3), file (32, 1, 3, 3); " in said
+    assert said.count("; ") == 4
+    assert not (tmp_path / "a.safetensors").exists()
