@@ -23,11 +23,11 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.reference import cached_statistics
-from sagl.models.checkpoints import build_network, read_network, sha256
+from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED
 from sagl.recipe import collect, labels_of, micro_batches, prepare
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.paths import cache_folder
+from sagl.settings.paths import cache_folder, sha256
 from sagl.settings.sampling import ChainSettings, RunSettings
 
 EXTRACTOR = "effnet_lite0_64"

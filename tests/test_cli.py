@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 
@@ -30,6 +31,20 @@ def test_the_loading_of_torch_would_be_noticed():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 100
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "seconds"), [(["--help"], 0, 0.3), (["sample", "--sag.site", "output.99"], 2, 1.0)]
+)
+def test_help_and_refusals_are_quick(arguments, code, seconds, tmp_path):
+    used = []
+    for _ in range(3):  # processor time, the least of three: the machine may be busy
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        line = [sys.executable, "-m", "sagl.cli", *arguments]
+        assert subprocess.run(line, cwd=tmp_path, capture_output=True, check=False).returncode == code
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(used) < seconds
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_names_every_verb(arguments, capsys):
     assert cli.main(arguments) == 0
@@ -37,7 +52,7 @@ def test_help_names_every_verb(arguments, capsys):
     assert [verb for verb in cli.VERBS if f"\n  {verb} " not in out] == []
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "convert"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "convert", "export", "doctor", "completion"])
 def test_every_verb_has_help_of_its_own(verb, capsys):
     assert exit_code(verb, "--help") == 0
     assert f"usage: sagl {verb}" in capsys.readouterr().out
@@ -46,32 +61,33 @@ def test_every_verb_has_help_of_its_own(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["paint"], "verb must be one of sample, fit, evaluate, convert, got 'paint'"),
+        (["paint"], "verb must be one of sample, fit, evaluate, convert, doctor, completion, export, got 'paint'"),
+        (["samlpe"], "Did you mean sample?"),
         (["--verbose"], "got '--verbose'"),
         (["sample", "--nonsense", "3"], "--nonsense"),
         (["sample", "stray"], "stray"),
-        (["sample", "--num_samples", "many"], '"num_samples"'),
+        (["sample", "--num_samples", "many"], "`num_samples`"),
         (["sample", "--num_samples", "0"], "`num_samples` must be at least 1, got 0"),
         (["sample", "--batch_size", "-2"], "`batch_size` must be at least 1, got -2"),
         (["sample", "--first_id", "-1"], "`first_id` must be in 0 … "),
-        (["sample", "--sampler", "euler"], '"sampler"'),
+        (["sample", "--sampler", "euler"], "`sampler`"),
         (["sample", "--sampler", "ddpm", "--eta", "0.5"], "`eta` is for sampler ddim, got eta 0.5"),
         (["sample", "--labels", "shoes"], "`labels`"),
         (["sample", "--sag.interval", "[0.6, 0.2]"], "`sag.interval`"),
-        (["sample", "--sag.interval", "0.5"], '"sag.interval"'),
+        (["sample", "--sag.interval", "0.5"], "`sag.interval`"),
         (["sample", "--sag.kernel_size", "4"], "`sag.kernel_size` must be odd and at least 1, got 4"),
         (["sample", "--sag.blur_sigma", "0"], "`sag.blur_sigma` must be above 0 pixels, got 0"),
-        (["sample", "--sag.heads", "all"], '"sag.heads"'),
-        (["sample", "--weights", "best"], '"weights"'),
+        (["sample", "--sag.heads", "all"], "`sag.heads`"),
+        (["sample", "--weights", "best"], "`weights`"),
         (["sample", "--checkpoint", "absent.safetensors"], "absent.safetensors"),
         (["sample", "--checkpoint", "."], "`checkpoint`"),
         (["evaluate"], "run"),
-        (["evaluate", "absent"], "`run` must be an npz file or a folder that holds one, got absent"),
-        (["evaluate", "absent", "--extractor", "inception"], '"extractor"'),
+        (["evaluate", "absent"], "`run` must be an npz file or the folder of a run, got absent"),
+        (["evaluate", "absent", "--extractor", "inception"], "`extractor`"),
         (["evaluate", "absent", "--nonsense", "3"], "--nonsense"),
-        (["convert", "absent.ckpt"], "file"),
+        (["convert", "absent.ckpt"], "target"),
         (["convert", "absent.ckpt", "new.safetensors"], "absent.ckpt"),
-        (["convert", "absent.ckpt", "new.safetensors", "--dtype", "int8"], '"dtype"'),
+        (["convert", "absent.ckpt", "new.safetensors", "--dtype", "int8"], "`dtype`"),
     ],
 )
 def test_what_cannot_be_met_ends_in_one_line_that_names_it_and_writes_nothing(
@@ -115,6 +131,15 @@ def test_a_user_error_from_deep_inside_a_verb_is_one_line_and_exit_2(monkeypatch
     monkeypatch.setattr("sagl.commands.convert.main", lambda arguments: deep(arguments))
     assert cli.main(["convert"]) == 2
     assert capsys.readouterr().err == "sagl convert: `depth` must be 0, got 3.\n"
+
+
+def test_a_run_that_is_stopped_by_hand_ends_in_one_line(monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sagl.commands.convert.main", stopped)
+    assert cli.main(["convert"]) == 130
+    assert capsys.readouterr().err.startswith("sagl convert: stopped. ")
 
 
 @pytest.mark.parametrize("kind", [KeyError, ValueError, RuntimeError])

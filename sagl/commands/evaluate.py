@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser
-
+from sagl.commands.parser import Parser
 from sagl.settings.paths import cache_folder
 
 DATA_SETS = ("fashion_mnist_train", "fashion_mnist_test")
@@ -15,13 +14,11 @@ if TYPE_CHECKING:
     from sagl.shapes import ImageUint8
 
 
-def parser() -> ArgumentParser:
+def evaluate_parser() -> Parser:
     """The flags."""
-    p = ArgumentParser(
-        prog="sagl evaluate", description="Fréchet distance of images from a reference.", exit_on_error=False
-    )
-    p.add_argument("run", help="Run folder, npz of images, or fashion_mnist_train / fashion_mnist_test.")
-    p.add_argument("--reference", default="fashion_mnist_test", help="What to measure from; as for the run.")
+    p = Parser("evaluate", "Fréchet distance of images from a reference.")
+    p.add_argument("run", type=str, help="Run folder, npz of images, or fashion_mnist_train / fashion_mnist_test.")
+    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="What to measure from; as for the run.")
     extractors = Literal["effnet_lite0_64", "effnet_lite0_224"]
     p.add_argument("--extractor", type=extractors, default="effnet_lite0_64", help="Which features to compare.")
     p.add_argument("--num_samples", type=int, default=None, help="Only so many of the run's images, the first.")
@@ -34,7 +31,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: the images, the data or the extractor are not there, or too few.
     """
-    given = parser().parse_args(arguments)
+    given = evaluate_parser().parse(arguments)
     from sagl.metrics.features import EXTRACTORS, features_of
     from sagl.metrics.frechet import frechet_distance, statistics
     from sagl.metrics.reference import cached_statistics
@@ -69,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
 def _images(source: str) -> "ImageUint8":
     from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-    from sagl.data.run_folder import read_samples
+    from sagl.data.views import read_samples
 
     if source not in DATA_SETS:
         return read_samples(Path(source))

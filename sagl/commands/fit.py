@@ -1,18 +1,24 @@
 """`sagl fit`: train a network with LightningCLI, everything that it writes in one folder."""
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.commands.parser import ReadableErrors, bracketed, names_of
+from sagl.commands.request import packaged_config
 from sagl.models.checkpoints import load_training_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import require
+from sagl.settings.guidance import GUIDANCES
+from sagl.settings.sampling import ChainSettings
 
 
 class SaveConfig(SaveConfigCallback):
@@ -24,12 +30,16 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
+class FitParser(ReadableErrors, LightningArgumentParser):
+    """Lightning's parser, whose refusals are one line."""
+
+
 class FitCLI(LightningCLI):
     """LightningCLI whose run folder, checkpoint and averages are decided in one place."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401 (Lightning's own)
         """Parsers that raise, so that a refusal is one line (see `sagl.cli`)."""
-        return super().init_parser(**{**kwargs, "exit_on_error": False})
+        return super().init_parser(**{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags that are not the trainer's, the model's or the data's."""
@@ -37,6 +47,9 @@ class FitCLI(LightningCLI):
         parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
         parser.add_argument("--average_decay", type=float, default=0.9999, help="Of the average of the weights.")
         parser.add_argument("--save_every_steps", type=int, default=1000, help="Steps between two checkpoints.")
+        parser.add_class_arguments(ChainSettings, as_group=True)
+        for group, kind in GUIDANCES.items():
+            parser.add_class_arguments(kind, group)
         parser.add_argument("--save_every_minutes", type=float, default=5.0, help="Minutes between two checkpoints.")
 
     @property
@@ -71,6 +84,14 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
 
+    def _sampling(self) -> dict[str, Any]:
+        """The sampling settings of the config, as `sagl sample` advises them."""
+        chain = {name: self._get(self.config, name) for name in names_of(ChainSettings)}
+        return chain | {
+            group: {name: self._get(self.config, f"{group}.{name}") for name in names_of(kind)}
+            for group, kind in GUIDANCES.items()
+        }
+
     def _callbacks(self) -> list[Any]:
         every = {name: self._get(self.config, f"save_every_{name}") for name in ("steps", "minutes")}
         return [
@@ -79,11 +100,19 @@ class FitCLI(LightningCLI):
         ]
 
     def before_fit(self) -> None:
-        """Resume where there is something to resume."""
+        """Resume where there is something to resume; checkpoints say how their network is best sampled from."""
+        self.model.hparams["average_decay"] = self._get(self.config, "average_decay")
+        self.model.hparams["recommended"] = self._sampling()
         resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
         self.config_init["fit"]["weights_only"] = True
         seed_everything(self.model.seed, workers=True, verbose=False)  # dropout; all else has generators of its own
+
+
+def with_packaged(arguments: list[str]) -> list[str]:
+    """The command line with names of packaged configs as their paths: --config lsun_cat."""
+    named = [str(packaged_config(a)) if before == "--config" else a for before, a in pairwise(["", *arguments])]
+    return bracketed(named)
 
 
 def main(arguments: list[str]) -> None:
@@ -92,6 +121,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # sys.argv must stay as it is, for the launcher of further processes runs it again
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     FitCLI(
@@ -104,5 +134,6 @@ def main(arguments: list[str]) -> None:
         seed_everything_default=False,
         trainer_defaults={"enable_model_summary": False},
         parser_kwargs={"prog": "sagl"},
-        args=["fit", *arguments],
+        parser_class=FitParser,
+        args=["fit", *with_packaged(arguments)],
     )

@@ -3,102 +3,71 @@
 import platform
 import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-
-from sagl.models.zoo import EMBEDDED, described
-from sagl.settings.errors import UserError, require
-from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.commands.progress import Watch, watching
+from sagl.commands.request import Request, Source, parse
+from sagl.data.run_folder import (
+    SAMPLES,
+    Sample,
+    missing_batches,
+    png,
+    remove_damaged,
+    remove_replaced,
+    require_same_run,
+    write_record,
+    write_shard,
+)
+from sagl.models.zoo import described, settings_of
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import require
+from sagl.settings.fitting import require_fitting, require_labels
+from sagl.settings.guidance import DEFAULT_KERNEL, fitting_kernel
+from sagl.settings.network import UNetSettings
+from sagl.settings.paths import cache_folder, require_writable, sha256
+from sagl.settings.sampling import RunSettings
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
-    from torch import Tensor
+    import torch
 
+    from sagl.models.adm import Classifier
+    from sagl.models.checkpoints import NetworkFile
     from sagl.recipe import Recipe
     from sagl.shapes import ImageUint8
 
-GRID_SAMPLES = 256
-"""The grid shows so many, the first; the other files hold all."""
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
+STRIP_SAMPLES = 4
+"""The denoising strip shows so many, the first of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """A command line, checked."""
+class Job:
+    """A request whose weights are at hand, and the folder that is to hold it."""
 
-    checkpoint: Path
-    weights: Literal["ema", "raw"]
-    output: Path
-    compare: bool
+    request: Request
+    weights: Path
     run: RunSettings
-    chain: ChainSettings
-    sag: SelfAttentionGuidance
+    settings: dict[str, Any]
+    """All that decides an image; what a folder must have been made with to be continued."""
+    record: dict[str, Any]
+    """run.json as it is in the folder; empty for a new one."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All that decides what is in the run folder."""
-        name = "embedded" if self.checkpoint == EMBEDDED else str(self.checkpoint)
-        apart = {"checkpoint": name, "weights": self.weights, "compare": self.compare}
-        return {**apart, **asdict(self.run), **asdict(self.chain), "sag": asdict(self.sag)}
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.request.output
 
-
-def parser() -> ArgumentParser:
-    """The flags; their help is the fields' docstrings."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    p = ArgumentParser(
-        prog="sagl sample",
-        description="Draw images from a network, with self-attention guidance.",
-        exit_on_error=False,
-    )
-    p.add_argument("--checkpoint", default=str(EMBEDDED), help=".safetensors or .ckpt; default: the embedded network.")
-    p.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Which of a training checkpoint's.")
-    p.add_argument("--output", default="samples", help="Folder for grid, images, npz and run.json.")
-    p.add_argument("--compare", action="store_true", help="Add the unguided images at the same seeds, and the masks.")
-    p.add_class_arguments(RunSettings, as_group=True)
-    p.add_class_arguments(ChainSettings, as_group=True)
-    p.add_class_arguments(SelfAttentionGuidance, "sag")
-    return p
-
-
-def parse(arguments: list[str]) -> Request:
-    """Flags, over what the weights recommend, over the fields' defaults.
-
-    Raises:
-        UserError, ArgumentError: a flag is unknown or out of range.
-    """
-    p = parser()
-    checkpoint = Path(p.parse_args(arguments).checkpoint)
-    advise(p, described(checkpoint).get("recommended", {}))
-    given = p.parse_args(arguments)
-    return Request(
-        checkpoint=checkpoint,
-        weights=given.weights,
-        output=Path(given.output),
-        compare=given.compare,
-        run=_fields(RunSettings, given),
-        chain=_fields(ChainSettings, given),
-        sag=_fields(SelfAttentionGuidance, given.sag),
-    )
-
-
-def advise(p: ArgumentParser, recommended: dict[str, Any]) -> None:
-    """Make recommended settings the parser's defaults.
-
-    Raises:
-        UserError: they are not settings of `sagl sample`.
-    """
-    try:
-        given = p.parse_object(recommended)
-        _fields(RunSettings, given), _fields(ChainSettings, given), _fields(SelfAttentionGuidance, given.sag)
-    except (KeyError, TypeError, ValueError, AttributeError, ArgumentError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"`recommended` must be settings of sagl sample, got {recommended}: {reason}") from error
-    p.set_defaults(recommended)
+    @property
+    def batches(self) -> list[list[int]]:
+        """Ids that are wanted of each micro-batch."""
+        size, first = self.run.images_at_once, self.run.first_id
+        end = first + self.run.num_samples
+        starts = range(first - first % size, end, size)
+        return [list(range(max(first, start), min(end, start + size))) for start in starts]
 
 
 def main(arguments: list[str]) -> None:
@@ -108,116 +77,313 @@ def main(arguments: list[str]) -> None:
         UserError: the request cannot be met; nothing has been written.
     """
     request = parse(arguments)
-    require(not request.compare or request.sag.scale != 0, "`compare` needs guidance, got scale 0. Give --sag.scale.")
-    require(
-        request.output.is_dir() or not request.output.exists(),
-        f"`output` must be a folder, and {request.output} is a file. Choose another name.",
-    )
-    require(request.checkpoint.is_file(), f"`checkpoint` must be a file, and there is none at {request.checkpoint}.")
-    from sagl.data.run_folder import is_complete
-    from sagl.models.checkpoints import build_network, read_network, sha256
-    from sagl.recipe import labels_of, micro_batches, prepare
-
-    settings = {**request.settings, "weights_sha256": sha256(request.checkpoint)}
-    if is_complete(request.output, settings):
-        print(f"{request.output} already holds this run.")
+    _refuse_contradictions(request)
+    job = _job(request)
+    if request.dry_run:
+        _print_cost(job, _recipe(job))
         return
-    file = read_network(request.checkpoint, request.weights)
-    recipe = prepare(build_network(file), file.diffusion, request.chain, request.sag)
-    labels_of(request.run, next(micro_batches(request.run)), recipe.network)  # refused before anything is written
-    _report_kernel(request, recipe)
-    started = time.monotonic()
-    rows, labels = _rows(request, recipe)
-    _write(
-        request, settings, recipe, rows, labels, time.monotonic() - started, shlex.join(["sagl", "sample", *arguments])
+    missing = missing_batches(job.folder, job.batches)
+    views = _views_to_make(job, bool(missing))
+    if not missing and not views:
+        print(f"{job.folder} already holds this run.")
+        return
+    recipe = _recipe(job) if missing or "strip" in views else None
+    record = _record(job, arguments)
+    if missing and recipe is not None:
+        record["nfe"] = recipe.nfe
+        _draw(job, recipe, missing, record)
+    _make_views(job, recipe, views, record)
+    _report(job, record)
+
+
+# -------------------------------------------------------------------------------------------- what is asked for
+
+
+def _refuse_contradictions(request: Request) -> None:
+    """What can be seen to be impossible before any torch is loaded."""
+    guided = request.sag.scale or request.cfg.scale or request.classifier.scale
+    require(not request.compare or bool(guided), "`compare` needs guidance, got scale 0. Give --sag.scale.")
+    c = request.classifier
+    require(
+        not c.scale or c.checkpoint is not None, "`classifier.scale` needs a classifier. Add --classifier.checkpoint."
+    )
+    require(
+        not c.scale or request.run.labels != "null", "`classifier.scale` needs labels, got null. Give --labels random."
+    )
+    require(
+        not request.cfg.scale or request.run.labels != "null",
+        "`cfg.scale` needs labels, got null. Give --labels random.",
+    )
+    require_writable(request.output)
+
+
+def _job(request: Request) -> Job:
+    """Find the weights, check what is asked against them and against what the folder holds.
+
+    Raises:
+        UserError: one does not go with the other.
+    """
+    network, diffusion = _known(request.source)
+    require_fitting(network, diffusion, request.sag, request.cfg)
+    require_labels(request.run, network)
+    from sagl.diffusion.respacing import respaced_timesteps
+
+    respaced_timesteps(request.chain.respacing, diffusion.num_timesteps)
+    weights = request.source.checkpoint or _fetched(request.source)
+    settings = {**request.settings, "weights_sha256": _sha256(weights)}
+    if request.source.network is not None:  # the file does not say, so the settings came from elsewhere
+        settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
+    record = require_same_run(request.output, settings)
+    return Job(
+        request=request,
+        weights=weights,
+        run=_sized(request.run, network.image_size, record),
+        settings=settings,
+        record=record,
     )
 
 
-def _fields(kind: Any, given: Namespace) -> Any:  # noqa: ANN401 (a settings class -> its instance)
-    return kind(**{name: given[name] for name in kind.__dataclass_fields__})
+def _known(source: Source) -> tuple[Any, Any]:
+    """Settings of network and process; a training checkpoint is opened for them, other files are not."""
+    if source.network is not None:
+        return source.network, source.diffusion or DiffusionSettings()
+    assert source.checkpoint is not None
+    if about := described(source.checkpoint):
+        return settings_of(about, source.checkpoint)
+    file = _read(source, source.checkpoint)
+    return file.network, file.diffusion
 
 
-def _report_kernel(request: Request, recipe: "Recipe") -> None:
-    from sagl.guidance.blur import fitting_kernel
-    from sagl.settings.guidance import DEFAULT_KERNEL
+def _sized(run: RunSettings, side: int, record: dict[str, Any]) -> RunSettings:
+    """The run with its batch size: as given, as the folder has it, or as suits the images' size."""
+    found = record.get("batch_size")
+    require(
+        run.batch_size in (None, found) or found is None,
+        f"`output` holds a run with batch_size {found}, got {run.batch_size}. Leave it out, or choose another folder.",
+    )
+    suits = min(run.num_samples, max(1, min(64, (512 // side) ** 2)))
+    return replace(run, batch_size=run.batch_size or found or suits)
 
-    side = recipe.network.settings.image_size
+
+def _fetched(source: Source) -> Path:
+    from sagl.models.loading import fetch
+
+    assert source.name is not None
+    return fetch(source.name)
+
+
+def _sha256(path: Path) -> str:
+    from sagl.models.fingerprint import recorded_sha256
+
+    if path.is_relative_to(cache_folder()):  # large, and read again and again
+        return recorded_sha256(path)
+    return sha256(path)
+
+
+def _read(source: Source, path: Path) -> "NetworkFile":
+    from sagl.models.checkpoints import read_network
+
+    return read_network(path, source.weights, source.network, source.diffusion)
+
+
+def _recipe(job: Job) -> "Recipe":
+    from sagl.models.checkpoints import as_weights, build_network
+    from sagl.recipe import prepare
+
+    request = job.request
+    file, device = _read(request.source, job.weights), _device(request)
+    network = as_weights(build_network(file), request.device.precision, device)
+    classifier = _classifier(request, network.settings, device) if request.classifier.scale else None
+    _say_kernel(request, network.settings.image_size)
+    return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)
+
+
+def _classifier(request: Request, network: UNetSettings, device: "torch.device") -> "Classifier":
+    from sagl.models.checkpoints import as_weights, build_classifier
+    from sagl.models.loading import load
+
+    assert request.classifier.checkpoint is not None
+    classifier = build_classifier(load(request.classifier.checkpoint))
+    side, logits = classifier.settings.image_size, classifier.settings.num_classes
+    require(
+        side == network.image_size and network.num_classes in (None, logits),
+        f"`classifier.checkpoint` must be for {network.image_size}x{network.image_size} images and the network's "
+        f"classes, and this one is for {side}x{side} and {logits} classes.",
+    )
+    return as_weights(classifier, request.device.precision, device)
+
+
+def _device(request: Request) -> "torch.device":
+    import torch
+
+    there = torch.cuda.is_available()
+    require(request.device.accelerator != "gpu" or there, "`trainer.accelerator` gpu needs a GPU, and torch sees none.")
+    return torch.device("cuda" if there and request.device.accelerator != "cpu" else "cpu")
+
+
+def _say_kernel(request: Request, side: int) -> None:
     if request.sag.scale and request.sag.kernel_size is None and (fits := fitting_kernel(None, side)) < DEFAULT_KERNEL:
         print(f"Blur kernel {fits}: the largest that fits {side}x{side} images.")
 
 
-def _rows(request: Request, recipe: "Recipe") -> tuple[dict[str, "ImageUint8"], list[int]]:
-    """Images by the name of their row, and the label of each sample (-1: none)."""
-    from sagl.data.grid import mask_pictures
-
-    rows = {}
-    if request.compare:
-        rows["unguided"] = _draw(request.run, recipe.unguided, "unguided")[0]
-    images, share, labels = _draw(request.run, recipe, "guided" if recipe.guidances else "sampling")
-    rows["samples"] = images
-    if request.compare and share is not None:
-        rows["masks"] = mask_pictures(share)
-    return rows, labels
+# ------------------------------------------------------------------------------------------------------- images
 
 
-def _draw(run: RunSettings, recipe: "Recipe", title: str) -> tuple["ImageUint8", "Tensor | None", list[int]]:
-    """All images of a run, (N, C, H, W); the masked share of guided steps, if any; labels."""
+def _draw(job: Job, recipe: "Recipe", missing: Sequence[Sequence[int]], record: dict[str, Any]) -> None:
+    """Make the missing micro-batches, each on the disk before the next begins."""
+    write_record(job.folder, record)
+    remove_damaged(job.folder, missing)
+    title = "guided" if recipe.guidances else "sampling"
+    with watching(job.request.progress, title, sum(map(len, missing))) as watch:
+        for wanted in missing:
+            started = time.monotonic()
+            samples = _micro_batch(job, recipe, wanted, watch)
+            write_shard(job.folder, samples)
+            remove_replaced(job.folder)
+            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
+            write_record(job.folder, record)
+            watch.images(len(wanted))
+
+
+def _micro_batch(job: Job, recipe: "Recipe", wanted: Sequence[int], watch: Watch) -> list[Sample]:
+    """The samples wanted of one micro-batch, which is always computed at full size."""
     import torch
 
     from sagl.data.pixels import to_uint8
-    from sagl.recipe import collect, labels_of, micro_batches
+    from sagl.recipe import collect, labels_of
 
-    batches = list(micro_batches(run))
-    first = run.first_id - batches[0][0]
-    kept = slice(first, first + run.num_samples)
-    images, shares = [], []
-    labels: list[int] = []
+    size = job.run.images_at_once
+    first = wanted[0] - wanted[0] % size
+    ids = list(range(first, first + size))
     with torch.inference_mode():
-        for number, ids in enumerate(batches, start=1):
-            drawn = labels_of(run, ids, recipe.network)
-            chain = recipe.chain(run.seed, ids, drawn)
-            x, share = collect(_shown(chain, f"{title} {number}/{len(batches)}", recipe.schedule.num_steps))
-            images.append(to_uint8(x))
-            shares += [] if share is None else [share]
-            labels += [-1] * len(ids) if drawn is None else drawn.tolist()
-    return torch.cat(images)[kept], torch.cat(shares)[kept] if shares else None, labels[kept]
+        labels = labels_of(job.run, ids, recipe.network)
+        rows: dict[str, ImageUint8] = {}
+        if job.request.compare:
+            chain = recipe.unguided.chain(job.run.seed, ids, labels)
+            rows["unguided"] = to_uint8(collect(watch.steps(chain, recipe.schedule.num_steps))[0])
+        x, share = collect(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
+        rows[SAMPLES] = to_uint8(x)
+        if job.request.compare and share is not None:
+            rows["masks"] = (share * 255).round().to(torch.uint8)
+    listed = [-1] * size if labels is None else labels.tolist()
+    pictures = {name: _pngs(row, wanted[0] - first, len(wanted)) for name, row in rows.items()}
+    return [
+        Sample(id=i, label=listed[i - first], seed=job.run.seed, pictures={n: p[k] for n, p in pictures.items()})
+        for k, i in enumerate(wanted)
+    ]
 
 
-def _shown(chain: Iterator[Any], title: str, num_steps: int) -> Iterator[Any]:
-    """The chain, with a bar on a terminal and one line elsewhere."""
-    from rich.console import Console
-    from rich.progress import track
+def _pngs(row: "ImageUint8", start: int, count: int) -> list[bytes]:
+    from sagl.data.pixels import to_rgb
 
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(chain, title, total=num_steps, console=console, transient=True)
-    else:
-        yield from chain
-        console.print(f"{title}: {num_steps} steps done", highlight=False)
+    return [png(image) for image in to_rgb(row[start : start + count]).permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
-def _write(
-    request: Request,
-    settings: dict[str, Any],
-    recipe: "Recipe",
-    rows: dict[str, "ImageUint8"],
-    labels: list[int],
-    seconds: float,
-    command: str,
-) -> None:
-    from sagl.data.grid import save_png, stacked_grid
-    from sagl.data.run_folder import write_run
+# ---------------------------------------------------------------------------------------------- views and record
 
-    record = {
-        "settings": settings,
-        "nfe": recipe.nfe,
-        "seconds": round(seconds, 2),
-        "rows": list(rows),
+
+def _record(job: Job, arguments: list[str]) -> dict[str, Any]:
+    """run.json before the run goes on."""
+    return {
+        "settings": job.settings,
+        "num_samples": max(job.run.num_samples, job.record.get("num_samples", 0)),
+        "batch_size": job.run.images_at_once,
+        "model": job.request.source.name,
+        "checkpoint": str(job.weights.resolve()),
+        "nfe": job.record.get("nfe", 0),
+        "seconds": job.record.get("seconds", 0.0),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "command": command,
+        "command": shlex.join(["sagl", "sample", *arguments]),
+        "views": job.record.get("views", {}),
     }
-    request.output.mkdir(parents=True, exist_ok=True)
-    save_png(stacked_grid([row[:GRID_SAMPLES] for row in rows.values()]), request.output / "grid.png")
-    npz = write_run(request.output, rows["samples"], labels, record, request.run.first_id)
-    print(f"{len(labels)} images in {seconds:.1f} s, {recipe.nfe} network evaluations each.")
-    print(f"Look at {request.output / 'grid.png'} ({', above '.join(rows)}); arrays in {npz}.")
+
+
+def _views_to_make(job: Job, images_are_new: bool) -> tuple[str, ...]:
+    """The views asked for that the folder does not hold yet."""
+    made = {} if images_are_new else job.record.get("views", {})
+    count = max(job.run.num_samples, 0 if images_are_new else job.record.get("num_samples", 0))
+    return tuple(view for view in job.request.views_of(count) if made.get(view) != count)
+
+
+def _make_views(job: Job, recipe: "Recipe | None", views: Sequence[str], record: dict[str, Any]) -> None:
+    """Make the views from the shards, and note in run.json that they are there."""
+    from sagl.data.views import npz_name, write_grid, write_images, write_npz
+
+    count = record["num_samples"]
+    record["views"] = {view: at for view, at in record["views"].items() if at == count and view not in views}
+    write_record(job.folder, record)
+    for view in views:
+        if view == "grid":
+            write_grid(job.folder, job.folder / "grid.png")
+        elif view == "images":
+            write_images(job.folder, job.folder / "images")
+        elif view == "npz":
+            for older in job.folder.glob("samples_*.npz"):
+                older.unlink()
+            write_npz(job.folder, job.folder / npz_name(job.folder, count), count)
+        elif recipe is not None:
+            _write_strip(job, recipe)
+        record["views"][view] = count
+        write_record(job.folder, record)
+
+
+def _write_strip(job: Job, recipe: "Recipe") -> None:
+    import torch
+
+    from sagl.data.pixels import to_uint8
+    from sagl.data.strip import Frame, kept_steps, write_strip
+    from sagl.recipe import estimates, labels_of
+
+    ids = list(range(job.run.first_id, job.run.first_id + min(STRIP_SAMPLES, job.run.num_samples)))
+    kept = kept_steps(recipe.schedule.num_steps)
+    with torch.inference_mode():
+        chain = estimates(recipe, job.run.seed, ids, labels_of(job.run, ids, recipe.network))
+        frames = [
+            Frame(step=s, x0_hat=to_uint8(x).cpu(), mask=None if m is None else m.cpu())
+            for s, x, m in chain
+            if s in kept
+        ]
+    write_strip(frames, job.folder)
+
+
+def _report(job: Job, record: dict[str, Any]) -> None:
+    count = record["num_samples"]
+    print(f"{count} images in {job.folder}, {record['seconds']:.1f} s, {record['nfe']} network evaluations each.")
+    made = record["views"]
+    files = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
+    shown = ", ".join(files[view] for view in made) or "shards/ only"
+    print(f"Made: {shown}. Next: sagl evaluate {job.folder}, or sagl export {job.folder} --help.")
+
+
+def _print_cost(job: Job, recipe: "Recipe") -> None:
+    """Time one micro-batch's step, and say what the run would cost."""
+    import torch
+
+    from sagl.recipe import labels_of
+
+    ids = list(range(job.run.images_at_once))
+    steps_done: list[float] = [time.monotonic()]
+    with torch.inference_mode():
+        for _ in recipe.unguided.chain(job.run.seed, ids, labels_of(job.run, ids, recipe.network)):
+            steps_done.append(time.monotonic())
+            if len(steps_done) == 3:
+                break
+    seconds = steps_done[-1] - steps_done[-2]
+    evaluations = recipe.nfe + recipe.schedule.num_steps * job.request.compare
+    batches = len(missing_batches(job.folder, job.batches))
+    print(
+        f"{job.run.num_samples} images, {recipe.nfe} network evaluations each, {batches} micro-batches of {len(ids)} "
+        f"to do: about {seconds * evaluations * batches:.1f} s ({seconds:.3f} s an evaluation of {len(ids)} images), "
+        f"{_peak_gigabytes():.1f} GB of memory. Nothing was written."
+    )
+
+
+def _peak_gigabytes() -> float:
+    """Most memory held so far: the GPU's where there is one, else the process's."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

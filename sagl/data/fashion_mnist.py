@@ -88,6 +88,12 @@ class FashionMNISTData(LightningDataModule):
         return DataLoader(first, self.batch_size, num_workers=self.num_workers)
 
 
+def is_there(root: Path) -> bool:
+    """Whether `root` holds the data set, unpacked."""
+    raw = root / "FashionMNIST" / "raw"
+    return all((raw / Path(name).stem).is_file() for name, _ in FashionMNIST.resources)
+
+
 def fetch(root: Path) -> None:
     """Make sure that `root` holds the data set: as it is, from Debian's package, or from the network.
 
@@ -96,7 +102,7 @@ def fetch(root: Path) -> None:
     """
     raw = root / "FashionMNIST" / "raw"
     names = [Path(name).stem for name, _ in FashionMNIST.resources]
-    if all((raw / name).is_file() for name in names):
+    if is_there(root):
         return
     raw.mkdir(parents=True, exist_ok=True)
     if all((DEBIAN_FOLDER / f"{name}.gz").is_file() for name in names):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from sagl.data.pixels import to_rgb
 from sagl.shapes import ImageUint8
@@ -23,21 +24,28 @@ def mask_pictures(share: Tensor) -> ImageUint8:
     return colour[:, 0].permute(0, 3, 1, 2).round().to(torch.uint8)
 
 
-def stacked_grid(rows: Sequence[ImageUint8], columns: int = 16, padding: int = 2, zoom: int = 2) -> ImageUint8:
+SMALL = 64
+"""Images up to this side are shown twice as large, and sixteen to a row; larger ones as they are, eight to a row."""
+
+
+def stacked_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding: int = 2) -> ImageUint8:
     """Image i of every row under each other; after `columns` samples a new block: R of (B, C, H, W) -> (3, H', W').
 
-    Pixels are doubled `zoom` times so that small images can be looked at.
+    Pixels of small images are doubled, so that they can be looked at.
     """
+    small = rows[0].shape[-1] <= SMALL
+    columns = min(columns or (16 if small else 8), len(rows[0]))
     blocks = []
     for start in range(0, len(rows[0]), columns):
         for row in rows:
             part = to_rgb(row[start : start + columns])
-            blank = part.new_full((min(columns, len(rows[0])) - len(part), *part.shape[1:]), 255)
+            blank = part.new_full((columns - len(part), *part.shape[1:]), 255)
             blocks.append(torch.cat([part, blank]))
+    zoom = 2 if small else 1
     enlarged = torch.cat(blocks).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    return make_grid(enlarged, nrow=min(columns, len(rows[0])), padding=padding, pad_value=255)
+    return make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
 
 
 def save_png(picture: ImageUint8, path: Path) -> None:
     """(C, H, W) uint8 -> a PNG file; the bytes are stored as they are."""
-    save_image(picture.float() / 255, path)
+    PILImage.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")

@@ -1,97 +1,259 @@
-"""A sampling run on disk: run.json, images/, the npz that public evaluators read, and grid.png."""
+"""A sampling run on disk: run.json says what was asked, and shards/ holds the images, a micro-batch a file.
 
+A shard is a tar of PNG files and one JSON a sample; its last member, index.json, has length and sha256 of the others.
+WebDataset reads it (`select` what has a "png"). Shards are written whole or not at all, and nothing in them depends on
+when, where or in how many goes the run was made. All else in the folder is made from them (`sagl.data.views`).
+"""
+
+import hashlib
+import io
 import json
-import os
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image as PILImage
 
-from sagl.data.pixels import to_rgb
 from sagl.settings.errors import UserError, require
-from sagl.shapes import ImageUint8
+from sagl.settings.paths import PARTIAL, whole_file
 
-RECORD = "run.json"
+RECORD, INDEX, SHARDS = "run.json", "index.json", "shards"
+Pixels = npt.NDArray[np.uint8]
+"""(H, W, 3) of an image."""
+SAMPLES = "samples"
+"""The row of images that a run is made for; others stand beside it for comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image of a run, and what was kept beside it."""
+
+    id: int
+    label: int
+    """Its class; -1 for none."""
+    seed: int
+    """Of the run."""
+    pictures: Mapping[str, bytes]
+    """PNG files by row: "samples", and with --compare "unguided" and "masks"."""
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+
+
+def png(image: Pixels) -> bytes:
+    """One image as a PNG file: (H, W, 3) uint8 -> bytes."""
+    file = io.BytesIO()
+    PILImage.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def pixels(picture: bytes) -> Pixels:
+    """A PNG file of a shard as (H, W, 3) uint8."""
+    with PILImage.open(io.BytesIO(picture)) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def write_shard(folder: Path, samples: Sequence[Sample]) -> Path:
+    """Samples of consecutive ids as shards/FIRST-LAST.tar: the same samples give the same bytes.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it.
+    """
+    path = folder / SHARDS / f"{samples[0].id:06d}-{samples[-1].id:06d}.tar"
+    with whole_file(path) as partial:
+        partial.write_bytes(_tar(samples))
+    return path
+
+
+def read_shard(path: Path) -> list[Sample]:
+    """The samples of a shard, in order of their ids. Every byte is checked: it must be what these samples give.
+
+    Raises:
+        UserError: the file is damaged; the same `sagl sample` makes it again.
+    """
+    damaged = f"{path} is damaged. The command of its run makes it again."
+    try:
+        data = path.read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        heads = [json.loads(content) for name, content in members.items() if name.endswith(".json") and name != INDEX]
+        samples = [Sample(**head, pictures=_pictures(f"{head['id']:06d}", members)) for head in heads]
+        whole = bool(samples) and _tar(samples) == data
+    except (tarfile.TarError, OSError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
+        raise UserError(damaged) from error
+    require(whole, damaged)
+    return samples
+
+
+def shards_of(folder: Path) -> dict[tuple[int, int], Path]:
+    """The run's shards by their first and last id, in order; without those whose ids another holds too.
+
+    A shorter shard stays behind where a run was stopped between writing a longer one and deleting it.
+    """
+    found = {}
+    for path in sorted((folder / SHARDS).glob("*-*.tar")):
+        first, _, last = path.stem.partition("-")
+        if first.isdecimal() and last.isdecimal():
+            found[int(first), int(last)] = path
+    return {span: path for span, path in sorted(found.items()) if not any(_within(span, other) for other in found)}
+
+
+def samples_of(folder: Path, num_samples: int | None = None) -> Iterator[Sample]:
+    """A run's samples in order of their ids, one shard in memory at a time; the first `num_samples`, or all.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+    left = num_samples
+    for path in shards_of(folder).values():
+        if left is not None and left <= 0:
+            return
+        samples = read_shard(path)[:left]
+        left = None if left is None else left - len(samples)
+        yield from samples
+
+
+def _tar(samples: Sequence[Sample]) -> bytes:
+    """The samples, then the index of what came before it. Owner, mode and time are tarfile's own: root, 0644, 1970."""
+    members = [member for sample in samples for member in _members(sample)]
+    index = {name: {"length": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in members}
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in (*members, (INDEX, _json(index))):
+            head = tarfile.TarInfo(name)
+            head.size = len(data)
+            tar.addfile(head, io.BytesIO(data))
+    return file.getvalue()
+
+
+def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    key = f"{sample.id:06d}"
+    for row, picture in sample.pictures.items():
+        yield (f"{key}.png" if row == SAMPLES else f"{key}.{row}.png"), picture
+    yield f"{key}.json", _json({"id": sample.id, "label": sample.label, "seed": sample.seed})
+
+
+def _pictures(key: str, members: Mapping[str, bytes]) -> dict[str, bytes]:
+    rows = {
+        name.removeprefix(f"{key}.").removesuffix("png").rstrip("."): data
+        for name, data in members.items()
+        if name.startswith(f"{key}.") and name.endswith(".png")
+    }
+    return {row or SAMPLES: data for row, data in rows.items()}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+# ------------------------------------------------------------------------------------------------------- record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run; empty where there is none.
+    """run.json; empty where there is none.
 
     Raises:
         UserError: the file is damaged.
     """
     path = folder / RECORD
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        record = json.loads(path.read_text())
+        require(isinstance(record, dict) and isinstance(record.get("settings"), dict), "no settings")
     except ValueError as error:
         raise UserError(
             f"`output` must hold a whole {RECORD}, and {path} is damaged. Delete it to start again."
         ) from error
+    return dict(record)
 
 
-def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder holds a finished run of just these settings.
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """run.json, whole or not at all.
 
     Raises:
-        UserError: it holds a run of other settings; names the first that differs.
+        UserError: it cannot be written.
     """
-    found = read_record(folder).get("settings", {})
-    asked = json.loads(json.dumps(settings))
-    for name in asked if found else ():
-        require(
-            found.get(name) == asked[name],
-            f"`output` {folder} holds a run with {name} {found.get(name)!r}, got {asked[name]!r}. "
-            "Choose another folder, or delete this one.",
-        )
-    return bool(found)
+    with whole_file(folder / RECORD) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def write_run(
-    folder: Path, images_uint8: ImageUint8, labels: Sequence[int], record: Mapping[str, Any], first_id: int = 0
-) -> Path:
-    """Write images and record; the record comes last, so that a folder with one is a finished run.
+def require_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The folder's record, if the folder is new or holds a run of these settings.
 
     Args:
-        folder: made where it is missing.
-        images_uint8: (N, 1 or 3, H, W); grey images are written as RGB.
-        labels: (N,), -1 for no label.
-        record: what run.json holds.
-        first_id: id of the first image, which names its file.
-
-    Returns:
-        The npz: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 labels.
-    """
-    pixels = to_rgb(images_uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pixels):
-        PILImage.fromarray(picture).save(folder / "images" / f"{first_id + i:06d}.png")
-    npz = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
-    with _partial(npz).open("wb") as file:
-        np.savez(file, arr_0=pixels, arr_1=np.asarray(labels, dtype=np.int64))
-    os.replace(_partial(npz), npz)
-    _partial(folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(_partial(folder / RECORD), folder / RECORD)
-    return npz
-
-
-def read_samples(path: Path) -> ImageUint8:
-    """Images of a run folder or an npz: -> (N, 3, H, W) uint8.
+        folder: may be missing.
+        settings: all that decides an image, nested as it may be; the number of images is none of it.
 
     Raises:
-        UserError: there are none.
+        UserError: it holds a run of other settings (names the first that differs), or other files.
     """
-    import torch
+    record = read_record(folder)
+    if not record:
+        others = [p.name for p in sorted(folder.iterdir()) if not p.name.endswith(PARTIAL)] if folder.is_dir() else []
+        require(
+            not others,
+            f"`output` must be a new folder or a run of sagl sample, and {folder} holds {others and others[0]}. "
+            "Choose another folder.",
+        )
+        return {}
+    found, asked = _flat(record["settings"]), _flat(json.loads(json.dumps(settings)))
+    for name in dict.fromkeys((*asked, *found)):
+        require(
+            found.get(name) == asked.get(name),
+            f"`output` {folder} holds a run with {name} {found.get(name)!r}, got {asked.get(name)!r}. "
+            "Choose another folder, or delete this one.",
+        )
+    return record
 
-    files = [path] if path.suffix == ".npz" else sorted(path.glob("samples_*.npz"))
-    require(bool(files) and files[0].is_file(), f"`run` must be an npz file or a folder that holds one, got {path}.")
-    with np.load(files[0]) as arrays:
-        require("arr_0" in arrays, f"`run` must hold images as arr_0, and {files[0]} does not.")
-        return torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+
+def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Those of the micro-batches that no whole shard of the folder holds.
+
+    Args:
+        folder: the run.
+        batches: ids wanted of each micro-batch, consecutive.
+    """
+    there = shards_of(folder)
+    return [list(ids) for ids in batches if not any(_holds(span, path, ids) for span, path in there.items())]
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def remove_replaced(folder: Path) -> None:
+    """Delete shards of a shorter run, whose ids a longer shard holds too."""
+    kept = set(shards_of(folder).values())
+    for path in (folder / SHARDS).glob("*-*.tar"):
+        if path not in kept:
+            path.unlink()
+
+
+def remove_damaged(folder: Path, missing: Sequence[Sequence[int]]) -> None:
+    """Delete damaged shards that hold ids of the missing micro-batches, before these are made again."""
+    for (first, last), path in shards_of(folder).items():
+        overlaps = any(ids[0] <= last and first <= ids[-1] for ids in missing)
+        if overlaps and not _holds((first, last), path, (first, last)):
+            path.unlink()
+
+
+def _within(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span != other and other[0] <= span[0] and span[1] <= other[1]
+
+
+def _holds(span: tuple[int, int], path: Path, ids: Sequence[int]) -> bool:
+    if not (span[0] <= ids[0] and ids[-1] <= span[1]):
+        return False
+    try:
+        return [sample.id for sample in read_shard(path)] == list(range(span[0], span[1] + 1))
+    except UserError:
+        return False
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sag": {"scale": 1}} -> {"sag.scale": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

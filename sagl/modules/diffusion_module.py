@@ -18,6 +18,7 @@ from sagl.diffusion.losses import (
 )
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.adm import UNet
+from sagl.models.zoo import unet_named
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import require
 from sagl.settings.network import UNetSettings
@@ -37,9 +38,9 @@ class DiffusionModule(LightningModule):
 
     def __init__(
         self,
-        network: UNetSettings,
-        diffusion: DiffusionSettings = DiffusionSettings(),  # noqa: B008 (frozen)
-        loss: LossSettings = LossSettings(),  # noqa: B008
+        network: UNetSettings | str,
+        diffusion: DiffusionSettings | None = None,
+        loss: LossSettings = LossSettings(),  # noqa: B008 (frozen)
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         label_dropout: float = 0.0,
         seed: int = 0,
@@ -47,8 +48,8 @@ class DiffusionModule(LightningModule):
         """Build the network.
 
         Args:
-            network: the UNet.
-            diffusion: the process it is trained for.
+            network: the UNet: its settings, or the name of a released network that has them.
+            diffusion: the process it is trained for; left out, the released network's, or ADM's.
             loss: what is minimised.
             optimizer: AdamW and its rate.
             label_dropout: share of training samples that see the null label instead of their own.
@@ -58,6 +59,8 @@ class DiffusionModule(LightningModule):
             UserError: settings that contradict each other.
         """
         super().__init__()
+        named, of_name = unet_named(network) if isinstance(network, str) else (network, DiffusionSettings())
+        network, diffusion = named, diffusion or of_name
         require(0 <= label_dropout <= 1, f"`label_dropout` must be in [0, 1], got {label_dropout}.")
         require(
             label_dropout == 0 or network.null_label,

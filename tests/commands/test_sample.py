@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 from importlib.metadata import version
@@ -5,8 +6,9 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
-from sagl.commands.sample import parse
+from sagl.commands.request import parse
 from sagl.data.grid import mask_pictures
 from sagl.data.pixels import to_uint8
 from sagl.models.checkpoints import build_network, read_network, write_network
@@ -14,7 +16,15 @@ from sagl.recipe import collect, labels_of, prepare
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
-from tests.tiny import contents, exit_code, network_file, read_png, write_tiny, write_training_checkpoint
+from tests.tiny import (
+    contents,
+    exit_code,
+    network_file,
+    read_png,
+    write_tiny,
+    write_tiny_classifier,
+    write_training_checkpoint,
+)
 
 SHORT = ["--sampler", "ddim", "--respacing", "4", "--batch_size", "4", "--seed", "2"]
 TWO = ["--num_samples", "2", *SHORT]
@@ -64,9 +74,10 @@ def compared(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-def test_a_run_is_a_grid_images_arrays_and_a_record(compared):
+def test_a_run_is_shards_a_record_and_views(compared):
     names = {str(path.relative_to(compared)) for path in contents(compared)}
-    assert names == {"grid.png", "run.json", "samples_6x8x8x3.npz", *(f"images/{i:06d}.png" for i in range(6))}
+    shards = {"shards/000000-000003.tar", "shards/000004-000005.tar"}
+    assert names == {"grid.png", "run.json", "samples_6x8x8x3.npz", *shards, *(f"images/{i:06d}.png" for i in range(6))}
 
 
 def test_arrays_are_what_public_evaluators_read(compared):
@@ -95,12 +106,13 @@ def test_the_record_holds_settings_cost_versions_hash_and_command(compared):
     record, network = record_of(compared), compared.parent / "tiny.safetensors"
     settings = record["settings"]
     assert settings["weights_sha256"] == hashlib.sha256(network.read_bytes()).hexdigest()
-    assert settings["checkpoint"] == str(network)
-    want = {"num_samples": 6, "seed": 2, "batch_size": 4, "sampler": "ddim", "respacing": "4", "eta": 0.0}
+    assert record["checkpoint"] == str(network)
+    want = {"seed": 2, "sampler": "ddim", "respacing": "4", "eta": 0.0, "compare": True, "precision": "32-true"}
     assert {name: settings[name] for name in want} == want
+    assert (record["num_samples"], record["batch_size"]) == (6, 4)
     assert {name: settings["sag"][name] for name in SAG} == SAG
     assert record["nfe"] == 8
-    assert record["rows"] == ["unguided", "samples", "masks"]
+    assert record["views"] == {"grid": 6, "images": 6, "npz": 6}
     assert record["seconds"] > 0
     assert {name: record["versions"][name] for name in ("sagl", "torch")} == {
         "sagl": version("sagl"),
@@ -121,13 +133,13 @@ def test_compare_makes_three_rows_unguided_guided_and_masks(compared):
     for column in range(4):
         assert (cell(picture, 0, column) == unguided[column, 0, ..., None].numpy()).all()
         assert (cell(picture, 1, column) == guided[column, 0, ..., None].numpy()).all()
-        assert (cell(picture, 2, column) == mask_pictures(share)[column].permute(1, 2, 0).numpy()).all()
+        stored = (share * 255).round() / 255
+        assert (cell(picture, 2, column) == mask_pictures(stored)[column].permute(1, 2, 0).numpy()).all()
 
 
 def test_without_compare_the_grid_is_one_row(tmp_path):
     folder = sample(tmp_path / "run", "--num_samples", "3", *GUIDED)
     assert read_png(folder / "grid.png").shape == (18 + 2, 3 * 18 + 2, 3)
-    assert record_of(folder)["rows"] == ["samples"]
 
 
 def test_a_sample_is_the_same_bytes_in_runs_of_other_lengths_and_beginnings(compared, tmp_path):
@@ -181,9 +193,10 @@ def test_the_same_command_again_says_so_and_touches_nothing(tmp_path, capsys):
     ("flags", "named"),
     [
         (["--seed", "3"], "seed 2, got 3"),
-        (["--eta", "0.5", "--num_samples", "3"], "num_samples 2, got 3"),
-        (["--sag.scale", "0.5", "--sag.site", "middle"], "sag {"),
-        (["--weights", "raw"], "weights 'ema', got 'raw'"),
+        (["--eta", "0.5", "--num_samples", "3"], "eta 0.0, got 0.5"),
+        (["--sag.scale", "0.5", "--sag.site", "middle"], "sag.scale 0.0, got 0.5"),
+        (["--trainer.precision", "bf16-true"], "precision '32-true', got 'bf16-true'"),
+        (["--batch_size", "3"], "batch_size 4, got 3"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_by_the_first_that_differs(flags, named, tmp_path, capsys):
@@ -208,17 +221,125 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, capsys):
     assert "weights_sha256" in capsys.readouterr().err
 
 
-def test_a_run_that_ended_before_its_grid_is_not_taken_for_complete(tmp_path, monkeypatch):
+def test_a_run_that_ended_before_its_grid_is_not_taken_for_complete(tmp_path, monkeypatch, capsys):
     def full_disk(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     command = ["sample", "--checkpoint", write_tiny(tmp_path / "tiny.safetensors"), "--output", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("sagl.data.grid.save_png", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            exit_code(*command, *TWO)
+        patch.setattr("sagl.data.views.save_png", full_disk)
+        assert exit_code(*command, *TWO) == 2
+    assert "No space left on device. Make room, then give the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "grid.png").exists()
     assert exit_code(*command, *TWO) == 0
     assert (tmp_path / "run" / "grid.png").is_file()
+
+
+def test_more_samples_continue_a_run_and_give_what_one_run_would_have_given(compared, tmp_path):
+    network = compared.parent / "tiny.safetensors"
+    whole = sample(tmp_path / "whole", "--num_samples", "7", "--compare", *GUIDED, network=network)
+    grown = sample(tmp_path / "grown", "--num_samples", "2", "--compare", *GUIDED, network=network)
+    sample(grown, "--num_samples", "7", "--compare", *GUIDED, network=network)
+    for name in ("shards/000000-000003.tar", "shards/000004-000006.tar", "samples_7x8x8x3.npz", "grid.png"):
+        assert (grown / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path.name for path in contents(grown)} == {path.name for path in contents(whole)}
+
+
+def test_fewer_samples_are_already_there(compared, capsys):
+    before, network = contents(compared), compared.parent / "tiny.safetensors"
+    command = ["sample", "--checkpoint", network, "--output", compared, "--num_samples", "3", "--compare", *GUIDED]
+    assert exit_code(*command) == 0
+    assert "already holds" in capsys.readouterr().out
+    assert contents(compared) == before
+
+
+def test_a_shard_that_is_missing_or_damaged_is_made_again_and_no_other(tmp_path):
+    folder = sample(tmp_path / "run", "--num_samples", "6", *SHORT)
+    before = {path.name: data for path, data in contents(folder).items() if path.suffix == ".tar"}
+    shard = folder / "shards" / "000004-000005.tar"
+    for damage in (lambda: shard.unlink(), lambda: shard.write_bytes(shard.read_bytes()[:-700])):
+        damage()
+        sample(folder, "--num_samples", "6", *SHORT)
+        after = {path.name: data for path, data in contents(folder).items() if path.suffix == ".tar"}
+        assert {name: data[0] for name, data in after.items()} == {name: data[0] for name, data in before.items()}
+        assert after["000000-000003.tar"] == before["000000-000003.tar"]
+
+
+def test_the_batch_size_of_a_run_is_kept_where_it_is_not_given_again(tmp_path):
+    flags = ["--sampler", "ddim", "--respacing", "2"]
+    folder = sample(tmp_path / "run", "--num_samples", "3", "--batch_size", "2", *flags)
+    sample(folder, "--num_samples", "5", *flags)
+    assert sorted(path.name for path in (folder / "shards").iterdir()) == [
+        "000000-000001.tar",
+        "000002-000003.tar",
+        "000004-000004.tar",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- views
+
+
+def test_large_runs_make_only_the_views_that_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sagl.commands.request.ALL_VIEWS_UP_TO", 1)
+    folder = sample(tmp_path / "run", *TWO, "--views", "npz")
+    assert sorted(path.name for path in folder.iterdir()) == ["run.json", "samples_2x8x8x3.npz", "shards"]
+    sample(folder, *TWO, "--views", "grid,images")
+    assert {"grid.png", "images"} < {path.name for path in folder.iterdir()}
+
+
+def test_a_strip_shows_estimates_above_masks_as_png_and_gif(tmp_path):
+    folder = sample(tmp_path / "run", *TWO, *GUIDED[-6:], "--views", "strip")
+    assert read_png(folder / "strip.png").shape == (2 * 2 * 18 + 2, 4 * 18 + 2, 3)
+    with PILImage.open(folder / "strip.gif") as animation:
+        assert animation.n_frames == 4
+
+
+# ------------------------------------------------------------------------------------------- guidances, dry runs
+
+
+def test_classifier_free_guidance_moves_images_and_costs_a_pass_a_step(tmp_path):
+    plain, guided = (sample(tmp_path / name, *TWO, *flags) for name, flags in (("0", []), ("1", ["--cfg.scale", "2"])))
+    assert (arrays_of(plain)[0] != arrays_of(guided)[0]).any()
+    assert (record_of(plain)["nfe"], record_of(guided)["nfe"]) == (4, 8)
+
+
+def test_a_classifier_guides_together_with_sag(tmp_path):
+    classifier = write_tiny_classifier(tmp_path / "classifier.safetensors")
+    flags = ["--classifier.checkpoint", str(classifier), "--classifier.scale", "5"]
+    folders = [sample(tmp_path / str(i), *TWO, *more) for i, more in enumerate(([], flags, [*flags, *GUIDED[-6:]]))]
+    images = [arrays_of(folder)[0] for folder in folders]
+    assert (images[0] != images[1]).any()
+    assert (images[1] != images[2]).any()
+    assert [record_of(folder)["nfe"] for folder in folders] == [4, 4, 8]
+
+
+@pytest.mark.parametrize(("changes", "named"), [({"image_size": 16}, "16x16"), ({"num_classes": 4}, "4 classes")])
+def test_a_classifier_of_another_size_or_other_classes_is_refused(changes, named, tmp_path, capsys):
+    classifier = write_tiny_classifier(tmp_path / "classifier.safetensors", **changes)
+    network = write_tiny(tmp_path / "tiny.safetensors")
+    flags = ["--classifier.checkpoint", classifier, "--classifier.scale", "5", *TWO]
+    assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", *flags) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(tmp_path, capsys):
+    network = write_tiny(tmp_path / "tiny.safetensors")
+    flags = ["--num_samples", "6", *GUIDED, "--dry_run"]
+    assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    assert "6 images, 8 network evaluations each, 2 micro-batches of 4 to do: about " in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_gives_nearly_the_same_images(precision, compared, tmp_path):
+    network = compared.parent / "tiny.safetensors"
+    folder = sample(tmp_path / "half", "--num_samples", "4", *SHORT, "--trainer.precision", precision, network=network)
+    full = sample(tmp_path / "full", "--num_samples", "4", *SHORT, network=network)
+    difference = np.abs(arrays_of(folder)[0].astype(int) - arrays_of(full)[0])
+    assert difference.max() > 0
+    assert difference.mean() < 3
 
 
 # ------------------------------------------------------------------------------------------------------ advice

@@ -11,9 +11,9 @@ def flat(count, first, side=3, channels=3):
     return values[:, None, None, None].expand(count, channels, side, side)
 
 
-def values_of(grid, *, columns, side, padding):
+def values_of(grid, *, columns, side=3, zoom=2, padding=2):
     """The value of every cell, row by row; fails where a cell is not of one value."""
-    step = side + padding
+    side, step = zoom * side, zoom * side + padding
     rows = (grid.shape[1] - padding) // step
     starts = [[(padding + r * step, padding + c * step) for c in range(columns)] for r in range(rows)]
     cells = [[grid[:, top : top + side, left : left + side] for top, left in row] for row in starts]
@@ -48,32 +48,39 @@ def test_thirds_are_the_stops_and_between_them_is_a_straight_line():
 
 
 def test_what_belongs_together_is_under_each_other():
-    grid = stacked_grid([flat(3, 10), flat(3, 20), flat(3, 30)], zoom=1)
-    assert values_of(grid, columns=3, side=3, padding=2) == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+    grid = stacked_grid([flat(3, 10), flat(3, 20), flat(3, 30)])
+    assert values_of(grid, columns=3) == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
 
 
 def test_after_as_many_columns_as_fit_a_new_block_begins_and_is_filled_up_with_white():
-    grid = stacked_grid([flat(5, 10), flat(5, 20)], columns=2, zoom=1)
+    grid = stacked_grid([flat(5, 10), flat(5, 20)], columns=2)
     want = [[10, 11], [20, 21], [12, 13], [22, 23], [14, 255], [24, 255]]
-    assert values_of(grid, columns=2, side=3, padding=2) == want
+    assert values_of(grid, columns=2) == want
 
 
-@pytest.mark.parametrize("zoom", [1, 2, 4])
-def test_every_pixel_is_repeated_in_both_directions(zoom):
-    images = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4).expand(2, 3, 3, 4)
-    grid = stacked_grid([images], padding=2, zoom=zoom)
-    assert grid.shape == (3, 3 * zoom + 4, 2 * (4 * zoom + 2) + 2)
-    for image, left in zip(images, (2, 4 * zoom + 4), strict=True):
-        found = grid[:, 2:-2, left : left + 4 * zoom]
+@pytest.mark.parametrize(("side", "columns", "zoom"), [(1, 16, 2), (64, 16, 2), (65, 8, 1), (256, 8, 1)])
+def test_small_images_are_doubled_and_sixteen_to_a_row_large_ones_as_they_are_and_eight(side, columns, zoom):
+    grid = stacked_grid([flat(columns + 1, 10, side, channels=1)])
+    assert grid.shape == (3, 2 * (zoom * side + 2) + 2, columns * (zoom * side + 2) + 2)
+    want = [list(range(10, 10 + columns)), [10 + columns] + [255] * (columns - 1)]
+    assert values_of(grid, columns=columns, side=side, zoom=zoom) == want
+
+
+@pytest.mark.parametrize(("width", "zoom"), [(4, 2), (65, 1)])
+def test_every_pixel_is_repeated_in_both_directions_or_neither(width, zoom):
+    images = torch.randint(0, 256, (2, 3, 3, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grid = stacked_grid([images], padding=3)
+    assert grid.shape == (3, 3 * zoom + 6, 2 * (width * zoom + 3) + 3)
+    for image, left in zip(images, (3, width * zoom + 6), strict=True):
+        found = grid[:, 3:-3, left : left + width * zoom]
         assert torch.equal(found, image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
     assert int(grid[:, 0].min()) == int(grid[:, :, 0].min()) == 255
 
 
 def test_grey_rows_and_coloured_rows_go_together():
-    grey = flat(2, 40, channels=1)
-    grid = stacked_grid([grey, flat(2, 50)], zoom=1)
+    grid = stacked_grid([flat(2, 40, channels=1), flat(2, 50)])
     assert grid.shape[0] == 3
-    assert values_of(grid, columns=2, side=3, padding=2) == [[40, 41], [50, 51]]
+    assert values_of(grid, columns=2) == [[40, 41], [50, 51]]
 
 
 def test_a_png_holds_every_byte_as_it_is(tmp_path):

@@ -1,0 +1,334 @@
+"""What `sagl sample` is asked for: flags over a config over what the weights recommend over the fields' defaults."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sagl.commands.parser import Parser, fields_of, nearest
+from sagl.models.zoo import (
+    DEFAULT_MODEL,
+    EMBEDDED,
+    NETWORKS,
+    RELEASED,
+    described,
+    require_same,
+    settings_of,
+    unet_named,
+)
+from sagl.settings.diffusion import DiffusionSettings, LossSettings
+from sagl.settings.errors import UserError, require
+from sagl.settings.guidance import (
+    GUIDANCES,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    SelfAttentionGuidance,
+)
+from sagl.settings.network import UNetSettings
+from sagl.settings.paths import packaged_configs
+from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from sagl.settings.training import OptimizerSettings
+
+VIEWS = ("grid", "images", "npz", "strip")
+ALL_VIEWS_UP_TO = 1000
+"""Larger runs make only the views that are named."""
+GROUPS: dict[str, type] = {**GUIDANCES, "trainer": DeviceSettings}
+OF_SAMPLE = {"checkpoint", "weights", "compare", "views", *GROUPS} - {"trainer"}
+OF_SAMPLE |= {name for kind in (RunSettings, ChainSettings) for name in kind.__dataclass_fields__}
+"""Top-level keys of a config that `sagl sample` reads."""
+OF_FIT = {
+    "model",
+    "trainer",
+    "data",
+    "average_decay",
+    "save_every_steps",
+    "save_every_minutes",
+    "output",
+    "resume",
+    "ckpt_path",
+}
+"""Top-level keys of a config that are for `sagl fit`, or read here on their own."""
+OF_MODEL = {"network", "diffusion", "loss", "optimizer", "label_dropout", "seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a network comes from."""
+
+    name: str | None
+    """Of a released network, or of the embedded one."""
+    checkpoint: Path | None
+    """None: the released file of that name, fetched where it is not at hand."""
+    network: UNetSettings | None
+    """None: the file says."""
+    diffusion: DiffusionSettings | None
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A command line, checked as far as it can be without the network."""
+
+    source: Source
+    output: Path
+    compare: bool
+    views: tuple[str, ...]
+    progress: Literal["auto", "bar", "lines", "off"]
+    dry_run: bool
+    run: RunSettings
+    chain: ChainSettings
+    sag: SelfAttentionGuidance
+    cfg: ClassifierFreeGuidance
+    classifier: ClassifierGuidance
+    device: DeviceSettings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of the request that decides what an image is."""
+        run = {name: value for name, value in asdict(self.run).items() if name not in ("num_samples", "batch_size")}
+        guidances = {"sag": asdict(self.sag), "cfg": asdict(self.cfg), "classifier": asdict(self.classifier)}
+        return {
+            "compare": self.compare,
+            **run,
+            **asdict(self.chain),
+            **guidances,
+            "precision": self.device.precision,
+            "weights": self.source.weights,
+        }
+
+    def views_of(self, num_samples: int) -> tuple[str, ...]:
+        """The views to make: all but the strip up to 1,000 images, above that those that were named."""
+        made = set(VIEWS[:3]) if num_samples <= ALL_VIEWS_UP_TO else set()
+        return tuple(view for view in VIEWS if view in made | set(self.views))
+
+
+def sample_parser() -> Parser:
+    """The flags of `sagl sample`; their help is the fields' docstrings."""
+    p = Parser("sample", "Draw images from a network, with self-attention guidance.")
+    p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
+    p.add_argument("--model", type=str, default=None, help=f"A released network: {', '.join(NETWORKS)}.")
+    p.add_argument("--checkpoint", type=str, default=None, help="A file: .safetensors, .ckpt or .pt.")
+    p.add_argument("--weights", type=str, default=None, help="Of a .ckpt: ema (default), ema:DECAY or raw.")
+    p.add_argument("--output", type=str, default="samples", help="Folder of the run.")
+    p.add_argument("--compare", action="store_true", help="Add the unguided images at the same seeds, and the masks.")
+    p.add_argument("--views", type=str, default="", help=f"Also make these of the shards: {','.join(VIEWS)}.")
+    progress = Literal["auto", "bar", "lines", "off"]
+    p.add_argument("--progress", type=progress, default="auto", help="auto: a bar on a terminal, else lines.")
+    p.add_argument("--dry_run", action="store_true", help="Print cost, time and memory expected; write nothing.")
+    p.add_settings(RunSettings)
+    p.add_settings(ChainSettings)
+    for name, kind in GROUPS.items():
+        p.add_settings(kind, name)
+    return p
+
+
+def parse(arguments: list[str]) -> Request:
+    """A command line as a request.
+
+    Raises:
+        UserError: a flag, the config or the advice inside the weights is not to be understood.
+    """
+    p = sample_parser()
+    first = p.parse(arguments)
+    config = {} if first.config is None else read_config(first.config)
+    model, sampling = model_part(config), sampling_part(config)
+    checkpoint = first.checkpoint or sampling.get("checkpoint")
+    weights = first.weights or sampling.get("weights") or "ema"
+    source = find_source(first.model or model.get("network"), checkpoint, model.get("diffusion"), weights)
+    advise(p, recommended_by(source))
+    _as_defaults(p, sampling, f"`config` {first.config}")
+    given = p.parse(arguments)
+    return Request(
+        source=source,
+        output=Path(given.output),
+        compare=given.compare,
+        views=_views(given.views),
+        progress=given.progress,
+        dry_run=given.dry_run,
+        run=fields_of(RunSettings, given),
+        chain=fields_of(ChainSettings, given),
+        sag=fields_of(SelfAttentionGuidance, given.sag),
+        cfg=fields_of(ClassifierFreeGuidance, given.cfg),
+        classifier=fields_of(ClassifierGuidance, given.classifier),
+        device=fields_of(DeviceSettings, given.trainer),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- source
+
+
+def find_source(
+    model: str | UNetSettings | None, checkpoint: str | None, diffusion: DiffusionSettings | None, weights: str
+) -> Source:
+    """A network by name, by settings or by file.
+
+    Raises:
+        UserError: no such name or file; settings without weights; weights that do not say whose they are.
+    """
+    path = None if checkpoint is None else Path(checkpoint)
+    require(path is None or path.is_file(), f"`checkpoint` must be a file, and there is none at {path}.")
+    require(
+        weights == "ema" or (path is not None and path.suffix == ".ckpt"),
+        f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
+    )
+    about = {} if path is None else described(path)
+    if isinstance(model, UNetSettings) and path is None:
+        raise UserError("`model.network` says how the network is built, and no weights. Add --checkpoint FILE.")
+    if model is None and path is not None and not about:
+        model = _named_by_file(path)
+    name = model if isinstance(model, str) else DEFAULT_MODEL if model is None and path is None else None
+    if name == DEFAULT_MODEL:
+        return Source(name=name, checkpoint=path or EMBEDDED, network=None, diffusion=None, weights=weights)
+    network, process = unet_named(name) if name else (model, None)
+    assert not isinstance(network, str)
+    if about and network is not None and path is not None:
+        require_same(network, settings_of(about, path)[0], path)
+        network = None  # the file says
+    return Source(name=name, checkpoint=path, network=network, diffusion=diffusion or process, weights=weights)
+
+
+def recommended_by(source: Source) -> dict[str, Any]:
+    """Sampling settings that go with a network: those inside its file, or of the released network's config."""
+    if source.checkpoint is not None and (inside := described(source.checkpoint).get("recommended")):
+        return dict(inside)
+    config = RELEASED[source.name].config if source.name in RELEASED else None
+    return sampling_part(read_config(config)) if config else {}
+
+
+def _named_by_file(path: Path) -> str | None:
+    """The released network whose file is called so; None for training checkpoints, which carry their settings."""
+    if path.suffix != ".pt":
+        return None
+    named = [name for name, entry in RELEASED.items() if entry.file == path.name]
+    if not named:
+        raise UserError(
+            f"`checkpoint` {path} does not say which network it is for. Add --model with one of "
+            f"{', '.join(NETWORKS)}, or --config with a file whose model.network describes it."
+        )
+    return named[0]
+
+
+# ------------------------------------------------------------------------------------------------------- config
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A config by path, or by the name of a packaged one.
+
+    Raises:
+        UserError: there is none, or it is no mapping.
+    """
+    path = packaged_config(name)
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"`config` {path} is no YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"`config` {path} must be a mapping of settings, got {config!r:.60}.")
+    return config
+
+
+def packaged_config(name: str) -> Path:
+    """A config's path as it was given, or that of a packaged one by its name; a path goes first.
+
+    Raises:
+        UserError: there is neither.
+    """
+    packaged = sorted(path.stem for path in packaged_configs().glob("*.yaml"))
+    path = Path(name) if Path(name).is_file() or name not in packaged else packaged_configs() / f"{name}.yaml"
+    if not path.is_file():
+        listed = ", ".join(packaged)
+        raise UserError(f"`config` must be a .yaml file or one of {listed}, got {name}.{nearest(name, packaged)}")
+    return path
+
+
+def sampling_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that `sagl sample` reads, in the form of its flags.
+
+    Raises:
+        UserError: a key that neither `sample` nor `fit` knows.
+    """
+    for key in config:
+        require(key in OF_SAMPLE | OF_FIT, f"a config has no setting {key!r}.{nearest(str(key), OF_SAMPLE | OF_FIT)}")
+    part = {key: value for key, value in config.items() if key in OF_SAMPLE and value is not None}
+    for name in ("labels", "respacing"):
+        if name in part or (name == "labels" and "labels" in config):
+            part[name] = _text(config[name])
+    return part
+
+
+def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`model:` of a config, each setting checked: network (a name or settings) and diffusion."""
+    model = config.get("model") or {}
+    require(isinstance(model, dict), f"`model` in a config must be a mapping, got {model!r:.60}.")
+    for key in model:
+        require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(str(key), OF_MODEL)}")
+    (
+        _group(LossSettings, model.get("loss") or {}, "model.loss"),
+        _group(OptimizerSettings, model.get("optimizer") or {}, "model.optimizer"),
+    )
+    part: dict[str, Any] = {}
+    if isinstance(network := model.get("network"), str):
+        part["network"] = network
+    elif network is not None:
+        part["network"] = _group(UNetSettings, network, "model.network")
+    if model.get("diffusion") is not None:
+        part["diffusion"] = _group(DiffusionSettings, model["diffusion"], "model.diffusion")
+    return part
+
+
+def _group(kind: type, values: Any, where: str) -> Any:  # noqa: ANN401 (a mapping -> an instance of kind)
+    require(isinstance(values, dict), f"`{where}` must be a mapping of settings, got {values!r:.60}.")
+    p = Parser("sample", where)
+    p.add_class_arguments(kind, where)
+    nested = values
+    for name in reversed(where.split(".")):
+        nested = {name: nested}
+    given = p.parse_object(nested)
+    for name in where.split("."):
+        given = given[name]
+    return fields_of(kind, given)
+
+
+def _text(value: object) -> str:
+    """A value of a text setting as a flag would have it: 250 -> "250", [0, 7] -> "0,7", nothing -> "null"."""
+    return ",".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------- advice
+
+
+def advise(p: Parser, recommended: Mapping[str, Any]) -> None:
+    """Make recommended settings the parser's defaults.
+
+    Raises:
+        UserError: they are not settings of `sagl sample`.
+    """
+    try:
+        _as_defaults(p, dict(recommended), "")
+    except UserError as error:
+        raise UserError(f"`recommended` must be settings of sagl sample, got {dict(recommended)}: {error}") from error
+
+
+def _as_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
+    for group in GROUPS:
+        require(
+            isinstance(values.get(group, {}), dict),
+            f"`{group}` must be a mapping of settings, got {values.get(group)!r}.",
+        )
+    try:
+        given = p.parse_object(values)
+        fields_of(RunSettings, given), fields_of(ChainSettings, given)
+        for group, kind in GROUPS.items():
+            fields_of(kind, given[group])
+    except UserError as error:
+        raise UserError(f"{source}: {error}" if source else str(error)) from error
+    p.set_defaults(values)
+
+
+def _views(text: str) -> tuple[str, ...]:
+    named = tuple(view.strip() for view in text.strip("[]").split(",") if view.strip())
+    for view in named:
+        require(view in VIEWS, f"`views` must be among {', '.join(VIEWS)}, got {view!r}.")
+    return named

@@ -1,0 +1,11 @@
+"""The verbs of the command line: the module that runs each, and one line of help."""
+
+VERBS = {
+    "sample": ("sagl.commands.sample", "draw images from a network, guided or not"),
+    "fit": ("sagl.commands.fit", "train a network"),
+    "evaluate": ("sagl.commands.evaluate", "Fréchet distance of a run from a reference"),
+    "convert": ("sagl.commands.convert", "a network as safetensors or for diffusers"),
+    "doctor": ("sagl.commands.doctor", "what this machine has, and what is missing"),
+    "completion": ("sagl.commands.completion", "completion of verbs and flags for your shell"),
+    "export": ("sagl.commands.export", "grid, images or npz from the shards of a run"),
+}

@@ -1,0 +1,82 @@
+import re
+import subprocess
+from importlib import import_module
+
+import pytest
+
+from sagl.commands.completion import FIT, PARSERS, main, script
+from sagl.commands.fit import FitCLI
+from sagl.commands.verbs import VERBS
+from sagl.settings.errors import UserError
+
+
+def completed(*words, cwd="/"):
+    """What bash would offer for the last of these words."""
+    lines = [script(), 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sagl', "printf '%s\\n' \"${COMPREPLY[@]}\""]
+    command = ["bash", "--norc", "-uc", "\n".join(lines), "bash", "sagl", *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def test_the_first_word_is_a_verb():
+    assert completed("") == list(VERBS)
+    assert completed("e") == ["evaluate", "export"]
+    assert completed("nothing") == []
+
+
+@pytest.mark.parametrize("verb", PARSERS)
+def test_the_flags_of_a_verb_are_those_that_its_help_lists(verb):
+    module, function = PARSERS[verb]
+    listed = re.findall(r"^  (?:-h, )?(--[\w.]+)", getattr(import_module(module), function)().format_help(), re.M)
+    assert sorted(completed(verb, "--")) == sorted(listed)
+
+
+def test_a_begun_flag_is_completed_wherever_it_stands():
+    assert completed("sample", "--sag.s") == ["--sag.scale", "--sag.site"]
+    assert completed("sample", "--seed", "3", "--sag.th") == ["--sag.threshold"]
+    assert completed("completion", "z") == ["zsh"]
+    assert completed("doctor", "--") == ["--help"]
+
+
+def test_the_flags_of_fit_are_flags_of_its_own():
+    class Flags(list):
+        def add_argument(self, name, **_):
+            self.append(name)
+
+        def add_class_arguments(self, *_, **__):
+            pass
+
+    flags = Flags()
+    FitCLI.add_arguments_to_parser(None, flags)
+    assert sorted(completed("fit", "--")) == sorted([*FIT, "--help"]) == sorted({*flags, "--config", "--help"})
+
+
+@pytest.mark.parametrize("before", [("evaluate",), ("export",), ("sample", "--checkpoint"), ("fit", "--config")])
+def test_where_no_flag_fits_file_names_are_completed(before, tmp_path):
+    for name in ("run_a", "run_b", "other"):
+        (tmp_path / name).mkdir()
+    assert sorted(completed(*before, "ru", cwd=tmp_path)) == ["run_a", "run_b"]
+    assert completed(*before, "none", cwd=tmp_path) == []
+
+
+@pytest.mark.parametrize(("begun", "want"), [("my", ["my run", "my_run"]), ("a", ["a*", "abc"])])
+def test_a_file_name_with_a_space_or_a_star_is_one_name(begun, want, tmp_path):
+    for name in ("my run", "my_run", "run", "a*", "abc"):
+        (tmp_path / name).touch()
+    assert sorted(completed("evaluate", begun, cwd=tmp_path)) == want
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_what_is_printed_registers_the_function_for_sagl(shell, capsys):
+    main([shell])
+    printed = capsys.readouterr().out
+    assert printed.startswith("autoload -U +X bashcompinit && bashcompinit\n") == (shell == "zsh")
+    program = printed.removeprefix("autoload -U +X bashcompinit && bashcompinit\n") + "complete -p sagl"
+    said = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.split()[-3:] == ["-F", "_sagl", "sagl"]
+
+
+def test_another_shell_is_refused():
+    with pytest.raises(UserError, match="`shell` must be one of bash, zsh, got fish"):
+        main(["fish"])

@@ -1,0 +1,249 @@
+"""2,000 command lines and YAML files drawn from the settings' own types: each is met, or refused in one line.
+
+Sizes that are accepted are small: nothing here draws a long chain or many images.
+"""
+
+import contextlib
+import io
+import math
+import os
+import shutil
+import types
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from sagl.settings.guidance import GUIDANCES
+from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from tests.tiny import exit_code, write_tiny
+
+GROUPS = {"": (RunSettings, ChainSettings), "trainer": (DeviceSettings,)}
+GROUPS |= {name: (settings_class,) for name, settings_class in GUIDANCES.items()}
+TYPES = {
+    f"{group}.{name}".strip("."): kind
+    for group, classes in GROUPS.items()
+    for settings_class in classes
+    for name, kind in get_type_hints(settings_class).items()
+}
+"""Every setting of a run, by its flag's name: sag.scale, num_samples, …"""
+
+SMALL = {"num_samples": 1, "respacing": "1", "batch_size": 1}
+"""What is set where nothing else is drawn."""
+SENSIBLE = {
+    "num_samples": st.integers(1, 3),
+    "respacing": st.sampled_from(["1", "2", "ddim4", "1,1", "1,1,1"]),
+    "batch_size": st.integers(1, 4) | st.none(),
+    "labels": st.sampled_from(["random", "balanced", "null", "0", "2,1", "0, 1"]),
+    "sag.site": st.sampled_from(["input.1", "middle", "output.0", "output.1"]),
+    "sag.kernel_size": st.sampled_from([1, 3, 15, None]),
+    "sag.interval": st.sampled_from([[0.0, 1.0], [0.5, 0.5], [0, 0.25]]),
+    "sag.blur_sigma": st.floats(0.1, 1e4),
+    "classifier.scale": st.just(0.0),
+    "classifier.checkpoint": st.none(),
+    "trainer.accelerator": st.sampled_from(["auto", "cpu"]),
+}
+"""Where a type alone says too little of what is allowed, or allows what takes long."""
+
+WORDS = ["", " ", "word", "ü", "日本", "٣", "²", "\n", "a\tb", "'", '"', "{", "[", "]", "%s", "{0}", "null", "~"]
+WORDS += ["true", "off", "--", "-", "-x", "@x", "$HOME", "../..", "0,,1", ",", "1e", "ddim", "ddim0", "ddim400", "1001"]
+EDGES = [0, -1, -(2**31), 2**32, 2**63, 2**64, 10**30, 0.5, -0.0, 1.5, 1e300, 5e-324]
+EDGES += [math.nan, math.inf, -math.inf, True, False]
+NESTED = [[], [1, 2], [0.6, 0.2], [[0, 1], 1], [None, 1], ["a"], [math.nan, 1], {}, {"a": 1}, {"scale": 1}, {1: 2}]
+NESTED += [{None: 3}, {"class_path": "os.system", "init_args": {}}]
+LONG = {"num_samples": [2**32, 2**63, 2**64, 10**30], "batch_size": [2**32, 2**63, 2**64, 10**30]}
+"""What would be accepted, and take for ever or more memory than there is; tests/test_bad_input.py asks for refusal."""
+NAMES = [
+    "num_sample",
+    "sag.scal",
+    "sag.",
+    ".",
+    "sagscale",
+    "SAG.scale",
+    "ünï",
+    "sag.scale.scale",
+    "cfg.site",
+    "num-samples",
+]
+NAMES += ["model.network", "data", "trainer", "sag", "cfg", "classifier"]
+
+
+def of_type(kind):
+    """Values that a type allows."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return st.one_of([of_type(part) for part in parts])
+    if origin is Literal:
+        return st.sampled_from(parts)
+    if origin is tuple:
+        return st.tuples(*map(of_type, parts)).map(list)
+    plain = {bool: st.booleans(), int: st.integers(0, 1000), type(None): st.none(), str: st.sampled_from(WORDS)}
+    return plain[kind] if kind in plain else st.floats(-100, 100)
+
+
+def sensible(name):
+    """A setting with a value that is mostly allowed."""
+    return st.tuples(st.just(name), SENSIBLE.get(name, of_type(TYPES[name])))
+
+
+def wrong(name):
+    """A setting with a value of any kind."""
+    long = LONG.get(name, [])
+    edges = [value for value in EDGES if value not in long]
+    empty = [] if name == "respacing" else [None]  # the default is 250 steps
+    return st.tuples(st.just(name), st.sampled_from(WORDS + edges + NESTED + empty))
+
+
+ANY = st.sampled_from(sorted(TYPES))
+PAIRS = st.tuples(
+    st.lists(ANY.flatmap(sensible), max_size=4),
+    st.lists(ANY.flatmap(wrong) | st.tuples(st.sampled_from(NAMES), st.sampled_from(WORDS + EDGES)), max_size=2),
+).flatmap(lambda two: st.permutations(two[0] + two[1]))
+"""Settings in any order, sensible or not; the last of a name counts."""
+
+
+def as_text(value):
+    """A value as one would type it."""
+    return (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    )
+
+
+def nested(pairs):
+    """The settings as the mappings of a YAML file."""
+    tree = {}
+    for name, value in pairs:
+        *groups, leaf = name.split(".")
+        where = tree
+        for group in groups:
+            if not isinstance(where.get(group), dict):
+                where[group] = {}
+            where = where[group]
+        where[leaf] = value
+    return tree
+
+
+def as_command_line(pairs):
+    """Flags and values, joined or not."""
+    forms = [lambda name, text: [f"--{name}", text], lambda name, text: [f"--{name}={text}"]]
+    draws = [st.sampled_from(forms).map(lambda form, pair=pair: form(pair[0], as_text(pair[1]))) for pair in pairs]
+    stray = st.sampled_from(
+        [[]] * 12 + [["stray"], [""], ["--dry_run"], ["--compare"], ["--views", "grid"], ["--views"]]
+    )
+    return st.tuples(*draws, stray).map(lambda parts: [part for flag in parts for part in flag])
+
+
+def as_yaml(pairs):
+    """The text of a YAML file, now and then cut or broken."""
+    text = yaml.safe_dump(nested([*SMALL.items(), *pairs]), allow_unicode=True)
+    whole = st.just(text)
+    cut = st.integers(0, 6).map(lambda sevenths: text[: len(text) * sevenths // 7])
+    broken = st.sampled_from(["\t", "{", ": :", "&a *a", "!!python/name:os.system", "\0", "- 1\n", "é"])
+    return st.one_of(whole, whole, whole, whole, st.tuples(broken, whole).map("".join), cut)
+
+
+def law(count):
+    """So many examples, the same ones always."""
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    quiet += [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hypothesis_writes_elsewhere(tmp_path_factory):
+    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("network") / "tiny.safetensors")
+
+
+@pytest.fixture
+def ask(tiny, tmp_path, monkeypatch):
+    """Run one request in an empty folder and hold it to the law; returns the exit code."""
+    place = tmp_path / "place"
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place.mkdir()
+    monkeypatch.chdir(place)  # and back at the end
+
+    def run(arguments, images=None):
+        shutil.rmtree(place)
+        place.mkdir()
+        os.chdir(place)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            code = exit_code("sample", "--checkpoint", tiny, "--output", "run", "--progress", "off", *arguments)
+        assert code in (0, 2)
+        found = sorted(path.name for path in place.iterdir())
+        if code == 2:
+            assert said.getvalue().startswith("sagl sample: ")
+            assert said.getvalue().endswith("\n")
+            assert len(said.getvalue().splitlines()) == 1
+            assert found == []
+        elif "--dry_run" in arguments:
+            assert found == []
+        else:
+            assert found == ["run"]
+            assert (place / "run" / "run.json").is_file()
+            pictures = [path for path in (place / "run" / "images").iterdir() if path.suffix == ".png"]
+            assert len(pictures) == images
+        return code
+
+    return run
+
+
+def last(pairs, name):
+    """The value that counts."""
+    return [value for known, value in pairs if known == name][-1]
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """How often each exit code came, over all examples."""
+    return {"command line": [], "yaml": []}
+
+
+def test_every_command_line_is_met_or_refused_in_one_line(ask, codes):
+    lines = PAIRS.flatmap(lambda pairs: st.tuples(st.just([*SMALL.items(), *pairs]), as_command_line(pairs)))
+
+    @law(1400)
+    @given(lines)
+    def holds(drawn):
+        pairs, line = drawn
+        images = last(pairs, "num_samples")
+        small = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+        codes["command line"].append(ask([*small, *line], images))
+
+    holds()
+
+
+def test_every_config_is_met_or_refused_in_one_line(ask, codes, tmp_path):
+    file = tmp_path / "drawn.yaml"
+
+    @law(600)
+    @given(PAIRS.flatmap(as_yaml))
+    def holds(text):
+        file.write_text(text)
+        small = ["--num_samples", "2", "--respacing", "1"]
+        codes["yaml"].append(ask(["--config", file, *small], 2))
+
+    holds()
+
+
+def test_the_draws_were_2000_and_of_both_kinds(codes):
+    assert len(codes["command line"]) + len(codes["yaml"]) >= 2000
+    for kind, came in codes.items():
+        assert 0.1 < came.count(0) / len(came) < 0.9, kind
+
+
+def test_every_setting_is_drawn_and_each_type_is_known():
+    assert set(SENSIBLE) | set(SMALL) <= set(TYPES)
+    assert len(TYPES) == sum(len(c.__dataclass_fields__) for classes in GROUPS.values() for c in classes)
+    assert all(of_type(kind) is not None for kind in TYPES.values())
