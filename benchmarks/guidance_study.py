@@ -56,7 +56,7 @@ def main() -> None:
     p.add_argument("--batch_size", type=int, default=100)
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     p.add_argument("--respacing", default="ddim20")
-    p.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3])
+    p.add_argument("--scales", type=float, nargs="*", default=[0.1, 0.3])
     p.add_argument("--sites", nargs="+", default=["middle", "output.2", "output.5"])
     p.add_argument("--blur_sigmas", type=float, nargs="+", default=[1.0, 2.0])
     p.add_argument("--intervals", nargs="+", default=["0-1"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sagl.commands.parser import Parser
-from sagl.data.run_folder import read_record, shards_of
+from sagl.data.run_folder import num_held, read_record
 from sagl.settings.errors import require
 
 
@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> None:
     """
     given = export_parser().parse(arguments)
     run = Path(given.run)
-    require(bool(shards_of(run)), f"`run` must be the folder of a run, with images, and {run} is none.")
+    require(num_held(run) > 0, f"`run` must be the folder of a run, with images, and {run} is none.")
     require(bool(given.npz or given.images or given.grid), "`export` needs --npz FILE, --images DIR or --grid FILE.")
-    there = sum(last - first + 1 for first, last in shards_of(run))
+    there = num_held(run)
     wanted = there if given.num_samples is None else given.num_samples
     require(1 <= wanted <= there, f"`num_samples` must be 1 … {there} for {run}, got {wanted}.")
     asked = read_record(run).get("num_samples", there)

@@ -15,7 +15,9 @@ from sagl.data.run_folder import (
     SAMPLES,
     Sample,
     missing_batches,
+    num_held,
     png,
+    read_record,
     remove_damaged,
     remove_replaced,
     require_same_run,
@@ -83,15 +85,17 @@ def main(arguments: list[str]) -> None:
         _print_cost(job, _recipe(job))
         return
     missing = missing_batches(job.folder, job.batches)
-    views = _views_to_make(job, bool(missing))
+    record, recipe = _record(job, arguments), None
+    if missing:
+        recipe = _recipe(job)
+        _draw(job, recipe, missing, record | {"nfe": recipe.nfe, "views": {}})
+        record = read_record(job.folder)
+    views = _views_to_make(job, record)
     if not missing and not views:
         print(f"{job.folder} already holds this run.")
         return
-    recipe = _recipe(job) if missing or "strip" in views else None
-    record = _record(job, arguments)
-    if missing and recipe is not None:
-        record["nfe"] = recipe.nfe
-        _draw(job, recipe, missing, record)
+    if "strip" in views and recipe is None:
+        recipe = _recipe(job)
     _make_views(job, recipe, views, record)
     _report(job, record)
 
@@ -298,20 +302,17 @@ def _record(job: Job, arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def _views_to_make(job: Job, images_are_new: bool) -> tuple[str, ...]:
-    """The views asked for that the folder does not hold yet."""
-    made = {} if images_are_new else job.record.get("views", {})
-    count = max(job.run.num_samples, 0 if images_are_new else job.record.get("num_samples", 0))
-    return tuple(view for view in job.request.views_of(count) if made.get(view) != count)
+def _views_to_make(job: Job, record: dict[str, Any]) -> tuple[str, ...]:
+    """The views asked for that were not made of all images that the folder holds."""
+    count = num_held(job.folder)
+    return tuple(view for view in job.request.views_of(count) if record["views"].get(view) != count)
 
 
 def _make_views(job: Job, recipe: "Recipe | None", views: Sequence[str], record: dict[str, Any]) -> None:
     """Make the views from the shards, and note in run.json that they are there."""
     from sagl.data.views import npz_name, write_grid, write_images, write_npz
 
-    count = record["num_samples"]
-    record["views"] = {view: at for view, at in record["views"].items() if at == count and view not in views}
-    write_record(job.folder, record)
+    count = num_held(job.folder)
     for view in views:
         if view == "grid":
             write_grid(job.folder, job.folder / "grid.png")
@@ -347,8 +348,8 @@ def _write_strip(job: Job, recipe: "Recipe") -> None:
 
 
 def _report(job: Job, record: dict[str, Any]) -> None:
-    count = record["num_samples"]
-    print(f"{count} images in {job.folder}, {record['seconds']:.1f} s, {record['nfe']} network evaluations each.")
+    cost = f"{record['seconds']:.1f} s, {record['nfe']} network evaluations each"
+    print(f"{num_held(job.folder)} images in {job.folder}, {cost}.")
     made = record["views"]
     files = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
     shown = ", ".join(files[view] for view in made) or "shards/ only"

@@ -102,6 +102,11 @@ def shards_of(folder: Path) -> dict[tuple[int, int], Path]:
     return {span: path for span, path in sorted(found.items()) if not any(_within(span, other) for other in found)}
 
 
+def num_held(folder: Path) -> int:
+    """How many images the run's shards hold."""
+    return sum(last - first + 1 for first, last in shards_of(folder))
+
+
 def samples_of(folder: Path, num_samples: int | None = None) -> Iterator[Sample]:
     """A run's samples in order of their ids, one shard in memory at a time; the first `num_samples`, or all.
 

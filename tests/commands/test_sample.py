@@ -253,6 +253,13 @@ def test_fewer_samples_are_already_there(compared, capsys):
     assert contents(compared) == before
 
 
+def test_what_a_stopped_run_holds_can_be_looked_at_before_it_is_whole(tmp_path):
+    folder = sample(tmp_path / "run", "--num_samples", "6", *SHORT)
+    (folder / "shards" / "000004-000005.tar").unlink()
+    sample(folder, "--num_samples", "4", *SHORT)
+    assert arrays_of(folder)[0].shape == (4, 8, 8, 3)
+
+
 def test_a_shard_that_is_missing_or_damaged_is_made_again_and_no_other(tmp_path):
     folder = sample(tmp_path / "run", "--num_samples", "6", *SHORT)
     before = {path.name: data for path, data in contents(folder).items() if path.suffix == ".tar"}
