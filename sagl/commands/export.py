@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sagl.commands.parser import Parser
 from sagl.data.run_folder import num_held, read_record
-from sagl.settings.errors import require
+from sagl.settings.errors import UserError, require
 
 
 def export_parser() -> Parser:
@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> None:
         print(f"{run} holds {there} of {asked} images so far.")
     from sagl.data.views import write_grid, write_images, write_npz
 
-    for path, write in ((given.grid, write_grid), (given.images, write_images), (given.npz, write_npz)):
-        if path is not None:
-            write(run, Path(path), wanted)
-            print(f"{path}: {wanted} images.")
+    for name, write in (("grid", write_grid), ("images", write_images), ("npz", write_npz)):
+        if (path := given[name]) is not None:
+            try:
+                write(run, Path(path), wanted)
+            except UserError as error:
+                raise UserError(str(error).replace("`output`", f"`{name}`")) from error
+            print(f"{path}: made of {wanted} images.")

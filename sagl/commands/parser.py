@@ -3,7 +3,7 @@
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -67,6 +67,8 @@ class Parser(ReadableErrors):
             allow_abbrev=False,
         )
 
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+|\.?inf|\.?nan)([eE][-+]?\d+)?$")
+
     @property
     def options(self) -> list[str]:
         """All flags that help shows."""
@@ -97,9 +99,24 @@ def bracketed(arguments: Iterable[str]) -> list[str]:
     return result
 
 
-def fields_of(kind: type, given: Namespace) -> Any:  # noqa: ANN401 (a settings class -> its instance)
+def fields_of(kind: type, given: Namespace, group: str = "") -> Any:  # noqa: ANN401 (a settings class -> its instance)
     """The settings class with the values that were parsed for it."""
-    return kind(**{name: given[name] for name in names_of(kind)})
+    return kind(**{field.name: _value(field, given[field.name], group) for field in fields(kind)})
+
+
+def _value(field: "Field[Any]", value: Any, group: str) -> Any:  # noqa: ANN401
+    """A parsed value; whole numbers become floats where those are asked for, and null only where it may be.
+
+    Raises:
+        UserError: null, or a number too large, for another kind of setting.
+    """
+    kind, name = str(getattr(field.type, "__name__", field.type)), f"{group}{field.name}"
+    if value is None and "None" not in str(field.type):
+        raise UserError(f"`{name}` must be {FORMS.get(name) or KINDS.get(kind, 'given')}, got null.")
+    try:
+        return float(value) if kind == "float" and isinstance(value, int) else value
+    except OverflowError as error:
+        raise UserError(f"`{name}` must be a number that fits, got one of {value.bit_length()} bits.") from error
 
 
 def names_of(kind: type) -> list[str]:
@@ -120,6 +137,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def readable(message: str, settings: list[str]) -> str:
     """The parser's message in one line of ours: the setting, what is allowed, what came."""
     line = " ".join(message.split())
+    if found := re.search(r"NestedArg\(key='(.+?)'", line):
+        return f"there is no option with {found[1]!r} on the command line: a --config can have it. --help lists all."
+    if re.search(r"unrecognized arguments:$", line):
+        return "there is an empty word on the command line. --help lists all options."
     if found := re.search(r"unrecognized arguments: (\S+)", line):
         flag = found[1].split("=")[0]
         suggestion = nearest(flag.lstrip("-"), settings).replace("Did you mean ", "Did you mean --")
@@ -128,10 +149,12 @@ def readable(message: str, settings: list[str]) -> str:
         return _unknown(f"{found[1]}.{found[2]}", settings)
     if found := re.search(r"Option '(.+?)' is not accepted", line):
         return _unknown(found[1], settings)
-    if found := re.search(r'Parser key "(.+?)": (.+?)\.? Got value: (.*)$', line):
-        return f"`{found[1]}` must be {_allowed(found[1], found[2])}, got {found[3]}."
-    if found := re.search(r'Parser key "(.+?)": Does not validate .*? Subtypes: \[(.+?)\] .* Given value: (.*)$', line):
-        return f"`{found[1]}` must be {_allowed(found[1], found[2])}, got {found[3]}."
+    if found := re.search(r'Parser key "(.+?)": (.+?)\.? Got value:\s?(.*)$', line):
+        return f"`{found[1]}` must be {_allowed(found[1], found[2])}, got {found[3] or 'nothing'}."
+    if found := re.search(
+        r'Parser key "(.+?)": Does not validate .*? Subtypes: \[(.+?)\] .*Given value:\s?(.*)$', line
+    ):
+        return f"`{found[1]}` must be {_allowed(found[1], found[2])}, got {found[3] or 'nothing'}."
     if found := re.search(r"argument (\S+): ignored explicit argument (.+)$", line):
         return f"{found[1]} takes no value, got {found[2]}."
     if found := re.search(r'Parser key "(.+?)": Unable to load config (.+?)(?: |$)', line):

@@ -1,13 +1,15 @@
 """What `sagl sample` is asked for: flags over a config over what the weights recommend over the fields' defaults."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from sagl.commands.parser import Parser, fields_of, nearest
+from sagl.commands.parser import Parser, fields_of, names_of, nearest
 from sagl.models.zoo import (
     DEFAULT_MODEL,
     EMBEDDED,
@@ -132,6 +134,8 @@ def parse(arguments: list[str]) -> Request:
     """
     p = sample_parser()
     first = p.parse(arguments)
+    for name in ("config", "model", "checkpoint", "output"):
+        require(first[name] != "", f"`{name}` must not be empty, got ''. Leave it out, or say which.")
     config = {} if first.config is None else read_config(first.config)
     model, sampling = model_part(config), sampling_part(config)
     checkpoint = first.checkpoint or sampling.get("checkpoint")
@@ -149,10 +153,10 @@ def parse(arguments: list[str]) -> Request:
         dry_run=given.dry_run,
         run=fields_of(RunSettings, given),
         chain=fields_of(ChainSettings, given),
-        sag=fields_of(SelfAttentionGuidance, given.sag),
-        cfg=fields_of(ClassifierFreeGuidance, given.cfg),
-        classifier=fields_of(ClassifierGuidance, given.classifier),
-        device=fields_of(DeviceSettings, given.trainer),
+        sag=fields_of(SelfAttentionGuidance, given.sag, "sag."),
+        cfg=fields_of(ClassifierFreeGuidance, given.cfg, "cfg."),
+        classifier=fields_of(ClassifierGuidance, given.classifier, "classifier."),
+        device=fields_of(DeviceSettings, given.trainer, "trainer."),
     )
 
 
@@ -169,6 +173,7 @@ def find_source(
     """
     path = None if checkpoint is None else Path(checkpoint)
     require(path is None or path.is_file(), f"`checkpoint` must be a file, and there is none at {path}.")
+    require(path is None or os.access(path, os.R_OK), f"`checkpoint` must be a file that you may read, not {path}.")
     require(
         weights == "ema" or (path is not None and path.suffix == ".ckpt"),
         f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
@@ -222,8 +227,8 @@ def read_config(name: str) -> dict[str, Any]:
     path = packaged_config(name)
     try:
         config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"`config` {path} is no YAML: {str(error).splitlines()[0]}.") from error
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"`config` {path} is no YAML that can be read: {str(error).splitlines()[0]}.") from error
     if not isinstance(config, dict):
         raise UserError(f"`config` {path} must be a mapping of settings, got {config!r:.60}.")
     return config
@@ -251,11 +256,37 @@ def sampling_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key in config:
         require(key in OF_SAMPLE | OF_FIT, f"a config has no setting {key!r}.{nearest(str(key), OF_SAMPLE | OF_FIT)}")
-    part = {key: value for key, value in config.items() if key in OF_SAMPLE and value is not None}
+    part = {key: value for key, value in config.items() if key in OF_SAMPLE}
+    for group in ("trainer", "data", "model"):
+        value = config.get(group) or {}
+        require(isinstance(value, dict), f"`{group}` in a config must be a mapping of settings, got {value!r:.60}.")
+    part |= _device_part(config.get("trainer") or {})
+    require(
+        isinstance(part.get("compare", False), bool), f"`compare` must be true or false, got {part.get('compare')}."
+    )
     for name in ("labels", "respacing"):
-        if name in part or (name == "labels" and "labels" in config):
+        if name in part:
             part[name] = _text(config[name])
     return part
+
+
+def _device_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What sampling reads of `trainer:`: where, and with which weights; a mixed precision is for training alone.
+
+    Raises:
+        UserError: a key that is nearly one of these.
+    """
+    names = names_of(DeviceSettings)
+    for key in trainer:
+        close = get_close_matches(str(key), names, n=1, cutoff=0.8)
+        require(
+            key in names or not close,
+            f"there is no setting 'trainer.{key}'. Did you mean trainer.{close and close[0]}?",
+        )
+    read = {name: trainer[name] for name in names if trainer.get(name) is not None}
+    if str(read.get("precision", "")).endswith("-mixed"):
+        del read["precision"]
+    return {"trainer": read} if read else {}
 
 
 def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +294,8 @@ def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config.get("model") or {}
     require(isinstance(model, dict), f"`model` in a config must be a mapping, got {model!r:.60}.")
     for key in model:
-        require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(str(key), OF_MODEL)}")
+        known = [f"model.{name}" for name in sorted(OF_MODEL)]
+        require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(f'model.{key}', known)}")
     (
         _group(LossSettings, model.get("loss") or {}, "model.loss"),
         _group(OptimizerSettings, model.get("optimizer") or {}, "model.optimizer"),
@@ -314,14 +346,14 @@ def advise(p: Parser, recommended: Mapping[str, Any]) -> None:
 def _as_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
     for group in GROUPS:
         require(
-            isinstance(values.get(group, {}), dict),
+            isinstance(values.get(group) or {}, dict),
             f"`{group}` must be a mapping of settings, got {values.get(group)!r}.",
         )
     try:
         given = p.parse_object(values)
         fields_of(RunSettings, given), fields_of(ChainSettings, given)
         for group, kind in GROUPS.items():
-            fields_of(kind, given[group])
+            fields_of(kind, given[group], f"{group}.")
     except UserError as error:
         raise UserError(f"{source}: {error}" if source else str(error)) from error
     p.set_defaults(values)

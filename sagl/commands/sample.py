@@ -14,6 +14,7 @@ from sagl.commands.request import Request, Source, parse
 from sagl.data.run_folder import (
     SAMPLES,
     Sample,
+    holds_run,
     missing_batches,
     num_held,
     png,
@@ -26,7 +27,7 @@ from sagl.data.run_folder import (
 )
 from sagl.models.zoo import described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import require
+from sagl.settings.errors import UserError, require
 from sagl.settings.fitting import require_fitting, require_labels
 from sagl.settings.guidance import DEFAULT_KERNEL, fitting_kernel
 from sagl.settings.network import UNetSettings
@@ -64,12 +65,12 @@ class Job:
         return self.request.output
 
     @property
-    def batches(self) -> list[list[int]]:
+    def batches(self) -> list[range]:
         """Ids that are wanted of each micro-batch."""
         size, first = self.run.images_at_once, self.run.first_id
         end = first + self.run.num_samples
         starts = range(first - first % size, end, size)
-        return [list(range(max(first, start), min(end, start + size))) for start in starts]
+        return [range(max(first, start), min(end, start + size)) for start in starts]
 
 
 def main(arguments: list[str]) -> None:
@@ -87,6 +88,7 @@ def main(arguments: list[str]) -> None:
     missing = missing_batches(job.folder, job.batches)
     record, recipe = _record(job, arguments), None
     if missing:
+        require_writable(job.folder)
         recipe = _recipe(job)
         _draw(job, recipe, missing, record | {"nfe": recipe.nfe, "views": {}})
         record = read_record(job.folder)
@@ -118,7 +120,8 @@ def _refuse_contradictions(request: Request) -> None:
         not request.cfg.scale or request.run.labels != "null",
         "`cfg.scale` needs labels, got null. Give --labels random.",
     )
-    require_writable(request.output)
+    if not holds_run(request.output):  # a whole run can be asked for where nothing can be written
+        require_writable(request.output)
 
 
 def _job(request: Request) -> Job:
@@ -207,7 +210,11 @@ def _classifier(request: Request, network: UNetSettings, device: "torch.device")
     from sagl.models.loading import load
 
     assert request.classifier.checkpoint is not None
-    classifier = build_classifier(load(request.classifier.checkpoint))
+    try:
+        classifier = build_classifier(load(request.classifier.checkpoint))
+    except UserError as error:
+        said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
+        raise UserError(said) from error
     side, logits = classifier.settings.image_size, classifier.settings.num_classes
     require(
         side == network.image_size and network.num_classes in (None, logits),

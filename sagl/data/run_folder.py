@@ -158,6 +158,14 @@ def _json(value: object) -> bytes:
 # ------------------------------------------------------------------------------------------------------- record
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is a run.json to be seen."""
+    try:
+        return (folder / RECORD).is_file()
+    except OSError:
+        return False
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """run.json; empty where there is none.
 
@@ -216,7 +224,7 @@ def require_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
     return record
 
 
-def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[list[int]]:
+def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Those of the micro-batches that no whole shard of the folder holds.
 
     Args:
@@ -224,7 +232,7 @@ def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[list
         batches: ids wanted of each micro-batch, consecutive.
     """
     there = shards_of(folder)
-    return [list(ids) for ids in batches if not any(_holds(span, path, ids) for span, path in there.items())]
+    return [ids for ids in batches if not any(_holds(span, path, ids) for span, path in there.items())]
 
 
 def remove_replaced(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -41,9 +42,14 @@ def write_images(run: Path, folder: Path, num_samples: int | None = None) -> Non
     Raises:
         UserError: the run is damaged, or the folder cannot be written.
     """
-    for sample in samples_of(run, num_samples):
-        with whole_file(folder / f"{sample.id:06d}.png") as partial:
-            partial.write_bytes(sample.pictures[SAMPLES])
+    try:
+        for sample in samples_of(run, num_samples):
+            with whole_file(folder / f"{sample.id:06d}.png") as partial:
+                partial.write_bytes(sample.pictures[SAMPLES])
+    except UserError:
+        with suppress(OSError):  # a folder that holds nothing goes too
+            folder.rmdir()
+        raise
 
 
 def write_npz(run: Path, file: Path, num_samples: int) -> None:

@@ -1,6 +1,8 @@
 """Networks on disk: safetensors with the settings inside; training checkpoints, read without running code in them."""
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -84,8 +86,12 @@ def write_network(file: NetworkFile, path: Path, dtype: torch.dtype | None = Non
         "recommended": dict(file.recommended),
     }
     state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in file.state.items()}
-    with whole_file(path, "file") as partial:
-        save_file(state, partial, metadata={METADATA_KEY: json.dumps(about)})
+    with whole_file(path, "target") as partial:
+        try:
+            save_file(state, partial, metadata={METADATA_KEY: json.dumps(about)})
+        except SafetensorError as error:  # in which the system's own is wrapped
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
 
 
 def build_network(file: NetworkFile) -> UNet:

@@ -43,11 +43,13 @@ def whole_file(path: Path, argument: str = "output") -> Iterator[Path]:
     Raises:
         UserError: no room, no right to write; names `argument`.
     """
+    require(bool(path.name) and not path.is_dir(), f"`{argument}` must be a file, and {path} is a folder.")
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # some writers make files that their owner alone can read
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
@@ -63,12 +65,23 @@ def require_writable(folder: Path, argument: str = "output") -> None:
     Raises:
         UserError: says which part of the path stands in the way.
     """
-    there = nearest_existing(folder)
+    try:
+        there = nearest_existing(folder)
+    except OSError as error:
+        raise UserError(
+            f"`{argument}` must be a folder that can be made: {error.strerror}. Choose another name."
+        ) from error
     require(there.is_dir(), f"`{argument}` must be a folder, and {there} is a file. Choose another name.")
     require(
         os.access(there, os.W_OK | os.X_OK),
         f"`{argument}` must be a folder that can be written, and {there} cannot. Choose another with --{argument}.",
     )
+
+
+def _umask() -> int:
+    """The rights that the user withholds from new files; it can only be read by setting it."""
+    os.umask(umask := os.umask(0o077))
+    return umask
 
 
 def nearest_existing(path: Path) -> Path:

@@ -6,6 +6,10 @@ from typing import Literal
 from sagl.settings.diffusion import one_of
 from sagl.settings.errors import UserError, require, require_finite
 
+MOST = 10_000_000
+"""Images of one run."""
+MOST_AT_ONCE = 65_536
+"""Images of one micro-batch."""
 Sampler = Literal["ddpm", "ddim"]
 Precision = Literal["32-true", "bf16-true", "16-true"]
 Accelerator = Literal["auto", "cpu", "gpu"]
@@ -53,10 +57,16 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Refuse empty runs and labels that are no numbers."""
         require(self.num_samples >= 1, f"`num_samples` must be at least 1, got {self.num_samples}.")
+        require(self.num_samples <= MOST, f"`num_samples` must be at most {MOST:,}, got {self.num_samples}.")
         require(self.images_at_once >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
+        require(
+            self.images_at_once <= MOST_AT_ONCE, f"`batch_size` must be at most {MOST_AT_ONCE}, got {self.batch_size}."
+        )
         for name in ("seed", "first_id"):
             value = getattr(self, name)
             require(0 <= value < 2**32, f"`{name}` must be in 0 … 2³² - 1, got {value}.")
+        last = self.first_id + self.num_samples - 1
+        require(last < 2**32, f"`first_id` must leave room for {self.num_samples} ids below 2³², got {self.first_id}.")
         if self.labels not in ("random", "balanced", "null"):
             _ = self.listed_labels
 

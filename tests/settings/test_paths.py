@@ -131,3 +131,14 @@ os.geteuid() or os.setuid(65534)  # root may look everywhere
 paths.require_writable(pathlib.Path({str(tmp_path / "locked" / "run")!r}))"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stderr
     assert "UserError: `output`" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_written_file_has_the_rights_that_the_user_gives_to_files(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "a") as partial:
+            partial.touch(mode=0o600)
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "a").stat().st_mode & 0o777 == mode
