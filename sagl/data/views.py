@@ -12,7 +12,7 @@ import torch
 from numpy.lib import format as npy
 
 from sagl.data.grid import mask_pictures, save_png, stacked_grid
-from sagl.data.run_folder import SAMPLES, Sample, pixels, samples_of
+from sagl.data.run_folder import SAMPLES, Sample, pixels, samples_of, shards_of
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import whole_file
 from sagl.shapes import ImageUint8
@@ -79,6 +79,8 @@ def read_samples(source: Path) -> ImageUint8:
     Raises:
         UserError: there are none.
     """
+    if source.is_dir() and not shards_of(source):  # of a run whose shards were left behind
+        source = next(iter(sorted(source.glob("samples_*.npz"))), source)
     if source.suffix != ".npz":
         images = [pixels(sample.pictures[SAMPLES]) for sample in samples_of(source)]
         require(bool(images), f"`run` must be an npz file or the folder of a run, got {source}.")

@@ -51,7 +51,7 @@ def test_num_samples_takes_the_first(made, run, tmp_path, capsys):
     with np.load(out / "a.npz") as some, np.load(made / "samples_6x8x8x3.npz") as every:
         assert all((some[name] == every[name][:5]).all() for name in ("arr_0", "arr_1"))
     said = capsys.readouterr().out.splitlines()
-    assert sorted(said) == sorted(f"{out / name}: 5 images." for name in ("a.npz", "images", "grid.png"))
+    assert sorted(said) == sorted(f"{out / name}: made of 5 images." for name in ("a.npz", "images", "grid.png"))
 
 
 @pytest.mark.parametrize("view", ["--npz", "--images", "--grid"])

@@ -86,7 +86,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
-    with pytest.raises(UserError, match=r"`file` .* cannot be written: no space"):
+    with pytest.raises(UserError, match=r"`target` .* cannot be written: no space"):
         write_network(network_file(), target)
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
