@@ -256,9 +256,9 @@ def sampling_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key in config:
         require(key in OF_SAMPLE | OF_FIT, f"a config has no setting {key!r}.{nearest(str(key), OF_SAMPLE | OF_FIT)}")
-    part = {key: value for key, value in config.items() if key in OF_SAMPLE}
+    part = {key: value for key, value in config.items() if key in OF_SAMPLE and not (key in GROUPS and value is None)}
     for group in ("trainer", "data", "model"):
-        value = config.get(group) or {}
+        value = {} if config.get(group) is None else config[group]
         require(isinstance(value, dict), f"`{group}` in a config must be a mapping of settings, got {value!r:.60}.")
     part |= _device_part(config.get("trainer") or {})
     require(
@@ -346,7 +346,7 @@ def advise(p: Parser, recommended: Mapping[str, Any]) -> None:
 def _as_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
     for group in GROUPS:
         require(
-            isinstance(values.get(group) or {}, dict),
+            isinstance(values.get(group, {}), dict),
             f"`{group}` must be a mapping of settings, got {values.get(group)!r}.",
         )
     try:
