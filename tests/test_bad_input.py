@@ -23,7 +23,7 @@ INTERVAL = ("`sag.interval`", "0.5,1.0")
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """An empty folder to work in, with nothing cached."""
     here = tmp_path / "here"
     here.mkdir()
@@ -43,10 +43,10 @@ def training(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(capsys, workplace):
+def refused(capsys, workdir):
     """Run what must be refused; returns the one line, once nothing below the working folder has changed."""
 
-    def run(*arguments, below=workplace):
+    def run(*arguments, below=workdir):
         before, names = contents(below), sorted(below.rglob("*"))
         assert exit_code(*arguments) == 2
         said = capsys.readouterr()
@@ -63,11 +63,11 @@ def refused(capsys, workplace):
 
 
 @pytest.fixture
-def made(tiny, workplace, capsys):
+def made(tiny, workdir, capsys):
     """A small run that is complete."""
     assert exit_code("sample", "--checkpoint", tiny, *SHORT, "--output", "run") == 0
     capsys.readouterr()
-    return workplace / "run"
+    return workdir / "run"
 
 
 def flags_id(value):
@@ -172,8 +172,8 @@ def test_a_value_for_a_whole_group_is_refused_in_plain_words(group, refused, tin
 
 
 @pytest.mark.parametrize("name", ["imagenet64_classifer", "", "absent.safetensors", "damaged.safetensors"])
-def test_a_classifier_that_is_none_is_refused_under_its_own_name(name, refused, tiny, workplace):
-    (workplace / "damaged.safetensors").write_bytes(b"damaged")
+def test_a_classifier_that_is_none_is_refused_under_its_own_name(name, refused, tiny, workdir):
+    (workdir / "damaged.safetensors").write_bytes(b"damaged")
     said = refused("sample", "--checkpoint", tiny, *SHORT, "--classifier.scale", 1, "--classifier.checkpoint", name)
     assert "`classifier.checkpoint`" in said
     assert "`model`" not in said
@@ -236,17 +236,17 @@ def test_a_verb_near_none_is_refused_with_all(refused):
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, (str, bytes)) else "",
 )
-def test_a_config_that_says_something_else_is_refused_in_one_line(text, named, refused, tiny, workplace):
-    (workplace / "my.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+def test_a_config_that_says_something_else_is_refused_in_one_line(text, named, refused, tiny, workdir):
+    (workdir / "my.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     said = refused("sample", "--config", "my.yaml", "--checkpoint", tiny, "--output", "run", *SHORT)
     assert [part for part in named if part not in said] == []
 
 
-def test_a_config_runs_no_code(refused, tiny, workplace):
-    text = f"labels: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{workplace}/mark]]"
-    (workplace / "my.yaml").write_text(text)
+def test_a_config_runs_no_code(refused, tiny, workdir):
+    text = f"labels: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{workdir}/mark]]"
+    (workdir / "my.yaml").write_text(text)
     refused("sample", "--config", "my.yaml", "--checkpoint", tiny, *SHORT)
-    assert not (workplace / "mark").exists()
+    assert not (workdir / "mark").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -272,9 +272,9 @@ def save_state(target, source, change):
 @pytest.mark.parametrize("verb", ["sample", "convert"])
 @pytest.mark.parametrize("kept", [0, 5, 3000, -1])
 @pytest.mark.parametrize("kind", ["tiny", "training"])
-def test_a_truncated_file_is_refused_as_damaged(kind, kept, verb, refused, workplace, request):
+def test_a_truncated_file_is_refused_as_damaged(kind, kept, verb, refused, workdir, request):
     whole = request.getfixturevalue(kind)
-    cut = workplace / f"cut{whole.suffix}"
+    cut = workdir / f"cut{whole.suffix}"
     cut.write_bytes(whole.read_bytes()[:kept])
     arguments = {"sample": ["--checkpoint", cut, *SHORT], "convert": [cut, "new.safetensors"]}[verb]
     said = refused(verb, *arguments)
@@ -294,9 +294,9 @@ def test_a_truncated_file_is_refused_as_damaged(kind, kept, verb, refused, workp
     ids=["missing", "stray", "shaped otherwise"],
 )
 def test_a_checkpoint_of_other_settings_is_refused_with_the_first_five_that_differ(
-    change, told, verb, refused, tiny, workplace
+    change, told, verb, refused, tiny, workdir
 ):
-    save_state(workplace / "other.safetensors", tiny, change)
+    save_state(workdir / "other.safetensors", tiny, change)
     more = {
         "sample": ["--checkpoint", "other.safetensors", *SHORT],
         "convert": ["other.safetensors", "new.safetensors"],
@@ -329,20 +329,20 @@ def test_a_training_checkpoint_of_other_settings_is_refused_with_their_shapes(re
     ],
     ids=lambda arguments: " ".join(arguments[-3:]),
 )
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(arguments, wrap, refused, workplace):
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(arguments, wrap, refused, workdir):
     for name in ("code.ckpt", "code.pt"):
-        with (workplace / name).open("wb") as file:
-            wrap(RunsCode(workplace / "mark"), file)
+        with (workdir / name).open("wb") as file:
+            wrap(RunsCode(workdir / "mark"), file)
     said = refused(*arguments)
     assert "`checkpoint`" in said
     assert "run code" in said
     assert ".safetensors" in said
-    assert not (workplace / "mark").exists()
+    assert not (workdir / "mark").exists()
 
 
-def test_the_pickle_would_run_its_code_elsewhere(workplace):
-    pickle.loads(pickle.dumps(RunsCode(workplace / "mark")))
-    assert (workplace / "mark").is_dir()
+def test_the_pickle_would_run_its_code_elsewhere(workdir):
+    pickle.loads(pickle.dumps(RunsCode(workdir / "mark")))
+    assert (workdir / "mark").is_dir()
 
 
 @pytest.mark.parametrize("weights", ["best", "ema:", "ema:nan", "ema:0.5", "ema:word"])
@@ -373,8 +373,8 @@ def test_a_folder_with_another_run_is_refused_with_the_first_setting_that_differ
     assert [part for part in named if part not in said] == []
 
 
-def test_a_folder_with_the_run_of_another_network_is_refused(refused, made, workplace):
-    other = write_tiny(workplace / "other.safetensors", num_classes=4)
+def test_a_folder_with_the_run_of_another_network_is_refused(refused, made, workdir):
+    other = write_tiny(workdir / "other.safetensors", num_classes=4)
     assert "`output`" in refused("sample", "--checkpoint", other, "--output", made, *SHORT)
 
 
@@ -384,9 +384,9 @@ def test_a_folder_whose_record_is_damaged_is_refused(damage, refused, made, tiny
     assert str(made) in refused("sample", "--checkpoint", tiny, "--output", made, *SHORT)
 
 
-def test_a_folder_with_foreign_files_is_refused_and_they_stay(refused, tiny, workplace):
-    (workplace / "photos").mkdir()
-    (workplace / "photos" / "holiday.jpg").write_bytes(b"sun")
+def test_a_folder_with_foreign_files_is_refused_and_they_stay(refused, tiny, workdir):
+    (workdir / "photos").mkdir()
+    (workdir / "photos" / "holiday.jpg").write_bytes(b"sun")
     said = refused("sample", "--checkpoint", tiny, "--output", "photos", *SHORT)
     assert "`output`" in said
     assert "holiday.jpg" in said
@@ -394,8 +394,8 @@ def test_a_folder_with_foreign_files_is_refused_and_they_stay(refused, tiny, wor
 
 
 @pytest.mark.parametrize("output", ["file", "file/run", "file/deep/run"])
-def test_an_output_below_a_file_is_refused(output, refused, tiny, workplace):
-    (workplace / "file").write_text("mine")
+def test_an_output_below_a_file_is_refused(output, refused, tiny, workdir):
+    (workdir / "file").write_text("mine")
     said = refused("sample", "--checkpoint", tiny, "--output", output, *SHORT)
     assert "`output`" in said
     assert "is a file" in said
@@ -416,15 +416,15 @@ def test_an_output_below_a_file_is_refused(output, refused, tiny, workplace):
     ],
     ids=flags_id,
 )
-def test_an_export_that_cannot_be_written_is_refused(flags, named, refused, made, workplace):
-    (workplace / "file").write_text("mine")
+def test_an_export_that_cannot_be_written_is_refused(flags, named, refused, made, workdir):
+    (workdir / "file").write_text("mine")
     assert f"`{named}`" in refused("export", made, *flags)
 
 
 @pytest.mark.parametrize("verb", ["export", "evaluate"])
 @pytest.mark.parametrize("run", ["absent", ".", "file"])
-def test_what_is_no_run_is_refused(run, verb, refused, workplace):
-    (workplace / "file").write_text("mine")
+def test_what_is_no_run_is_refused(run, verb, refused, workdir):
+    (workdir / "file").write_text("mine")
     flags = ["--npz", "new.npz"] if verb == "export" else []
     said = refused(verb, run, *flags)
     assert "`run`" in said
@@ -434,8 +434,8 @@ def test_what_is_no_run_is_refused(run, verb, refused, workplace):
 @pytest.mark.parametrize(
     ("target", "named"), [("new.bin", "`target`"), ("file/new.safetensors", "file"), ("", "`target`")]
 )
-def test_a_conversion_that_cannot_be_written_is_refused(target, named, refused, tiny, workplace):
-    (workplace / "file").write_text("mine")
+def test_a_conversion_that_cannot_be_written_is_refused(target, named, refused, tiny, workdir):
+    (workdir / "file").write_text("mine")
     assert named in refused("convert", tiny, target)
 
 
@@ -509,16 +509,16 @@ def test_the_limit_on_files_can_be_set():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] in (resource.RLIM_INFINITY, -1)
 
 
-def test_no_room_for_a_run_ends_in_one_line_and_the_same_command_goes_on(tiny, workplace, capsys):
+def test_no_room_for_a_run_ends_in_one_line_and_the_same_command_goes_on(tiny, workdir, capsys):
     run = ["sample", "--checkpoint", str(tiny), *SHORT, "--output"]
     for limit, answer in zip(LIMITS, reported(NO_ROOM, json.dumps([[*run, "runLIMIT"], LIMITS, ""])), strict=True):
         assert_refused(answer, "`output`", f"run{limit}", "Make room")
-        left = [path for path in workplace.glob(f"run{limit}/**/*") if path.is_file()]
+        left = [path for path in workdir.glob(f"run{limit}/**/*") if path.is_file()]
         assert [path for path in left if path.suffix in (".tar", ".png", ".npz", ".partial", ".gif")] == []
         assert [path.name for path in left if path.name != "run.json"] == []
         assert all(json.loads(path.read_text()) for path in left)
         assert exit_code(*run, f"run{limit}") == 0
-        assert len(list((workplace / f"run{limit}" / "images").iterdir())) == 2
+        assert len(list((workdir / f"run{limit}" / "images").iterdir())) == 2
     capsys.readouterr()
 
 
@@ -532,13 +532,13 @@ def test_no_room_for_a_run_ends_in_one_line_and_the_same_command_goes_on(tiny, w
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value[0], str) else "",
 )
-def test_no_room_for_one_file_leaves_none(arguments, limits, tiny, made, workplace):
-    before, names = contents(workplace), sorted(workplace.rglob("*"))
+def test_no_room_for_one_file_leaves_none(arguments, limits, tiny, made, workdir):
+    before, names = contents(workdir), sorted(workdir.rglob("*"))
     verb = [{"TINY": str(tiny), "RUN": str(made)}.get(part, part) for part in arguments]
     for limit, answer in zip(limits, reported(NO_ROOM, json.dumps([verb, limits, ""])), strict=True):
         assert_refused(answer, str(limit), "Make room")
-    assert sorted(workplace.rglob("*")) == names
-    assert contents(workplace) == before
+    assert sorted(workdir.rglob("*")) == names
+    assert contents(workdir) == before
 
 
 NO_RIGHT = """
