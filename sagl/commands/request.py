@@ -296,10 +296,8 @@ def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in model:
         known = [f"model.{name}" for name in sorted(OF_MODEL)]
         require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(f'model.{key}', known)}")
-    (
-        _group(LossSettings, model.get("loss") or {}, "model.loss"),
-        _group(OptimizerSettings, model.get("optimizer") or {}, "model.optimizer"),
-    )
+    for name, kind in (("loss", LossSettings), ("optimizer", OptimizerSettings)):
+        _group(kind, model.get(name) or {}, f"model.{name}")  # not read here, but a wrong one is refused
     part: dict[str, Any] = {}
     if isinstance(network := model.get("network"), str):
         part["network"] = network
