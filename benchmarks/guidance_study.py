@@ -25,10 +25,10 @@ from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.reference import cached_statistics
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED
-from sagl.recipe import collect, labels_of, micro_batches, prepare
+from sagl.recipe import collect, labels_of, prepare
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.paths import cache_folder, sha256
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import ChainSettings, RunSettings, micro_batches
 
 EXTRACTOR = "effnet_lite0_64"
 

@@ -111,13 +111,6 @@ def collect(chain: Chain) -> tuple[Image, Tensor | None]:
     return x, None if masked is None else masked / guided_steps
 
 
-def micro_batches(run: RunSettings) -> Iterator[list[int]]:
-    """Sample ids in groups of exactly the batch size, which start at multiples of it; the last may go over the end."""
-    size = run.images_at_once
-    for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
-        yield list(range(start, start + size))
-
-
 def labels_of(run: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
     """The class of each sample; None for an unconditional network or the null label.
 

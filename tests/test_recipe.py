@@ -7,13 +7,13 @@ import torch
 from sagl.diffusion.denoiser import Condition, Direction, Prediction, as_denoiser
 from sagl.diffusion.noise import initial_noise, step_noise
 from sagl.guidance.direction import guided
-from sagl.recipe import collect, estimates, labels_of, micro_batches, prepare
+from sagl.recipe import collect, estimates, labels_of, prepare
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import ChainSettings, RunSettings, micro_batches
 from tests.reference import small_classifier
 from tests.tiny import calm_unet, count_calls, grey_unet
 

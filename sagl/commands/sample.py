@@ -32,7 +32,7 @@ from sagl.settings.fitting import require_fitting, require_labels
 from sagl.settings.guidance import DEFAULT_KERNEL, fitting_kernel
 from sagl.settings.network import UNetSettings
 from sagl.settings.paths import cache_folder, require_writable, sha256
-from sagl.settings.sampling import RunSettings
+from sagl.settings.sampling import RunSettings, micro_batches
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
     import torch
@@ -67,10 +67,8 @@ class Job:
     @property
     def batches(self) -> list[range]:
         """Ids that are wanted of each micro-batch."""
-        size, first = self.run.images_at_once, self.run.first_id
-        end = first + self.run.num_samples
-        starts = range(first - first % size, end, size)
-        return [range(max(first, start), min(end, start + size)) for start in starts]
+        first, end = self.run.first_id, self.run.first_id + self.run.num_samples
+        return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in micro_batches(self.run)]
 
 
 def main(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Settings of a sampling run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,13 @@ class RunSettings:
         if not all(part.strip().isdecimal() for part in parts):
             raise UserError(f"`labels` must be random, balanced, null or classes like 0,7,9; got {self.labels!r}.")
         return [int(part) for part in parts]
+
+
+def micro_batches(run: RunSettings) -> Iterator[list[int]]:
+    """Sample ids in groups of exactly the batch size, which start at multiples of it; the last may go over the end."""
+    size = run.images_at_once
+    for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
+        yield list(range(start, start + size))
 
 
 @dataclass(frozen=True, kw_only=True)
