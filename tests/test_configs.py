@@ -7,8 +7,8 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from sagl.commands.fit import FitCLI, FitParser
 from sagl.commands.request import parse
+from sagl.commands.training import FitCLI, FitParser
 from sagl.models.zoo import EMBEDDED, RELEASED
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import UserError
@@ -38,7 +38,6 @@ def the_environment_is_left_as_it_was(monkeypatch, tmp_path):
 
 def built(file, tmp_path, *flags):
     """All that a configuration describes, built; nothing is run, and the network is on the meta device."""
-    data = [] if "data" in yaml.safe_load(file.read_text()) else ["--data", "sagl.data.fashion_mnist.FashionMNISTData"]
     with torch.device("meta"):
         return FitCLI(
             DiffusionModule,
@@ -56,7 +55,6 @@ def built(file, tmp_path, *flags):
                 str(tmp_path / "run"),
                 "--trainer.accelerator",
                 "cpu",
-                *data,
                 *flags,
             ],
         )
@@ -76,9 +74,10 @@ def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name
-    if "data" in said:
-        assert f"{type(cli.datamodule).__module__}.{type(cli.datamodule).__name__}" == said["data"]["class_path"]
-        assert cli.trainer.max_steps == said["trainer"]["max_steps"]
+    assert f"{type(cli.datamodule).__module__}.{type(cli.datamodule).__name__}" == said["data"]["class_path"]
+    for name, value in said["data"]["init_args"].items():
+        assert getattr(cli.datamodule, name) == value, name
+    assert cli.trainer.max_steps == said["trainer"]["max_steps"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,6 +120,7 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0.0)
     assert (diffusion.noise_schedule, diffusion.num_timesteps) == ("linear", 1000)
     assert cli.config.average_decay == 0.9999
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 256
     assert cli.model.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
 
 

@@ -29,7 +29,6 @@ QUIET = [
     for message in (
         "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning's own walk over batches
         "The '(train|val)_dataloader' does not have many workers",  # on purpose: the data are in memory
-        "You're resuming from a checkpoint that ended before the epoch ended",  # on purpose: in a new order
     )
 ]
 """What Lightning says of itself, or advises without need, in any short fit."""

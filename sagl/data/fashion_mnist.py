@@ -4,17 +4,16 @@ import gzip
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
+from sagl.data.loading import Images, Pair, TrainingLoader, training_loader, validation_loader
 from sagl.settings.errors import UserError
 from sagl.settings.paths import cache_folder
 from sagl.shapes import ImageUint8, Labels
@@ -23,7 +22,7 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files, gzipped."""
 
 
-class PaddedFashionMNIST(Dataset[tuple[Tensor, Tensor]]):
+class PaddedFashionMNIST(Images):
     """One split in memory: item -> (1, 32, 32) uint8, () int64."""
 
     def __init__(self, root: Path, *, train: bool) -> None:
@@ -35,57 +34,49 @@ class PaddedFashionMNIST(Dataset[tuple[Tensor, Tensor]]):
         """60,000 or 10,000."""
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image and its class."""
-        return self.images[index], self.labels[index]
+    def __getitem__(self, item: int) -> Pair:
+        """An image and its class, the same in every epoch."""
+        return self.images[item % len(self)], self.labels[item % len(self)]
 
 
+@dataclass(kw_only=True, eq=False)
 class FashionMNISTData(LightningDataModule):
     """Training split and test split of Fashion-MNIST; batches of ((B, 1, 32, 32) uint8, (B,) int64)."""
 
-    def __init__(
-        self,
-        root: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        num_validation: int = 2000,
-        seed: int = 0,
-    ) -> None:
-        """Name the data; nothing is read yet.
+    root: str | None = None
+    """Folder that holds, or is to hold, FashionMNIST/raw; by default the cache folder."""
+    batch_size: int = 64
+    """Images a batch and process."""
+    num_workers: int = 0
+    """Loader processes; the images are in memory, so 0 is fast."""
+    num_validation: int = 2000
+    """Images of the test split that validation looks at."""
+    seed: int = 0
+    """Of the order of the training images."""
 
-        Args:
-            root: folder that holds, or is to hold, FashionMNIST/raw; by default the cache folder.
-            batch_size: images a batch and process.
-            num_workers: loader processes; the images are in memory, so 0 is fast.
-            num_validation: images of the test split that validation looks at.
-            seed: of the order of the training images.
-        """
+    def __post_init__(self) -> None:
+        """Nothing is read yet."""
         super().__init__()
-        self.root = Path(root) if root else cache_folder()
-        self.batch_size, self.num_workers, self.num_validation, self.seed = (
-            batch_size,
-            num_workers,
-            num_validation,
-            seed,
-        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the data are kept."""
+        return Path(self.root) if self.root else cache_folder()
 
     def prepare_data(self) -> None:
         """Find, unpack or download the files, once a machine."""
-        fetch(self.root)
+        fetch(self.folder)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Shuffled, whole batches only; a resumed run goes on in a new order."""
-        split = PaddedFashionMNIST(self.root, train=True)
-        resumed_at = self.trainer.global_step if self.trainer else 0
-        seed = int(np.random.SeedSequence([self.seed, resumed_at]).generate_state(1)[0])
-        order = RandomSampler(split, generator=torch.Generator().manual_seed(seed))
-        return DataLoader(split, self.batch_size, sampler=order, drop_last=True, num_workers=self.num_workers)
+    def train_dataloader(self) -> TrainingLoader:
+        """The training split, in a new order each epoch."""
+        split = PaddedFashionMNIST(self.folder, train=True)
+        return training_loader(split, self.batch_size, self.num_workers, self.seed, self.trainer)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Pair]:
         """The first images of the test split, always the same."""
-        split = PaddedFashionMNIST(self.root, train=False)
-        first = Subset(split, range(min(self.num_validation, len(split))))
-        return DataLoader(first, self.batch_size, num_workers=self.num_workers)
+        split = PaddedFashionMNIST(self.folder, train=False)
+        split.images, split.labels = split.images[: self.num_validation], split.labels[: self.num_validation]
+        return validation_loader(split, self.batch_size, self.num_workers, self.trainer)
 
 
 def is_there(root: Path) -> bool:

@@ -33,7 +33,7 @@ QUARTERS = 4
 class DiffusionModule(LightningModule):
     """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
 
-    Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, step, batch, rank) alone.
+    Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, batch, rank) alone.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a batch, each sample at a timestep of its own."""
         x_0, labels = to_float(batch[0]), batch[1]
-        generator = self._generator(batch_idx)
+        generator = self._generator()
         timesteps, weights = self.timestep_sampler.sample(len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator)
         dropped = torch.rand(len(x_0), generator=generator) < self.label_dropout
@@ -142,12 +142,12 @@ class DiffusionModule(LightningModule):
         )
 
     def _labels(self, labels: Labels) -> Labels | None:
-        return labels if self.network_settings.num_classes is not None else None
+        return self._with_null(labels, torch.zeros_like(labels, dtype=torch.bool))
 
     def _with_null(self, labels: Labels, dropped: Tensor) -> Labels | None:
-        """Labels with the null label where they are dropped."""
+        """Labels with the null label where they are dropped, or where an image has none."""
         classes = self.network_settings.num_classes
-        return None if classes is None else torch.where(dropped.to(labels.device), classes, labels)
+        return None if classes is None else torch.where(dropped.to(labels.device) | (labels < 0), classes, labels)
 
     def _log_validation(self, losses: Losses, quarter: Tensor) -> None:
         self.log("val/loss", losses.total.mean(), batch_size=len(quarter), sync_dist=True)
@@ -157,6 +157,7 @@ class DiffusionModule(LightningModule):
             if len(inside):
                 self.log(f"val/loss_quarter_{q}", inside.mean(), batch_size=len(inside), sync_dist=True)
 
-    def _generator(self, batch_idx: int) -> torch.Generator:
-        words = np.random.SeedSequence([self.seed, self.global_step, batch_idx, self.global_rank]).generate_state(1)
+    def _generator(self) -> torch.Generator:
+        batch = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
+        words = np.random.SeedSequence([self.seed, batch, self.global_rank]).generate_state(1)
         return torch.Generator().manual_seed(int(words[0]))
