@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sagl.settings.errors import require
+from sagl.settings.training import SavingSettings
 
 
 class WeightAverage(WeightAveraging):
@@ -15,17 +15,9 @@ class WeightAverage(WeightAveraging):
     The raw weights are in the checkpoint's `current_model_state`, and in the module when training ends.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
-        """An average that forgets by `decay` a step, and faster at first.
-
-        Args:
-            decay: weight of the past, in [0, 1). ADM uses 0.9999.
-
-        Raises:
-            UserError: `decay` is out of range.
-        """
-        require(0 <= decay < 1, f"`decay` must be in [0, 1), got {decay}.")
-        self.decay, self._in_place = decay, False
+    def __init__(self, settings: SavingSettings = SavingSettings()) -> None:  # noqa: B008 (frozen)
+        """An average that forgets by `settings.average_decay` a step, and faster at first."""
+        self.decay, self._in_place = settings.average_decay, False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sagl.settings.errors import require
+from sagl.settings.training import SavingSettings
 
 
 class LastCheckpoint(Checkpoint):
@@ -18,20 +18,14 @@ class LastCheckpoint(Checkpoint):
     The file is written beside its place and renamed, so that there is always a whole one.
     """
 
-    def __init__(self, path: Path, every_n_steps: int = 1000, every_minutes: float = 5.0) -> None:
+    def __init__(self, path: Path, settings: SavingSettings = SavingSettings()) -> None:  # noqa: B008 (frozen)
         """Where and how often.
 
         Args:
             path: the file, such as runs/shoes/checkpoints/last.ckpt.
-            every_n_steps: optimiser steps between two saves.
-            every_minutes: minutes between two saves.
-
-        Raises:
-            UserError: either is not above 0.
+            settings: steps and minutes between two saves.
         """
-        require(every_n_steps > 0, f"`save_every_steps` must be above 0, got {every_n_steps}.")
-        require(every_minutes > 0, f"`save_every_minutes` must be above 0, got {every_minutes}.")
-        self.path, self.every_n_steps, self.every_seconds = path, every_n_steps, 60 * every_minutes
+        self.path, self.settings = path, settings
         self._saved_step, self._saved_at = 0, time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,8 +34,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Save where it is due. Rank 0's clock decides for all ranks."""
-        steps_due = trainer.global_step - self._saved_step >= self.every_n_steps
-        time_due = time.monotonic() - self._saved_at >= self.every_seconds
+        steps_due = trainer.global_step - self._saved_step >= self.settings.save_every_steps
+        time_due = time.monotonic() - self._saved_at >= 60 * self.settings.save_every_minutes
         if trainer.strategy.broadcast(steps_due or time_due):
             self._save(trainer)
 

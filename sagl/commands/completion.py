@@ -9,12 +9,12 @@ from sagl.commands.verbs import VERBS
 SHELLS = Literal["bash", "zsh"]
 PARSERS = {
     "sample": ("sagl.commands.request", "sample_parser"),
+    "fit": ("sagl.commands.fit", "fit_parser"),
     "evaluate": ("sagl.commands.evaluate", "evaluate_parser"),
     "convert": ("sagl.commands.convert", "convert_parser"),
     "export": ("sagl.commands.export", "export_parser"),
 }
-"""Where each verb's flags are; `fit` is completed with those that are not the trainer's, the model's or the data's."""
-FIT = ("--config", "--output", "--resume", "--average_decay", "--save_every_steps", "--save_every_minutes")
+"""Where each verb's flags are."""
 
 BASH = """_sagl() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} words="{verbs}" line
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 def script() -> str:
     """The completion function, for bash and for zsh's bash mode."""
-    flags = {verb: _flags(*where) for verb, where in PARSERS.items()} | {"fit": [*FIT, "--help"]}
+    flags = {verb: _flags(*where) for verb, where in PARSERS.items()}
     flags |= {"completion": ["bash", "zsh"]}
     cases = "\n".join(f'            {verb}) words="{" ".join(words)}";;' for verb, words in flags.items())
     return BASH.format(verbs=" ".join(VERBS), cases=cases)

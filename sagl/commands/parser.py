@@ -24,6 +24,9 @@ class ShortHelp(DefaultHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=118)  # type: ignore[no-untyped-call]
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text  # an epilog has lines of its own
+
     def _get_type_str(self, action: Any) -> None:  # noqa: ANN401 (argparse's own)
         return None
 
@@ -50,18 +53,20 @@ class ReadableErrors(ArgumentParser):
 class Parser(ReadableErrors):
     """Parser of one verb."""
 
-    def __init__(self, verb: str, description: str) -> None:
+    def __init__(self, verb: str, description: str, epilog: str = "") -> None:
         """A parser without flags yet.
 
         Args:
             verb: the command's name.
             description: first line of its help.
+            epilog: its last lines, as they are.
         """
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             prog=f"sagl {verb}",
             usage=f"sagl {verb} [options]",
             description=description,
+            epilog=epilog,
             formatter_class=ShortHelp,
             exit_on_error=False,
             allow_abbrev=False,

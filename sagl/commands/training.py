@@ -1,4 +1,4 @@
-"""`sagl fit`: train a network with LightningCLI, everything that it writes in one folder."""
+"""Training with LightningCLI: what `sagl fit` does once its command line is more than a question."""
 
 import warnings
 from itertools import pairwise
@@ -19,6 +19,7 @@ from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import require
 from sagl.settings.guidance import GUIDANCES
 from sagl.settings.sampling import ChainSettings
+from sagl.settings.training import SavingSettings
 
 
 class SaveConfig(SaveConfigCallback):
@@ -45,12 +46,10 @@ class FitCLI(LightningCLI):
         """The flags that are not the trainer's, the model's or the data's."""
         parser.add_argument("--output", type=str, required=True, help="Folder for config, logs and checkpoints.")
         parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
-        parser.add_argument("--average_decay", type=float, default=0.9999, help="Of the average of the weights.")
-        parser.add_argument("--save_every_steps", type=int, default=1000, help="Steps between two checkpoints.")
+        parser.add_class_arguments(SavingSettings, as_group=True)
         parser.add_class_arguments(ChainSettings, as_group=True)
         for group, kind in GUIDANCES.items():
             parser.add_class_arguments(kind, group)
-        parser.add_argument("--save_every_minutes", type=float, default=5.0, help="Minutes between two checkpoints.")
 
     @property
     def output(self) -> Path:
@@ -80,6 +79,7 @@ class FitCLI(LightningCLI):
         if resume and self.last_checkpoint.exists():
             load_training_checkpoint(self.last_checkpoint)  # refused here, in one line, or it can be read
         kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
+        kwargs["use_distributed_sampler"] = False  # the data modules give every rank its share
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
@@ -93,11 +93,8 @@ class FitCLI(LightningCLI):
         }
 
     def _callbacks(self) -> list[Any]:
-        every = {name: self._get(self.config, f"save_every_{name}") for name in ("steps", "minutes")}
-        return [
-            WeightAverage(self._get(self.config, "average_decay")),
-            LastCheckpoint(self.last_checkpoint, every["steps"], every["minutes"]),
-        ]
+        s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
+        return [WeightAverage(s), LastCheckpoint(self.last_checkpoint, s)]
 
     def before_fit(self) -> None:
         """Resume where there is something to resume; checkpoints say how their network is best sampled from."""
@@ -115,8 +112,8 @@ def with_packaged(arguments: list[str]) -> list[str]:
     return bracketed(named)
 
 
-def main(arguments: list[str]) -> None:
-    """Train: `sagl fit --config FILE --output DIR [--resume]`.
+def train(arguments: list[str]) -> None:
+    """Run LightningCLI's fit on a command line of ours.
 
     Raises:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.

@@ -1,8 +1,26 @@
-"""Settings of training: optimiser, averages, label dropout."""
+"""Settings of training: optimiser, averages, checkpoints."""
 
 from dataclasses import dataclass
 
 from sagl.settings.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingSettings:
+    """What is averaged, and how often it is saved."""
+
+    average_decay: float = 0.9999
+    """Of the average of the weights, a step."""
+    save_every_steps: int = 1000
+    """Steps between two checkpoints."""
+    save_every_minutes: float = 5.0
+    """Minutes between two checkpoints, whichever comes first."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would never save, or never learn."""
+        require(0 <= self.average_decay < 1, f"`average_decay` must be in [0, 1), got {self.average_decay}.")
+        for name in ("save_every_steps", "save_every_minutes"):
+            require(getattr(self, name) > 0, f"`{name}` must be above 0, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

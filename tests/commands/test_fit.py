@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,17 @@ def test_resume_goes_on_from_the_step_weights_averages_and_optimiser_that_were_s
     assert checkpoint_of(output)["global_step"] == 7
 
 
+@pytest.mark.parametrize("stopped_at", [2, 3, 4])
+def test_a_resumed_fit_ends_in_the_weights_of_an_uninterrupted_one_bit_for_bit(config, stopped_at, tmp_path):
+    fit = ["fit", "--config", config, "--data.batch_size", 64, "--trainer.log_every_n_steps", 3]  # 3 batches an epoch
+    assert exit_code(*fit, "--output", tmp_path / "whole", "--trainer.max_steps", 7) == 0
+    assert exit_code(*fit, "--output", tmp_path / "cut", "--trainer.max_steps", stopped_at) == 0
+    assert exit_code(*fit, "--output", tmp_path / "cut", "--trainer.max_steps", 7, "--resume") == 0
+    whole, cut = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "cut")
+    for kind in ("state_dict", "current_model_state"):
+        assert [name for name, tensor in whole[kind].items() if not torch.equal(cut[kind][name], tensor)] == []
+
+
 def test_resume_with_nothing_saved_starts_from_the_beginning(config, watch, tmp_path):
     command = ["fit", "--config", config, "--output", tmp_path / "new", "--resume", "--trainer.max_steps", 2]
     assert exit_code(*command) == 0
@@ -320,3 +332,22 @@ def test_what_fit_wrote_can_be_sampled_from(fitted, tmp_path):
     checkpoint = fitted / "checkpoints" / "last.ckpt"
     assert exit_code("sample", "--checkpoint", checkpoint, "--output", tmp_path / "run", *flags) == 0
     assert (tmp_path / "run" / "samples_2x32x32x3.npz").is_file()
+
+
+# --------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_is_two_screens_and_loads_no_torch(capsys):
+    script = "import sys; from sagl.cli import main; main(['fit', '--help']); assert 'torch' not in sys.modules"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert len(said.splitlines()) <= 70
+    assert max(map(len, said.splitlines())) <= 120
+    assert "--help_all" in said
+
+
+def test_every_flag_that_help_shows_is_one_that_fit_takes(capsys):
+    exit_code("fit", "--help_all")
+    taken = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {"--help", "--model.optimizer", "--model.loss"}
+    exit_code("fit", "--help")
+    shown = set(re.findall(r"^  (?:-h, )?(--[\w.]+)", capsys.readouterr().out, re.M))
+    assert {flag.rstrip(".") for flag in shown} - {"--help_all", "--data", "--trainer"} <= taken

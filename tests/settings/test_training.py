@@ -1,7 +1,9 @@
+import re
+
 import pytest
 
 from sagl.settings.errors import UserError
-from sagl.settings.training import OptimizerSettings
+from sagl.settings.training import OptimizerSettings, SavingSettings
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,18 @@ def test_the_rate_falls_linearly_to_the_last_step():
 def test_the_rate_is_constant_without_warm_up_and_end():
     assert [OptimizerSettings().rate_factor(step, 100) for step in (0, 50, 100)] == [1, 1, 1]
     assert OptimizerSettings(decay_steps=4).rate_factor(10**9, -1) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"average_decay": -0.1}, "`average_decay` must be in [0, 1), got -0.1"),
+        ({"average_decay": 1.0}, "`average_decay` must be in [0, 1), got 1.0"),
+        ({"save_every_steps": 0}, "`save_every_steps` must be above 0, got 0"),
+        ({"save_every_minutes": 0.0}, "`save_every_minutes` must be above 0, got 0.0"),
+        ({"save_every_minutes": -1.0}, "`save_every_minutes` must be above 0, got -1.0"),
+    ],
+)
+def test_averages_that_never_learn_and_intervals_that_never_end_are_refused(options, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        SavingSettings(**options)
