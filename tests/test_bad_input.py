@@ -509,6 +509,12 @@ def test_the_limit_on_files_can_be_set():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] in (resource.RLIM_INFINITY, -1)
 
 
+def test_images_that_overflow_are_not_kept(refused, tiny):
+    flags = ["--clip_x0", "false", "--sag.scale", "1e300", "--sag.site", "middle", "--sag.kernel_size", "3"]
+    said = refused("sample", "--checkpoint", tiny, "--output", "run", *SHORT, *flags)
+    assert "here they overflowed" in said
+
+
 def test_no_room_for_a_run_ends_in_one_line_and_the_same_command_goes_on(tiny, workdir, capsys):
     run = ["sample", "--checkpoint", str(tiny), *SHORT, "--output"]
     for limit, answer in zip(LIMITS, reported(NO_ROOM, json.dumps([[*run, "runLIMIT"], LIMITS, ""])), strict=True):

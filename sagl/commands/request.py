@@ -16,6 +16,7 @@ from sagl.models.zoo import (
     NETWORKS,
     RELEASED,
     described,
+    named_by_file,
     require_same,
     settings_of,
     unet_named,
@@ -180,7 +181,10 @@ def find_source(
     )
     about = {} if path is None else described(path)
     if isinstance(model, UNetSettings) and path is None:
-        raise UserError("`model.network` says how the network is built, and no weights. Add --checkpoint FILE.")
+        raise UserError(
+            "`model.network` says how the network is built, and no weights. Add --checkpoint FILE, "
+            f"or leave out --config and give --model NAME: {', '.join(NETWORKS)}."
+        )
     if model is None and path is not None and not about:
         model = _named_by_file(path)
     name = model if isinstance(model, str) else DEFAULT_MODEL if model is None and path is None else None
@@ -206,13 +210,12 @@ def _named_by_file(path: Path) -> str | None:
     """The released network whose file is called so; None for training checkpoints, which carry their settings."""
     if path.suffix != ".pt":
         return None
-    named = [name for name, entry in RELEASED.items() if entry.file == path.name]
-    if not named:
+    if (named := named_by_file(path)) is None:
         raise UserError(
             f"`checkpoint` {path} does not say which network it is for. Add --model with one of "
             f"{', '.join(NETWORKS)}, or --config with a file whose model.network describes it."
         )
-    return named[0]
+    return named
 
 
 # ------------------------------------------------------------------------------------------------------- config

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # torch is imported once the command line has been accepted
     from sagl.models.adm import Classifier
     from sagl.models.checkpoints import NetworkFile
     from sagl.recipe import Recipe
-    from sagl.shapes import ImageUint8
+    from sagl.shapes import Image, ImageUint8
 
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
 STRIP_SAMPLES = 4
@@ -240,13 +240,13 @@ def _say_kernel(request: Request, side: int) -> None:
 
 def _draw(job: Job, recipe: "Recipe", missing: Sequence[Sequence[int]], record: dict[str, Any]) -> None:
     """Make the missing micro-batches, each on the disk before the next begins."""
-    write_record(job.folder, record)
     remove_damaged(job.folder, missing)
     title = "guided" if recipe.guidances else "sampling"
     with watching(job.request.progress, title, sum(map(len, missing))) as watch:
         for wanted in missing:
             started = time.monotonic()
             samples = _micro_batch(job, recipe, wanted, watch)
+            write_record(job.folder, record)  # not before there is something to record
             write_shard(job.folder, samples)
             remove_replaced(job.folder)
             record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
@@ -269,9 +269,9 @@ def _micro_batch(job: Job, recipe: "Recipe", wanted: Sequence[int], watch: Watch
         rows: dict[str, ImageUint8] = {}
         if job.request.compare:
             chain = recipe.unguided.chain(job.run.seed, ids, labels)
-            rows["unguided"] = to_uint8(collect(watch.steps(chain, recipe.schedule.num_steps))[0])
+            rows["unguided"] = to_uint8(_finite(collect(watch.steps(chain, recipe.schedule.num_steps))[0]))
         x, share = collect(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
-        rows[SAMPLES] = to_uint8(x)
+        rows[SAMPLES] = to_uint8(_finite(x))
         if job.request.compare and share is not None:
             rows["masks"] = (share * 255).round().to(torch.uint8)
     listed = [-1] * size if labels is None else labels.tolist()
@@ -280,6 +280,16 @@ def _micro_batch(job: Job, recipe: "Recipe", wanted: Sequence[int], watch: Watch
         Sample(id=i, label=listed[i - first], seed=job.run.seed, pictures={n: p[k] for n, p in pictures.items()})
         for k, i in enumerate(wanted)
     ]
+
+
+def _finite(images: "Image") -> "Image":
+    """The images, unless they overflowed: no black or torn ones are kept."""
+    require(
+        bool(images.isfinite().all()),
+        "`sag.scale`, `cfg.scale` and `classifier.scale` must leave the images finite, and here they overflowed. "
+        "Lower them, or give --trainer.precision 32-true.",
+    )
+    return images
 
 
 def _pngs(row: "ImageUint8", start: int, count: int) -> list[bytes]:
