@@ -1,15 +1,24 @@
 """`sagl convert`: any network file as safetensors with the settings inside, or as a diffusers folder, and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sagl.commands.parser import Parser
-from sagl.commands.request import advise, find_source, model_part, read_config, sample_parser
+from sagl.commands.request import advise, model_part, read_config, sample_parser, sampling_part
+from sagl.models.zoo import RELEASED, named_by_file, settings_named
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
+from sagl.settings.network import UNetSettings
+from sagl.settings.paths import require_unused, require_writable
 
 if TYPE_CHECKING:
     from sagl.models.checkpoints import NetworkFile
+
+ENDING = ".safetensors"
+OF_OTHER_FILES = (".pt", ".ckpt", ".bin")
+"""Endings that no folder should have: who gives one means a file of a kind that is not written."""
 
 
 def convert_parser() -> Parser:
@@ -17,11 +26,11 @@ def convert_parser() -> Parser:
     p = Parser("convert", "Write a network as safetensors with its settings inside, or as a folder for diffusers.")
     p.add_argument("checkpoint", type=str, help="A .safetensors, .ckpt or .pt file, a diffusers folder, or a name.")
     p.add_argument("target", type=str, help="The .safetensors file to write, or a new folder for diffusers.")
-    p.add_argument("--model", type=str, default=None, help="The released network whose settings a .pt file has.")
-    p.add_argument("--config", type=str, default=None, help="Or a .yaml file whose model.network describes it.")
+    p.add_argument("--model", type=str, default=None, help="The network whose settings a .pt file has, by its name.")
+    p.add_argument("--config", type=str, default=None, help="Or a .yaml file whose model describes it.")
     p.add_argument("--weights", type=str, default="ema", help="Of a training checkpoint: ema, ema:DECAY or raw.")
     dtypes = Literal["float32", "float16", "bfloat16"]
-    p.add_argument("--dtype", type=dtypes, default="float32", help="Of the file.")
+    p.add_argument("--dtype", type=dtypes, default=None, help="float32, float16 or bfloat16; else each tensor's own.")
     p.add_argument("--recommended", type=str, default=None, help="Sampling settings to advise, as JSON.")
     return p
 
@@ -30,51 +39,81 @@ def main(arguments: list[str]) -> None:
     """Convert: `sagl convert last.ckpt network.safetensors [--dtype float16] [--recommended JSON]`.
 
     Raises:
-        UserError: the checkpoint cannot be read; nothing has been written.
+        UserError: the checkpoint cannot be read, or the target not be written; nothing has been written.
     """
     given = convert_parser().parse(arguments)
     target = Path(given.target)
-    require(
-        target.suffix in (".safetensors", ""),
-        f"`target` must end in .safetensors, or be a new folder for diffusers; got {target}.",
-    )
+    _require_target(target)
     recommended = None if given.recommended is None else _advice(given.recommended)
-    from dataclasses import replace
+    described = {} if given.config is None else model_part(read_config(given.config))
+    model = given.model or described.get("network") or named_by_file(Path(given.checkpoint))
+    file = _read(given, model, described.get("diffusion"))
+    if recommended is None:
+        recommended = dict(file.recommended) or _advice_for(given.checkpoint if model is None else model)
+    _write(replace(file, recommended=recommended), target, given.dtype)
+    size = sum(part.stat().st_size for part in (target.iterdir() if target.is_dir() else [target]))
+    print(f"{target}: {size / 1e6:.1f} MB, recommended {json.dumps(recommended)}.")
 
+
+def _require_target(target: Path) -> None:
+    """Refuse what could not be written, before anything is read or fetched."""
+    require(
+        target.name != ENDING and not target.name.endswith(OF_OTHER_FILES),
+        f"`target` must end in .safetensors behind a name, or be a new folder for diffusers; got {target}.",
+    )
+    if target.name.endswith(ENDING):
+        require(not target.is_dir(), f"`target` must be a file, and {target} is a folder.")
+    else:
+        require_unused(target, "target")
+    require_writable(target.absolute().parent, "target", f"Choose another place than {target}.")
+
+
+def _write(file: "NetworkFile", target: Path, dtype: str | None) -> None:
     import torch
 
-    from sagl.models.checkpoints import require_fit, write_network
+    from sagl.models.checkpoints import parameters_of, require_fit, write_network
     from sagl.models.diffusers import write_diffusers
 
-    file = _read(given)
-    if recommended is not None:
-        file = replace(file, recommended=recommended)
-    require_fit(file.network, file.state)  # or nothing is written
-    dtype = getattr(torch, given.dtype)
-    if target.suffix:
-        write_network(file, target, dtype)
+    if dtype is not None:
+        file = replace(file, state={name: tensor.to(getattr(torch, dtype)) for name, tensor in file.state.items()})
+    if target.name.endswith(ENDING):
+        require_fit(parameters_of(file.network), file.state)
+        write_network(file, target)
     else:
-        write_diffusers(replace(file, state={name: tensor.to(dtype) for name, tensor in file.state.items()}), target)
-    size = sum(part.stat().st_size for part in (target.iterdir() if target.is_dir() else [target]))
-    print(f"{target}: {size / 1e6:.1f} MB, recommended {json.dumps(dict(file.recommended))}.")
+        write_diffusers(file, target)
 
 
-def _read(given: Any) -> "NetworkFile":  # noqa: ANN401 (the parser's namespace)
+def _read(
+    given: Any,  # noqa: ANN401 (the parser's namespace)
+    model: str | UNetSettings | None,
+    diffusion: DiffusionSettings | None,
+) -> "NetworkFile":
+    """A folder, a file with what is said of it, or a network by its name."""
     from sagl.models.checkpoints import read_network
     from sagl.models.diffusers import read_diffusers
     from sagl.models.loading import load
 
     path = Path(given.checkpoint)
     if path.is_dir():
-        return read_diffusers(path)
-    if given.model is None and given.config is None:
+        _require_left_out(given)
+        return read_diffusers(path, diffusion)
+    if model is None:
         return load(given.checkpoint, given.weights)
-    model, diffusion = given.model, None
-    if given.config is not None:
-        part = model_part(read_config(given.config))
-        model, diffusion = model or part.get("network"), part.get("diffusion")
-    source = find_source(model, given.checkpoint, diffusion, given.weights)
-    return read_network(path, given.weights, source.network, source.diffusion)
+    settings, process = settings_named(model) if isinstance(model, str) else (model, None)
+    return read_network(path, given.weights, settings, diffusion or process)
+
+
+def _require_left_out(given: Any) -> None:  # noqa: ANN401
+    """Refuse flags that folders leave no choice in."""
+    for flag, left_out in (("model", None), ("weights", "ema")):
+        value = getattr(given, flag)
+        require(value == left_out, f"`{flag}` is for files, and a folder says it itself; got {value}. Leave it out.")
+
+
+def _advice_for(model: str | UNetSettings) -> dict[str, Any]:
+    """The paper's sampling settings, of the released networks that have them."""
+    config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
+    return sampling_part(read_config(config)) if config else {}
 
 
 def _advice(text: str) -> dict[str, Any]:

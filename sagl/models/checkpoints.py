@@ -15,17 +15,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import Module
 
 from sagl.models.adm import Classifier, UNet
-from sagl.models.zoo import KINDS, METADATA_KEY, described, require_same, settings_of
+from sagl.models.zoo import KINDS, METADATA_KEY, described, require_advice, require_same, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
-from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.network import AnySettings, UNetSettings
 from sagl.settings.paths import whole_file
 from sagl.settings.sampling import Precision
 
-Settings = UNetSettings | ClassifierSettings
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 
 
@@ -33,7 +31,7 @@ AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 class NetworkFile:
     """A network's weights, with all that is needed to use them."""
 
-    network: UNetSettings | ClassifierSettings
+    network: AnySettings
     diffusion: DiffusionSettings
     state: Mapping[str, Tensor]
     recommended: Mapping[str, Any] = field(default_factory=dict)
@@ -41,11 +39,11 @@ class NetworkFile:
 
 
 def read_network(
-    path: Path, weights: str = "ema", settings: Settings | None = None, diffusion: DiffusionSettings | None = None
+    path: Path, weights: str = "ema", settings: AnySettings | None = None, diffusion: DiffusionSettings | None = None
 ) -> NetworkFile:
     """Weights and settings of a .safetensors file, a training checkpoint (.ckpt) or a plain state dict (.pt).
 
-    Tensors are memory-mapped, and nothing in the file is run.
+    Tensors are mapped from the disk (`build_network` lays out 3x3 kernels anew), and nothing in the file is run.
 
     Args:
         path: the file.
@@ -57,6 +55,7 @@ def read_network(
         UserError: no such file, not a network, other settings, or a pickle that wants to run code.
     """
     require(path.is_file(), f"`checkpoint` must be a .safetensors, .ckpt or .pt file, and there is none at {path}.")
+    require(os.access(path, os.R_OK), f"`checkpoint` must be a file that you may read, not {path}.")
     require(
         path.suffix == ".ckpt" or weights == "ema",
         f"`weights` is for training checkpoints (.ckpt), and {path} holds one set of weights. Leave it out.",
@@ -85,26 +84,34 @@ def write_network(file: NetworkFile, path: Path, dtype: torch.dtype | None = Non
         "diffusion": asdict(file.diffusion),
         "recommended": dict(file.recommended),
     }
-    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in file.state.items()}
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in file.state.items()}
     with whole_file(path, "target") as partial:
-        try:
-            save_file(state, partial, metadata={METADATA_KEY: json.dumps(about)})
-        except SafetensorError as error:  # in which the system's own is wrapped
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
+        save_tensors(state, partial, {METADATA_KEY: json.dumps(about)})
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors; to be called inside `whole_file` or `whole_folder`.
+
+    Raises:
+        OSError: the system's own, which safetensors wraps.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
 
 
 def build_network(file: NetworkFile) -> UNet:
-    """The UNet in evaluation mode and float32, strictly loaded.
+    """The UNet in evaluation mode and float32, strictly loaded; float32 tensors are shared, but for 3x3 kernels.
 
     Raises:
         UserError: it is a classifier; or names or shapes do not fit the settings: names the first five.
     """
-    if not isinstance(file.network, UNetSettings):
+    network = _hollow(file.network)
+    if not isinstance(network, UNet):
         raise UserError("`checkpoint` must be a network that draws, and this one is a classifier.")
-    with torch.device("meta"):
-        network = UNet(file.network)
-    return _loaded(network, file)
+    return _loaded(network, file.state)
 
 
 def build_classifier(file: NetworkFile) -> Classifier:
@@ -113,22 +120,36 @@ def build_classifier(file: NetworkFile) -> Classifier:
     Raises:
         UserError: it is no classifier; or names or shapes do not fit the settings: names the first five.
     """
-    if not isinstance(file.network, ClassifierSettings):
+    network = _hollow(file.network)
+    if not isinstance(network, Classifier):
         raise UserError("`classifier.checkpoint` must be a classifier, and this is a network that draws.")
-    with torch.device("meta"):
-        network = Classifier(file.network)
-    return _loaded(network, file)
+    return _loaded(network, file.state)
 
 
-def require_fit(settings: Settings, state: Mapping[str, Tensor]) -> None:
-    """Refuse weights whose names or shapes are not those of the settings.
+def parameters_of(settings: AnySettings) -> dict[str, Tensor]:
+    """The state dict of a network without storage: names and shapes."""
+    return _hollow(settings).state_dict()
+
+
+def require_fit(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], way_out: str = "") -> None:
+    """Refuse weights whose names or shapes are not those of a network's parameters.
+
+    Args:
+        parameters: what the settings ask for, as `parameters_of` gives it.
+        state: the weights.
+        way_out: said last.
 
     Raises:
         UserError: counts what differs and shows the first five.
     """
-    with torch.device("meta"):
-        network = UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
-    _require_fit(network, state)
+    expected, found = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (parameters, state))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shown = "; ".join(
+        f"{name}: settings {expected.get(name, 'have none')}, file {found.get(name, 'has none')}" for name in wrong[:5]
+    )
+    require(
+        not wrong, f"`checkpoint` must fit the network's settings: {len(wrong)} parameters differ: {shown}.{way_out}"
+    )
 
 
 def as_weights(network: AnyNetwork, precision: Precision, device: torch.device) -> AnyNetwork:
@@ -144,14 +165,19 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it is none, or a pickle that wants to run code.
     """
     checkpoint = _load_pickle(path)
+    settings = checkpoint.get("hyper_parameters")
     require(
-        "state_dict" in checkpoint and "network" in checkpoint.get("hyper_parameters", {}),
+        "state_dict" in checkpoint and isinstance(settings, dict) and "network" in settings,
         f"`checkpoint` must be one that sagl fit wrote, and {path} is none.",
     )
     return checkpoint
 
 
 def _load_pickle(path: Path) -> dict[str, Any]:
+    require(
+        not _is_safetensors(path),
+        f"`checkpoint` {path} is a safetensors file under another ending. Its name should end in .safetensors.",
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on files that it refuses in the same breath
@@ -169,6 +195,16 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     return dict(loaded)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, and the header, which is JSON."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return False
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
 def _read_pickle(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
     """Its content, and its settings if sagl fit wrote it."""
     loaded = _load_pickle(path)
@@ -184,8 +220,14 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] 
 
 
 def _plain(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    """The tensors, if they are nothing else.
+
+    Raises:
+        UserError: names that are no text, values that are no tensors, or nothing at all.
+    """
+    named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
     require(
-        bool(tensors) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
+        named and bool(tensors) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
         f"`checkpoint` must hold a network's tensors by name, and {path} holds other things.",
     )
     return tensors
@@ -193,6 +235,7 @@ def _plain(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
 
 def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Path, weights: str) -> NetworkFile:
     network, diffusion = settings_of(about, path)
+    require_advice(about, path)
     state = _averaged(content, weights, path) if "state_dict" in content else _plain(content, path)
     return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=about.get("recommended") or {})
 
@@ -204,21 +247,17 @@ def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mappin
     known = [name for name, part in held.items() if part in checkpoint and name != "ema:None"]
     require(weights in known, f"`weights` must be one of {', '.join(known)} for {path}, got {weights!r}.")
     prefix = "network."
-    tensors = checkpoint[held[weights]]
+    tensors = _plain(checkpoint[held[weights]], path)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _require_fit(network: Module, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    shown = "; ".join(
-        f"{name}: settings {expected.get(name, 'have none')}, file {found.get(name, 'has none')}" for name in wrong[:5]
-    )
-    require(not wrong, f"`checkpoint` must fit the network's settings: {len(wrong)} parameters differ: {shown}.")
+def _hollow(settings: AnySettings) -> UNet | Classifier:
+    """The network without storage."""
+    with torch.device("meta"):
+        return UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
 
 
-def _loaded(network: AnyNetwork, file: NetworkFile) -> AnyNetwork:
-    _require_fit(network, file.state)
-    network.load_state_dict({name: tensor.float() for name, tensor in file.state.items()}, assign=True)
+def _loaded(network: AnyNetwork, state: Mapping[str, Tensor]) -> AnyNetwork:
+    require_fit(network.state_dict(), state)
+    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -8,8 +8,6 @@ all its blocks, and a timestep embedding as wide as its first level, which not e
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from sagl.models.adm import UNet
-from sagl.models.checkpoints import NetworkFile, require_fit
+from sagl.models.checkpoints import NetworkFile, parameters_of, require_fit, save_tensors
+from sagl.models.zoo import require_advice, settings_from
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
 from sagl.settings.network import UNetSettings
+from sagl.settings.paths import whole_folder
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """The files of a folder, as `UNet2DModel` reads and writes them."""
@@ -78,7 +77,7 @@ def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[d
         UserError: a `UNet2DModel` cannot express the settings; names or shapes do not fit them.
     """
     config = _config(settings)
-    require_fit(settings, state)
+    require_fit(parameters_of(settings), state)
     return config | {OWN_KEY: {"network": asdict(settings)}}, _renamed(settings, state)
 
 
@@ -92,8 +91,9 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
         UserError: ADM cannot express the configuration, or parameters do not fit it.
     """
     settings = _noted(config, _settings(config))
-    ours = _parameters(settings)
-    _require_fit(state, _renamed(settings, ours))
+    ours = parameters_of(settings)
+    way_out = " If an older diffusers wrote it, load and save it with a current one."
+    require_fit(_renamed(settings, ours), state, way_out)
     names = _names(settings, ours)
     found = {name: _joined(settings, [state[part] for part in theirs]) for name, theirs in names.items()}
     return settings, {name: tensor.reshape(ours[name].shape) for name, tensor in found.items()}
@@ -111,33 +111,20 @@ def write_diffusers(file: NetworkFile, folder: Path) -> None:
     """
     if not isinstance(file.network, UNetSettings):
         raise UserError("`checkpoint` must be a network that draws to go to diffusers, and this one is a classifier.")
-    folder = folder.resolve()
-    in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    require(not in_use, f"`target` must be a new or an empty folder, and {folder} is in use. Choose another one.")
     config, state = to_diffusers(file.network, file.state)
     config[OWN_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
-    try:
-        _write(folder, json.dumps(config, indent=2) + "\n", state)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"`target` {folder} cannot be written: {error}. Choose another place.") from error
+    with whole_folder(folder.resolve(), "target") as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_tensors(state, partial / WEIGHTS, {"format": "pt"})
 
 
-def _write(folder: Path, config: str, state: Mapping[str, Tensor]) -> None:
-    """Both files beside the folder's place, and then there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-") as partial:
-        made = Path(partial) / "folder"  # with the permissions of any new folder, unlike the one around it
-        made.mkdir()
-        (made / CONFIG).write_text(config)
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(contiguous, made / WEIGHTS, metadata={"format": "pt"})
-        os.replace(made, folder)
-
-
-def read_diffusers(folder: Path) -> NetworkFile:
+def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> NetworkFile:
     """A folder that `UNet2DModel.save_pretrained` wrote, or `write_diffusers`.
 
-    Where sagl did not note the diffusion process, it is the linear one, with the variance that the channels tell of.
+    Args:
+        folder: with configuration and weights.
+        diffusion: of the process, where sagl did not note it; left out, the linear one, with the variance that the
+            channels tell of.
 
     Raises:
         UserError: a file is missing or damaged, or ADM cannot express the network.
@@ -154,13 +141,13 @@ def read_diffusers(folder: Path) -> NetworkFile:
         raise UserError(f"`checkpoint` must be a folder with whole files, and one in {folder} is damaged.") from error
     network, state = from_diffusers(config, state)
     noted = config.get(OWN_KEY, {})
-    variance = "learned_range" if network.learn_sigma else "fixed_small"
+    require_advice(noted, folder / CONFIG)
+    told = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
     try:
-        diffusion = DiffusionSettings(**noted.get("diffusion", {"variance": variance}))
-        recommended = dict(noted.get("recommended", {}))
-    except TypeError as error:
+        diffusion = settings_from(DiffusionSettings, noted.get("diffusion", asdict(diffusion or told)))
+    except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
-    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=recommended)
+    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=noted.get("recommended") or {})
 
 
 # -------------------------------------------------------------------------------------------- configurations
@@ -216,30 +203,44 @@ def _head_width(s: UNetSettings) -> int | None:
 
 
 def _settings(config: Mapping[str, Any]) -> UNetSettings:
-    """What the keys of `UNet2DModel` tell, as ADM's settings."""
-    c = {name: allowed[0] for name, allowed in FIXED.items()} | FREE | dict(config)
+    """What the keys of `UNet2DModel` tell, as ADM's settings, whatever the values are.
+
+    Raises:
+        UserError: ADM cannot express them, or no `UNet2DModel` has them.
+    """
+    try:
+        return _expressed({name: allowed[0] for name, allowed in FIXED.items()} | FREE | dict(config))
+    except UserError:
+        raise
+    except (TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"`config` must be that of a UNet2DModel, and has values of another kind: {error}.") from error
+
+
+def _expressed(c: Mapping[str, Any]) -> UNetSettings:
+    """A whole configuration as ADM's settings."""
     _require_expressible(c)
     widths, side = c["block_out_channels"], _side(c["sample_size"])
     attended = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
     head_width = c["attention_head_dim"]
+    settings = {
+        "image_size": side,
+        "in_channels": c["in_channels"],
+        "num_channels": widths[0],
+        "num_res_blocks": c["layers_per_block"],
+        "channel_mult": tuple(_multiple(width, widths[0]) for width in widths),
+        "attention_resolutions": tuple(side >> level for level, here in enumerate(attended) if here),
+        "num_heads": 4 if head_width else 1,  # no width of head: one head of all channels
+        "num_head_channels": head_width,
+        "use_new_attention_order": True,
+        "use_scale_shift_norm": c["resnet_time_scale_shift"] == "scale_shift",
+        "resblock_updown": _resampling(c) == {"resnet"},
+        "dropout": c["dropout"],
+        "learn_sigma": c["out_channels"] == 2 * c["in_channels"],
+        "num_classes": c["num_class_embeds"],
+    }
     try:
-        return UNetSettings(
-            image_size=side,
-            in_channels=c["in_channels"],
-            num_channels=widths[0],
-            num_res_blocks=c["layers_per_block"],
-            channel_mult=tuple(_multiple(width, widths[0]) for width in widths),
-            attention_resolutions=tuple(side >> level for level, here in enumerate(attended) if here),
-            num_heads=4 if head_width else 1,  # no width of head: one head of all channels
-            num_head_channels=head_width,
-            use_new_attention_order=True,
-            use_scale_shift_norm=c["resnet_time_scale_shift"] == "scale_shift",
-            resblock_updown=_resampling(c) == {"resnet"},
-            dropout=c["dropout"],
-            learn_sigma=c["out_channels"] == 2 * c["in_channels"],
-            num_classes=c["num_class_embeds"],
-        )
-    except (UserError, TypeError) as error:
+        return settings_from(UNetSettings, settings)
+    except UserError as error:
         raise UserError(
             f"`config` must be one that ADM can express, and as ADM's settings it is none: {error}"
         ) from error
@@ -308,9 +309,7 @@ def _noted(config: Mapping[str, Any], told: UNetSettings) -> UNetSettings:
     if OWN_KEY not in config:
         return told
     try:
-        network = config[OWN_KEY]["network"]
-        sequences = {name: tuple(value) for name, value in network.items() if isinstance(value, list)}
-        noted = UNetSettings(**network | sequences)
+        noted = settings_from(UNetSettings, config[OWN_KEY]["network"])
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     ours, theirs = _config(noted), _config(told)
@@ -390,12 +389,6 @@ def _names(s: UNetSettings, parameters: Iterable[str]) -> dict[str, tuple[str, .
     return names
 
 
-def _parameters(s: UNetSettings) -> dict[str, Tensor]:
-    """A state dict of the network without storage: names and shapes."""
-    with torch.device("meta"):
-        return UNet(s).state_dict()
-
-
 def _renamed(s: UNetSettings, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """ADM's parameters under diffusers' names, q, k and v apart, convolutions of width 1 as matrices."""
     out: dict[str, Tensor] = {}
@@ -427,18 +420,3 @@ def _num_heads(s: UNetSettings, width: int) -> int:
 def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
     """Rows that lie by outer, then inner, lie by inner, then outer: (outer·inner·d, …) -> the same shape."""
     return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def _require_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that are unknown, missing or of another shape."""
-    wrong = {
-        "unknown": found.keys() - wanted.keys(),
-        "missing": wanted.keys() - found.keys(),
-        "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape},
-    }
-    for what, names in wrong.items():
-        require(
-            not names,
-            f"`checkpoint` must fit its configuration: {len(names)} parameters are {what}: "
-            f"{', '.join(sorted(names)[:5])}. If an older diffusers wrote it, load and save it with a current one.",
-        )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from email.message import Message
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from io import FileIO
 from pathlib import Path
+from typing import IO, Any
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -32,9 +33,28 @@ CHUNK = 1 << 20
 WORTH_ANOTHER_TRY = (408, 429, 500, 502, 503, 504)
 """HTTP statuses of servers that are busy rather than without the file."""
 LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Redirections(request.HTTPRedirectHandler):
+    """urllib's own, which leaves the connection open where the new address is none."""
+
+    def http_error_302(self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage) -> Any:  # noqa: ANN401 (urllib's own)
+        """Ask at the new address.
+
+        Raises:
+            HTTPError: there is none.
+        """
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError as error:
+            raise HTTPError(req.full_url, code, str(error), headers, fp) from error
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
 HANDLERS: tuple[Callable[[], request.BaseHandler], ...] = (
     *(request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler),
-    *(request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor),
+    *(request.HTTPDefaultErrorHandler, Redirections, request.HTTPErrorProcessor),
 )
 
 
@@ -169,7 +189,8 @@ def _without_leftovers(transfer: _Transfer) -> Iterator[None]:
 
 
 def _given_up(transfer: _Transfer, error: object) -> UserError:
-    return UserError(f"`url` must be within reach, and {transfer.url} is not: {error}. {transfer.way_out}")
+    said = " ".join(str(error).split())  # urllib's own have several lines
+    return UserError(f"`url` must be within reach, and {transfer.url} is not: {said}. {transfer.way_out}")
 
 
 def _attempt(transfer: _Transfer) -> None:
@@ -178,6 +199,7 @@ def _attempt(transfer: _Transfer) -> None:
     if begun and kept == begun.length:  # an earlier process ended between the last byte and the new name
         return
     with _ask(transfer, begun, kept) as response:
+        _refuse_wrappings(transfer, response)
         if begun and response.status == 206:
             if not _continues(response, begun, kept):
                 _forget(transfer)
@@ -188,6 +210,7 @@ def _attempt(transfer: _Transfer) -> None:
             with _network():
                 head = response.read(64)
             _refuse_pages(transfer, response, head)
+            require(bool(head or total), f"`url` must lead to a file, and {transfer.url} is empty. {transfer.way_out}")
             _begin(transfer, begun, head)
             _receive(transfer, response, len(head), total)
 
@@ -220,7 +243,7 @@ def _refusal(transfer: _Transfer, error: HTTPError) -> Exception:
 
 @contextmanager
 def _network() -> Iterator[None]:
-    """Turn a cut or a silence into an attempt that failed."""
+    """Turn a cut, a silence or an address that is none into an attempt that failed."""
     try:
         yield
     except (OSError, HTTPException) as error:
@@ -233,6 +256,20 @@ def _opener() -> request.OpenerDirector:
     for handler in HANDLERS:
         opener.add_handler(handler())
     return opener
+
+
+def _refuse_wrappings(transfer: _Transfer, response: HTTPResponse) -> None:
+    """Bytes that are compressed though nobody asked for it, or that came without the protection that was asked for."""
+    coding = response.headers.get("Content-Encoding", "identity")
+    require(
+        coding.lower() == "identity",
+        f"`url` must lead to a file as it is, and {transfer.url} answered with {coding} of it. {transfer.way_out}",
+    )
+    asked, came = urlsplit(transfer.url).scheme, urlsplit(response.url).scheme
+    require(
+        asked != "https" or came == "https",
+        f"`url` must stay with https, and {transfer.url} leads to {response.url}. {transfer.way_out}",
+    )
 
 
 def _refuse_pages(transfer: _Transfer, response: HTTPResponse, head: bytes) -> None:
@@ -251,7 +288,7 @@ def _begin(transfer: _Transfer, begun: _Beginning | None, head: bytes) -> None:
         transfer.memory.unlink(missing_ok=True)
         transfer.partial.write_bytes(head)
         if begun:
-            _write_whole(transfer.memory, json.dumps(asdict(begun)))
+            transfer.memory.write_text(json.dumps(asdict(begun)))  # half of it reads as nothing
 
 
 def _receive(transfer: _Transfer, response: HTTPResponse, done: int, total: int | None) -> None:
@@ -284,9 +321,12 @@ def _publish(transfer: _Transfer, check: Callable[[Path], None]) -> None:
     """Check the whole file and give it its name."""
     try:
         check(transfer.partial)
-    except UserError:
+    except UserError as error:
         _forget(transfer)
-        raise
+        said = str(error).replace(str(transfer.partial), transfer.target.name)
+        raise UserError(
+            f"`url` must lead to the file that is wanted, and {transfer.url} brought another: {said} {transfer.way_out}"
+        ) from error
     with _disk(transfer):
         _sync(transfer.partial)
         os.replace(transfer.partial, transfer.target)
@@ -385,15 +425,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------- progress

@@ -3,7 +3,8 @@
 Needs the extra `hub`; nothing else in sagl imports this.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
@@ -53,10 +54,7 @@ class HubUNet(UNet, PyTorchModelHubMixin):
             diffusion: the process it is for.
             recommended: sampling settings to advise, by flag name.
         """
-        lists: dict[str, Any] = {
-            name: tuple(value) for name, value in asdict(settings).items() if isinstance(value, list)
-        }
-        super().__init__(replace(settings, **lists))  # JSON knows no tuples
+        super().__init__(settings)
         self.diffusion, self.recommended = diffusion, recommended or {}
 
     @classmethod
@@ -80,7 +78,7 @@ class HubUNet(UNet, PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:  # noqa: ANN401
-        """Always strict, with the difference in words.
+        """In evaluation mode; always strict, with the difference in words.
 
         Raises:
             UserError: names or shapes are others.
@@ -92,9 +90,21 @@ class HubUNet(UNet, PyTorchModelHubMixin):
             state = load_file(model_file, device=map_location)
         except SafetensorError as error:
             raise UserError(f"`checkpoint` must be a whole .safetensors file, and {model_file} is damaged.") from error
-        require_fit(model.settings, state)
+        require_fit(model.state_dict(), state)
         model.load_state_dict(state, strict=True)
-        return model
+        return model.eval()
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:  # noqa: ANN401
+        """Where the Hub has no safetensors.
+
+        Raises:
+            UserError: always: such weights would be taken whatever their names are.
+        """
+        raise UserError(
+            f"`checkpoint` must be on the Hub as model.safetensors, and there is {Path(model_file).name} alone. "
+            "sagl convert writes safetensors."
+        )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # noqa: ANN401
         """Upload weights, settings and card; returns the commit's address."""

@@ -1,11 +1,15 @@
 """A network by name or by file: what is not at hand is fetched."""
 
+import struct
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
-from sagl.models.checkpoints import NetworkFile, read_network, require_fit
+from sagl.models.checkpoints import NetworkFile, parameters_of, read_network, require_fit
 from sagl.models.download import fetch_released
-from sagl.models.zoo import DEFAULT_MODEL, EMBEDDED, RELEASED, released
-from sagl.settings.errors import UserError
+from sagl.models.fingerprint import recorded_sha256
+from sagl.models.zoo import DEFAULT_MODEL, EMBEDDED, named_by_file, released
+from sagl.settings.errors import UserError, require
 
 
 def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
@@ -21,28 +25,47 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
     """
     path = Path(name_or_file)
     if path.is_file():
-        for entry in RELEASED.values():
-            if entry.file == path.name:
-                return read_network(path, weights, entry.settings, entry.diffusion)
-        return read_network(path, weights)
+        if (known := named_by_file(path)) is None:
+            return read_network(path, weights)
+        return read_network(path, weights, released(known).settings, released(known).diffusion)
     if path.suffix in (".pt", ".ckpt", ".safetensors"):
         raise UserError(f"`checkpoint` must be a file, and there is none at {path}.")
     name = str(name_or_file)
     if name == DEFAULT_MODEL:
         return read_network(EMBEDDED, weights)
     entry = released(name)
+    require(weights == "ema", f"`weights` is for training checkpoints (.ckpt), and {name} has one set. Leave it out.")
     return read_network(fetch(name), weights, entry.settings, entry.diffusion)
 
 
 def fetch(name: str) -> Path:
-    """The file of a released network in the cache, its names and shapes checked when it comes.
+    """The file of a released network in the cache: bytes, names and shapes checked when it comes, its sha256 kept.
 
     Raises:
-        UserError: it cannot be fetched, or is not what it should be; says where to put a copy.
+        UserError: it cannot be fetched, is not what it should be (says where to put a copy), or has changed since.
     """
     settings = released(name).settings
 
     def check(path: Path) -> None:
-        require_fit(settings, read_network(path, settings=settings).state)
+        _require_whole(path)
+        require_fit(parameters_of(settings), read_network(path, settings=settings).state)
 
-    return fetch_released(name, check)
+    path = fetch_released(name, check)
+    recorded_sha256(path)
+    return path
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse an archive, which newer .pt files are, whose bytes are not those of its checksums.
+
+    Raises:
+        UserError: names the file.
+    """
+    if not is_zipfile(path):
+        return
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (BadZipFile, RuntimeError, EOFError, ValueError, zlib.error, struct.error):  # of what is around the bytes
+        damaged = path.name
+    require(damaged is None, f"`checkpoint` must be a whole file, and {path} is damaged.")

@@ -10,11 +10,13 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
-from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.errors import UserError, require
+from sagl.settings.network import AnySettings, ClassifierSettings, UNetSettings
+
+Kind = TypeVar("Kind")
 
 EMBEDDED = Path(__file__).parent / "weights" / "fashion_mnist.safetensors"
 """32x32 Fashion-MNIST, ten classes and a null label; trained by configs/fashion_mnist.yaml."""
@@ -23,10 +25,7 @@ DEFAULT_MODEL = "fashion_mnist"
 METADATA_KEY = "sagl"
 """Where a safetensors file of sagl keeps its settings, as JSON."""
 
-KINDS: dict[str, type[UNetSettings] | type[ClassifierSettings]] = {
-    "network": UNetSettings,
-    "classifier": ClassifierSettings,
-}
+KINDS: dict[str, type[AnySettings]] = {"network": UNetSettings, "classifier": ClassifierSettings}
 """Under which name a file keeps the settings of either."""
 OF_TRAINING = ("dropout", "use_checkpoint")
 """Settings of a network that change nothing in what it computes once it is trained."""
@@ -36,7 +35,7 @@ def described(path: Path) -> dict[str, Any]:
     """What a safetensors file says of itself: network, diffusion, recommended; empty for other files.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or recommends other things than settings.
     """
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -47,12 +46,14 @@ def described(path: Path) -> dict[str, Any]:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         if path.stat().st_size != 8 + length + max(ends, default=0):
             raise ValueError("cut off, or something behind the tensors")
-        return dict(json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}")))
+        about = dict(json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}")))
     except (struct.error, ValueError, AttributeError, TypeError, LookupError) as error:
         raise UserError(f"`checkpoint` must be a whole .safetensors file, and {path} is damaged.") from error
+    require_advice(about, path)
+    return about
 
 
-def settings_of(about: Mapping[str, Any], path: Path) -> tuple[UNetSettings | ClassifierSettings, DiffusionSettings]:
+def settings_of(about: Mapping[str, Any], path: Path) -> tuple[AnySettings, DiffusionSettings]:
     """Network and process from what a file says of itself.
 
     Raises:
@@ -60,15 +61,44 @@ def settings_of(about: Mapping[str, Any], path: Path) -> tuple[UNetSettings | Cl
     """
     try:
         name, kind = next((n, k) for n, k in KINDS.items() if n in about)
-        network: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in about[name].items()}
-        return kind(**network), DiffusionSettings(**about["diffusion"])
+        return settings_from(kind, about[name]), settings_from(DiffusionSettings, about["diffusion"])
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"`checkpoint` must carry sagl's settings, and those in {path} are others.") from error
 
 
-def require_same(
-    asked: UNetSettings | ClassifierSettings, found: UNetSettings | ClassifierSettings, path: Path
-) -> None:
+def settings_from(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Settings as a file has them, which may have any number where a whole one belongs.
+
+    Raises:
+        UserError: a number is not whole, or the settings refuse it.
+        TypeError: they are of another kind.
+    """
+    for name, hint in get_type_hints(kind).items():
+        value = values.get(name)
+        broken = isinstance(value, float) and hint in (int, int | None)
+        require(not broken, f"`{name}` must be a whole number, got {value}.")
+    try:
+        return kind(**values)
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise TypeError(str(error)) from error
+
+
+def require_advice(about: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file whose recommended settings are no settings.
+
+    Raises:
+        UserError: says what they are.
+    """
+    recommended = about.get("recommended") or {}
+    require(
+        isinstance(recommended, dict),
+        f"`recommended` must be a mapping of sampling settings, and in {path} it is {recommended!r:.60}.",
+    )
+
+
+def require_same(asked: AnySettings, found: AnySettings, path: Path) -> None:
     """Refuse a file whose network is another than the one asked for; training's own settings may differ.
 
     Raises:
@@ -96,7 +126,7 @@ class Released:
     """Address of the file."""
     licence: str
     """That of the repository which released it; no other is given for the weights."""
-    settings: UNetSettings | ClassifierSettings
+    settings: AnySettings
     """The network's, as in the flags of the public README; dropout is the training's."""
     diffusion: DiffusionSettings
     """The process it was trained for; of a classifier, that of the UNet which it guides."""
@@ -196,22 +226,36 @@ def released(name: str) -> Released:
     return RELEASED[name]
 
 
+def named_by_file(path: Path) -> str | None:
+    """The released checkpoint whose file is called so, wherever it lies."""
+    return next((name for name, entry in RELEASED.items() if entry.file == path.name), None)
+
+
+def settings_named(name: str) -> tuple[AnySettings, DiffusionSettings]:
+    """Settings of a network by its name, and of its process: the embedded or a released one, classifiers too.
+
+    Raises:
+        UserError: there is none of that name; names all, and the nearest.
+    """
+    if name == DEFAULT_MODEL:
+        return settings_of(described(EMBEDDED), EMBEDDED)
+    entry = released(name)
+    return entry.settings, entry.diffusion
+
+
 def unet_named(name: str) -> tuple[UNetSettings, DiffusionSettings]:
     """Settings of a network that draws, and of its process: the embedded or a released one.
 
     Raises:
         UserError: there is none of that name; names all, and the nearest.
     """
-    if name == DEFAULT_MODEL:
-        settings, diffusion = settings_of(described(EMBEDDED), EMBEDDED)
-    elif name in NETWORKS:
-        settings, diffusion = RELEASED[name].settings, RELEASED[name].diffusion
-    elif name in RELEASED:
-        raise UserError(
-            f"`model` must be a network that draws, and {name} is a classifier: see --classifier.checkpoint."
-        )
-    else:
+    require(
+        name in NETWORKS or name not in RELEASED,
+        f"`model` must be a network that draws, and {name} is a classifier: see --classifier.checkpoint.",
+    )
+    if name not in NETWORKS:
         raise _unknown(name, NETWORKS)
+    settings, diffusion = settings_named(name)
     assert isinstance(settings, UNetSettings)
     return settings, diffusion
 

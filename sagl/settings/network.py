@@ -50,6 +50,7 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         """Fill in ADM's multipliers and refuse what cannot be built."""
+        _tuples(self)
         _numbers(self)
         if not self.channel_mult:
             sizes = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
@@ -155,6 +156,17 @@ class ClassifierSettings(EncoderSettings):
             self.pool != "attention" or self.num_head_channels is not None,
             "`num_head_channels` is needed by pool: attention, got None. Give it, for example 64.",
         )
+
+
+AnySettings = UNetSettings | ClassifierSettings
+"""Of a network of either kind."""
+
+
+def _tuples(s: EncoderSettings) -> None:
+    """Lists become tuples: JSON and YAML have no others."""
+    for name, value in vars(s).items():
+        if isinstance(value, list):
+            object.__setattr__(s, name, tuple(value))
 
 
 def _numbers(s: EncoderSettings) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sagl.settings.errors import UserError, require
 
@@ -48,9 +49,7 @@ def whole_file(path: Path, argument: str = "output") -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with partial.open("rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # some writers make files that their owner alone can read
-            os.fsync(file.fileno())
+        _settle(partial)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"`{argument}` {path} cannot be written: {_reason(error)}.") from error
@@ -59,8 +58,47 @@ def whole_file(path: Path, argument: str = "output") -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path, argument: str = "output") -> None:
+@contextmanager
+def whole_folder(folder: Path, argument: str = "output") -> Iterator[Path]:
+    """A folder that appears under its name when all its files are whole, or not at all.
+
+    Yields:
+        The folder to write in. When the block ends well the bytes are on the disk and the folder has its own name.
+
+    Raises:
+        UserError: the folder is in use; no room, no right to write; names `argument`.
+    """
+    require_unused(folder, argument)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}{PARTIAL}-") as around:
+            partial = Path(around) / "folder"  # with the permissions of any new folder, unlike the one around it
+            partial.mkdir()
+            yield partial
+            for file in partial.iterdir():
+                _settle(file)
+            os.replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"`{argument}` {folder} cannot be written: {_reason(error)}.") from error
+
+
+def require_unused(folder: Path, argument: str = "output") -> None:
+    """Refuse a folder that holds something, or a file of its name.
+
+    Raises:
+        UserError: names `argument`.
+    """
+    in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    require(not in_use, f"`{argument}` must be a new or an empty folder, and {folder} is in use. Choose another one.")
+
+
+def require_writable(folder: Path, argument: str = "output", way_out: str = "") -> None:
     """Refuse a folder that is not there and could not be made, or could not be written to.
+
+    Args:
+        folder: there, or not yet.
+        argument: what is called wrong.
+        way_out: where it is no flag.
 
     Raises:
         UserError: says which part of the path stands in the way.
@@ -74,8 +112,16 @@ def require_writable(folder: Path, argument: str = "output") -> None:
     require(there.is_dir(), f"`{argument}` must be a folder, and {there} is a file. Choose another name.")
     require(
         os.access(there, os.W_OK | os.X_OK),
-        f"`{argument}` must be a folder that can be written, and {there} cannot. Choose another with --{argument}.",
+        f"`{argument}` must be a folder that can be written, and {there} cannot. "
+        + (way_out or f"Choose another with --{argument}."),
     )
+
+
+def _settle(path: Path) -> None:
+    """Give a file the user's rights, and wait until its bytes are on the disk."""
+    with path.open("rb+") as file:
+        os.fchmod(file.fileno(), 0o666 & ~_umask())  # some writers make files that their owner alone can read
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -1,13 +1,26 @@
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import described
-from tests.tiny import GREY, contents, exit_code, grey_unet, network_file, write_tiny, write_training_checkpoint
+from sagl.commands.request import read_config, sampling_part
+from sagl.models.checkpoints import build_network, read_network, write_network
+from sagl.models.zoo import EMBEDDED, RELEASED, described
+from sagl.settings.diffusion import DiffusionSettings
+from tests.tiny import (
+    GREY,
+    contents,
+    exit_code,
+    grey_unet,
+    network_file,
+    write_tiny,
+    write_tiny_classifier,
+    write_training_checkpoint,
+)
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("ema", 0.5), ("raw", 1.0)])
@@ -97,6 +110,110 @@ def test_a_file_that_could_not_be_read_back_as_safetensors_is_refused(tmp_path, 
     assert not (tmp_path / "network.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "target", ["new.pt", "new.ckpt", ".safetensors", "used", "used.safetensors", "file/new.safetensors", "file/new"]
+)
+def test_a_target_that_cannot_be_is_refused_before_anything_is_read_or_fetched(target, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sagl.models.loading.fetch", lambda name: pytest.fail("fetched"))
+    (tmp_path / "file").write_text("mine")
+    for name in ("used", "used.safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert exit_code("convert", "lsun_cat", tmp_path / target) == 2
+    said = capsys.readouterr().err
+    assert "`target`" in said
+    assert said.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_target_that_may_not_be_written_is_refused_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sagl.models.loading.fetch", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert exit_code("convert", "lsun_cat", tmp_path / "new.safetensors") == 2
+    said = capsys.readouterr().err
+    assert f"Choose another place than {tmp_path / 'new.safetensors'}" in said
+
+
+def test_each_tensor_keeps_its_dtype_unless_another_is_asked_for(tmp_path):
+    source = tmp_path / "half.safetensors"
+    write_network(network_file(), source, torch.float16)
+    for flags, dtype in (([], torch.float16), (["--dtype", "float32"], torch.float32)):
+        assert exit_code("convert", source, tmp_path / f"{dtype}.safetensors", *flags) == 0
+        assert {tensor.dtype for tensor in load_file(tmp_path / f"{dtype}.safetensors").values()} == {dtype}
+
+
+# -------------------------------------------------------------------------------------------- released networks
+
+
+@pytest.fixture
+def cat(monkeypatch, tmp_path):
+    """A network as small as the others of the tests under the name of lsun_cat, its file in a cache of its own."""
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
+    monkeypatch.setitem(RELEASED, "lsun_cat", replace(RELEASED["lsun_cat"], settings=grey_unet().settings))
+    (tmp_path / "models").mkdir()
+    torch.save(grey_unet().state_dict(), tmp_path / "models" / "lsun_cat.pt")
+    return tmp_path / "models" / "lsun_cat.pt"
+
+
+@pytest.mark.parametrize("how", ["name", "file", "renamed", "config"])
+def test_the_paper_s_settings_go_with_a_released_network(how, cat, tmp_path):
+    renamed = shutil.copy(cat, tmp_path / "mine.pt")
+    (tmp_path / "mine.yaml").write_text("model: {network: lsun_cat}")
+    source = {
+        "name": ["lsun_cat"],
+        "file": [cat],
+        "renamed": [renamed, "--model", "lsun_cat"],
+        "config": [renamed, "--config", tmp_path / "mine.yaml"],
+    }
+    assert exit_code("convert", source[how][0], tmp_path / "cat.safetensors", *source[how][1:]) == 0
+    about = described(tmp_path / "cat.safetensors")
+    assert about["recommended"] == sampling_part(read_config("lsun_cat"))
+    assert about["recommended"]["sag"]["scale"] == 0.05
+
+
+def test_advice_that_is_given_goes_before_the_paper_s(cat, tmp_path):
+    for advice in ({}, {"respacing": "5"}):
+        target = tmp_path / "cat.safetensors"
+        assert exit_code("convert", cat, target, "--recommended", json.dumps(advice)) == 0
+        assert described(target)["recommended"] == advice
+
+
+def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
+    file = read_network(write_tiny_classifier(tmp_path / "tiny.safetensors"))
+    entry = replace(RELEASED["imagenet64_classifier"], settings=file.network)
+    monkeypatch.setitem(RELEASED, "imagenet64_classifier", entry)
+    torch.save(dict(file.state), tmp_path / "mine.pt")
+    target = tmp_path / "classifier.safetensors"
+    assert exit_code("convert", tmp_path / "mine.pt", target, "--model", "imagenet64_classifier") == 0
+    assert read_network(target).network == file.network
+    assert read_network(target).diffusion == entry.diffusion
+
+
+def test_the_embedded_network_s_settings_go_by_its_name(tmp_path):
+    torch.save(dict(read_network(EMBEDDED).state), tmp_path / "mine.pt")
+    target = tmp_path / "mine.safetensors"
+    assert exit_code("convert", tmp_path / "mine.pt", target, "--model", "fashion_mnist") == 0
+    assert read_network(target).network == read_network(EMBEDDED).network
+
+
+def test_a_model_that_is_not_known_is_refused(tmp_path, capsys):
+    torch.save(grey_unet().state_dict(), tmp_path / "plain.pt")
+    assert exit_code("convert", tmp_path / "plain.pt", tmp_path / "a.safetensors", "--model", "lsun_cats") == 2
+    assert "Did you mean lsun_cat?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recommended", [[1], "abc"])
+def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path, capsys):
+    source = write_tiny(tmp_path / "tiny.safetensors")
+    about = {"sagl": json.dumps(described(source) | {"recommended": recommended})}
+    save_file(load_file(source), tmp_path / "other.safetensors", metadata=about)
+    for verb in (["convert"], ["sample", "--output", tmp_path / "run", "--checkpoint"]):
+        target = [tmp_path / "new.safetensors"] if verb == ["convert"] else []
+        assert exit_code(*verb, tmp_path / "other.safetensors", *target) == 2
+        assert "`recommended` must be a mapping" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- diffusers
 
 
@@ -108,6 +225,33 @@ def test_a_folder_for_diffusers_comes_back_with_settings_advice_and_weights(tmp_
     was, back = load_file(source), load_file(tmp_path / "back.safetensors")
     assert was.keys() == back.keys()
     assert all(torch.equal(was[name], back[name]) for name in was)
+
+
+def test_a_folder_has_the_dtype_asked_for_and_may_have_a_point_in_its_name(tmp_path):
+    source = write_tiny(tmp_path / "tiny.safetensors")
+    assert exit_code("convert", source, tmp_path / "tiny-v1.0", "--dtype", "float16") == 0
+    state = load_file(tmp_path / "tiny-v1.0" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("flags", [["--weights", "raw"], ["--model", "lsun_cat"]])
+def test_a_folder_says_itself_what_flags_say_of_files(flags, tmp_path, capsys):
+    assert exit_code("convert", write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder") == 0
+    assert exit_code("convert", tmp_path / "folder", tmp_path / "back.safetensors", *flags) == 2
+    assert f"`{flags[0][2:]}` is for files" in capsys.readouterr().err
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+@pytest.mark.parametrize(("noted", "schedule"), [(True, "linear"), (False, "cosine")])
+def test_the_process_of_a_config_is_a_folder_s_where_sagl_noted_none(noted, schedule, tmp_path):
+    assert exit_code("convert", write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder") == 0
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if noted or name != "_sagl"}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(kept))
+    (tmp_path / "mine.yaml").write_text("model: {diffusion: {noise_schedule: cosine}}")
+    target = tmp_path / "back.safetensors"
+    assert exit_code("convert", tmp_path / "folder", target, "--config", tmp_path / "mine.yaml") == 0
+    assert read_network(target).diffusion.noise_schedule == schedule
 
 
 def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path, capsys):
@@ -125,10 +269,12 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path, capsys):
 def test_a_plain_state_dict_is_converted_with_the_settings_of_a_config(tmp_path):
     torch.save(grey_unet().state_dict(), tmp_path / "plain.pt")
     config = {"model": {"network": {**GREY, "channel_mult": [1], "attention_resolutions": [8]}}}
+    config["model"]["diffusion"] = {"noise_schedule": "cosine"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     target = tmp_path / "network.safetensors"
     assert exit_code("convert", tmp_path / "plain.pt", target, "--config", tmp_path / "mine.yaml") == 0
     assert read_network(target).network == grey_unet().settings
+    assert read_network(target).diffusion == DiffusionSettings(noise_schedule="cosine")
 
 
 def test_a_plain_state_dict_of_another_network_is_refused_by_what_differs(tmp_path, capsys):

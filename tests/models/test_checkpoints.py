@@ -11,6 +11,7 @@ from sagl.models.checkpoints import (
     as_weights,
     build_classifier,
     build_network,
+    load_training_checkpoint,
     read_network,
     write_network,
 )
@@ -196,7 +197,9 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
         read_network(path)
 
 
-@pytest.mark.parametrize("hyperparameters", [None, {}, {"lr": 0.1}, {"network": {"depth": 3}, "diffusion": {}}])
+@pytest.mark.parametrize(
+    "hyperparameters", [None, {}, [1], "abc", 3, {"lr": 0.1}, {"network": {"depth": 3}, "diffusion": {}}]
+)
 def test_a_training_checkpoint_of_another_project_is_refused(hyperparameters, tmp_path):
     content = {"state_dict": {"weight": torch.zeros(2)}} | (
         {} if hyperparameters is None else {"hyper_parameters": hyperparameters}
@@ -204,6 +207,44 @@ def test_a_training_checkpoint_of_another_project_is_refused(hyperparameters, tm
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="`checkpoint`"):
         read_network(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("hyperparameters", [None, [1], "network", {"lr": 0.1}])
+def test_a_checkpoint_of_another_project_is_none_to_go_on_from(hyperparameters, tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": hyperparameters}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="`checkpoint` must be one that sagl fit wrote"):
+        load_training_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("recommended", [[1], "abc"])
+def test_a_training_checkpoint_that_recommends_no_settings_is_refused(recommended, tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["recommended"] = recommended
+    torch.save(content, path)
+    with pytest.raises(UserError, match="`recommended` must be a mapping"):
+        read_network(path)
+
+
+@pytest.mark.parametrize("state", [[torch.zeros(2)], {"network.weight": "none"}, {3: torch.zeros(2)}, None])
+def test_a_training_checkpoint_whose_weights_are_no_tensors_by_name_is_refused(state, tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    torch.save({**torch.load(path, weights_only=True), "state_dict": state}, path)
+    with pytest.raises(UserError, match="must hold a network's tensors by name"):
+        read_network(path)
+
+
+def test_a_plain_state_dict_without_names_is_refused(tmp_path):
+    torch.save({0: torch.zeros(2), 1: torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="must hold a network's tensors by name"):
+        read_network(tmp_path / "a.pt", settings=grey_unet().settings)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.SAFETENSORS"])
+def test_safetensors_under_another_ending_are_told_from_damage(name, tmp_path):
+    path = write_tiny(tmp_path / "a.safetensors").rename(tmp_path / name)
+    with pytest.raises(UserError, match=r"is a safetensors file .* Its name should end in \.safetensors"):
+        read_network(path)
 
 
 def test_raw_weights_that_a_checkpoint_does_not_have_are_refused(tmp_path):
@@ -228,15 +269,22 @@ def test_a_plain_state_dict_is_read_with_settings_that_are_given(tmp_path):
     assert torch.equal(build_network(file)(*told).out, network(*told).out)
 
 
-def test_a_plain_state_dict_is_mapped_not_copied(tmp_path):
+def test_a_plain_state_dict_is_mapped_and_only_3x3_kernels_are_laid_out_anew(tmp_path):
     network = grey_unet()
-    torch.save(network.state_dict(), tmp_path / "released.pt")
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}  # as the released are
+    torch.save(state, tmp_path / "released.pt")
     file = read_network(tmp_path / "released.pt", settings=network.settings)
-    built = build_network(file)
+    built = build_network(file).state_dict()
     regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "released.pt" in line]
     spans = [tuple(int(end, 16) for end in region[0].split("-")) for region in regions]
-    for tensor in (*file.state.values(), built.time_embed[0].weight):
-        assert any(start <= tensor.data_ptr() < end for start, end in spans)
+
+    def mapped(tensors):
+        starts = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        return {name for name in starts if any(start <= starts[name] < end for start, end in spans)}
+
+    assert mapped(file.state) == state.keys()
+    kernels = {name for name, tensor in state.items() if tensor.shape[2:] == (3, 3) and tensor.shape[1] > 1}
+    assert mapped(built) == state.keys() - kernels
 
 
 def test_without_settings_a_plain_state_dict_is_refused_and_the_way_out_is_said(tmp_path):

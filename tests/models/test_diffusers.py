@@ -1,16 +1,18 @@
 import copy
 import inspect
 import json
+import os
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import NetworkFile, build_network
+from sagl.models.checkpoints import NetworkFile, build_network, write_network
 from sagl.models.diffusers import (
     CONFIG,
     FIXED,
@@ -69,6 +71,8 @@ FOREIGN = {
     "layers_per_block": 1,
 }
 """A network as diffusers' own training would make it: every other key at its default."""
+NOTED = {"network": SMALL}
+"""What sagl notes of the first variant."""
 
 
 @cache
@@ -269,15 +273,43 @@ def test_what_adm_cannot_express_is_refused_with_key_and_value(key, value):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_out_channels", []),
+        ("block_out_channels", None),
+        ("block_out_channels", (0, 0)),
+        ("block_out_channels", (32.5, 65)),
+        ("down_block_types", None),
+        ("up_block_types", [["UpBlock2D"], "UpBlock2D"]),
+        ("sample_size", 16.0),
+        ("layers_per_block", 1.5),
+        ("in_channels", None),
+        ("num_class_embeds", 2.5),
+        ("attention_head_dim", "8"),
+        ("dropout", "none"),
+    ],
+)
+def test_values_that_no_unet2d_has_are_refused_in_one_line(key, value):
+    with pytest.raises(UserError, match=r"`.+` .*must be") as error:
+        from_diffusers({**FOREIGN, key: value}, {})
+    assert "\n" not in str(error.value)
+
+
+def test_widths_come_back_where_their_quotient_is_rounded_down():
+    widths = (352, 480)
+    assert int(480 / 352 * 352) == 479
+    with torch.device("meta"):
+        state = UNet2DModel(**{**FOREIGN, "block_out_channels": widths}).state_dict()
+    assert from_diffusers({**FOREIGN, "block_out_channels": widths}, state)[0].widths == widths
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conv_in.weight": None}, "1 parameters are missing: conv_in.weight"),
-        ({"mid_block.attentions.0.to_k.bias": None}, "missing: mid_block.attentions.0.to_k.bias"),
-        (
-            {f"skip.{k}": torch.zeros(1) for k in range(9)},
-            "9 parameters are unknown: skip.0, skip.1, skip.2, skip.3, skip.4.",
-        ),
-        ({"conv_in.bias": torch.zeros(1, 32)}, "1 parameters are of another shape: conv_in.bias"),
+        ({"conv_in.weight": None}, "1 parameters differ: conv_in.weight: settings (32, 3, 3, 3), file has none"),
+        ({"mid_block.attentions.0.to_k.bias": None}, "mid_block.attentions.0.to_k.bias: settings (64,), file has none"),
+        ({f"skip.{k}": torch.zeros(1) for k in range(9)}, "9 parameters differ: skip.0: settings have none, file (1,)"),
+        ({"conv_in.bias": torch.zeros(1, 32)}, "conv_in.bias: settings (32,), file (1, 32). If an older diffusers"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(change, message):
@@ -305,6 +337,14 @@ def test_a_folder_keeps_everything_also_through_diffusers_own_saving(name, tmp_p
         assert (found.network, found.diffusion, found.recommended) == (file.network, diffusion, advice)
         assert equal(found.state, file.state)
     assert relative_error(outputs(build_network(found), found.network), outputs(model.eval(), found.network)) < EXACT
+
+
+def test_a_process_that_is_given_counts_where_sagl_noted_none(tmp_path):
+    cosine, linear = DiffusionSettings(noise_schedule="cosine"), DiffusionSettings()
+    foreign().save_pretrained(tmp_path / "theirs")
+    write_diffusers(network_file(adm()), tmp_path / "ours")
+    assert read_diffusers(tmp_path / "theirs", cosine).diffusion == cosine
+    assert read_diffusers(tmp_path / "ours", cosine).diffusion == linear
 
 
 def test_diffusers_says_nothing_of_sagls_note(tmp_path, caplog):
@@ -341,12 +381,30 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_filled(tmp_path):
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full_disk(state, path, metadata):
         path.write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("sagl.models.diffusers.save_file", full_disk)
-    with pytest.raises(UserError, match=r"`target` .* cannot be written: no space left on device"):
-        write_diffusers(network_file(adm()), tmp_path / "a")
+    monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
+    for write, name in ((write_diffusers, "a"), (write_network, "a.safetensors")):
+        with pytest.raises(UserError) as error:
+            write(network_file(adm()), tmp_path / name)
+        said = f"`target` {tmp_path / name} cannot be written: No space left on device. Make room"
+        assert str(error.value).startswith(said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_folder_are_on_the_disk_before_it_has_its_name_and_others_may_read_them(tmp_path, monkeypatch):
+    done, replace_file = [], os.replace
+    monkeypatch.setattr("os.fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr("os.replace", lambda old, new: [done.append(new), replace_file(old, new)])
+    before = os.umask(0o022)
+    try:
+        write_diffusers(network_file(adm()), tmp_path / "a")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "a").iterdir())
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+    assert sorted(done[:2]) == sorted(file.stat().st_size for file in files)
+    assert done[2:] == [tmp_path / "a"]
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -370,6 +428,10 @@ def test_a_missing_or_damaged_file_is_refused(name, tmp_path):
         ),
         ({OWN_KEY: {}}, "`_sagl` of the configuration must be what sagl notes there"),
         ({OWN_KEY: {"network": {"depth": 3}}}, "`_sagl` of the configuration must be what sagl notes there"),
+        ({OWN_KEY: NOTED | {"diffusion": None}}, "`_sagl` of the configuration must be what sagl notes there"),
+        ({OWN_KEY: NOTED | {"diffusion": {"num_timesteps": 99.5}}}, "`num_timesteps` must be a whole number"),
+        ({OWN_KEY: NOTED | {"recommended": [1]}}, "`recommended` must be a mapping"),
+        ({OWN_KEY: NOTED | {"recommended": "abc"}}, "`recommended` must be a mapping"),
     ],
 )
 def test_a_note_that_the_other_keys_contradict_or_that_is_unreadable_is_refused(change, message, tmp_path):
@@ -385,5 +447,5 @@ def test_weights_of_another_network_are_refused(tmp_path):
     state = load_file(tmp_path / "a" / WEIGHTS)
     state["class_embedding.weight"] = torch.zeros(3, 128)
     save_file(state, tmp_path / "a" / WEIGHTS)
-    with pytest.raises(UserError, match=r"1 parameters are unknown: class_embedding\.weight"):
+    with pytest.raises(UserError, match=r"1 parameters differ: class_embedding\.weight: settings have none"):
         read_diffusers(tmp_path / "a")

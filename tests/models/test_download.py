@@ -8,9 +8,12 @@ import threading
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib import request
+from urllib.error import URLError
 
 import pytest
 
+from sagl.models import download as download_module
 from sagl.models.download import download, fetch_released, progress_bar
 from sagl.models.zoo import RELEASED
 from sagl.settings.errors import UserError
@@ -35,7 +38,17 @@ class Answer:
     lie: int = 0  # bytes more that it says it will send
     measured: bool = True  # says how many at all
     redirect: str = ""
+    moved: int = 302  # status of a redirection
+    more: tuple[tuple[str, str], ...] = ()  # headers
+    validates_parts: bool = True  # also says with a part what it is a part of
     silent: bool = False  # ends the connection without a word
+
+
+class Unreachable:
+    """Opens nothing, as where there is no network."""
+
+    def open(self, asked, timeout):
+        raise URLError("unreachable")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,16 +63,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, answer):
         first = self.first_byte(answer)
-        if first >= len(answer.body):
+        if first and first >= len(answer.body):
             return self.send_error(416)
-        self.send_response(302 if answer.redirect else 206 if first else 200)
+        self.send_response(answer.moved if answer.redirect else 206 if first else 200)
         if answer.redirect:
             self.send_header("Location", answer.redirect)
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(answer.body) - 1}/{len(answer.body)}")
         if answer.measured:
             self.send_header("Content-Length", str(len(answer.body) - first + answer.lie))
-        for name, value in (("Content-Type", answer.content_type), *answer.validators):
+        validators = answer.validators if answer.validates_parts or not first else ()
+        for name, value in (("Content-Type", answer.content_type), *validators, *answer.more):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body[first:][: answer.cut])
@@ -160,9 +174,11 @@ def test_the_bytes_are_on_the_disk_before_they_have_their_name(fetch, tmp_path, 
 
 def test_a_file_that_its_check_refuses_is_thrown_away_and_fetched_anew(fetch, server, tmp_path):
     def check(path):
-        raise UserError("`model` has other shapes.")
+        raise UserError(f"{path} has other shapes.")
 
-    assert refused(fetch, check=check) == "`model` has other shapes."
+    said = refused(fetch, check=check)
+    assert [part for part in (server.url, "a.pt has other shapes.", "Try again") if part not in said] == []
+    assert ".partial" not in said
     assert beside(tmp_path) == []
     assert fetch().read_bytes() == BODY
     assert ranges(server) == [None, None]
@@ -229,6 +245,30 @@ def test_a_download_that_was_interrupted_is_resumed_by_the_next(fetch, server):
         fetch(on_progress=interrupt)
     assert fetch().read_bytes() == BODY
     assert int(ranges(server)[1].strip("bytes=-")) > 1000
+
+
+def test_a_part_that_says_nothing_of_its_file_goes_on_with_it(fetch, server):
+    server.script = [Answer(cut=100_000)]
+    server.then = Answer(validates_parts=False)
+    assert fetch().read_bytes() == BODY
+    assert ranges(server) == [None, "bytes=100000-"]
+
+
+def test_a_network_that_is_lost_on_the_way_is_asked_again(fetch, server, monkeypatch):
+    openers = [download_module._opener(), Unreachable(), download_module._opener()]
+    monkeypatch.setattr(download_module, "_opener", lambda: openers.pop(0))
+    server.script = [Answer(cut=100_000)]
+    assert fetch().read_bytes() == BODY
+    assert ranges(server) == [None, "bytes=100000-"]
+
+
+@pytest.mark.parametrize("memory", ["", '{"url": "http', "[]", "3"])
+def test_what_is_half_remembered_is_fetched_anew(memory, fetch, server, tmp_path):
+    server.script = [Answer(cut=100_000)]
+    refused(fetch, attempts=1)
+    (tmp_path / "cache" / "a.pt.partial.json").write_text(memory)
+    assert fetch().read_bytes() == BODY
+    assert ranges(server) == [None, None]
 
 
 def test_a_server_that_ignores_ranges_is_read_from_the_beginning(fetch, server):
@@ -357,7 +397,57 @@ def test_a_redirection_is_followed_and_resumed(fetch, server):
     assert ranges(server) == [None, None, "bytes=100000-", "bytes=100000-"]
 
 
-# ------------------------------------------------------------------------------------------------------- pages
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("place", ["http://[bad/", "http://127.0.0.1:port/"])
+def test_a_redirection_to_no_address_is_a_request_that_failed(place, status, fetch, server, tmp_path):
+    server.then = Answer(redirect=place, moved=status)
+    assert "`url` must be within reach" in refused(fetch, attempts=2)
+    assert beside(tmp_path) == []
+
+
+def test_a_redirection_in_circles_is_said_in_one_line(fetch, server):
+    server.then = Answer(redirect=server.url)
+    assert "infinite loop" in refused(fetch)
+
+
+def test_a_redirection_from_https_to_http_is_refused(server, tmp_path, monkeypatch):
+    class Downgrading:
+        def open(self, asked, timeout):
+            return request.urlopen(asked.full_url.replace("https:", "http:"), timeout=timeout)
+
+    monkeypatch.setattr(download_module, "_opener", Downgrading)
+    url = server.url.replace("http:", "https:")
+    said = refused(lambda: download(url, tmp_path / "cache" / "a.pt", check=lambda path: None))
+    assert f"`url` must stay with https, and {url} leads to {server.url}." in said
+    assert beside(tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------- pages, and other wrappings
+
+
+def test_the_file_is_asked_for_as_it_is(fetch, server):
+    fetch()
+    assert [headers["Accept-Encoding"] for headers in server.asked] == ["identity"]
+
+
+def test_a_file_that_comes_compressed_is_refused_at_once(fetch, server, tmp_path):
+    server.then = Answer(more=(("Content-Encoding", "gzip"),))
+    assert "answered with gzip of it" in refused(fetch)
+    assert len(server.asked) == 1
+    assert beside(tmp_path) == []
+
+
+@pytest.mark.parametrize("nothing", [Answer(status=204), Answer(body=b""), Answer(body=b"", measured=False)])
+def test_an_empty_answer_is_refused_at_once(nothing, fetch, server, tmp_path):
+    server.then = nothing
+    assert "is empty" in refused(fetch)
+    assert len(server.asked) == 1
+    assert beside(tmp_path) == []
+
+
+def test_an_answer_that_is_cut_before_its_first_byte_is_not_taken_for_an_empty_one(fetch, server):
+    server.script = [Answer(cut=0)]
+    assert fetch().read_bytes() == BODY
 
 
 @pytest.mark.parametrize("page", [Answer(content_type="text/html; charset=utf-8"), Answer(body=PAGE)])

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sagl.models.hub import HubUNet
@@ -22,6 +23,7 @@ def saved(tmp_path):
 
 def test_a_network_comes_back_with_settings_process_advice_and_outputs(saved):
     back = HubUNet.from_pretrained(saved)
+    assert not back.training
     assert back.settings == grey_unet().settings
     assert back.file.diffusion == DiffusionSettings(noise_schedule="cosine")
     assert back.file.recommended == {"respacing": "5"}
@@ -45,6 +47,24 @@ def test_a_damaged_file_is_refused(saved):
     (saved / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="is damaged"):
         HubUNet.from_pretrained(saved)
+
+
+def test_a_repository_with_a_pickle_alone_is_refused(monkeypatch, saved):
+    def download(repo_id, filename, **_):
+        if filename == "model.safetensors":
+            raise EntryNotFoundError(filename)
+        return str(saved / filename)
+
+    torch.save(grey_unet().state_dict(), saved / "pytorch_model.bin")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    with pytest.raises(
+        UserError, match=r"must be on the Hub as model\.safetensors, and there is pytorch_model\.bin alone"
+    ):
+        HubUNet.from_pretrained("owner/name")
+
+
+def test_a_network_to_be_pushed_is_ready_for_use():
+    assert not HubUNet.of(network_file()).training
 
 
 def test_weights_that_do_not_fit_are_not_taken():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from sagl.models.loading import fetch, load
 from sagl.models.zoo import EMBEDDED, RELEASED, Released, described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
+from sagl.settings.paths import sha256
 from tests.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
 
 COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
@@ -104,6 +107,28 @@ def test_what_is_fetched_is_checked_against_the_settings_of_its_name(entry, monk
     assert fetched(right) == right
     with pytest.raises(UserError, match=r"1 parameters differ: label_emb\.weight"):
         fetched(wrong)
+    whole = right.read_bytes()
+    heads = (b"PK\3\4", b"PK\1\2")  # of a tensor, and of its entry in the list at the end
+    for place in (len(whole) // 2, *(whole.index(head, 2) for head in heads)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"`checkpoint` must be a whole file, and .*damaged\.pt is damaged"):
+            fetched(tmp_path / "damaged.pt")
+
+
+def test_every_first_use_of_a_fetched_file_records_its_sha256(entry, cached):
+    load("tiny")
+    assert json.loads(cached.with_name(f"{entry.file}.sha256").read_text())["sha256"] == sha256(cached)
+    write_state(cached, num_classes=4)
+    with pytest.raises(UserError, match="has changed since"):
+        load("tiny")
+
+
+def test_weights_that_a_released_network_does_not_have_are_refused_before_anything_is_fetched(entry, monkeypatch):
+    monkeypatch.setattr(loading, "fetch", lambda name: pytest.fail("fetched"))
+    with pytest.raises(UserError, match=r"`weights` is for training checkpoints .*, and tiny has one set"):
+        load("tiny", "raw")
 
 
 @pytest.mark.parametrize(

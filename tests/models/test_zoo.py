@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from sagl.commands.request import parse
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED, RELEASED, described, released
+from sagl.models.zoo import EMBEDDED, RELEASED, described, named_by_file, released, settings_named, settings_of
 from sagl.recipe import labels_of, prepare
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
@@ -47,11 +48,41 @@ def test_files_that_say_nothing_are_described_by_nothing(tmp_path):
         assert described(tmp_path / name) == {}
 
 
+@pytest.mark.parametrize("recommended", [[1], "abc", 3])
+def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path):
+    about = {"sagl": json.dumps({"recommended": recommended})}
+    save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=about)
+    with pytest.raises(UserError, match="`recommended` must be a mapping of sampling settings"):
+        described(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("network", "num_res_blocks", 1.5),
+        ("network", "num_classes", 2.5),
+        ("network", "num_heads", 2.0),
+        ("diffusion", "num_timesteps", 99.5),
+    ],
+)
+def test_numbers_in_a_file_that_must_be_whole_are_refused(part, name, value):
+    about = {"network": asdict(network_file().network), "diffusion": asdict(DiffusionSettings())}
+    about[part][name] = value
+    with pytest.raises(UserError, match=f"`{name}` must be a whole number, got {value}"):
+        settings_of(about, Path("a.safetensors"))
+
+
+@pytest.mark.parametrize("change", [{"channel_mult": ["wide"]}, {"channel_mult": [1e308, 1e308]}, {"depth": 3}])
+def test_settings_in_a_file_that_are_no_settings_are_refused(change):
+    about = {"network": asdict(network_file().network) | change, "diffusion": {}}
+    with pytest.raises(UserError, match=r"those in a\.safetensors are others"):
+        settings_of(about, Path("a.safetensors"))
+
+
 def test_the_embedded_network_is_the_one_that_the_configuration_trains():
     trained = yaml.safe_load(CONFIG.read_text())["model"]
-    network = {name: tuple(v) if isinstance(v, list) else v for name, v in trained["network"].items()}
     file = read_network(EMBEDDED)
-    assert file.network == UNetSettings(**network)
+    assert file.network == UNetSettings(**trained["network"])
     assert {name: asdict(file.diffusion)[name] for name in trained["diffusion"]} == trained["diffusion"]
 
 
@@ -155,8 +186,18 @@ def test_the_five_networks_of_the_paper_have_a_configuration_of_their_name():
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_a_released_checkpoint_is_found_by_its_name(name):
-    assert released(name) is RELEASED[name]
+def test_a_released_checkpoint_is_known_by_its_file_wherever_it_lies(name):
+    assert named_by_file(Path("elsewhere") / RELEASED[name].file) == name
+    assert named_by_file(Path(f"my_{RELEASED[name].file}")) is None
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
+def test_settings_are_found_by_name_those_of_classifiers_too(name):
+    file = read_network(EMBEDDED) if name == "fashion_mnist" else None
+    found = (file.network, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
+    assert settings_named(name) == found
+    with pytest.raises(UserError, match="`model` must be one of"):
+        settings_named(f"{name}_")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,15 @@ def test_heads_need_only_divide_widths_that_have_attention():
     assert UNetSettings(**{**SMALL, "channel_mult": (1, 2, 3)}, num_heads=3, attention_resolutions=(8,)).num_heads == 3
 
 
+@pytest.mark.parametrize(("kind", "more"), [(UNetSettings, {}), (ClassifierSettings, {"num_head_channels": 32})])
+def test_lists_as_json_has_them_become_tuples(kind, more):
+    tuples = {"channel_mult": (1, 2, 2), "attention_resolutions": (16, 8)}
+    lists = {name: list(value) for name, value in tuples.items()}
+    made = kind(**{**SMALL, **more, **lists})
+    assert made == kind(**{**SMALL, **more, **tuples})
+    assert hash(made)
+
+
 @pytest.mark.parametrize("made", [UNetSettings(**SMALL), ClassifierSettings(**SMALL, num_head_channels=32)])
 def test_settings_are_frozen_and_keyword_only(made):
     with pytest.raises(dataclasses.FrozenInstanceError):
