@@ -20,6 +20,7 @@ import torch
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pixels import to_uint8
 from sagl.diffusion.schedule import make_schedule
+from sagl.machine import keep_freed_memory
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.reference import cached_statistics
@@ -62,6 +63,8 @@ def main() -> None:
     p.add_argument("--intervals", nargs="+", default=["0-1"])
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the network's weights")
     a = p.parse_args()
+    keep_freed_memory()
+    a.study.parent.mkdir(parents=True, exist_ok=True)
 
     file = read_network(a.checkpoint)
     network = build_network(file).to(getattr(torch, a.dtype))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
+from sagl.diffusion.denoiser import Condition, Denoiser, Prediction, as_denoiser
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
 from sagl.diffusion.process import clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
@@ -47,11 +47,16 @@ class Recipe:
         side, channels = self.network.settings.image_size, self.network.settings.in_channels
         x_T = initial_noise(seed, ids, (channels, side, side)).to(device)
         noise = step_noise(seed, ids, (channels, side, side), device)
-        denoise = guided(as_denoiser(self.network, self.schedule, self.diffusion.variance), self.guidances)
+        denoise = self.denoiser
         condition = Condition(labels=None if labels is None else labels.to(device))
         if s.sampler == "ddim":
             return ddim(denoise, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, eta=s.eta)
         return ddpm(denoise, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network on its schedule, guided."""
+        return guided(as_denoiser(self.network, self.schedule, self.diffusion.variance), self.guidances)
 
     @property
     def unguided(self) -> "Recipe":

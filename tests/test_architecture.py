@@ -17,7 +17,7 @@ LAYERS = [
     {"recipe"},
     {"guidance", "samplers", "metrics", "data"},
     {"diffusion", "models"},
-    {"settings", "shapes"},
+    {"machine", "settings", "shapes"},
 ]
 """From the top down; rooms of one layer never see each other."""
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

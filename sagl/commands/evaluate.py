@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sagl.commands.parser import Parser
+from sagl.machine import keep_freed_memory
 from sagl.settings.paths import cache_folder
 
 DATA_SETS = ("fashion_mnist_train", "fashion_mnist_test")
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
         UserError: the images, the data or the extractor are not there, or too few.
     """
     given = evaluate_parser().parse(arguments)
+    keep_freed_memory()
     from sagl.metrics.features import EXTRACTORS, features_of
     from sagl.metrics.frechet import frechet_distance, statistics
     from sagl.metrics.reference import cached_statistics

@@ -25,6 +25,7 @@ from sagl.data.run_folder import (
     write_record,
     write_shard,
 )
+from sagl.machine import keep_freed_memory
 from sagl.models.zoo import described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> None:
         UserError: the request cannot be met; nothing has been written.
     """
     request = parse(arguments)
+    keep_freed_memory()
     _refuse_contradictions(request)
     job = _job(request)
     if request.dry_run:

@@ -14,6 +14,7 @@ from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
 from sagl.commands.request import packaged_config
+from sagl.machine import keep_freed_memory
 from sagl.models.checkpoints import load_training_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import require
@@ -118,6 +119,7 @@ def train(arguments: list[str]) -> None:
     Raises:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.
     """
+    keep_freed_memory()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # sys.argv must stay as it is, for the launcher of further processes runs it again
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")

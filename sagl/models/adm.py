@@ -41,6 +41,10 @@ def timestep_embedding(timesteps: Timestep, width: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
 
 
+FUSED_PIXELS = 1024
+"""From so many pixels on, PyTorch's group norm takes half the time of our two functions; for fewer up to 9 times it."""
+
+
 class Norm(nn.GroupNorm):
     """Group normalisation in 32 groups, with the timestep's scale and shift folded into its own gain and offset."""
 
@@ -49,6 +53,20 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
+        fused = not torch.is_grad_enabled() and x[0, 0].numel() >= FUSED_PIXELS
+        return self._fused(x, scale, shift) if fused else self._composed(x, scale, shift)
+
+    def _fused(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """PyTorch's own, forward alone: its backward pass is slow on a CPU."""
+        if scale is None or shift is None:
+            return F.group_norm(x, 32, self.weight, self.bias, self.eps)
+        if len(x) == 1:
+            gain = 1 + scale[0]
+            return F.group_norm(x, 32, self.weight * gain, self.bias * gain + shift[0], self.eps)
+        return channel_affine(F.group_norm(x, 32, self.weight, self.bias, self.eps), 1 + scale, shift)
+
+    def _composed(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """Moments and one affine map, each with a backward pass of one multiply-add."""
         means, variances = (moment.unflatten(1, (32, -1)) for moment in channel_moments(x))
         mean = means.mean(dim=2)
         variance = variances.mean(dim=2) + means.var(dim=2, correction=0)
@@ -58,6 +76,11 @@ class Norm(nn.GroupNorm):
         if scale is not None and shift is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         return channel_affine(x, gain, offset)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Times its own sigmoid, in place of x where no gradient is wanted."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -117,14 +140,14 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        normalise, activate, conv = self.in_layers
-        h = conv(self.resample(activate(normalise(x))))
-        told = self.emb_layers(emb)
+        normalise, _, conv = self.in_layers
+        h, told = conv(self.resample(silu(normalise(x)))), self.emb_layers(emb)
+        normalise, _, drop, conv = self.out_layers
         if self.settings.use_scale_shift_norm:
-            h = self.out_layers[1:](self.out_layers[0](h, *told.chunk(2, dim=1)))
+            h = normalise(h, *told.chunk(2, dim=1))
         else:
-            h = self.out_layers(h + told[:, :, None, None].to(h.dtype))
-        return self.skip_connection(self.resample(x)) + h
+            h = normalise(h + told[:, :, None, None].to(h.dtype))
+        return conv(drop(silu(h))).add_(self.skip_connection(self.resample(x)))
 
 
 class AttentionBlock(nn.Module):
@@ -249,7 +272,8 @@ class UNet(Encoder):
         for stage in self.output_blocks:
             h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
             received |= maps
-        return UNetOutput(self.out(h).float(), received)
+        normalise, _, conv = self.out
+        return UNetOutput(conv(silu(normalise(h))).float(), received)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         """The timestep's embedding plus the label's, or the null label's where there is none."""

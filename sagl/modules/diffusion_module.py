@@ -1,12 +1,14 @@
 """The Lightning shell around a network in training: loss, labels, optimiser, logs. No formulas."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from sagl.data.pixels import to_float
 from sagl.diffusion.losses import (
@@ -28,6 +30,14 @@ from sagl.shapes import Image, ImageUint8, Labels
 Batch = tuple[ImageUint8, Labels]
 QUARTERS = 4
 """Validation reports its loss in so many equal parts of the timesteps."""
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> AdamW:
+    """AdamW in one pass over memory."""
+    s = settings
+    optimizer = AdamW(parameters, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay, fused=True)
+    optimizer._step_supports_amp_scaling = False  # it could unscale gradients itself; Lightning clips what it unscaled
+    return optimizer
 
 
 class DiffusionModule(LightningModule):
@@ -114,9 +124,7 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
         """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
         s = self.optimizer_settings
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay
-        )
+        optimizer = adamw(self.network.parameters(), s)
         max_steps = self.trainer.max_steps
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.rate_factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}

@@ -1,0 +1,127 @@
+"""The public code beside which ours is timed: guided-diffusion, and its fork with self-attention guidance.
+
+Nothing of either is kept here; the folders of the checkouts are arguments.
+"""
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagl.settings.network import UNetSettings
+
+SETTINGS_OF_OURS = ("num_classes", "null_label", "num_channels", "in_channels", "learn_sigma")
+"""Fields of `UNetSettings` that the public network calls by another name."""
+
+
+def import_from(folder: Path) -> Any:
+    """`guided_diffusion` of a checkout; the two have the same name, so one process imports one of them."""
+    for name in ("mpi4py", "blobfile"):  # for its training loop on many machines; no computation reads them
+        module = types.ModuleType(name)
+        module.MPI = None  # type: ignore[attr-defined]
+        sys.modules.setdefault(name, module)
+    sys.path.insert(0, str(folder))
+    from guided_diffusion import gaussian_diffusion, nn, respace, script_util, unet
+
+    return types.SimpleNamespace(
+        diffusion=gaussian_diffusion, nn=nn, respace=respace, script_util=script_util, unet=unet
+    )
+
+
+def network_of(public: Any, s: UNetSettings, **more: Any) -> Any:
+    """Their UNet with our settings; attention resolutions are downsampling factors there."""
+    return public.unet.UNetModel(
+        image_size=s.image_size,
+        in_channels=s.in_channels,
+        model_channels=s.num_channels,
+        out_channels=s.in_channels * (1 + s.learn_sigma),
+        num_res_blocks=s.num_res_blocks,
+        attention_resolutions=tuple(s.image_size // side for side in s.attention_resolutions),
+        dropout=s.dropout,
+        channel_mult=tuple(width / s.num_channels for width in s.widths),
+        num_classes=None if s.num_classes is None else s.num_classes + s.null_label,
+        num_heads=s.num_heads,
+        num_head_channels=s.num_head_channels or -1,
+        use_scale_shift_norm=s.use_scale_shift_norm,
+        resblock_updown=s.resblock_updown,
+        use_new_attention_order=s.use_new_attention_order,
+        **more,
+    )
+
+
+def process_of(public: Any, schedule: str, respacing: str, **more: Any) -> Any:
+    """Their diffusion process, learned variance, respaced."""
+    d = public.diffusion
+    return public.respace.SpacedDiffusion(
+        use_timesteps=public.respace.space_timesteps(1000, respacing),
+        betas=d.get_named_beta_schedule(schedule, 1000),
+        model_mean_type=d.ModelMeanType.EPSILON,
+        model_var_type=d.ModelVarType.LEARNED_RANGE,
+        loss_type=d.LossType.MSE,
+        rescale_timesteps=False,
+        **more,
+    )
+
+
+def sag_step(
+    folder: Path, s: UNetSettings, state: dict[str, Tensor], *, depth: int, blur_sigma: float, scale: float
+) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+    """(x_t, step, labels) -> x_{t-1}, guided at output block `depth`."""
+    public = import_from(folder)
+    network = network_of(public, s, sel_attn_block="output", sel_attn_depth=depth).eval()
+    network.load_state_dict(state)
+    more = {"sel_attn_block": "output", "sel_attn_depth": depth, "num_heads": s.num_heads}
+    process = process_of(public, "linear", "250", **more)
+    guidance = {"guide_scale": 1 + scale, "guide_start": 250, "blur_sigma": blur_sigma}
+
+    def step(x: Tensor, position: int, labels: Tensor | None) -> Tensor:
+        told = {} if labels is None else {"y": labels}
+        timesteps = torch.full((len(x),), position)
+        with torch.no_grad():
+            out = process.p_sample(network, x, timesteps, model_kwargs=told, guidance_kwargs=guidance)
+        result: Tensor = out["sample"]
+        return result
+
+    return step
+
+
+def forward(
+    folder: Path, s: UNetSettings, state: dict[str, Tensor]
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(x_t, timesteps, labels) -> the network's channels."""
+    network = network_of(import_from(folder), s).eval()
+    network.load_state_dict(state)
+
+    def run(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = network(x, timesteps, **({} if labels is None else {"y": labels}))
+        return out
+
+    return run
+
+
+def training_step(
+    folder: Path, s: UNetSettings, state: dict[str, Tensor], schedule: str
+) -> Callable[[Tensor, Tensor, Tensor | None], float]:
+    """(x_0, timesteps, labels) -> loss: forward, backward, AdamW and the average, as its training loop has them."""
+    public = import_from(folder)
+    network = network_of(public, s)
+    network.load_state_dict(state)
+    process = process_of(public, schedule, "1000")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
+    averages = [parameter.detach().clone() for parameter in network.parameters()]
+
+    def step(x_0: Tensor, timesteps: Tensor, labels: Tensor | None) -> float:
+        optimizer.zero_grad()
+        told = {} if labels is None else {"y": labels}
+        loss = process.training_losses(network, x_0, timesteps, model_kwargs=told)["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        public.nn.update_ema(averages, network.parameters(), rate=0.9999)
+        return float(loss.detach())
+
+    return step

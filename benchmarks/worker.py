@@ -1,0 +1,215 @@
+"""One side of a comparison in a process of its own: does a unit of work for every line that it reads.
+
+Started by speed.py with a `Side` as JSON. Answers each line of stdin with one of JSON: seconds, page faults, the
+process's peak in bytes. The line `save FILE` stores the result of the last unit instead.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sagl.machine import keep_freed_memory
+from sagl.models.adm import UNet
+from sagl.models.zoo import RELEASED, unet_named
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import ChainSettings
+
+NETWORKS: dict[str, UNetSettings] = {
+    "lsun": RELEASED["lsun_cat"].settings,
+    "embedded": replace(unet_named("fashion_mnist")[0], in_channels=3, num_heads=4),  # theirs cannot guide grey images
+    "adm64": replace(RELEASED["imagenet64"].settings, dropout=0.0, num_classes=None),
+}
+SITES = {"lsun": 2, "embedded": 5}
+"""Output block that guides; its side is one that the public code has in its table."""
+STEP = 120
+"""Of 250, in the middle of the chain."""
+SCALE, BLUR_SIGMA = 0.3, 3.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What a process is to do."""
+
+    code: str
+    """ours, adm (guided-diffusion) or sag (its fork)."""
+    work: str
+    """forward, unguided, guided or training."""
+    network: str
+    batch_size: int
+    precision: str = "float32"
+    folder: str | None = None
+    """Checkout of the public code."""
+    threads: int | None = None
+
+
+def weights_of(s: UNetSettings) -> dict[str, Tensor]:
+    """Drawn weights, the same for every side: by the order of names, of a size that keeps features in bounds."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UNet(s).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        fan_in = max(1, shape[1:].numel())
+        drawn = torch.randn(shape, generator=generator) * (0.5 / fan_in**0.5 if len(shape) > 1 else 0.02)
+        state[name] = drawn + 1 if name.endswith("weight") and len(shape) == 1 else drawn
+    return state
+
+
+def unit_of(side: Side) -> Callable[[], Tensor]:
+    """The work, with its inputs bound."""
+    s = NETWORKS[side.network]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(side.batch_size, s.in_channels, s.image_size, s.image_size, generator=generator)
+    labels = None if s.num_classes is None else torch.arange(side.batch_size) % s.num_classes
+    build = {"training": _training, "forward": _forward}.get(side.work, _step)
+    return build(side, s, x, labels)
+
+
+def _network(side: Side, s: UNetSettings) -> UNet:
+    with torch.device("meta"):
+        network = UNet(s)
+    network.load_state_dict(weights_of(s), assign=True)
+    network.to(memory_format=torch.channels_last)
+    return network.to(DTYPES[side.precision])
+
+
+def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
+    timesteps = torch.full((len(x),), 480.0)
+    if side.code != "ours":
+        from benchmarks import public
+
+        theirs = public.forward(Path(str(side.folder)), s, weights_of(s))
+        return lambda: theirs(x, timesteps, labels)
+    network = _network(side, s).eval().requires_grad_(False)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return network(x, timesteps, labels).out
+
+    return run
+
+
+def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
+    """One step of ancestral sampling, guided or not; noise from torch's own generator, as the public code draws it."""
+    depth = SITES[side.network]
+    if side.code != "ours":
+        from benchmarks import public
+
+        theirs = public.sag_step(
+            Path(str(side.folder)), s, weights_of(s), depth=depth, blur_sigma=BLUR_SIGMA, scale=SCALE
+        )
+        return lambda: _seeded(lambda: theirs(x, STEP, labels))
+    from sagl.diffusion.denoiser import Condition
+    from sagl.recipe import prepare
+    from sagl.samplers.ddpm import ddpm_step
+    from sagl.settings.diffusion import DiffusionSettings
+
+    scale = SCALE if side.work == "guided" else 0.0
+    sag = SelfAttentionGuidance(
+        scale=scale, site=f"output.{depth}", blur_sigma=BLUR_SIGMA, kernel_size=31, heads="as_released"
+    )
+    network = _network(side, s).eval().requires_grad_(False)
+    recipe = prepare(network, DiffusionSettings(), ChainSettings(sampler="ddpm", respacing="250"), sag)
+    denoise, condition = recipe.denoiser, Condition(labels=labels)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            prediction = denoise(x, STEP, condition)
+            return ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
+
+    return lambda: _seeded(run)
+
+
+def _seeded(run: Callable[[], Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    return run()
+
+
+def _training(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
+    """Forward, backward, AdamW and the average of the weights."""
+    x_0, timesteps = x.clamp(-1, 1), torch.linspace(0, 999, len(x)).long()
+    if side.code != "ours":
+        from benchmarks import public
+
+        theirs = public.training_step(Path(str(side.folder)), s, weights_of(s), "cosine")
+        return lambda: torch.tensor(_seeded(lambda: torch.tensor(theirs(x_0, timesteps, labels))))
+    return _our_training(side, s, x_0, timesteps, labels)
+
+
+def _our_training(
+    side: Side, s: UNetSettings, x_0: Tensor, timesteps: Tensor, labels: Tensor | None
+) -> Callable[[], Tensor]:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from sagl.diffusion.losses import training_losses
+    from sagl.diffusion.schedule import make_schedule
+    from sagl.modules.diffusion_module import adamw
+    from sagl.settings.diffusion import DiffusionSettings
+    from sagl.settings.training import OptimizerSettings
+
+    network: nn.Module = _network(replace(side, precision="float32"), s)
+    schedule = make_schedule(DiffusionSettings(noise_schedule="cosine"))
+    optimizer = adamw(network.parameters(), OptimizerSettings())
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=side.precision == "bfloat16"):
+            losses = training_losses(
+                lambda x, t: network(x, t, labels).out,
+                x_0,
+                timesteps,
+                torch.randn_like(x_0),
+                schedule,
+                kind="hybrid",
+                variance="learned_range",
+            )
+            loss = losses.total.mean()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(network)
+        return loss.detach()
+
+    return lambda: _seeded(run)
+
+
+def measured(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """One unit, and what it cost."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    result = unit()
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    faults, peak = after.ru_minflt - before.ru_minflt, after.ru_maxrss * 1024
+    return {"seconds": seconds, "faults": faults, "peak_bytes": peak}, result
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    side = Side(**json.loads(sys.argv[1]))
+    if side.code == "ours":
+        keep_freed_memory()
+    if side.threads:
+        torch.set_num_threads(side.threads)
+    unit = unit_of(side)
+    result = unit()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.startswith("save "):
+            torch.save(result, line.split(maxsplit=1)[1].strip())
+            print("{}", flush=True)
+        else:
+            cost, result = measured(unit)
+            print(json.dumps(cost), flush=True)
+
+
+if __name__ == "__main__":
+    main()
