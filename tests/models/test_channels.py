@@ -30,6 +30,20 @@ def test_moments_are_mean_and_variance_of_every_channel(shape):
     torch.testing.assert_close(variance.double(), pixels.var(dim=2, correction=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", [4, 32, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+def test_norm_without_a_gradient_is_as_exact_where_the_mean_is_large(side, dtype, tolerance):
+    ours, theirs = norm_pair(dtype)
+    x = (20 + drawn(2, 64, side, side)).to(dtype).to(memory_format=torch.channels_last)
+    scale, shift = (0.3 * drawn(2, 64, seed=seed).to(dtype) for seed in (5, 6))
+    with torch.inference_mode():
+        for told in ((), (scale, shift)):
+            found, exact = ours(x, *told), theirs.double()(x.double())
+            if told:
+                exact = exact * (1 + scale.double()[..., None, None]) + shift.double()[..., None, None]
+            assert float((found - exact).abs().max()) < tolerance * float(exact.abs().max())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_affine_scales_and_shifts_every_channel(shape):
     x, gain, offset = drawn(*shape), drawn(*shape[:2], seed=1), drawn(*shape[:2], seed=2)
