@@ -33,8 +33,7 @@ def faults_of(how):
 def test_memory_of_freed_tensors_is_kept_for_the_next_step():
     kept, faults = faults_of("kept")
     assert kept
-    assert faults < 100
-    assert faults_of("given back")[1] > 10_000
+    assert faults < 0.2 * faults_of("given back")[1]  # not 0: the heap may still have to grow by one tensor
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
