@@ -110,6 +110,7 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
         )
         return lambda: _seeded(lambda: theirs(x, STEP, labels))
     from sagl.diffusion.denoiser import Condition
+    from sagl.diffusion.process import clip, x0_hat_from_eps
     from sagl.recipe import prepare
     from sagl.samplers.ddpm import ddpm_step
     from sagl.settings.diffusion import DiffusionSettings
@@ -125,7 +126,8 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
     def run() -> Tensor:
         with torch.inference_mode():
             prediction = denoise(x, STEP, condition)
-            return ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
+            ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
+            return clip(x0_hat_from_eps(x, prediction.eps, recipe.schedule.alpha_bar(STEP)), on=True)
 
     return lambda: _seeded(run)
 
