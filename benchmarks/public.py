@@ -70,7 +70,7 @@ def process_of(public: Any, schedule: str, respacing: str, **more: Any) -> Any:
 def sag_step(
     folder: Path, s: UNetSettings, state: dict[str, Tensor], *, depth: int, blur_sigma: float, scale: float
 ) -> Callable[[Tensor, int, Tensor | None], Tensor]:
-    """(x_t, step, labels) -> guided x0_hat of a whole step; their blur draws, so x_{t-1} has noise of its own."""
+    """(x_t, step, labels) -> x_{t-1}, guided at output block `depth`."""
     public = import_from(folder)
     network = network_of(public, s, sel_attn_block="output", sel_attn_depth=depth).eval()
     network.load_state_dict(state)
@@ -83,7 +83,7 @@ def sag_step(
         timesteps = torch.full((len(x),), position)
         with torch.no_grad():
             out = process.p_sample(network, x, timesteps, model_kwargs=told, guidance_kwargs=guidance)
-        result: Tensor = out["pred_xstart"]
+        result: Tensor = out["sample"]
         return result
 
     return step

@@ -110,7 +110,6 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
         )
         return lambda: _seeded(lambda: theirs(x, STEP, labels))
     from sagl.diffusion.denoiser import Condition
-    from sagl.diffusion.process import clip, x0_hat_from_eps
     from sagl.recipe import prepare
     from sagl.samplers.ddpm import ddpm_step
     from sagl.settings.diffusion import DiffusionSettings
@@ -124,10 +123,10 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
     denoise, condition = recipe.denoiser, Condition(labels=labels)
 
     def run() -> Tensor:
+        torch.rand(1)  # their blur draws its sigma, also where that is one number
         with torch.inference_mode():
             prediction = denoise(x, STEP, condition)
-            ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
-            return clip(x0_hat_from_eps(x, prediction.eps, recipe.schedule.alpha_bar(STEP)), on=True)
+            return ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
 
     return lambda: _seeded(run)
 
