@@ -14,9 +14,6 @@ from torch import Tensor
 
 from sagl.settings.network import UNetSettings
 
-SETTINGS_OF_OURS = ("num_classes", "null_label", "num_channels", "in_channels", "learn_sigma")
-"""Fields of `UNetSettings` that the public network calls by another name."""
-
 
 def import_from(folder: Path) -> Any:
     """`guided_diffusion` of a checkout; the two have the same name, so one process imports one of them."""
@@ -87,21 +84,6 @@ def sag_step(
         return result
 
     return step
-
-
-def forward(
-    folder: Path, s: UNetSettings, state: dict[str, Tensor]
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """(x_t, timesteps, labels) -> the network's channels."""
-    network = network_of(import_from(folder), s).eval()
-    network.load_state_dict(state)
-
-    def run(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            out: Tensor = network(x, timesteps, **({} if labels is None else {"y": labels}))
-        return out
-
-    return run
 
 
 def training_step(

@@ -48,16 +48,19 @@ def comparisons(adm: str | None, sag: str | None) -> Iterator[tuple[str, Compari
     """All, by short names; those whose checkout is missing are left out."""
     if sag:
         for batch_size in (1, 4):
-            yield f"lsun_sag_{batch_size}", _beside_sag("lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6})
-        yield "embedded_sag_64", _beside_sag("embedded", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
+            yield (
+                f"lsun_sag_{batch_size}",
+                _beside_sag(sag, "lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6}),
+            )
+        yield "embedded_sag_64", _beside_sag(sag, "embedded", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
     if adm:
         yield "adm64_training_8", _training_beside_adm(adm)
     for network, batch_size in (("lsun", 1), ("embedded", 64)):
         yield f"{network}_guided", _against_unguided(network, batch_size)
 
 
-def _beside_sag(network: str, batch_size: int, bars: Mapping[str, float]) -> Comparison:
-    theirs = Side(code="sag", work="guided", network=network, batch_size=batch_size)
+def _beside_sag(folder: str, network: str, batch_size: int, bars: Mapping[str, float]) -> Comparison:
+    theirs = Side(code="sag", work="guided", network=network, batch_size=batch_size, folder=folder)
     mine = {f"ours, {precision}": ours("guided", network, batch_size, precision) for precision in bars}
     return Comparison(
         title=f"SAG step, {network} network, batch {batch_size}",
@@ -68,7 +71,9 @@ def _beside_sag(network: str, batch_size: int, bars: Mapping[str, float]) -> Com
 
 
 def _training_beside_adm(folder: str) -> Comparison:
-    sides = {"guided-diffusion, float32": Side(code="adm", work="training", network="adm64", batch_size=8)}
+    sides = {
+        "guided-diffusion, float32": Side(code="adm", work="training", network="adm64", batch_size=8, folder=folder)
+    }
     sides |= {f"ours, {p}": ours("training", "adm64", 8, p) for p in ("float32", "bfloat16")}
     return Comparison(
         title="training step, 64x64 ADM, batch 8",
@@ -78,13 +83,10 @@ def _training_beside_adm(folder: str) -> Comparison:
 
 
 def _against_unguided(network: str, batch_size: int) -> Comparison:
-    sides = {
-        f"{work}, {p}": ours(work, network, batch_size, p) for work in ("unguided", "guided") for p in ("float32",)
-    }
     return Comparison(
-        title=f"SAG step against an unguided step, {network} network, batch {batch_size}",
-        sides=sides,
-        bars={"guided, float32": 2.03},
+        title=f"SAG step against an unguided step, {network} network, batch {batch_size}, float32",
+        sides={work: ours(work, network, batch_size) for work in ("unguided", "guided")},
+        bars={"guided": 2.03},
     )
 
 
@@ -220,19 +222,17 @@ def shares(rounds: int) -> list[str]:
 def main() -> None:
     """Run what was asked for and print or write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference_adm", help="checkout of openai/guided-diffusion")
-    parser.add_argument("--reference_sag", help="checkout of the public SAG code")
+    parser.add_argument("--reference_adm", type=_absolute, help="checkout of openai/guided-diffusion")
+    parser.add_argument("--reference_sag", type=_absolute, help="checkout of the public SAG code")
     parser.add_argument("--only", nargs="*", help="names of comparisons; `share` for the share of the peak")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     a = parser.parse_args()
     command = "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
     lines = ["# Speed", "", *machine(), f"- `{command}`"]
-    folders = {"adm": a.reference_adm, "sag": a.reference_sag}
     for name, comparison in comparisons(a.reference_adm, a.reference_sag):
         if a.only is None or name in a.only:
-            sides = {n: _with_folder(side, folders) for n, side in comparison.sides.items()}
-            lines += table_of(run(Comparison(**{**vars(comparison), "sides": sides}), a.rounds))
+            lines += table_of(run(comparison, a.rounds))
             print("\n".join(lines[-6:]), flush=True)
     if a.only is None or "share" in a.only:
         lines += shares(a.rounds)
@@ -242,8 +242,9 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def _with_folder(side: Side, folders: Mapping[str, str | None]) -> Side:
-    return Side(**{**asdict(side), "folder": folders.get(side.code)})
+def _absolute(folder: str) -> str:
+    """A folder as the workers find it, who run elsewhere."""
+    return str(Path(folder).resolve())
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ class Side:
     precision: str = "float32"
     folder: str | None = None
     """Checkout of the public code."""
-    threads: int | None = None
 
 
 def weights_of(s: UNetSettings) -> dict[str, Tensor]:
@@ -85,11 +84,6 @@ def _network(side: Side, s: UNetSettings) -> UNet:
 
 def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
     timesteps = torch.full((len(x),), 480.0)
-    if side.code != "ours":
-        from benchmarks import public
-
-        theirs = public.forward(Path(str(side.folder)), s, weights_of(s))
-        return lambda: theirs(x, timesteps, labels)
     network = _network(side, s).eval().requires_grad_(False)
 
     def run() -> Tensor:
@@ -198,8 +192,6 @@ def main() -> None:
     side = Side(**json.loads(sys.argv[1]))
     if side.code == "ours":
         keep_freed_memory()
-    if side.threads:
-        torch.set_num_threads(side.threads)
     unit = unit_of(side)
     result = unit()
     print("ready", flush=True)

@@ -71,11 +71,11 @@ def _require_target(target: Path) -> None:
 def _write(file: "NetworkFile", target: Path, dtype: str | None) -> None:
     import torch
 
-    from sagl.models.checkpoints import parameters_of, require_fit, write_network
+    from sagl.models.checkpoints import in_dtype, parameters_of, require_fit, write_network
     from sagl.models.diffusers import write_diffusers
 
     if dtype is not None:
-        file = replace(file, state={name: tensor.to(getattr(torch, dtype)) for name, tensor in file.state.items()})
+        file = in_dtype(file, getattr(torch, dtype))
     if target.name.endswith(ENDING):
         require_fit(parameters_of(file.network), file.state)
         write_network(file, target)

@@ -37,8 +37,10 @@ class _Affine(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, gain)
         y, at_once = torch.empty_like(x), _pixels_at_once(x)
+        dtype = torch.promote_types(x.dtype, gain.dtype)  # inside, 16 bits would be too few for a large offset
+        a, b = gain.to(dtype)[:, None], offset.to(dtype)[:, None]
         for part, out in zip(_pixels(x).split(at_once, dim=1), _pixels(y).split(at_once, dim=1), strict=True):
-            out.copy_(torch.addcmul(offset[:, None], part.to(gain.dtype), gain[:, None]))  # 16 bits are too few inside
+            out.copy_(torch.addcmul(b, part.to(dtype), a))
         return y
 
     @staticmethod
@@ -64,7 +66,9 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _pixels_at_once(x: Tensor) -> int:
-    """So many that what is computed of them stays in the processor's caches."""
+    """So many that what is computed of them stays in the processor's caches; on other devices all."""
+    if x.device.type != "cpu":
+        return max(1, x[0, 0].numel())
     return max(1, ELEMENTS_AT_ONCE * torch.get_num_threads() // (x.shape[0] * x.shape[1]))
 
 

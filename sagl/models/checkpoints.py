@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -73,8 +73,13 @@ def read_network(
     return file
 
 
-def write_network(file: NetworkFile, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write safetensors with the settings inside, whole or not at all; `dtype` None keeps each tensor's own.
+def in_dtype(file: NetworkFile, dtype: torch.dtype) -> NetworkFile:
+    """The same network with its weights in `dtype`."""
+    return replace(file, state={name: tensor.to(dtype) for name, tensor in file.state.items()})
+
+
+def write_network(file: NetworkFile, path: Path) -> None:
+    """Write safetensors with the settings inside, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -84,9 +89,8 @@ def write_network(file: NetworkFile, path: Path, dtype: torch.dtype | None = Non
         "diffusion": asdict(file.diffusion),
         "recommended": dict(file.recommended),
     }
-    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in file.state.items()}
     with whole_file(path, "target") as partial:
-        save_tensors(state, partial, {METADATA_KEY: json.dumps(about)})
+        save_tensors(file.state, partial, {METADATA_KEY: json.dumps(about)})
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sagl.commands.request import read_config, sampling_part
-from sagl.models.checkpoints import build_network, read_network, write_network
+from sagl.models.checkpoints import build_network, in_dtype, read_network, write_network
 from sagl.models.zoo import EMBEDDED, RELEASED, described
 from sagl.settings.diffusion import DiffusionSettings
 from tests.tiny import (
@@ -137,7 +137,7 @@ def test_a_target_that_may_not_be_written_is_refused_before_anything_is_fetched(
 
 def test_each_tensor_keeps_its_dtype_unless_another_is_asked_for(tmp_path):
     source = tmp_path / "half.safetensors"
-    write_network(network_file(), source, torch.float16)
+    write_network(in_dtype(network_file(), torch.float16), source)
     for flags, dtype in (([], torch.float16), (["--dtype", "float32"], torch.float32)):
         assert exit_code("convert", source, tmp_path / f"{dtype}.safetensors", *flags) == 0
         assert {tensor.dtype for tensor in load_file(tmp_path / f"{dtype}.safetensors").values()} == {dtype}

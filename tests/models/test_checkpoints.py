@@ -11,6 +11,7 @@ from sagl.models.checkpoints import (
     as_weights,
     build_classifier,
     build_network,
+    in_dtype,
     load_training_checkpoint,
     read_network,
     write_network,
@@ -44,7 +45,7 @@ def test_float32_comes_back_bit_for_bit_with_settings_and_advice(tmp_path):
 
 
 def test_float16_comes_back_close_and_is_used_in_float32(tmp_path):
-    write_network(network_file(), tmp_path / "a.safetensors", torch.float16)
+    write_network(in_dtype(network_file(), torch.float16), tmp_path / "a.safetensors")
     found, network = read_network(tmp_path / "a.safetensors"), grey_unet()
     assert {tensor.dtype for tensor in found.state.values()} == {torch.float16}
     built = build_network(found)
