@@ -200,7 +200,7 @@ def machine() -> list[str]:
     return [
         f"- processor: {names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}",
         f"- commit {commit.stdout.strip() or 'unknown'}",
     ]
 
