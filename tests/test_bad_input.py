@@ -125,7 +125,7 @@ def flags_id(value):
         (["--sampler", "ddim", "--eta", "1.5"], ("`eta`", "[0, 1]", "got 1.5")),
         (["--clip_x0", "maybe"], ("`clip_x0`", "true or false", "got maybe")),
         (["--sag.heads", "all"], ("`sag.heads`", "layer, as_released", "got all")),
-        (["--trainer.precision", "64"], ("`trainer.precision`", "32-true, bf16-true, 16-true", "got 64")),
+        (["--trainer.precision", "64"], ("`trainer.precision`", "auto, 32-true, bf16-true, 16-true", "got 64")),
         (["--trainer.accelerator", "tpu"], ("`trainer.accelerator`", "auto, cpu, gpu", "got tpu")),
         (["--views", "grid,film"], ("`views`", "grid, images, npz, strip", "'film'")),
         (["--progress", "loud"], ("`progress`", "auto, bar, lines, off", "got loud")),
@@ -511,6 +511,7 @@ def test_the_limit_on_files_can_be_set():
 
 def test_images_that_overflow_are_not_kept(refused, tiny):
     flags = ["--clip_x0", "false", "--sag.scale", "1e300", "--sag.site", "middle", "--sag.kernel_size", "3"]
+    flags += ["--batch_size", "2", "--trainer.precision", "32-true"]
     said = refused("sample", "--checkpoint", tiny, "--output", "run", *SHORT, *flags)
     assert "here they overflowed" in said
 

@@ -1,8 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from sagl import machine
 
 SCRIPT = """
 import json, resource, sys
@@ -37,7 +41,45 @@ def test_memory_of_freed_tensors_is_kept_for_the_next_step():
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
-    from sagl import machine
 
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("musl", "1.2"))
     assert machine.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [("flags: avx2 amx_bf16 x", True), ("flags\t: avx512_bf16", True), ("avx512_bf16_other avx2", False), ("", False)],
+)
+def test_bfloat16_is_fast_where_the_processor_says_so(flags, fast, monkeypatch):
+    monkeypatch.setattr(machine, "_text", lambda _: flags)
+    assert machine.has_fast_bfloat16() == fast
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 4), ("150000 100000", 2), ("800000 100000", 4), ("50000 100000", 1), ("", 4)]
+)
+def test_cores_are_those_of_the_affinity_and_of_the_quota(quota, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(machine, "_text", lambda _: quota)
+    assert machine.usable_cores() == cores
+
+
+@pytest.mark.parametrize(("told", "threads"), [(None, 1), ("2", 2)])
+def test_threads_are_no_more_than_cores_unless_the_user_says_so(told, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        assert machine.set_threads() == threads == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_available_memory_is_the_system_s_and_none_where_it_does_not_say(monkeypatch):
+    monkeypatch.setattr(machine, "_text", lambda _: "MemTotal:  9 kB\nMemAvailable:   123 kB\nBuffers: 7 kB\n")
+    assert machine.available_bytes(torch.device("cpu")) == 123 * 1024
+    monkeypatch.setattr(machine, "_text", lambda _: "")
+    assert machine.available_bytes(torch.device("cpu")) is None

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from sagl.commands.parser import Parser
+from sagl.machine import has_fast_bfloat16, usable_cores
 from sagl.settings.paths import cache_folder, nearest_existing, packaged_configs
 
 LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
@@ -61,14 +61,12 @@ def machine() -> Iterator[Line]:
     except ImportError as error:
         yield "torch", f"cannot be imported: {error}", "pip install torch torchvision"
         return
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     threads = torch.get_num_threads()
     too_many = f"export OMP_NUM_THREADS={usable}" if threads > usable else ""
     yield "threads", f"{threads} on {usable} cores", too_many
     yield "processor", torch.backends.cpu.get_cpu_capability(), ""
-    flags = _read(Path("/proc/cpuinfo"))
-    bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    yield "fast bfloat16", "yes" if bf16 else "no", "" if bf16 else "sample in --trainer.precision 32-true"
+    yield "fast bfloat16", "yes" if has_fast_bfloat16() else "no", ""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield "GPU", ", ".join(names) or "none", ""
 
@@ -121,7 +119,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""

@@ -31,7 +31,7 @@ from sagl.settings.guidance import (
 )
 from sagl.settings.network import UNetSettings
 from sagl.settings.paths import packaged_configs
-from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings, WeightPrecision
 from sagl.settings.training import OptimizerSettings
 
 VIEWS = ("grid", "images", "npz", "strip")
@@ -100,6 +100,12 @@ class Request:
             "precision": self.device.precision,
             "weights": self.source.weights,
         }
+
+    @property
+    def weight_precision(self) -> WeightPrecision:
+        """The precision, once it has been chosen."""
+        assert self.device.precision != "auto"
+        return self.device.precision
 
     def views_of(self, num_samples: int) -> tuple[str, ...]:
         """The views to make: all but the strip up to 1,000 images, above that those that were named."""

@@ -3,7 +3,7 @@
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from sagl.data.run_folder import (
     write_record,
     write_shard,
 )
-from sagl.machine import keep_freed_memory
+from sagl.machine import available_bytes, fast_precision, keep_freed_memory, set_threads
 from sagl.models.zoo import described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
@@ -83,13 +83,14 @@ def main(arguments: list[str]) -> None:
     _refuse_contradictions(request)
     job = _job(request)
     if request.dry_run:
-        _print_cost(job, _recipe(job))
+        _print_cost(request, job)
         return
     missing = missing_batches(job.folder, job.batches)
     record, recipe = _record(job, arguments), None
     if missing:
         require_writable(job.folder)
         recipe = _recipe(job)
+        _say_choices(request, job)
         _draw(job, recipe, missing, record | {"nfe": recipe.nfe, "views": {}})
         record = read_record(job.folder)
     views = _views_to_make(job, record)
@@ -137,6 +138,7 @@ def _job(request: Request) -> Job:
 
     respaced_timesteps(request.chain.respacing, diffusion.num_timesteps)
     weights = request.source.checkpoint or _fetched(request.source)
+    request = _with_precision(request, read_record(request.output))
     settings = {**request.settings, "weights_sha256": _sha256(weights)}
     if request.source.network is not None:  # the file does not say, so the settings came from elsewhere
         settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
@@ -144,7 +146,7 @@ def _job(request: Request) -> Job:
     return Job(
         request=request,
         weights=weights,
-        run=_sized(request.run, network.image_size, record),
+        run=_sized(request, network, record),
         settings=settings,
         record=record,
     )
@@ -161,15 +163,36 @@ def _known(source: Source) -> tuple[Any, Any]:
     return file.network, file.diffusion
 
 
-def _sized(run: RunSettings, side: int, record: dict[str, Any]) -> RunSettings:
-    """The run with its batch size: as given, as the folder has it, or as suits the images' size."""
-    found = record.get("batch_size")
+def _with_precision(request: Request, record: Mapping[str, Any]) -> Request:
+    """The request with its precision: as given, as the folder has it, or as suits the device."""
+    if request.device.precision != "auto":
+        return request
+    found = record.get("settings", {}).get("precision")
+    return replace(request, device=replace(request.device, precision=found or fast_precision(_device(request))))
+
+
+def _sized(request: Request, network: UNetSettings, record: dict[str, Any]) -> RunSettings:
+    """The run with its batch size: as given, as the folder has it, or as suits the images' size and the memory."""
+    run, found = request.run, record.get("batch_size")
     require(
         run.batch_size in (None, found) or found is None,
         f"`output` holds a run with batch_size {found}, got {run.batch_size}. Leave it out, or choose another folder.",
     )
-    suits = min(run.num_samples, max(1, min(64, (512 // side) ** 2)))
-    return replace(run, batch_size=run.batch_size or found or suits)
+    return replace(run, batch_size=run.batch_size or found or _suiting(request, network))
+
+
+def _suiting(request: Request, network: UNetSettings) -> int:
+    """Up to 64 images at once: on a CPU as many as its caches like, and no more than fit three quarters of memory."""
+    from sagl.models.checkpoints import DTYPES
+    from sagl.models.footprint import forward_bytes
+
+    device = _device(request)
+    most = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
+    available = available_bytes(device)
+    if available is not None:
+        weights, each = forward_bytes(network, DTYPES[request.weight_precision])
+        most = min(most, max(1, (available * 3 // 4 - weights) // each))
+    return min(request.run.num_samples, most)
 
 
 def _fetched(source: Source) -> Path:
@@ -199,7 +222,7 @@ def _recipe(job: Job) -> "Recipe":
 
     request = job.request
     file, device = _read(request.source, job.weights), _device(request)
-    network = as_weights(build_network(file), request.device.precision, device)
+    network = as_weights(build_network(file), request.weight_precision, device)
     classifier = _classifier(request, network.settings, device) if request.classifier.scale else None
     _say_kernel(request, network.settings.image_size)
     return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)
@@ -221,7 +244,7 @@ def _classifier(request: Request, network: UNetSettings, device: "torch.device")
         f"`classifier.checkpoint` must be for {network.image_size}x{network.image_size} images and the network's "
         f"classes, and this one is for {side}x{side} and {logits} classes.",
     )
-    return as_weights(classifier, request.device.precision, device)
+    return as_weights(classifier, request.weight_precision, device)
 
 
 def _device(request: Request) -> "torch.device":
@@ -235,6 +258,17 @@ def _device(request: Request) -> "torch.device":
 def _say_kernel(request: Request, side: int) -> None:
     if request.sag.scale and request.sag.kernel_size is None and (fits := fitting_kernel(None, side)) < DEFAULT_KERNEL:
         print(f"Blur kernel {fits}: the largest that fits {side}x{side} images.")
+
+
+def _say_choices(asked: Request, job: Job) -> None:
+    """What was left to this machine, and how to have it otherwise; once, before the work."""
+    chosen = {
+        "trainer.precision": asked.device.precision == "auto" and job.request.device.precision,
+        "batch_size": asked.run.batch_size is None and job.run.images_at_once,
+    }
+    threads = set_threads()
+    if shown := [f"--{name} {value}" for name, value in chosen.items() if value]:
+        print(" ".join(["Chosen for this machine:", *shown, f"OMP_NUM_THREADS={threads}"]))
 
 
 # ------------------------------------------------------------------------------------------------------- images
@@ -373,12 +407,14 @@ def _report(job: Job, record: dict[str, Any]) -> None:
     print(f"Made: {shown}. Next: sagl evaluate {job.folder}, or sagl export {job.folder} --help.")
 
 
-def _print_cost(job: Job, recipe: "Recipe") -> None:
+def _print_cost(asked: Request, job: Job) -> None:
     """Time one micro-batch's step, and say what the run would cost."""
     import torch
 
     from sagl.recipe import labels_of
 
+    recipe = _recipe(job)
+    _say_choices(asked, job)
     ids = list(range(job.run.images_at_once))
     steps_done: list[float] = [time.monotonic()]
     with torch.inference_mode():

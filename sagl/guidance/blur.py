@@ -1,5 +1,7 @@
 """Gaussian blur with mirrored borders: the degradation that takes away fine detail alone."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,15 +16,21 @@ def gaussian_kernel(kernel_size: int, blur_sigma: float) -> Tensor:
     return weights / weights.sum()
 
 
+@lru_cache(maxsize=8)
+def blur_matrix(size: int, kernel_size: int, blur_sigma: float) -> Tensor:
+    """What each pixel of a line gives to each of the blurred: -> (size, size) float64.
+
+    The line's ends are mirrored without repeating the last pixel; `kernel_size` // 2 must be below `size`.
+    """
+    reach = kernel_size // 2
+    mirrored = F.pad(torch.eye(size, dtype=torch.float64)[None], (reach, reach), mode="reflect")[0]
+    return mirrored.unfold(-1, kernel_size, 1) @ gaussian_kernel(kernel_size, blur_sigma)
+
+
 def gaussian_blur(images: Image, kernel_size: int, blur_sigma: float) -> Image:
     """Blur along rows, then columns; borders are mirrored without repeating the edge: (B, C, H, W) -> the same.
 
     A constant image is a fixed point. `kernel_size` // 2 must be below H and W.
     """
-    reach, (height, width) = kernel_size // 2, images.shape[-2:]
-    kernel = gaussian_kernel(kernel_size, blur_sigma).to(images)
-    planes = F.pad(images, (reach, reach, reach, reach), mode="reflect").reshape(
-        -1, 1, height + 2 * reach, width + 2 * reach
-    )
-    rows = F.conv2d(planes, kernel[None, None, None, :])
-    return F.conv2d(rows, kernel[None, None, :, None]).reshape(images.shape)
+    along_columns, along_rows = (blur_matrix(size, kernel_size, blur_sigma).to(images) for size in images.shape[-2:])
+    return along_columns.mT @ (images @ along_rows)

@@ -6,11 +6,14 @@ from torch.nn import functional as F
 
 from sagl.shapes import Heads
 
-QUERIES_AT_ONCE = 256
-"""Rows of an attention map that exist at one time while it is summed."""
+MAP_ELEMENTS = {"cpu": 2**20}
+"""Of an attention map that exist at one time while it is summed: on a CPU so many as its caches hold, else 2^24."""
 
-PLAIN_TOKENS = 256
-"""Up to so many tokens, attention on a CPU is plain matrix products."""
+PLAIN_TOKENS = 1024
+"""Up to so many tokens, attention on a CPU in 16 bits is plain matrix products."""
+
+PLAIN_TOKENS_TRAINED = 256
+"""Up to so many, it is where a gradient will be taken."""
 
 
 def split_after_heads(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
@@ -26,24 +29,38 @@ def split_before_heads(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads
 
 
 def attention(query: Heads, key: Heads, value: Heads) -> Heads:
-    """softmax(Q Kᵀ / √d) V, eq. 14: 3 of (B, head, L, d) -> (B, head, L, d).
-
-    On a CPU, for few tokens, the fused kernel takes twice as long as plain products forward, and four times backward.
-    """
-    if query.device.type == "cpu" and query.shape[-2] <= PLAIN_TOKENS:
+    """softmax(Q Kᵀ / √d) V, eq. 14: 3 of (B, head, L, d) -> (B, head, L, d)."""
+    if _plain_pays(query):
         return ((query * query.shape[-1] ** -0.5) @ key.mT).softmax(dim=-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def _plain_pays(query: Heads) -> bool:
+    """Whether the fused kernel is slower than plain products.
+
+    It is on a CPU: in 16 bits twice, where a gradient is taken four times. In float32, forward alone, it takes 0.7 of
+    their time.
+    """
+    if query.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled():
+        return query.shape[-2] <= PLAIN_TOKENS_TRAINED
+    return query.element_size() < 4 and query.shape[-2] <= PLAIN_TOKENS
 
 
 def attention_received(query: Heads, key: Heads) -> Tensor:
     """Attention each token receives, head by head: (B, head, L, d), (B, head, L, d) -> (B, head, L) float32.
 
     softmax(Q Kᵀ / √d) of eq. 14, summed over the queries. The rows of a softmax sum to 1, so the mean over
-    tokens is exactly 1: the natural threshold. Only `QUERIES_AT_ONCE` rows of the map exist at a time.
+    tokens is exactly 1: the natural threshold. Only `MAP_ELEMENTS` of the map exist at a time.
     """
-    each = query.shape[-1] ** -0.25  # as ADM: q and k scaled by d^-1/4 each, safer in half precision than d^-1/2 after
-    key = (key * each).mT
-    received = torch.zeros(key.shape[:2] + key.shape[-1:], dtype=torch.float32, device=key.device)
-    for chunk in query.split(QUERIES_AT_ONCE, dim=-2):
-        received += ((chunk * each) @ key).float().softmax(dim=-1).sum(dim=-2)
-    return received
+    _, heads, tokens, width = query.shape
+    each = width**-0.25  # as ADM: q and k scaled by d^-1/4 each, safer in half precision than d^-1/2 after
+    at_once = MAP_ELEMENTS.get(query.device.type, 2**24) // (heads * tokens)  # rows of the map, each of all heads
+    samples, rows = max(1, at_once // tokens), max(1, min(at_once, tokens))
+    sums = []
+    for some, others in zip(query.split(samples), key.split(samples), strict=True):
+        scaled = (others * each).mT
+        parts = (((chunk * each) @ scaled).float().softmax(dim=-1).sum(dim=-2) for chunk in some.split(rows, dim=-2))
+        sums.append(sum(parts, start=torch.zeros((), device=key.device)))
+    return torch.cat(sums)

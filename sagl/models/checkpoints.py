@@ -22,7 +22,7 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
 from sagl.settings.network import AnySettings, UNetSettings
 from sagl.settings.paths import whole_file
-from sagl.settings.sampling import Precision
+from sagl.settings.sampling import WeightPrecision
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 
@@ -156,10 +156,13 @@ def require_fit(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], w
     )
 
 
-def as_weights(network: AnyNetwork, precision: Precision, device: torch.device) -> AnyNetwork:
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Of weights, by their precision."""
+
+
+def as_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.device) -> AnyNetwork:
     """The network on a device, its weights in the precision; the arithmetic around it stays float32."""
-    dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
-    return network.to(device=device, dtype=dtype)
+    return network.to(device=device, dtype=DTYPES[precision])
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ MOST = 10_000_000
 MOST_AT_ONCE = 65_536
 """Images of one micro-batch."""
 Sampler = Literal["ddpm", "ddim"]
-Precision = Literal["32-true", "bf16-true", "16-true"]
+WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
+Precision = Literal["auto", WeightPrecision]
 Accelerator = Literal["auto", "cpu", "gpu"]
 
 
@@ -102,10 +103,10 @@ class DeviceSettings:
 
     accelerator: Accelerator = "auto"
     """auto: a GPU where there is one."""
-    precision: Precision = "32-true"
-    """Of the network's weights; the process itself is always float32."""
+    precision: Precision = "auto"
+    """Of the network's weights; the process itself is always float32. auto: 16 bits where they are fast."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names."""
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        one_of("trainer.precision", self.precision, ("32-true", "bf16-true", "16-true"))
+        one_of("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))

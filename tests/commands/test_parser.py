@@ -100,7 +100,7 @@ def test_nothing_but_an_interval_of_two_is_put_in_brackets(arguments):
         (["--clip_x0", "maybe"], "`clip_x0` must be true or false, got maybe."),
         (["--sampler", "euler"], "`sampler` must be one of ddpm, ddim, got euler."),
         (["--sag.heads", "all"], "`sag.heads` must be one of layer, as_released, got all."),
-        (["--trainer.precision", "8"], "`trainer.precision` must be one of 32-true, bf16-true, 16-true, got 8."),
+        (["--trainer.precision", "8"], "`trainer.precision` must be one of auto, 32-true, bf16-true, 16-true, got 8."),
         (["--seed"], "--seed needs a value. --help says which."),
         (["--sag.interval"], "--sag.interval needs a value. --help says which."),
         (["stray"], "there is no option 'stray'. --help lists all."),

@@ -8,10 +8,13 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from sagl import machine
+from sagl.commands import sample as command
 from sagl.commands.request import parse
 from sagl.data.grid import mask_pictures
 from sagl.data.pixels import to_uint8
 from sagl.models.checkpoints import build_network, read_network, write_network
+from sagl.models.footprint import forward_bytes
 from sagl.recipe import collect, labels_of, prepare
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -26,7 +29,8 @@ from tests.tiny import (
     write_training_checkpoint,
 )
 
-SHORT = ["--sampler", "ddim", "--respacing", "4", "--batch_size", "4", "--seed", "2"]
+CHAIN_FLAGS = ["--sampler", "ddim", "--respacing", "4", "--seed", "2"]
+SHORT = [*CHAIN_FLAGS, "--batch_size", "4", "--trainer.precision", "32-true"]
 TWO = ["--num_samples", "2", *SHORT]
 GUIDED = [*SHORT, "--sag.scale", "0.5", "--sag.site", "output.0", "--sag.blur_sigma", "1"]
 CHAIN, SAG = ChainSettings(sampler="ddim", respacing="4"), {"scale": 0.5, "site": "output.0", "blur_sigma": 1.0}
@@ -347,6 +351,45 @@ def test_half_precision_gives_nearly_the_same_images(precision, compared, tmp_pa
     difference = np.abs(arrays_of(folder)[0].astype(int) - arrays_of(full)[0])
     assert difference.max() > 0
     assert difference.mean() < 3
+
+
+# ----------------------------------------------------------------------------------- left to the machine
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-true"), (False, "32-true")])
+def test_choices_are_said_once_and_kept_by_the_folder(fast, precision, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: fast)
+    folder = sample(tmp_path / "run", "--num_samples", "3", *CHAIN_FLAGS)
+    record, said = record_of(folder), capsys.readouterr().out
+    assert (record["settings"]["precision"], record["batch_size"]) == (precision, 3)
+    assert said.count("Chosen for this machine") == 1
+    assert f"--trainer.precision {precision} --batch_size 3 OMP_NUM_THREADS={torch.get_num_threads()}\n" in said
+    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: not fast)
+    network = tmp_path / "tiny.safetensors"
+    assert exit_code("sample", "--checkpoint", network, "--output", folder, "--num_samples", "5", *CHAIN_FLAGS) == 0
+    assert record_of(folder)["settings"]["precision"] == precision
+    by_one_machine = sample(
+        tmp_path / "again",
+        "--num_samples",
+        "5",
+        *CHAIN_FLAGS,
+        "--batch_size",
+        "3",
+        "--trainer.precision",
+        precision,
+        network=network,
+    )
+    assert (arrays_of(folder)[0] == arrays_of(by_one_machine)[0]).all()
+
+
+def test_no_more_images_at_once_than_fit_into_memory(tmp_path, monkeypatch):
+    network = write_tiny(tmp_path / "tiny.safetensors")
+    weights, each = forward_bytes(read_network(network).network, torch.float32)
+    monkeypatch.setattr(command, "available_bytes", lambda _: (weights + 5 * each) * 4 // 3 + 8)
+    folder = sample(
+        tmp_path / "run", "--num_samples", "9", *CHAIN_FLAGS, "--trainer.precision", "32-true", network=network
+    )
+    assert record_of(folder)["batch_size"] == 5
 
 
 # ------------------------------------------------------------------------------------------------------ advice

@@ -1,0 +1,40 @@
+import torch
+
+from sagl.models.adm import UNet
+from sagl.models.footprint import LiveBytes, forward_bytes
+from sagl.settings.network import UNetSettings
+from tests.tiny import COLOUR
+
+KB = 1024
+
+
+def test_bytes_are_counted_when_made_and_when_freed():
+    given = torch.ones(256)
+    with LiveBytes() as live:
+        first = given + 1
+        assert live.now == KB
+        view = first.view(16, 16).mT
+        second = torch.cat([first, first])
+        assert (live.now, live.peak) == (3 * KB, 3 * KB)
+        del first, second
+        assert (live.now, live.peak) == (KB, 3 * KB)
+        del view
+        assert live.now == 0
+
+
+def test_what_is_written_in_place_or_was_there_before_is_not_counted():
+    given = torch.ones(256)
+    with LiveBytes() as live:
+        given.add_(1).view(4, 64).mul_(2)
+    assert (live.now, live.peak) == (0, 0)
+
+
+def test_a_forward_is_counted_without_computing_as_it_takes_when_computed():
+    s = UNetSettings(**COLOUR)
+    weights, each = forward_bytes(s, torch.float32)
+    network = UNet(s).eval()
+    assert weights == sum(p.numel() * 4 for p in network.parameters())
+    labels = None if s.num_classes is None else torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode(), LiveBytes() as live:
+        network(torch.zeros(1, s.in_channels, s.image_size, s.image_size), torch.zeros(1), labels)
+    assert 0.5 * each <= live.peak <= 1.5 * each
