@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sample test check lint types fix clean
+# make bench    speed beside the public code: make bench ADM=../guided-diffusion SAG=../Self-Attention-Guidance
+.PHONY: install sample test check lint types bench fix clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,10 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+bench: install
+	$(BIN)/python benchmarks/speed.py $(if $(ADM),--reference-adm $(ADM)) $(if $(SAG),--reference-sag $(SAG)) \
+		--report benchmarks/reports/here.md
 
 fix: install
 	$(BIN)/ruff format .

@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def comparisons(adm: str | None, sag: str | None) -> Iterator[tuple[str, Compari
                 _beside_sag(sag, "lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6}),
             )
         yield "embedded_sag_64", _beside_sag(sag, "embedded", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
-    if adm:
-        yield "adm64_training_8", _training_beside_adm(adm)
+    if adm:  # two networks in training are what fits into memory at one time
+        for precision, bar in (("float32", 1 / 1.3), ("bfloat16", 1 / 4)):
+            yield f"adm64_training_8_{precision}", _training_beside_adm(adm, precision, bar)
     for network, batch_size in (("lsun", 1), ("embedded", 64)):
         yield f"{network}_guided", _against_unguided(network, batch_size)
 
@@ -70,15 +72,12 @@ def _beside_sag(folder: str, network: str, batch_size: int, bars: Mapping[str, f
     )
 
 
-def _training_beside_adm(folder: str) -> Comparison:
-    sides = {
-        "guided-diffusion, float32": Side(code="adm", work="training", network="adm64", batch_size=8, folder=folder)
-    }
-    sides |= {f"ours, {p}": ours("training", "adm64", 8, p) for p in ("float32", "bfloat16")}
+def _training_beside_adm(folder: str, precision: str, bar: float) -> Comparison:
+    theirs = Side(code="adm", work="training", network="adm64", batch_size=8, folder=folder)
     return Comparison(
-        title="training step, 64x64 ADM, batch 8",
-        sides=sides,
-        bars={"ours, float32": 1 / 1.3, "ours, bfloat16": 1 / 4},
+        title=f"training step, 64x64 ADM, batch 8, {precision}",
+        sides={"guided-diffusion, float32": theirs, f"ours, {precision}": ours("training", "adm64", 8, precision)},
+        bars={f"ours, {precision}": bar},
     )
 
 
@@ -107,14 +106,25 @@ class Process:
 
     def unit(self) -> dict[str, float]:
         """Do one, and say what it cost."""
-        return dict(json.loads(self.ask("unit")))
+        return self.ask("unit")
 
-    def ask(self, line: str) -> str:
-        """One line for one line."""
+    def ask(self, line: str) -> dict[str, float]:
+        """An answer for a line."""
+        self.send(line)
+        return self.answer()
+
+    def send(self, line: str) -> None:
+        """Have it begin."""
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        return self._answer()
+
+    def answer(self) -> dict[str, float]:
+        """What it says when it is done."""
+        said = self._answer()
+        if not said:
+            raise SystemExit("a worker ended before its work was done; is there memory enough for all sides?")
+        return dict(json.loads(said))
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -146,7 +156,30 @@ def run(comparison: Comparison, rounds: int) -> dict[str, Any]:
             for name, process in processes.items():
                 costs[name].append(process.unit())
         differs = _difference(list(processes.values())[:2]) if comparison.same_to else None
-    return {"title": comparison.title, "costs": costs, "bars": dict(comparison.bars), "difference": differs}
+        live = {
+            name: processes[name].ask("live")["live_bytes"] for name, side in comparison.sides.items() if _steps(side)
+        }
+    flops = {name: flops_of(side) for name, side in comparison.sides.items()}
+    bars = dict(comparison.bars)
+    return {
+        "title": comparison.title,
+        "costs": costs,
+        "bars": bars,
+        "difference": differs,
+        "live": live,
+        "flops": flops,
+    }
+
+
+def _steps(side: Side) -> bool:
+    """Whether it is a step of ours, whose tensors are counted."""
+    return side.code == "ours" and side.work in ("guided", "unguided")
+
+
+def flops_of(side: Side) -> int:
+    """Of a unit's passes through the network; a backward pass counts twice a forward."""
+    passes = {"guided": 2, "training": 3}.get(side.work, 1)
+    return passes * forward_flops(NETWORKS[side.network], side.batch_size)
 
 
 def _difference(pair: Sequence[Process]) -> float:
@@ -170,9 +203,9 @@ def table_of(result: Mapping[str, Any]) -> list[str]:
         "",
         f"## {result['title']}",
         "",
-        "| side | seconds: median (least … most) | ratio | asked | faults | peak |",
+        "| side | seconds: median (least … most) | ratio | asked | GFLOP/s | page faults | peak RSS | live tensors beside the weights |",
     ]
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|")
     first = next(iter(result["costs"]))
     for name, costs in result["costs"].items():
         seconds = [cost["seconds"] for cost in costs]
@@ -181,11 +214,20 @@ def table_of(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {statistics.median(seconds):.3f} ({min(seconds):.3f} … {max(seconds):.3f}) | "
             f"{statistics.median(ratios):.3f} | {'' if bar is None else f'≤ {bar:.3f}'} | "
-            f"{statistics.median(cost['faults'] for cost in costs):,.0f} | {costs[-1]['peak_bytes'] / 1e9:.2f} GB |"
+            f"{result['flops'][name] / statistics.median(seconds) / 1e9:.0f} | "
+            f"{statistics.median(cost['faults'] for cost in costs):,.0f} | {costs[-1]['peak_bytes'] / 1e9:.2f} GB | "
+            f"{_megabytes(result['live'].get(name))} |"
         )
+    if {"guided", "unguided"} <= result["live"].keys():
+        more = result["live"]["guided"] / result["live"]["unguided"] - 1
+        lines += ["", f"Live tensors beside the weights, guided against unguided: {more:+.2%} (asked ≤ +0.50%)."]
     if result["difference"] is not None:
         lines += ["", f"Largest relative difference of the second side's result: {result['difference']:.1e}."]
     return lines
+
+
+def _megabytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e6:.2f} MB"
 
 
 def machine() -> list[str]:
@@ -206,36 +248,77 @@ def machine() -> list[str]:
 
 
 def shares(rounds: int) -> list[str]:
-    """Our LSUN-size forward as a share of the fastest convolution that this machine was seen to do."""
+    """Our LSUN-size forward as a share of the fastest convolution that this machine was seen to do, and its profile."""
     flops = forward_flops(NETWORKS["lsun"], 1)
     lines = ["", "## Share of the machine's convolution peak, LSUN-size forward, batch 1", ""]
-    lines += [f"{flops / 1e12:.2f} TFLOP a forward.", "", "| precision | peak | forward | share |", "|---|---|---|---|"]
-    for precision in ("float32", "bfloat16"):
+    lines += [f"{flops / 1e12:.2f} TFLOP a forward.", ""]
+    lines += ["| precision | peak | forward | share | asked |", "|---|---|---|---|---|"]
+    profiles = {}
+    for precision, asked in (("float32", 0.85), ("bfloat16", 0.65)):
         peak = convolution_peaks(precision)
         with running({precision: ours("forward", "lsun", 1, precision)}) as processes:
             seconds = min(processes[precision].unit()["seconds"] for _ in range(rounds))
+            profiles[precision] = processes[precision].ask("profile")
         rate = flops / seconds
-        lines.append(f"| {precision} | {peak / 1e9:.0f} GFLOP/s | {rate / 1e9:.0f} GFLOP/s | {rate / peak:.0%} |")
+        lines.append(
+            f"| {precision} | {peak / 1e9:.0f} GFLOP/s | {rate / 1e9:.0f} GFLOP/s | {rate / peak:.0%} | ≥ {asked:.0%} |"
+        )
+    for precision, profile in profiles.items():
+        lines += ["", f"Where its time goes, {precision}: " + _listed(profile)]
     return lines
+
+
+def _listed(profile: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in profile.items()) + "."
+
+
+def two_processes(rounds: int) -> list[str]:
+    """Two processes of one thread with half a batch each, at the same time, against one of two threads."""
+    sides = {"one process, two threads": replace(ours("guided", "embedded", 64), threads=2)}
+    sides |= {f"half {i}": replace(ours("guided", "embedded", 32), threads=1) for i in (1, 2)}
+    one, two = [], []
+    with running(sides) as processes:
+        whole, *halves = processes.values()
+        for _ in range(rounds):
+            one.append(whole.unit()["seconds"])
+            started = time.perf_counter()
+            for half in halves:
+                half.send("unit")
+            for half in halves:
+                half.answer()
+            two.append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(one, two, strict=True)]
+    return [
+        "",
+        "## Two processes of one thread against one of two, SAG step of 64 images, embedded network, float32",
+        "",
+        "| one process | two processes | throughput: median (least … most) | asked |",
+        "|---|---|---|---|",
+        f"| {statistics.median(one):.3f} s | {statistics.median(two):.3f} s | "
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}) | ≥ 0.950 |",
+    ]
 
 
 def main() -> None:
     """Run what was asked for and print or write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference_adm", type=_absolute, help="checkout of openai/guided-diffusion")
-    parser.add_argument("--reference_sag", type=_absolute, help="checkout of the public SAG code")
-    parser.add_argument("--only", nargs="*", help="names of comparisons; `share` for the share of the peak")
+    parser.add_argument(
+        "--reference_adm", "--reference-adm", type=_absolute, help="checkout of openai/guided-diffusion"
+    )
+    parser.add_argument("--reference_sag", "--reference-sag", type=_absolute, help="checkout of the public SAG code")
+    parser.add_argument("--only", nargs="*", help="names of comparisons; also share and two_processes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     a = parser.parse_args()
-    command = "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    command = "python benchmarks/speed.py " + " ".join(sys.argv[1:])
     lines = ["# Speed", "", *machine(), f"- `{command}`"]
     for name, comparison in comparisons(a.reference_adm, a.reference_sag):
         if a.only is None or name in a.only:
             lines += table_of(run(comparison, a.rounds))
-            print("\n".join(lines[-6:]), flush=True)
-    if a.only is None or "share" in a.only:
-        lines += shares(a.rounds)
+            print(*lines[-4:], sep="\n", flush=True)
+    for name, measure in (("share", shares), ("two_processes", two_processes)):
+        if a.only is None or name in a.only:
+            lines += measure(a.rounds)
     if a.report:
         a.report.parent.mkdir(parents=True, exist_ok=True)
         a.report.write_text("\n".join(lines) + "\n")

@@ -1,7 +1,8 @@
 """One side of a comparison in a process of its own: does a unit of work for every line that it reads.
 
-Started by speed.py with a `Side` as JSON. Answers each line of stdin with one of JSON: seconds, page faults, the
-process's peak in bytes. The line `save FILE` stores the result of the last unit instead.
+Started by speed.py with a `Side` as JSON. Answers each line of stdin with one of JSON: to `unit` seconds, page faults
+and the process's peak in bytes; to `live` the most bytes of its tensors at one time, beside the weights; to `profile`
+the share of each operation in the time. `save FILE` stores the result of the last unit.
 """
 
 import json
@@ -49,6 +50,8 @@ class Side:
     precision: str = "float32"
     folder: str | None = None
     """Checkout of the public code."""
+    threads: int | None = None
+    """None: torch's own choice."""
 
 
 def weights_of(s: UNetSettings) -> dict[str, Tensor]:
@@ -137,7 +140,7 @@ def _training(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> 
         from benchmarks import public
 
         theirs = public.training_step(Path(str(side.folder)), s, weights_of(s), "cosine")
-        return lambda: torch.tensor(_seeded(lambda: torch.tensor(theirs(x_0, timesteps, labels))))
+        return lambda: _seeded(lambda: torch.tensor(theirs(x_0, timesteps, labels)))
     return _our_training(side, s, x_0, timesteps, labels)
 
 
@@ -187,21 +190,48 @@ def measured(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
     return {"seconds": seconds, "faults": faults, "peak_bytes": peak}, result
 
 
+def live_bytes(unit: Callable[[], Tensor]) -> dict[str, Any]:
+    """The most that one unit holds at one time in tensors of its own."""
+    from sagl.models.footprint import LiveBytes
+
+    with LiveBytes() as live:
+        unit()
+    return {"live_bytes": live.peak}
+
+
+def profiled(unit: Callable[[], Tensor]) -> dict[str, Any]:
+    """Shares of the operations in the time of one unit, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        unit()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key: event.self_cpu_time_total / total for event in events[:9]}
+
+
 def main() -> None:
     """Serve until stdin ends."""
     side = Side(**json.loads(sys.argv[1]))
+    if side.threads:
+        torch.set_num_threads(side.threads)
     if side.code == "ours":
         keep_freed_memory()
     unit = unit_of(side)
     result = unit()
     print("ready", flush=True)
     for line in sys.stdin:
-        if line.startswith("save "):
-            torch.save(result, line.split(maxsplit=1)[1].strip())
-            print("{}", flush=True)
+        command, _, file = line.strip().partition(" ")
+        answer: dict[str, Any] = {}
+        if command == "save":
+            torch.save(result, file)
+        elif command == "live":
+            answer = live_bytes(unit)
+        elif command == "profile":
+            answer = profiled(unit)
         else:
-            cost, result = measured(unit)
-            print(json.dumps(cost), flush=True)
+            answer, result = measured(unit)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def as_denoiser(network: Network, schedule: Schedule, variance: Variance) -> Den
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
         output = network(x_t, timesteps, condition.labels, attention_sites=condition.attention_sites)
         eps, log_variance = split_prediction(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
-        return Prediction(eps=eps, log_variance=log_variance, attention=output.attention)
+        # a copy: a view would keep the variance's channels alive through the passes of a guidance
+        return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention)
 
     return denoise
 

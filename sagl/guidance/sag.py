@@ -10,7 +10,7 @@ from sagl.guidance.degrade import degrade
 from sagl.guidance.direction import Guidance, away_from, within
 from sagl.guidance.mask import attention_mask
 from sagl.settings.guidance import SelfAttentionGuidance, fitting_kernel
-from sagl.shapes import Image, Site
+from sagl.shapes import Image, Mask, Site
 
 
 def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
@@ -21,12 +21,15 @@ def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
     """
     site = Site(settings.site, settings.heads)
 
-    def direction(denoise: Denoiser, x_t: Image, step: int, condition: Condition, plain: Prediction) -> Direction:
+    def weakened(x_t: Image, step: int, plain: Prediction) -> tuple[Image, Mask]:
         alpha_bar, size = schedule.alpha_bar(step), (x_t.shape[-2], x_t.shape[-1])
         mask = attention_mask(plain.attention[site], settings.threshold, size)
         x0_hat = clip(x0_hat_from_eps(x_t, plain.eps, alpha_bar), settings.clip_x0)
         x0_blurred = gaussian_blur(x0_hat, fitting_kernel(settings.kernel_size, min(size)), settings.blur_sigma)
-        x_t_degraded = degrade(x0_hat, x0_blurred, mask, plain.eps, alpha_bar)
+        return degrade(x0_hat, x0_blurred, mask, plain.eps, alpha_bar), mask
+
+    def direction(denoise: Denoiser, x_t: Image, step: int, condition: Condition, plain: Prediction) -> Direction:
+        x_t_degraded, mask = weakened(x_t, step, plain)  # and nothing else lives through the second pass
         weak = denoise(x_t_degraded, step, condition)
         return replace(away_from(weak, plain, settings.scale), notes={"mask": mask})
 

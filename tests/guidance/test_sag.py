@@ -8,6 +8,7 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.classifier import classifier_guidance
 from sagl.guidance.direction import guided
 from sagl.guidance.sag import sag
+from sagl.models.footprint import LiveBytes
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
@@ -16,6 +17,7 @@ from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.shapes import Site
 from tests import oracle
 from tests.reference import relative_error, small_classifier, small_unet
+from tests.tiny import calm_unet
 from tests.toys import NOTHING, Recorder, forbidden_noise, toy_network
 from tests.transformer import transformer
 
@@ -291,3 +293,18 @@ def test_attention_asked_for_from_outside_is_the_plain_passes(unet):
         want = denoiser(unet, {})(images(), 4, condition).attention
     assert list(got) == [site]
     assert torch.equal(got[site], want[site])
+
+
+def test_the_second_pass_adds_three_images_and_the_tokens_to_the_memory():
+    network, x_t = calm_unet(learn_sigma=True), images(4)
+    condition = Condition(labels=torch.zeros(4, dtype=torch.long))
+
+    def peak(guidances):
+        with torch.inference_mode(), LiveBytes() as live:
+            denoiser(network, guidances)(x_t, 3, condition)
+        return live.peak
+
+    tokens_and_mask = 4 * (4 * 16 * 16 + 16 * 16)
+    image = x_t.numel() * 4
+    added = peak({"sag": guidance()}) - peak({})
+    assert 0 < added <= 3 * image + tokens_and_mask  # eps, log variance, x_t_degraded
