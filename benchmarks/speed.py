@@ -203,7 +203,7 @@ def table_of(result: Mapping[str, Any]) -> list[str]:
         "",
         f"## {result['title']}",
         "",
-        "| side | seconds: median (least … most) | ratio | asked | GFLOP/s | page faults | peak RSS | live tensors beside the weights |",
+        "| side | seconds: median (least … most) | ratio | asked | GFLOP/s | page faults | peak RSS | live tensors |",
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     first = next(iter(result["costs"]))

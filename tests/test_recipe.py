@@ -374,3 +374,23 @@ def test_the_estimates_of_a_recipe_without_guidance_mask_nothing():
     recipe = recipe_of(CHAINS[0]).unguided
     with torch.inference_mode():
         assert [mask for _, _, mask in estimates(recipe, 0, [0], torch.tensor([0]))] == [None] * 6
+
+
+def test_a_compiled_network_is_two_whole_graphs_whatever_the_step_and_the_batch():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    chain, run = ChainSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
+    want = [images_of(recipe_of(chain, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
+    network = calm_unet()
+    network.compile(dynamic=False, fullgraph=True, backend=backend)
+    recipe = recipe_of(chain, network=network, interval=(0.3, 0.8))
+    try:
+        got = [images_of(recipe, run, ids)[0] for ids in ((0, 1), (2, 3))]
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 2  # a plain pass, and one that brings attention back
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

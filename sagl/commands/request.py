@@ -99,6 +99,7 @@ class Request:
             **guidances,
             "precision": self.device.precision,
             "weights": self.source.weights,
+            **({"compile": True} if self.device.compile else {}),
         }
 
     @property

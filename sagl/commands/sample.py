@@ -223,6 +223,8 @@ def _recipe(job: Job) -> "Recipe":
     request = job.request
     file, device = _read(request.source, job.weights), _device(request)
     network = as_weights(build_network(file), request.weight_precision, device)
+    if request.device.compile:
+        network.compile(dynamic=False)  # every micro-batch has the same size
     classifier = _classifier(request, network.settings, device) if request.classifier.scale else None
     _say_kernel(request, network.settings.image_size)
     return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)

@@ -55,7 +55,8 @@ class Norm(nn.GroupNorm):
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
         half, large = torch.finfo(x.dtype).bits == 16, x[0, 0].numel() >= FUSED_PIXELS
-        fused = x.device.type != "cpu" or (half and large and not torch.is_grad_enabled())
+        fused = (half and large and not torch.is_grad_enabled()) or x.device.type != "cpu"
+        fused = fused or torch.compiler.is_compiling()  # which makes its own kernel, by Welford's method
         return self._fused(x, scale, shift) if fused else self._composed(x, scale, shift)
 
     def _fused(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

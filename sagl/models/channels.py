@@ -66,8 +66,8 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _pixels_at_once(x: Tensor) -> int:
-    """So many that what is computed of them stays in the processor's caches; on other devices all."""
-    if x.device.type != "cpu":
+    """So many that what is computed of them stays in the processor's caches; on other devices, and compiled, all."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return max(1, x[0, 0].numel())
     return max(1, ELEMENTS_AT_ONCE * torch.get_num_threads() // (x.shape[0] * x.shape[1]))
 

@@ -106,6 +106,9 @@ class DeviceSettings:
     precision: Precision = "auto"
     """Of the network's weights; the process itself is always float32. auto: 16 bits where they are fast."""
 
+    compile: bool = False
+    """Have torch.compile make kernels for the network first: for GPUs and long runs, see docs/speed.md."""
+
     def __post_init__(self) -> None:
         """Refuse unknown names."""
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))

@@ -382,6 +382,17 @@ def test_choices_are_said_once_and_kept_by_the_folder(fast, precision, tmp_path,
     assert (arrays_of(folder)[0] == arrays_of(by_one_machine)[0]).all()
 
 
+def test_a_network_is_compiled_where_that_is_asked_for_and_the_run_says_so(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
+    plain = sample(tmp_path / "plain", *TWO)
+    assert calls == []
+    compiled = sample(tmp_path / "compiled", *TWO, "--trainer.compile", "true", network=tmp_path / "tiny.safetensors")
+    assert calls == [{"dynamic": False}]
+    assert record_of(compiled)["settings"].pop("compile") is True
+    assert "compile" not in record_of(plain)["settings"]
+
+
 def test_no_more_images_at_once_than_fit_into_memory(tmp_path, monkeypatch):
     network = write_tiny(tmp_path / "tiny.safetensors")
     weights, each = forward_bytes(read_network(network).network, torch.float32)
