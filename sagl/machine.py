@@ -69,6 +69,17 @@ def available_bytes(device: "torch.device") -> int | None:
     return None
 
 
+def peak_gigabytes() -> float:
+    """Most memory held so far: the GPU's where there is one, else the process's."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def usable_cores() -> int:
     """Cores that this process may keep busy: by affinity, and by a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,6 +10,7 @@ REST = """groups with more flags than fit here; a --config holds them best:
   --data CLASS                sagl.data.lsun.LSUNData, sagl.data.folder.FolderData, …fashion_mnist.FashionMNISTData
   --data.…                    root, batch_size, num_workers, …: sagl fit --data.help CLASS lists those of a class
   --trainer.…                 any of Lightning's Trainer: devices, max_steps, precision, accumulate_grad_batches, …
+  --preview.…                 samples, scales, measured, keep_best, …: grids and distances at every validation
   --sampler, --sag.scale, …   as of sagl sample: written into the checkpoints, which advise them to it
 
 sagl fit --help_all shows every flag."""
@@ -21,6 +22,7 @@ def fit_parser() -> Parser:
     p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
     p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
     p.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
+    p.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file, or a name.")
     p.add_settings(SavingSettings)
     p.add_argument("--model.label_dropout", type=float, default=0.0, help="Share of images with the null label.")
     p.add_argument("--model.seed", type=int, default=0, help="Of first weights, noise, timesteps, dropped labels.")

@@ -25,7 +25,7 @@ from sagl.data.run_folder import (
     write_record,
     write_shard,
 )
-from sagl.machine import available_bytes, fast_precision, keep_freed_memory, set_threads
+from sagl.machine import available_bytes, fast_precision, keep_freed_memory, peak_gigabytes, set_threads
 from sagl.models.zoo import described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
@@ -430,16 +430,5 @@ def _print_cost(asked: Request, job: Job) -> None:
     print(
         f"{job.run.num_samples} images, {recipe.nfe} network evaluations each, {batches} micro-batches of {len(ids)} "
         f"to do: about {seconds * evaluations * batches:.1f} s ({seconds:.3f} s an evaluation of {len(ids)} images), "
-        f"{_peak_gigabytes():.1f} GB of memory. Nothing was written."
+        f"{peak_gigabytes():.1f} GB of memory. Nothing was written."
     )
-
-
-def _peak_gigabytes() -> float:
-    """Most memory held so far: the GPU's where there is one, else the process's."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

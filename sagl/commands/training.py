@@ -12,15 +12,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
 from sagl.commands.request import packaged_config
-from sagl.machine import keep_freed_memory
-from sagl.models.checkpoints import load_training_checkpoint
+from sagl.machine import keep_freed_memory, set_threads
+from sagl.models.checkpoints import load_training_checkpoint, read_state
+from sagl.models.loading import load
+from sagl.models.transfer import start_from
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import require
-from sagl.settings.guidance import GUIDANCES
+from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings
-from sagl.settings.training import SavingSettings
+from sagl.settings.training import PreviewSettings, SavingSettings
 
 
 class SaveConfig(SaveConfigCallback):
@@ -47,7 +50,10 @@ class FitCLI(LightningCLI):
         """The flags that are not the trainer's, the model's or the data's."""
         parser.add_argument("--output", type=str, required=True, help="Folder for config, logs and checkpoints.")
         parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
+        parser.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file or a name.")
+        parser.add_argument("--weights", type=str, default="ema", help="Of a .ckpt: ema, ema:DECAY or raw.")
         parser.add_class_arguments(SavingSettings, as_group=True)
+        parser.add_class_arguments(PreviewSettings, "preview")
         parser.add_class_arguments(ChainSettings, as_group=True)
         for group, kind in GUIDANCES.items():
             parser.add_class_arguments(kind, group)
@@ -88,23 +94,41 @@ class FitCLI(LightningCLI):
     def _sampling(self) -> dict[str, Any]:
         """The sampling settings of the config, as `sagl sample` advises them."""
         chain = {name: self._get(self.config, name) for name in names_of(ChainSettings)}
-        return chain | {
-            group: {name: self._get(self.config, f"{group}.{name}") for name in names_of(kind)}
-            for group, kind in GUIDANCES.items()
-        }
+        return chain | {group: self._group(group, kind) for group, kind in GUIDANCES.items()}
 
     def _callbacks(self) -> list[Any]:
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
-        return [WeightAverage(s), LastCheckpoint(self.last_checkpoint, s)]
+        previews = PreviewSettings(**self._group("preview", PreviewSettings))
+        sag = SelfAttentionGuidance(**self._group("sag", SelfAttentionGuidance))
+        return [SAGSampling(self.output, previews, sag), WeightAverage(s), LastCheckpoint(self.last_checkpoint, s)]
+
+    def _group(self, group: str, kind: type) -> dict[str, Any]:
+        """The settings of one group of the config."""
+        return {name: self._get(self.config, f"{group}.{name}") for name in names_of(kind)}
 
     def before_fit(self) -> None:
         """Resume where there is something to resume; checkpoints say how their network is best sampled from."""
         self.model.hparams["average_decay"] = self._get(self.config, "average_decay")
         self.model.hparams["recommended"] = self._sampling()
         resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
+        checkpoint = self._get(self.config, "checkpoint")
+        if checkpoint and not resumed:
+            self._start_from(checkpoint)
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
         self.config_init["fit"]["weights_only"] = True
         seed_everything(self.model.seed, workers=True, verbose=False)  # dropout; all else has generators of its own
+
+    def _start_from(self, checkpoint: str) -> None:
+        """Weights of a file, or of a released network by name, as the first weights.
+
+        Raises:
+            UserError: it cannot be read, or is of another shape.
+        """
+        path, weights = Path(checkpoint), self._get(self.config, "weights")
+        named = path.suffix not in (".pt", ".ckpt", ".safetensors") and not path.is_file()
+        state = load(checkpoint, weights).state if named else read_state(path, weights)
+        if said := start_from(self.model.network, state):
+            print(said)
 
 
 def with_packaged(arguments: list[str]) -> list[str]:
@@ -120,6 +144,7 @@ def train(arguments: list[str]) -> None:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.
     """
     keep_freed_memory()
+    set_threads()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # sys.argv must stay as it is, for the launcher of further processes runs it again
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")

@@ -24,17 +24,34 @@ def statistics(features: Tensor) -> Statistics:
     return Statistics(mean=features.mean(dim=0), covariance=torch.cov(features.T), num_samples=len(features))
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
+class FrechetTo:
+    """Distances to one Gaussian, whose root is taken once."""
 
-    The eigenvalues of C_a C_b are those of the symmetric C_a^(1/2) C_b C_a^(1/2), whose roots are taken: no root of
-    a matrix that is not symmetric, and singular covariances (fewer samples than features) do no harm.
-    """
-    eigenvalues, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * _without_rounding(eigenvalues).sqrt()) @ vectors.T
-    shared = _without_rounding(torch.linalg.eigvalsh(root @ b.covariance @ root)).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
-    return max(0.0, float(distance))
+    def __init__(self, reference: Statistics) -> None:
+        """The Gaussian that others are compared with."""
+        self.reference, self._root = reference, _root(reference.covariance)
+
+    def __call__(self, other: Statistics) -> float:
+        """|mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
+
+        The eigenvalues of C_a C_b are those of the symmetric C_a^(1/2) C_b C_a^(1/2), whose roots are taken: no root
+        of a matrix that is not symmetric, and singular covariances (fewer samples than features) do no harm.
+        """
+        mean, covariance = self.reference.mean, self.reference.covariance
+        shared = _without_rounding(torch.linalg.eigvalsh(self._root @ other.covariance @ self._root)).sqrt().sum()
+        distance = (mean - other.mean).square().sum() + covariance.trace() + other.covariance.trace() - 2 * shared
+        return max(0.0, float(distance))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Distance between two Gaussians; see `FrechetTo`."""
+    return FrechetTo(a)(b)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance: (D, D) -> (D, D)."""
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    return (vectors * _without_rounding(eigenvalues).sqrt()) @ vectors.T
 
 
 def _without_rounding(eigenvalues: Tensor) -> Tensor:

@@ -54,13 +54,7 @@ def read_network(
     Raises:
         UserError: no such file, not a network, other settings, or a pickle that wants to run code.
     """
-    require(path.is_file(), f"`checkpoint` must be a .safetensors, .ckpt or .pt file, and there is none at {path}.")
-    require(os.access(path, os.R_OK), f"`checkpoint` must be a file that you may read, not {path}.")
-    require(
-        path.suffix == ".ckpt" or weights == "ema",
-        f"`weights` is for training checkpoints (.ckpt), and {path} holds one set of weights. Leave it out.",
-    )
-    tensors, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors, about = _read(path, weights)
     if about is None:
         if settings is None:
             raise UserError(
@@ -71,6 +65,16 @@ def read_network(
     if settings is not None:
         require_same(settings, file.network, path)
     return file
+
+
+def read_state(path: Path, weights: str = "ema") -> Mapping[str, Tensor]:
+    """The weights of a file alone, whatever network they are for; see `read_network`.
+
+    Raises:
+        UserError: as `read_network`.
+    """
+    tensors, about = _read(path, weights)
+    return _plain(tensors, path) if about is None else _network_file(about, tensors, path, weights).state
 
 
 def in_dtype(file: NetworkFile, dtype: torch.dtype) -> NetworkFile:
@@ -200,6 +204,17 @@ def _load_pickle(path: Path) -> dict[str, Any]:
         ) from error
     require(isinstance(loaded, dict), f"`checkpoint` must hold tensors by name, and {path} holds other things.")
     return dict(loaded)
+
+
+def _read(path: Path, weights: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """What a file holds, and what it says of it."""
+    require(path.is_file(), f"`checkpoint` must be a .safetensors, .ckpt or .pt file, and there is none at {path}.")
+    require(os.access(path, os.R_OK), f"`checkpoint` must be a file that you may read, not {path}.")
+    require(
+        path.suffix == ".ckpt" or weights == "ema",
+        f"`weights` is for training checkpoints (.ckpt), and {path} holds one set of weights. Leave it out.",
+    )
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def _is_safetensors(path: Path) -> bool:

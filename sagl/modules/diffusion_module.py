@@ -1,6 +1,7 @@
 """The Lightning shell around a network in training: loss, labels, optimiser, logs. No formulas."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,9 @@ from sagl.diffusion.losses import (
     training_losses,
 )
 from sagl.diffusion.schedule import make_schedule
+from sagl.machine import peak_gigabytes
 from sagl.models.adm import UNet
+from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import unet_named
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import require
@@ -53,6 +56,8 @@ class DiffusionModule(LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008 (frozen)
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         label_dropout: float = 0.0,
+        freeze: Sequence[str] = (),
+        max_skipped: int = 10,
         seed: int = 0,
     ) -> None:
         """Build the network.
@@ -63,6 +68,8 @@ class DiffusionModule(LightningModule):
             loss: what is minimised.
             optimizer: AdamW and its rate.
             label_dropout: share of training samples that see the null label instead of their own.
+            freeze: parameters that stay as they are, by patterns of their names: input_blocks.*, time_embed.*.
+            max_skipped: a batch whose loss is not finite is skipped; after so many in a row the training ends.
             seed: of first weights, noise, timesteps and dropped labels.
 
         Raises:
@@ -85,32 +92,84 @@ class DiffusionModule(LightningModule):
         )
         settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
         settings |= {"optimizer": asdict(optimizer)}
-        self.save_hyperparameters({**settings, "label_dropout": label_dropout, "seed": seed})
+        require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
+        more = {"freeze": list(freeze), "max_skipped": max_skipped}
+        self.save_hyperparameters({**settings, "label_dropout": label_dropout, **more, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion
         self.loss_settings, self.optimizer_settings = loss, optimizer
         self.label_dropout, self.seed = label_dropout, seed
+        self._batch_ended: float | None = None
+        self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = UNet(network)
+        freeze_parameters(self.network, freeze)
         self.schedule = make_schedule(diffusion)
         self.timestep_sampler: TimestepSampler = {
             "uniform": UniformTimesteps,
             "loss_second_moment": LossSecondMomentTimesteps,
         }[loss.timestep_sampler](num_timesteps=diffusion.num_timesteps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of a batch, each sample at a timestep of its own."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Mean loss of a batch, each sample at a timestep of its own; None, which trains nothing, if it is not finite.
+
+        Raises:
+            UserError: too many in a row were not.
+        """
         x_0, labels = to_float(batch[0]), batch[1]
         generator = self._generator()
         timesteps, weights = self.timestep_sampler.sample(len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator)
         dropped = torch.rand(len(x_0), generator=generator) < self.label_dropout
         losses = self._losses(x_0, timesteps, noise, self._with_null(labels, dropped))
-        self.timestep_sampler.update(timesteps, losses.total.detach())
         loss = (losses.total * weights.to(losses.total)).mean()
+        if not self._finite_everywhere(loss):
+            return None
+        self.timestep_sampler.update(self._of_all_ranks(timesteps), self._of_all_ranks(losses.total.detach()))
         self.log_dict({"train/loss": loss, "train/mse": losses.mse.mean(), "train/vb": losses.vb.mean()})
         self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _finite_everywhere(self, loss: Tensor) -> bool:
+        """Whether the loss is finite on every rank; the skipped are counted."""
+        finite = torch.isfinite(loss.detach()).float()
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size
+        skipped = not bool(finite)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        require(
+            self.skipped_in_a_row <= self.max_skipped,
+            f"`model.max_skipped` allows {self.max_skipped} batches in a row whose loss is not finite, and there are "
+            "more. Lower model.optimizer.learning_rate, or set trainer.gradient_clip_val, and --resume.",
+        )
+        self.log("train/skipped", float(self.skipped))
+        return not skipped
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """(B,) of every rank -> (B · ranks,), so that all ranks draw from the same histories."""
+        alone = self.trainer.world_size == 1 or isinstance(self.timestep_sampler, UniformTimesteps)
+        gathered: Tensor = values if alone else self.trainer.strategy.all_gather(values.to(self.device)).flatten()
+        return gathered
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
+        """How fast it goes, data and all, and the most memory held so far."""
+        now = time.monotonic()
+        if self._batch_ended is not None:
+            images = len(batch[0]) * self.trainer.world_size
+            self.log("train/images_per_second", images / (now - self._batch_ended))
+        self._batch_ended = now
+        self.log("train/peak_gigabytes", peak_gigabytes())
+
+    def on_validation_end(self) -> None:
+        """The time of validation is no training time."""
+        self._batch_ended = None
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ANN401 (Lightning's own)
+        """The norm of the gradient, before it is clipped."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if gradients:
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest)."""
@@ -124,7 +183,7 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
         """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
         s = self.optimizer_settings
-        optimizer = adamw(self.network.parameters(), s)
+        optimizer = adamw((p for p in self.network.parameters() if p.requires_grad), s)
         max_steps = self.trainer.max_steps
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.rate_factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -132,10 +191,12 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the timestep sampler has learned."""
         checkpoint["timestep_sampler"] = self.timestep_sampler.state()
+        checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with what it had learned."""
         self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
+        self.skipped = checkpoint.get("skipped", 0)
 
     def _losses(self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None) -> Losses:
         return training_losses(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sagl.settings.errors import require
+from sagl.settings.sampling import ChainSettings, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,47 @@ class SavingSettings:
         require(0 <= self.average_decay < 1, f"`average_decay` must be in [0, 1), got {self.average_decay}.")
         for name in ("save_every_steps", "save_every_minutes"):
             require(getattr(self, name) > 0, f"`{name}` must be above 0, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewSettings:
+    """What validation draws from the averaged weights, at seeds that stay the same through the training."""
+
+    samples: int = 16
+    """Images of a grid: a row unguided, then a row guided and a row of masks for every scale. 0: no grids."""
+    scales: tuple[float, ...] = (0.0, 0.1, 0.3)
+    """Of self-attention guidance; site, blur and the rest are those of the config's sag."""
+    sampler: Sampler = "ddim"
+    """As for sampling."""
+    respacing: str = "ddim25"
+    """As for sampling; few steps are enough to see whether a network learns."""
+    batch_size: int = 16
+    """Images at once, a process."""
+    measured: int = 0
+    """Images that the Fréchet distance from the validation images is taken of, scale by scale. 0: none."""
+    extractor: str = "effnet_lite0_64"
+    """Features that it is taken in."""
+    keep_best: int = 0
+    """So many checkpoints with the smallest distances are kept beside last.ckpt."""
+    best_scale: float = 0.0
+    """The scale whose distance decides."""
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be drawn or measured."""
+        for name in ("samples", "measured", "keep_best"):
+            require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
+        require(self.measured != 1, "`preview.measured` must be 0 or at least 2, got 1.")
+        require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
+        require(len(self.scales) > 0, "`preview.scales` must name a scale, got none. Set samples and measured to 0.")
+        require(
+            self.keep_best == 0 or self.measured > 0,
+            f"`preview.keep_best` needs distances, got {self.keep_best} without. Set preview.measured.",
+        )
+        require(
+            self.keep_best == 0 or self.best_scale in self.scales,
+            f"`preview.best_scale` must be one of preview.scales {list(self.scales)}, got {self.best_scale}.",
+        )
+        ChainSettings(sampler=self.sampler, respacing=self.respacing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sagl.models.checkpoints import build_network, read_network
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, write_fashion_mnist
+from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_fashion_mnist, write_tiny
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -38,6 +38,7 @@ CONFIG = {
         "check_val_every_n_epoch": None,
     },
     "average_decay": 0.9,
+    "preview": {"samples": 0},
 }
 
 
@@ -351,3 +352,56 @@ def test_every_flag_that_help_shows_is_one_that_fit_takes(capsys):
     exit_code("fit", "--help")
     shown = set(re.findall(r"^  (?:-h, )?(--[\w.]+)", capsys.readouterr().out, re.M))
     assert {flag.rstrip(".") for flag in shown} - {"--help_all", "--data", "--trainer"} <= taken
+
+
+def test_previews_are_in_the_folder_and_in_the_logs(config, tmp_path):
+    flags = ["--preview.samples", "3", "--preview.scales", "[0, 0.5]", "--preview.respacing", "2"]
+    flags += ["--sag.site", "middle", "--sag.blur_sigma", "1"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 0
+    drawn = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
+    assert drawn == ["step_00000002.png", "step_00000004.png"]
+    logs = EventAccumulator(str(tmp_path / "run" / "logs"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in logs.Images("preview/scales 0 0.5")] == [2, 4]
+    assert read_png(tmp_path / "run" / "previews" / drawn[0]).shape == (3 * 66 + 2, 3 * 66 + 2, 3)
+
+
+def test_training_begins_from_the_weights_of_a_checkpoint(fitted, config, watch, tmp_path, capsys):
+    start = fitted / "checkpoints" / "last.ckpt"
+    more = ["--checkpoint", start, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *more) == 0
+    want = build_network(read_network(start)).state_dict()
+    got = {name.removeprefix("network."): tensor for name, tensor in watch.raw[0].items()}
+    assert all(torch.equal(tensor, got[name]) for name, tensor in want.items())
+    assert watch.steps[0] == 0
+    capsys.readouterr()
+    others = ["--model.network.num_classes", "12"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "other", *more, *others) == 0
+    assert "The checkpoint has 11 labels and the network 13" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_network_is_refused_and_nothing_is_written(config, tmp_path, capsys):
+    other = write_tiny(tmp_path / "other.safetensors")
+    command = ["fit", "--config", config, "--output", tmp_path / "run", "--checkpoint", other]
+    assert exit_code(*command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "`checkpoint` must fit the network" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_parameters_stay_as_they_were(config, watch, tmp_path):
+    flags = ["--model.freeze", '["input_blocks.*"]', "--trainer.limit_val_batches", "0"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 0
+    same = {name: torch.equal(watch.raw[0][name], watch.raw[-1][name]) for name in watch.raw[0]}
+    assert all(same[name] for name in same if name.startswith("network.input_blocks."))
+    assert not all(same.values())
+
+
+def test_what_a_researcher_watches_is_logged(fitted):
+    logs = EventAccumulator(str(fitted / "logs")).Reload()
+    for name in ("gradient_norm", "images_per_second", "peak_gigabytes", "skipped", "rate", "loss", "mse", "vb"):
+        values = [event.value for event in logs.Scalars(f"train/{name}")]
+        assert values, name
+        assert all(value >= 0 for value in values)
+    assert max(event.value for event in logs.Scalars("train/gradient_norm")) > 0
+    assert [event.value for event in logs.Scalars("train/skipped")] == [0.0] * 4

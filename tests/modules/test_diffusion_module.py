@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ def module_of(*, network=None, drawn=True, batch=0, rank=0, **options):
         draw_weights(module.network, 1)
     optimizers = [SimpleNamespace(param_groups=[{"lr": 1.0}])]
     loop = SimpleNamespace(total_batch_idx=batch)
-    module.trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, optimizers=optimizers)
+    module.trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=1, optimizers=optimizers)
     module.logged = {}
     module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})
     module.log_dict = lambda values: [module.log(name, value) for name, value in values.items()]
@@ -250,3 +251,53 @@ def test_the_optimiser_is_adamw_as_the_settings_have_it():
     (group,) = optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.2)
     assert {id(p) for p in group["params"]} == {id(p) for p in module.network.parameters()}
+
+
+# ------------------------------------------------------------------------------------------- losses that overflow
+
+
+class Overflowing(DiffusionModule):
+    """A module whose loss is not finite in the batches that it is told."""
+
+    bad: tuple[int, ...] = ()
+
+    def _losses(self, *arguments):
+        losses = super()._losses(*arguments)
+        if self.trainer.training and self.trainer.fit_loop.total_batch_idx in self.bad:
+            return replace(losses, total=losses.total * float("nan"))
+        return losses
+
+
+def weights_after(bad, steps=4, **options):
+    module = Overflowing(UNetSettings(**GREY), optimizer=OptimizerSettings(learning_rate=1e-3), **options)
+    module.bad, seen = bad, []
+    module.on_train_batch_end = lambda *_: seen.append(module.network.out[2].weight.detach().clone())
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+    trainer(max_steps=steps).fit(module, loader, loader)
+    return module, seen
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_batch_whose_loss_is_not_finite_trains_nothing_and_is_counted():
+    module, weights = weights_after(bad=(1,))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert all(torch.isfinite(weight).all() for weight in weights)
+    assert (module.skipped, module.skipped_in_a_row) == (1, 0)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_too_many_in_a_row_end_the_training_with_the_way_out():
+    with pytest.raises(UserError, match=r"`model.max_skipped` allows 2 .* Lower model.optimizer.learning_rate"):
+        weights_after(bad=(1, 2, 3), steps=8, max_skipped=2)
+    assert weights_after(bad=(1, 2, 4, 5), steps=8, max_skipped=2)[0].skipped == 4
+
+
+def test_what_was_learned_of_timesteps_is_that_of_all_ranks(monkeypatch):
+    module = module_of(loss=LossSettings(timestep_sampler="loss_second_moment"))
+    module.trainer.world_size = 2
+    module.trainer.strategy = SimpleNamespace(
+        reduce=lambda value, reduce_op: 2 * value, all_gather=lambda values: torch.stack([values, values + 1])
+    )
+    loss_of(module)
+    assert int(module.timestep_sampler.counts.sum()) == 2 * len(IMAGES)

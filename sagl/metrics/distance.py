@@ -1,0 +1,48 @@
+"""Metrics as torchmetrics has them: fed batch by batch, summed over all processes."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sagl.metrics.frechet import Statistics, frechet_distance
+
+
+class FrechetDistance(Metric):
+    """Fréchet distance between two sets of features; the sums that it keeps are (D,) and (D, D) float64 a set.
+
+    Nothing grows with the number of samples, and processes are summed as if one had seen all.
+    """
+
+    def __init__(self, width: int) -> None:
+        """For features of D = `width` numbers."""
+        super().__init__()
+        for side in ("real", "made"):
+            self.add_state(f"{side}_sum", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"{side}_products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"{side}_count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, *, real: bool) -> None:
+        """Add (N, D) features of one of the two sets."""
+        features, side = features.double(), "real" if real else "made"
+        for name, value in (
+            ("sum", features.sum(dim=0)),
+            ("products", features.T @ features),
+            ("count", torch.tensor(len(features), device=features.device)),
+        ):
+            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+
+    def forget_made(self) -> None:
+        """Begin the second set anew; the real one stays."""
+        for name in ("sum", "products", "count"):
+            setattr(self, f"made_{name}", torch.zeros_like(getattr(self, f"made_{name}")))
+        self._computed = None
+
+    def compute(self) -> Tensor:
+        """() float64; both sets hold at least 2."""
+        return torch.tensor(frechet_distance(self._statistics("real"), self._statistics("made")), dtype=torch.float64)
+
+    def _statistics(self, side: str) -> Statistics:
+        total, products, count = (getattr(self, f"{side}_{name}") for name in ("sum", "products", "count"))
+        mean = total / count
+        covariance = (products - count * mean.outer(mean)) / (count - 1)
+        return Statistics(mean=mean, covariance=covariance, num_samples=int(count))

@@ -1,0 +1,74 @@
+"""Weights of one network as the beginning of another: the same but for its classes."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from sagl.models.adm import UNet
+from sagl.models.checkpoints import require_fit
+from sagl.settings.errors import require
+
+LABELS = "label_emb.weight"
+"""(classes, width), and a row for the null label behind them where there is one."""
+
+
+def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
+    """Load weights into a network of the same shape, or one that differs in its classes alone.
+
+    Classes that are new begin as the mean of the old ones; in a network that had none, as zeros, which leave what it
+    does unchanged.
+
+    Returns:
+        What was put in the old labels' place; None where they fit.
+
+    Raises:
+        UserError: names or shapes differ elsewhere: names the first five.
+    """
+    own, given = network.state_dict(), dict(state)
+    said = None
+    if LABELS in own and (LABELS not in given or given[LABELS].shape != own[LABELS].shape):
+        said = _said(given.get(LABELS), own[LABELS])
+        given[LABELS] = _labels(given.get(LABELS), own[LABELS])
+    elif LABELS in given and LABELS not in own:
+        said = f"{len(given.pop(LABELS))} labels of the checkpoint are dropped: the network is unconditional."
+    require_fit(own, given, " A checkpoint may differ from the network in its classes alone.")
+    network.load_state_dict(given)
+    return said
+
+
+def _labels(old: Tensor | None, own: Tensor) -> Tensor:
+    if old is None or old.shape[1:] != own.shape[1:]:
+        return torch.zeros_like(own)
+    return old.float().mean(dim=0).expand_as(own).to(own).clone()
+
+
+def _said(old: Tensor | None, own: Tensor) -> str:
+    before = "no labels" if old is None else f"{len(old)} labels"
+    begin = "zeros" if old is None else "the mean of the old ones"
+    return f"The checkpoint has {before} and the network {len(own)}: all {len(own)} are new, and begin as {begin}."
+
+
+def freeze(network: UNet, patterns: Sequence[str]) -> int:
+    """Take parameters out of the training: those whose name matches, such as input_blocks.* or time_embed.*.
+
+    Returns:
+        How many parameters (numbers, not tensors) are frozen.
+
+    Raises:
+        UserError: a pattern that matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        require(
+            any(fnmatchcase(name, pattern) for name in names),
+            f"`freeze` must match parameters such as {names[0]}, and {pattern!r} matches none.",
+        )
+    frozen = 0
+    for name, parameter in network.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    require(any(p.requires_grad for p in network.parameters()), "`freeze` must leave something to train, got all.")
+    return frozen

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from sagl.models.transfer import LABELS, freeze, start_from
+from sagl.settings.errors import UserError
+from tests.tiny import grey_unet
+
+
+def out_of(network, labels):
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return network(x, torch.tensor([3.0, 500.0]), labels).out
+
+
+def test_the_same_network_takes_the_weights_as_they_are():
+    old, new = grey_unet(), grey_unet()
+    state = {name: tensor + 1 for name, tensor in old.state_dict().items()}
+    assert start_from(new, state) is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in new.state_dict().items())
+
+
+def test_labels_on_an_unconditional_network_change_nothing_at_first():
+    old, new = grey_unet(num_classes=None, null_label=False), grey_unet(num_classes=7)
+    said = start_from(new, old.state_dict())
+    assert "no labels" in said
+    assert "8 are new" in said
+    torch.testing.assert_close(out_of(new, torch.tensor([0, 6])), out_of(old, None), rtol=0, atol=0)
+
+
+def test_other_classes_begin_as_the_mean_of_the_old():
+    old, new = grey_unet(num_classes=3), grey_unet(num_classes=5)
+    said = start_from(new, old.state_dict())
+    assert "4 labels" in said
+    assert "6 are new" in said
+    torch.testing.assert_close(new.state_dict()[LABELS][4], old.state_dict()[LABELS].mean(dim=0))
+
+
+def test_labels_that_the_network_has_no_use_for_are_dropped_aloud():
+    old, new = grey_unet(num_classes=3), grey_unet(num_classes=None, null_label=False)
+    assert "dropped" in start_from(new, old.state_dict())
+    assert torch.equal(new.state_dict()["out.2.weight"], old.state_dict()["out.2.weight"])
+
+
+def test_weights_that_differ_elsewhere_are_refused():
+    with pytest.raises(UserError, match="classes alone"):
+        start_from(grey_unet(), grey_unet(num_channels=64).state_dict())
+
+
+def test_frozen_parameters_are_those_that_match():
+    network = grey_unet().requires_grad_(True)
+    count = freeze(network, ["input_blocks.*", "time_embed.0.bias"])
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    assert frozen == {n for n, _ in network.named_parameters() if n.startswith("input_blocks.")} | {"time_embed.0.bias"}
+    assert count == sum(p.numel() for p in network.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"), [(["inputs.*"], "'inputs.\\*' matches none"), (["*"], "something to train")]
+)
+def test_what_freezes_nothing_or_all_is_refused(patterns, said):
+    with pytest.raises(UserError, match=said):
+        freeze(grey_unet(), patterns)
