@@ -29,14 +29,15 @@ from sagl.metrics.bootstrap import paired_interval
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import FrechetTo, statistics
 from sagl.metrics.reference import cached_statistics
-from sagl.models.checkpoints import build_network, read_network
+from sagl.models.checkpoints import as_weights, build_network, read_network
 from sagl.models.zoo import EMBEDDED
 from sagl.recipe import collect, labels_of, prepare
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.paths import cache_folder, sha256
-from sagl.settings.sampling import ChainSettings, RunSettings, micro_batches
+from sagl.settings.sampling import ChainSettings, RunSettings, WeightPrecision, micro_batches
 
 EXTRACTOR = "effnet_lite0_64"
+PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
 
 
 def grid(a: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -74,7 +75,7 @@ def main() -> None:
     a.study.parent.mkdir(parents=True, exist_ok=True)
 
     file = read_network(a.checkpoint)
-    networks = {dtype: build_network(file).to(getattr(torch, dtype)) for dtype in a.dtypes}
+    networks = {dtype: as_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")) for dtype in a.dtypes}
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = EXTRACTORS[EXTRACTOR]()

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from sagl.machine import keep_freed_memory
 from sagl.models.adm import UNet
+from sagl.models.checkpoints import as_weights
 from sagl.models.zoo import RELEASED, unet_named
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import ChainSettings
+from sagl.settings.sampling import ChainSettings, WeightPrecision
 
 NETWORKS: dict[str, UNetSettings] = {
     "lsun": RELEASED["lsun_cat"].settings,
@@ -34,7 +35,7 @@ SITES = {"lsun": 2, "embedded": 5}
 STEP = 120
 """Of 250, in the middle of the chain."""
 SCALE, BLUR_SIGMA = 0.3, 3.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def _network(side: Side, s: UNetSettings) -> UNet:
         network = UNet(s)
     network.load_state_dict(weights_of(s), assign=True)
     network.to(memory_format=torch.channels_last)
-    return network.to(DTYPES[side.precision])
+    return as_weights(network, PRECISIONS[side.precision], torch.device("cpu"))
 
 
 def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sagl.diffusion.process import learned_log_variance
@@ -21,6 +22,8 @@ class Condition:
     """(B,); None is the null label."""
     attention_sites: tuple[Site, ...] = ()
     """Where to bring back the attention received."""
+    degraded: bool = False
+    """Whether x_t was degraded; told to networks that `embeds_degraded` says can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +83,20 @@ class Network(Protocol):
         """One pass."""
 
 
+def embeds_degraded(network: Network) -> bool:
+    """Whether a network can be told that x_t was degraded: one with `settings.degraded_embedding`."""
+    return bool(getattr(getattr(network, "settings", None), "degraded_embedding", False))
+
+
 def as_denoiser(network: Network, schedule: Schedule, variance: Variance) -> Denoiser:
     """A network on a schedule as a `Denoiser`. The arithmetic outside the network is the caller's dtype."""
 
     def denoise(x_t: Image, step: int, condition: Condition) -> Prediction:
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
-        output = network(x_t, timesteps, condition.labels, attention_sites=condition.attention_sites)
+        told: dict[str, Any] = {"attention_sites": condition.attention_sites}
+        if condition.degraded and embeds_degraded(network):
+            told["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
+        output = network(x_t, timesteps, condition.labels, **told)
         eps, log_variance = split_prediction(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
         # a copy: a view would keep the variance's channels alive through the passes of a guidance
         return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention)

@@ -44,6 +44,7 @@ def training_losses(
     kind: Loss,
     variance: Variance,
     max_weight: float = 1.0,
+    target: Image | None = None,
 ) -> Losses:
     """Losses of one batch, each sample at its own timestep of the whole process.
 
@@ -56,12 +57,13 @@ def training_losses(
         kind: hybrid trains the mean by L_simple and the variance alone by the bound.
         variance: the reverse step's.
         max_weight: L_simple counts 1 / alpha_bar times, at most so often. 1: everywhere alike, as in ADM.
+        target: (B, C, H, W), the eps that L_simple asks for; None: the noise.
     """
     alpha_bar = schedule.alpha_bar(timesteps)
     x_t = add_noise(x_0, noise, alpha_bar)
     out = predict(x_t, timesteps).to(x_0.dtype)
     eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
-    mse = mean_flat((noise - eps) ** 2)
+    mse = mean_flat(((noise if target is None else target) - eps) ** 2)
     weighted = mse * (1 / alpha_bar).clamp(max=max_weight).flatten().to(mse)
     if kind == "simple" or (kind == "hybrid" and variance != "learned_range"):  # a fixed variance has nothing to learn
         return Losses(total=weighted, mse=mse, vb=torch.zeros_like(mse))
@@ -69,6 +71,12 @@ def training_losses(
     scale = schedule.num_steps / (1000 if kind == "hybrid" else 1)
     vb = scale * bound_term(x_0, x_t, bound_eps, log_variance, schedule, timesteps, clip_x0=False)
     return Losses(total=vb if kind == "vlb" else weighted + vb, mse=mse, vb=vb)
+
+
+def without_bound(losses: Losses, where: Tensor) -> Losses:
+    """The losses, of which the bound is left out for the samples of `where`, (B,) bool."""
+    vb = torch.where(where, 0.0, losses.vb)
+    return Losses(total=losses.total - losses.vb + vb, mse=losses.mse, vb=vb)
 
 
 def bound_term(

@@ -30,7 +30,7 @@ def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
 
     def direction(denoise: Denoiser, x_t: Image, step: int, condition: Condition, plain: Prediction) -> Direction:
         x_t_degraded, mask = weakened(x_t, step, plain)  # and nothing else lives through the second pass
-        weak = denoise(x_t_degraded, step, condition)
+        weak = denoise(x_t_degraded, step, replace(condition, degraded=True))
         return replace(away_from(weak, plain, settings.scale), notes={"mask": mask})
 
     def ask(condition: Condition) -> Condition:

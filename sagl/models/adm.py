@@ -255,6 +255,8 @@ class UNet(Encoder):
         self.settings = settings
         if settings.num_classes is not None:
             self.label_emb = nn.Embedding(settings.num_classes + settings.null_label, 4 * settings.num_channels)
+        if settings.degraded_embedding:
+            self.degraded_emb = nn.Parameter(torch.zeros(4 * settings.num_channels))
         self.output_blocks = _numbered("output", _output_layers(settings))
         width = settings.widths[0]
         out_channels = settings.in_channels * (1 + settings.learn_sigma)
@@ -262,7 +264,13 @@ class UNet(Encoder):
         self.to(memory_format=torch.channels_last)
 
     def forward(
-        self, x: Image, timesteps: Timestep, labels: Labels | None = None, *, attention_sites: Sequence[Site] = ()
+        self,
+        x: Image,
+        timesteps: Timestep,
+        labels: Labels | None = None,
+        *,
+        attention_sites: Sequence[Site] = (),
+        degraded: Tensor | None = None,
     ) -> UNetOutput:
         """One pass.
 
@@ -271,6 +279,7 @@ class UNet(Encoder):
             timesteps: (B,), 0…999 of the original process, whatever the respacing.
             labels: (B,) class indices; None is the null label. An unconditional network does not read them.
             attention_sites: where to bring attention back from.
+            degraded: (B,) bool, which of x were degraded; a network without the embedding does not read it.
 
         Raises:
             UserError: a site without attention; no labels, and no null label either.
@@ -278,6 +287,8 @@ class UNet(Encoder):
         for site in attention_sites:
             self.settings.require_site(*site)
         emb = self._add_label(self.embed(timesteps), labels)
+        if degraded is not None and self.settings.degraded_embedding:
+            emb = emb + degraded[:, None] * self.degraded_emb
         received: dict[Site, TokenMap] = {}
         h, skips = x.to(emb.dtype, memory_format=torch.channels_last), []
         for stage in self.input_blocks:

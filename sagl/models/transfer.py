@@ -13,6 +13,9 @@ from sagl.settings.errors import require
 LABELS = "label_emb.weight"
 """(classes, width), and a row for the null label behind them where there is one."""
 
+DEGRADED = "degraded_emb"
+"""(width,): what a network is told when x_t was degraded."""
+
 
 def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
     """Load weights into a network of the same shape, or one that differs in its classes alone.
@@ -31,7 +34,9 @@ def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
     if LABELS in own and (LABELS not in given or given[LABELS].shape != own[LABELS].shape):
         said = _said(given.get(LABELS), own[LABELS])
         given[LABELS] = _labels(given.get(LABELS), own[LABELS])
-    elif LABELS in given and LABELS not in own:
+    if DEGRADED in own and DEGRADED not in given:
+        given[DEGRADED] = torch.zeros_like(own[DEGRADED])  # which leaves what the network does unchanged
+    if LABELS in given and LABELS not in own:
         said = f"{len(given.pop(LABELS))} labels of the checkpoint are dropped: the network is unconditional."
     require_fit(own, given, " A checkpoint may differ from the network in its classes alone.")
     network.load_state_dict(given)

@@ -18,8 +18,10 @@ from sagl.diffusion.losses import (
     TimestepSampler,
     UniformTimesteps,
     training_losses,
+    without_bound,
 )
 from sagl.diffusion.schedule import make_schedule
+from sagl.guidance.blur_aware import degraded_batch
 from sagl.machine import peak_gigabytes
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze as freeze_parameters
@@ -27,7 +29,7 @@ from sagl.models.zoo import unet_named
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import require
 from sagl.settings.network import UNetSettings
-from sagl.settings.training import OptimizerSettings
+from sagl.settings.training import BlurAwareSettings, OptimizerSettings
 from sagl.shapes import Image, ImageUint8, Labels
 
 Batch = tuple[ImageUint8, Labels]
@@ -56,6 +58,7 @@ class DiffusionModule(LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008 (frozen)
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         label_dropout: float = 0.0,
+        blur_aware: BlurAwareSettings = BlurAwareSettings(),  # noqa: B008
         freeze: Sequence[str] = (),
         max_skipped: int = 10,
         seed: int = 0,
@@ -68,6 +71,7 @@ class DiffusionModule(LightningModule):
             loss: what is minimised.
             optimizer: AdamW and its rate.
             label_dropout: share of training samples that see the null label instead of their own.
+            blur_aware: images that are degraded as guidance degrades them.
             freeze: parameters that stay as they are, by patterns of their names: input_blocks.*, time_embed.*.
             max_skipped: a batch whose loss is not finite is skipped; after so many in a row the training ends.
             seed: of first weights, noise, timesteps and dropped labels.
@@ -91,13 +95,15 @@ class DiffusionModule(LightningModule):
             f"learn_sigma={network.learn_sigma}.",
         )
         settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
-        settings |= {"optimizer": asdict(optimizer)}
+        settings |= {"optimizer": asdict(optimizer), "blur_aware": asdict(blur_aware)}
+        if blur_aware.probability > 0 and blur_aware.mask == "attention":
+            network.require_site(blur_aware.site)
         require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
         more = {"freeze": list(freeze), "max_skipped": max_skipped}
         self.save_hyperparameters({**settings, "label_dropout": label_dropout, **more, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion
         self.loss_settings, self.optimizer_settings = loss, optimizer
-        self.label_dropout, self.seed = label_dropout, seed
+        self.label_dropout, self.seed, self.blur_aware = label_dropout, seed, blur_aware
         self._batch_ended: float | None = None
         self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
         with torch.random.fork_rng(devices=[]):
@@ -121,7 +127,7 @@ class DiffusionModule(LightningModule):
         timesteps, weights = self.timestep_sampler.sample(len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator)
         dropped = torch.rand(len(x_0), generator=generator) < self.label_dropout
-        losses = self._losses(x_0, timesteps, noise, self._with_null(labels, dropped))
+        losses = self._training_losses(x_0, timesteps, noise, self._with_null(labels, dropped), generator)
         loss = (losses.total * weights.to(losses.total)).mean()
         if not self._finite_everywhere(loss):
             return None
@@ -129,6 +135,22 @@ class DiffusionModule(LightningModule):
         self.log_dict({"train/loss": loss, "train/mse": losses.mse.mean(), "train/vb": losses.vb.mean()})
         self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _training_losses(
+        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, generator: torch.Generator
+    ) -> Losses:
+        """Of a batch, some of whose images are degraded where the training is blur-aware."""
+        if self.blur_aware.probability == 0:
+            return self._losses(x_0, timesteps, noise, labels)
+        chosen = (torch.rand(len(x_0), generator=generator) < self.blur_aware.probability).to(x_0.device)
+        there, noise = timesteps.to(x_0.device), noise.to(x_0.device)
+        alpha_bar = self.schedule.alpha_bar(there)
+        settings = self.blur_aware
+        content, target = degraded_batch(
+            settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, generator
+        )
+        losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
+        return without_bound(losses, chosen)
 
     def _finite_everywhere(self, loss: Tensor) -> bool:
         """Whether the loss is finite on every rank; the skipped are counted."""
@@ -198,9 +220,18 @@ class DiffusionModule(LightningModule):
         self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
         self.skipped = checkpoint.get("skipped", 0)
 
-    def _losses(self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None) -> Losses:
+    def _losses(
+        self,
+        x_0: Image,
+        timesteps: Tensor,
+        noise: Image,
+        labels: Labels | None,
+        *,
+        target: Image | None = None,
+        degraded: Tensor | None = None,
+    ) -> Losses:
         return training_losses(
-            lambda x_t, t: self.network(x_t, t, labels).out,
+            lambda x_t, t: self.network(x_t, t, labels, degraded=degraded).out,
             x_0,
             timesteps.to(x_0.device),
             noise.to(x_0.device),
@@ -208,6 +239,7 @@ class DiffusionModule(LightningModule):
             kind=self.loss_settings.kind,
             variance=self.diffusion_settings.variance,
             max_weight=self.loss_settings.max_weight,
+            target=target,
         )
 
     def _labels(self, labels: Labels) -> Labels | None:

@@ -88,6 +88,8 @@ class UNetSettings(EncoderSettings):
     """Classes of a class-conditional network; None: unconditional."""
     null_label: bool = False
     """The label embedding has one row more, for "no label" (label dropout, classifier-free guidance)."""
+    degraded_embedding: bool = False
+    """The network is told whether x_t was degraded (blur-aware training), by an embedding that is zero at the start."""
     num_heads_upsample: int | None = None
     """Heads of the output blocks, where they differ from num_heads; num_head_channels goes before."""
 

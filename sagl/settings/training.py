@@ -1,7 +1,9 @@
 """Settings of training: optimiser, averages, checkpoints."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from sagl.settings.diffusion import one_of
 from sagl.settings.errors import require
 from sagl.settings.sampling import ChainSettings, Sampler
 
@@ -63,6 +65,39 @@ class PreviewSettings:
             f"`preview.best_scale` must be one of preview.scales {list(self.scales)}, got {self.best_scale}.",
         )
         ChainSettings(sampler=self.sampler, respacing=self.respacing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlurAwareSettings:
+    """Blur-aware training (Hong et al., appendix D): the network learns what self-attention guidance will show it."""
+
+    probability: float = 0.0
+    """Of a training image to be degraded as in guidance, before its noise is added; 0: plain training."""
+    mask: Literal["attention", "random", "square", "global"] = "attention"
+    """What is blurred: what the network attends to at the same x_t, random blocks, one square, or all."""
+    site: str = "output.2"
+    """Of mask attention: the block whose attention is read."""
+    threshold: float = 1.0
+    """Of mask attention: tokens that receive more are blurred."""
+    share: float = 0.4
+    """Of masks random and square: the part of the image that is blurred; an attention mask's is about as large."""
+    blur_sigma: tuple[float, float] = (3.0, 3.0)
+    """Least and largest standard deviation of the blur in pixels, drawn evenly between for each image."""
+    target: Literal["noise", "clean"] = "noise"
+    """noise: eps as it was drawn; clean: the eps that leads from the degraded x_t to the image before the blur."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        one_of("blur_aware.mask", self.mask, ("attention", "random", "square", "global"))
+        one_of("blur_aware.target", self.target, ("noise", "clean"))
+        for name in ("probability", "share"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"`blur_aware.{name}` must be in [0, 1], got {value}.")
+        least, largest = self.blur_sigma
+        require(
+            0 < least <= largest,
+            f"`blur_aware.blur_sigma` must be two numbers 0 < least <= largest, got {self.blur_sigma}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

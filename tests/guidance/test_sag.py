@@ -308,3 +308,13 @@ def test_the_second_pass_adds_three_images_and_the_tokens_to_the_memory():
     image = x_t.numel() * 4
     added = peak({"sag": guidance()}) - peak({})
     assert 0 < added <= 3 * image + tokens_and_mask  # eps, log variance, x_t_degraded
+
+
+def test_the_second_pass_tells_a_network_that_can_be_told_that_x_t_was_degraded():
+    told = []
+    for can in (True, False):
+        network = calm_unet(degraded_embedding=can)
+        network.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs.get("degraded")), with_kwargs=True)
+        with torch.inference_mode():
+            denoiser(network, {"sag": guidance()})(images(), 3, Condition(labels=torch.zeros(2, dtype=torch.long)))
+    assert [None if flag is None else flag.tolist() for flag in told] == [None, [True, True], None, None]

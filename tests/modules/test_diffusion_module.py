@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from sagl.models.transfer import start_from
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import UserError
 from sagl.settings.network import UNetSettings
-from sagl.settings.training import OptimizerSettings
+from sagl.settings.training import BlurAwareSettings, OptimizerSettings
 from tests.reference import draw_weights
 from tests.tiny import GREY, QUIET, trainer
 
@@ -301,3 +302,46 @@ def test_what_was_learned_of_timesteps_is_that_of_all_ranks(monkeypatch):
     )
     loss_of(module)
     assert int(module.timestep_sampler.counts.sum()) == 2 * len(IMAGES)
+
+
+# --------------------------------------------------------------------------------------------- blur-aware training
+
+BLUR_AWARE = BlurAwareSettings(probability=1.0, site="output.0", blur_sigma=(1.0, 1.0))
+
+
+def test_degraded_images_train_the_mean_alone():
+    module = module_of(blur_aware=BLUR_AWARE)
+    loss_of(module)
+    assert module.logged["train/vb"] == 0
+    assert module.logged["train/loss"] == pytest.approx(module.logged["train/mse"])
+    half = module_of(blur_aware=replace(BLUR_AWARE, probability=0.5))
+    loss_of(half)
+    assert half.logged["train/vb"] > 0
+
+
+def test_the_network_is_told_which_images_were_degraded_and_is_unchanged_until_it_learns():
+    told = []
+    plain, aware = (
+        module_of(blur_aware=BLUR_AWARE),
+        module_of(network={"degraded_embedding": True}, blur_aware=BLUR_AWARE),
+    )
+    start_from(aware.network, plain.network.state_dict())
+    aware.network.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs.get("degraded")), with_kwargs=True
+    )
+    assert loss_of(aware) == loss_of(plain)
+    assert told[0] is None  # the plain pass for the mask
+    assert told[1].tolist() == [True] * len(IMAGES)
+    with torch.no_grad():
+        aware.network.degraded_emb += 0.5
+    assert loss_of(aware) != loss_of(plain)
+
+
+def test_probability_0_is_plain_training_to_the_bit():
+    assert loss_of(module_of(blur_aware=BlurAwareSettings())) == loss_of(module_of())
+
+
+def test_an_attention_mask_needs_a_site_of_the_network():
+    with pytest.raises(UserError, match="site"):
+        module_of(blur_aware=replace(BLUR_AWARE, site="output.9"))
+    module_of(blur_aware=replace(BLUR_AWARE, site="output.9", mask="random"))

@@ -1,0 +1,88 @@
+"""Blur-aware training (Hong et al., appendix D): training images degraded as guidance degrades its estimates."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sagl.diffusion.denoiser import Network
+from sagl.diffusion.process import add_noise
+from sagl.guidance.blur import gaussian_blur
+from sagl.guidance.degrade import degraded_content
+from sagl.guidance.mask import attention_mask
+from sagl.settings.guidance import fitting_kernel
+from sagl.settings.training import BlurAwareSettings
+from sagl.shapes import AlphaBar, Image, Labels, Mask, Site, Timestep
+
+BLOCKS = 16
+"""A random mask is drawn on so many blocks a side, as if they were tokens."""
+
+
+def training_mask(
+    settings: BlurAwareSettings,
+    network: Network,
+    x_t: Image,
+    timesteps: Timestep,
+    labels: Labels | None,
+    generator: torch.Generator,
+) -> Mask:
+    """What is to be blurred: (B, C, H, W), noised but not degraded -> (B, 1, H, W) bool. No gradient is kept."""
+    batch, size = len(x_t), (x_t.shape[-2], x_t.shape[-1])
+    if settings.mask == "attention":
+        site = Site(settings.site)
+        with torch.no_grad():
+            received = network(x_t, timesteps, labels, attention_sites=(site,)).attention[site]
+        return attention_mask(received, settings.threshold, size)
+    if settings.mask == "random":
+        blocks = torch.rand(batch, 1, BLOCKS, BLOCKS, generator=generator) < settings.share
+        return F.interpolate(blocks.float(), size=size, mode="nearest").bool().to(x_t.device)
+    if settings.mask == "square":
+        return _squares(settings.share, batch, size, generator).to(x_t.device)
+    return torch.ones(batch, 1, *size, dtype=torch.bool, device=x_t.device)
+
+
+def _squares(share: float, batch: int, size: tuple[int, int], generator: torch.Generator) -> Mask:
+    """A rectangle of the image's proportions, `share` of its area, anywhere inside."""
+    inside = torch.ones(batch, 1, *size, dtype=torch.bool)
+    for axis, length in zip((2, 3), size, strict=True):
+        side = round(length * share**0.5)
+        first = torch.randint(length - side + 1, (batch, 1), generator=generator)
+        at = torch.arange(length)
+        line = (at >= first) & (at < first + side)
+        inside &= line[:, None, :, None] if axis == 2 else line[:, None, None, :]
+    return inside
+
+
+def blurred(x_0: Image, settings: BlurAwareSettings, generator: torch.Generator) -> Image:
+    """Each image blurred by a sigma of its own: (B, C, H, W) -> the same."""
+    least, largest = settings.blur_sigma
+    kernel = fitting_kernel(None, min(x_0.shape[-2:]))
+    if least == largest:
+        return gaussian_blur(x_0, kernel, least)
+    sigmas = least + (largest - least) * torch.rand(len(x_0), generator=generator)
+    return torch.cat([gaussian_blur(x, kernel, sigma) for x, sigma in zip(x_0.split(1), sigmas.tolist(), strict=True)])
+
+
+def degraded_batch(
+    settings: BlurAwareSettings,
+    network: Network,
+    x_0: Image,
+    noise: Image,
+    alpha_bar: AlphaBar,
+    timesteps: Timestep,
+    labels: Labels | None,
+    chosen: Tensor,
+    generator: torch.Generator,
+) -> tuple[Image, Image]:
+    """A batch of which the `chosen` samples, (B,) bool, are degraded.
+
+    Returns:
+        What is noised in the place of x_0, (B, C, H, W), and the eps that L_simple asks for: with target clean it
+        leads back to x_0, at most ten times the noise's size away, so that the cleanest timesteps do not drown all.
+    """
+    x_t = add_noise(x_0, noise, alpha_bar)
+    mask = training_mask(settings, network, x_t, timesteps, labels, generator)
+    content = degraded_content(x_0, blurred(x_0, settings, generator), mask & chosen[:, None, None, None])
+    if settings.target == "noise":
+        return content, noise
+    ratio = (alpha_bar / (1 - alpha_bar)).sqrt().clamp(max=10).to(x_0)
+    return content, noise + ratio * (content - x_0)

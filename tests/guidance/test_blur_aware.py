@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from sagl.diffusion.process import add_noise, x0_hat_from_eps
+from sagl.diffusion.schedule import make_schedule
+from sagl.guidance.blur import gaussian_blur
+from sagl.guidance.blur_aware import blurred, degraded_batch, training_mask
+from sagl.guidance.degrade import degrade
+from sagl.guidance.mask import attention_mask
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.errors import UserError
+from sagl.settings.training import BlurAwareSettings
+from sagl.shapes import Site
+from tests.tiny import calm_unet, count_calls
+
+SCHEDULE = make_schedule(DiffusionSettings())
+TIMESTEPS = torch.tensor([30, 200, 600, 900])
+LABELS = torch.tensor([0, 1, 2, 3])
+SITE = "output.1"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(seed):
+    return torch.randn(4, 3, 16, 16, generator=generator(seed)).clamp(-1, 1)
+
+
+def settings(**changes):
+    return BlurAwareSettings(**{"probability": 0.5, "site": SITE, "blur_sigma": (1.0, 1.0), **changes})
+
+
+def batch(s, chosen, network=None):
+    return degraded_batch(
+        s,
+        network or calm_unet(),
+        images(0),
+        images(1),
+        SCHEDULE.alpha_bar(TIMESTEPS),
+        TIMESTEPS,
+        LABELS,
+        torch.tensor(chosen),
+        generator(),
+    )
+
+
+def test_what_the_network_sees_is_what_guidance_would_have_made_of_the_true_image():
+    network, x_0, noise, alpha_bar = calm_unet(), images(0), images(1), SCHEDULE.alpha_bar(TIMESTEPS)
+    content, target = batch(settings(), [True] * 4, network)
+    site, x_t = Site(SITE), add_noise(x_0, noise, alpha_bar)
+    received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
+    mask = attention_mask(received, 1.0, (16, 16))
+    want = degrade(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
+    torch.testing.assert_close(add_noise(content, noise, alpha_bar), want)
+    assert torch.equal(target, noise)
+    assert 0.1 < float(mask.float().mean()) < 0.9
+
+
+def test_samples_that_were_not_chosen_are_left_alone():
+    content, target = batch(settings(target="clean"), [True, False, True, False])
+    changed = (content != images(0)).flatten(1).any(dim=1)
+    assert changed.tolist() == [True, False, True, False]
+    assert torch.equal(target[1::2], images(1)[1::2])
+
+
+def test_the_clean_target_leads_back_to_the_image_before_the_blur():
+    content, target = batch(settings(target="clean", mask="global"), [True] * 4)
+    alpha_bar = SCHEDULE.alpha_bar(TIMESTEPS)
+    x_t = add_noise(content, images(1), alpha_bar)
+    x0_hat = x0_hat_from_eps(x_t, target, alpha_bar)
+    torch.testing.assert_close(x0_hat[1:], images(0)[1:], rtol=0, atol=1e-4)
+    assert (target[0] - images(1)[0]).abs().max() <= 10 * (content - images(0))[0].abs().max() + 1e-6  # limited
+
+
+def test_the_plain_pass_for_the_mask_keeps_no_gradient_and_other_masks_need_none():
+    network = calm_unet().requires_grad_(True)
+    x = images(0)
+    for kind, passes in (("attention", 1), ("random", 0), ("square", 0), ("global", 0)):
+        calls = count_calls(network)
+        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, generator())
+        assert len(calls) == passes
+        assert (mask.dtype, tuple(mask.shape), mask.requires_grad) == (torch.bool, (4, 1, 16, 16), False)
+
+
+@pytest.mark.parametrize("kind", ["random", "square"])
+def test_random_masks_cover_their_share_and_are_drawn_from_the_generator(kind):
+    x = torch.zeros(200, 3, 32, 32)
+
+    def draw(seed):
+        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, generator(seed))
+
+    assert float(draw(0).float().mean()) == pytest.approx(0.4, abs=0.02)
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    assert len({tuple(row.flatten().tolist()) for row in draw(0)}) > 50
+
+
+def test_a_square_is_one_block_without_holes():
+    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, generator())
+    for one in mask[:, 0]:
+        rows, columns = one.any(dim=1), one.any(dim=0)
+        assert (int(rows.sum()), int(columns.sum())) == (8, 8)
+        assert torch.equal(one, rows[:, None] & columns[None])
+
+
+def test_the_blur_of_every_image_is_drawn_from_the_range():
+    x = images(0)
+    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), generator(3))
+    sigmas = 0.5 + 3.5 * torch.rand(4, generator=generator(3))
+    want = torch.cat([gaussian_blur(x[i : i + 1], 31, float(sigmas[i])) for i in range(4)])
+    torch.testing.assert_close(got, want)
+    assert sigmas.max() - sigmas.min() > 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"probability": 1.5}, {"share": -0.1}, {"mask": "face"}, {"target": "x"}, {"blur_sigma": (2.0, 1.0)}],
+)
+def test_settings_without_meaning_are_refused(changes):
+    with pytest.raises(UserError, match=rf"`blur_aware.{next(iter(changes))}`"):
+        settings(**changes)
