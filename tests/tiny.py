@@ -48,8 +48,8 @@ QUIET_CLI = [
 class CalmUNet(UNet):
     """Predicts eps near x_t, as a trained network does where x_t is noise; drawn weights alone amplify rounding."""
 
-    def forward(self, x, timesteps, labels=None, *, attention_sites=()):
-        out, attention = super().forward(x, timesteps, labels, attention_sites=attention_sites)
+    def forward(self, x, timesteps, labels=None, **told):
+        out, attention = super().forward(x, timesteps, labels, **told)
         near = torch.cat([x, torch.zeros_like(out[:, x.shape[1] :])], dim=1)
         return UNetOutput(near + 0.1 * out, attention)
 

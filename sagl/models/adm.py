@@ -246,6 +246,10 @@ class Encoder(nn.Module):
         embedding = timestep_embedding(timesteps, self.num_channels)
         return self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
 
+    def to_first(self, x: Image) -> Tensor:
+        """Images in the first convolution's dtype, which may be finer than the rest's, and in its layout."""
+        return x.to(next(self.input_blocks.parameters()).dtype, memory_format=torch.channels_last)
+
 
 class UNet(Encoder):
     """The ADM UNet. Its parameters carry OpenAI's names; `UNetSettings` are guided-diffusion's flags."""
@@ -290,9 +294,10 @@ class UNet(Encoder):
         if degraded is not None and self.settings.degraded_embedding:
             emb = emb + degraded[:, None] * self.degraded_emb
         received: dict[Site, TokenMap] = {}
-        h, skips = x.to(emb.dtype, memory_format=torch.channels_last), []
+        h, skips = self.to_first(x), []
         for stage in self.input_blocks:
             h, maps = stage(h, emb, attention_sites)
+            h = h.to(emb.dtype)
             received |= maps
             skips.append(h)
         h, maps = self.middle_block(h, emb, attention_sites)
@@ -326,9 +331,9 @@ class Classifier(Encoder):
     def forward(self, x: Image, timesteps: Timestep) -> Tensor:
         """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32."""
         emb = self.embed(timesteps)
-        h, features = x.to(emb.dtype, memory_format=torch.channels_last), []
+        h, features = self.to_first(x), []
         for stage in (*self.input_blocks, self.middle_block):
-            h, _ = stage(h, emb)
+            h = stage(h, emb)[0].to(emb.dtype)
             features.append(h)
         if self.settings.pool.startswith("spatial"):
             h = torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)

@@ -165,8 +165,13 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torc
 
 
 def as_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.device) -> AnyNetwork:
-    """The network on a device, its weights in the precision; the arithmetic around it stays float32."""
-    return network.to(device=device, dtype=DTYPES[precision])
+    """The network on a device, its weights in the precision; the arithmetic around it stays float32.
+
+    So does the first convolution: in 16 bits, x_t would be rounded by as much as the noise in it at the last steps.
+    """
+    network.to(device=device, dtype=DTYPES[precision])
+    network.input_blocks[0].float()
+    return network
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:

@@ -344,5 +344,17 @@ def test_a_classifier_comes_back_bit_for_bit_and_is_no_network_that_draws(tmp_pa
 def test_weights_have_the_precision_asked_for_and_outputs_are_float32(precision, dtype, tmp_path):
     network = build_network(read_network(write_tiny(tmp_path / "a.safetensors")))
     cast = as_weights(network, precision, torch.device("cpu"))
-    assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+    dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
+    first = {"input_blocks.0.0.weight", "input_blocks.0.0.bias"}
+    assert {dtypes[name] for name in first} == {torch.float32}
+    assert {dtypes[name] for name in dtypes.keys() - first} == {dtype}
     assert cast(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0])).out.dtype == torch.float32
+
+
+def test_the_noise_of_the_last_steps_is_not_rounded_away_in_half_precision(tmp_path):
+    network = as_weights(
+        build_network(read_network(write_tiny(tmp_path / "a.safetensors"))), "bf16-true", torch.device("cpu")
+    )
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = [network(x_t, torch.tensor([3]), torch.tensor([0])).out for x_t in (x, x.bfloat16().float())]
+    assert not torch.equal(*out)
