@@ -17,7 +17,8 @@ LAYERS = [
     {"recipe"},
     {"guidance", "samplers", "metrics", "data"},
     {"diffusion", "models"},
-    {"machine", "settings", "shapes"},
+    {"machine"},
+    {"settings", "shapes"},
 ]
 """From the top down; rooms of one layer never see each other."""
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
