@@ -92,6 +92,7 @@ def as_denoiser(network: Network, schedule: Schedule, variance: Variance) -> Den
     """A network on a schedule as a `Denoiser`. The arithmetic outside the network is the caller's dtype."""
 
     def denoise(x_t: Image, step: int, condition: Condition) -> Prediction:
+        """One pass, split into eps and log variance."""
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
         told: dict[str, Any] = {"attention_sites": condition.attention_sites}
         if condition.degraded and embeds_degraded(network):

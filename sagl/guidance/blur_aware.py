@@ -73,15 +73,18 @@ def degraded_batch(
     chosen: Tensor,
     generator: torch.Generator,
 ) -> tuple[Image, Image]:
-    """A batch of which the `chosen` samples, (B,) bool, are degraded.
+    """A batch of which the `chosen` samples, (B,) bool, are degraded; only they pay for a mask.
 
     Returns:
         What is noised in the place of x_0, (B, C, H, W), and the eps that L_simple asks for: with target clean it
-        leads back to x_0, at most ten times the noise's size away, so that the cleanest timesteps do not drown all.
+        leads back to x_0, by √(alpha_bar / (1 - alpha_bar)) times the difference, a factor of at most 10, so that
+        the cleanest timesteps do not drown all.
     """
-    x_t = add_noise(x_0, noise, alpha_bar)
-    mask = training_mask(settings, network, x_t, timesteps, labels, generator)
-    content = degraded_content(x_0, blurred(x_0, settings, generator), mask & chosen[:, None, None, None])
+    rows, content = chosen.nonzero()[:, 0], x_0.clone()
+    if len(rows):
+        x_t, few = add_noise(x_0, noise, alpha_bar)[rows], None if labels is None else labels[rows]
+        mask = training_mask(settings, network, x_t, timesteps[rows], few, generator)
+        content[rows] = degraded_content(x_0[rows], blurred(x_0[rows], settings, generator), mask)
     if settings.target == "noise":
         return content, noise
     ratio = (alpha_bar / (1 - alpha_bar)).sqrt().clamp(max=10).to(x_0)

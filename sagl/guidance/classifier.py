@@ -23,6 +23,7 @@ def classifier_guidance(settings: ClassifierGuidance, classifier: Logits, schedu
     """
 
     def direction(_: Denoiser, x_t: Image, step: int, condition: Condition, __: Prediction) -> Direction:
+        """Scale · grad log p(y | x_t), eq. 9."""
         if condition.labels is None:
             raise UserError("`labels` must be given for classifier guidance, got none.")
         timesteps = schedule.timestep(step, len(x_t), x_t.device)

@@ -38,6 +38,7 @@ def guided(denoise: Denoiser, guidances: Mapping[str, Guidance]) -> Denoiser:
     """The denoiser that adds the guidances' directions to every prediction; with none of them, `denoise` itself."""
 
     def call(x_t: Image, step: int, condition: Condition) -> Prediction:
+        """One plain pass, and what each active guidance adds to it."""
         active = {name: g for name, g in guidances.items() if g.when(step)}
         asked = reduce(lambda c, g: g.ask(c), active.values(), condition)
         plain = denoise(x_t, step, asked)

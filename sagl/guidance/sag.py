@@ -22,6 +22,7 @@ def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
     site = Site(settings.site, settings.heads)
 
     def weakened(x_t: Image, step: int, plain: Prediction) -> tuple[Image, Mask]:
+        """x_t_degraded (eq. 16) and what is masked of it."""
         alpha_bar, size = schedule.alpha_bar(step), (x_t.shape[-2], x_t.shape[-1])
         mask = attention_mask(plain.attention[site], settings.threshold, size)
         x0_hat = clip(x0_hat_from_eps(x_t, plain.eps, alpha_bar), settings.clip_x0)
@@ -29,6 +30,7 @@ def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
         return degrade(x0_hat, x0_blurred, mask, plain.eps, alpha_bar), mask
 
     def direction(denoise: Denoiser, x_t: Image, step: int, condition: Condition, plain: Prediction) -> Direction:
+        """S · (eps - eps of x_t_degraded), eq. 17."""
         x_t_degraded, mask = weakened(x_t, step, plain)  # and nothing else lives through the second pass
         weak = denoise(x_t_degraded, step, replace(condition, degraded=True))
         return replace(away_from(weak, plain, settings.scale), notes={"mask": mask})

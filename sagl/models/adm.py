@@ -246,9 +246,11 @@ class Encoder(nn.Module):
         embedding = timestep_embedding(timesteps, self.num_channels)
         return self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
 
-    def to_first(self, x: Image) -> Tensor:
-        """Images in the first convolution's dtype, which may be finer than the rest's, and in its layout."""
-        return x.to(next(self.input_blocks.parameters()).dtype, memory_format=torch.channels_last)
+    def first_features(self, x: Image, emb: Tensor) -> Tensor:
+        """Behind the first convolution, whose weights may be finer than the rest's: (B, C, H, W) -> (B, C', H, W)."""
+        first, rest = (next(part.parameters()).dtype for part in (self.input_blocks, self.time_embed))
+        h, _ = self.input_blocks[0](x.to(first, memory_format=torch.channels_last), emb)
+        return h if first == rest else h.to(rest)  # under autocast the features' dtype is not the weights'
 
 
 class UNet(Encoder):
@@ -294,10 +296,10 @@ class UNet(Encoder):
         if degraded is not None and self.settings.degraded_embedding:
             emb = emb + degraded[:, None] * self.degraded_emb
         received: dict[Site, TokenMap] = {}
-        h, skips = self.to_first(x), []
-        for stage in self.input_blocks:
+        h = self.first_features(x, emb)
+        skips = [h]
+        for stage in self.input_blocks[1:]:
             h, maps = stage(h, emb, attention_sites)
-            h = h.to(emb.dtype)
             received |= maps
             skips.append(h)
         h, maps = self.middle_block(h, emb, attention_sites)
@@ -331,9 +333,10 @@ class Classifier(Encoder):
     def forward(self, x: Image, timesteps: Timestep) -> Tensor:
         """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32."""
         emb = self.embed(timesteps)
-        h, features = self.to_first(x), []
-        for stage in (*self.input_blocks, self.middle_block):
-            h = stage(h, emb)[0].to(emb.dtype)
+        h = self.first_features(x, emb)
+        features = [h]
+        for stage in (*self.input_blocks[1:], self.middle_block):
+            h, _ = stage(h, emb)
             features.append(h)
         if self.settings.pool.startswith("spatial"):
             h = torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)

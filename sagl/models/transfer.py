@@ -20,8 +20,8 @@ DEGRADED = "degraded_emb"
 def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
     """Load weights into a network of the same shape, or one that differs in its classes alone.
 
-    Classes that are new begin as the mean of the old ones; in a network that had none, as zeros, which leave what it
-    does unchanged.
+    Other classes begin as the mean of the old ones; in a network that had none, as zeros, which leave what it does
+    unchanged. Where the null label alone is new or gone, the classes stay as they are.
 
     Returns:
         What was put in the old labels' place; None where they fit.
@@ -31,9 +31,8 @@ def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
     """
     own, given = network.state_dict(), dict(state)
     said = None
-    if LABELS in own and (LABELS not in given or given[LABELS].shape != own[LABELS].shape):
-        said = _said(given.get(LABELS), own[LABELS])
-        given[LABELS] = _labels(given.get(LABELS), own[LABELS])
+    if LABELS in own and len(given.get(LABELS, ())) != len(own[LABELS]):
+        said, given[LABELS] = _labels(given.get(LABELS), own[LABELS], network.settings.num_classes or 0)
     if DEGRADED in own and DEGRADED not in given:
         given[DEGRADED] = torch.zeros_like(own[DEGRADED])  # which leaves what the network does unchanged
     if LABELS in given and LABELS not in own:
@@ -43,23 +42,21 @@ def start_from(network: UNet, state: Mapping[str, Tensor]) -> str | None:
     return said
 
 
-def _labels(old: Tensor | None, own: Tensor) -> Tensor:
-    if old is None or old.shape[1:] != own.shape[1:]:
-        return torch.zeros_like(own)
-    return old.float().mean(dim=0).expand_as(own).to(own).clone()
+def _labels(old: Tensor | None, own: Tensor, classes: int) -> tuple[str, Tensor]:
+    """What is to be said, and the new labels: (labels, width) like `own`."""
+    if old is None:
+        return f"The checkpoint has no labels: the network's {len(own)} begin as zeros.", torch.zeros_like(own)
+    mean = old.float().mean(dim=0, keepdim=True).to(own)
+    if sorted((len(old), len(own))) == [classes, classes + 1]:
+        begin = "begins as the mean of the classes" if len(own) > len(old) else "is dropped"
+        kept = torch.cat([old, mean])[: len(own)]
+        return f"The checkpoint's {classes} classes are kept; the null label {begin}.", kept
+    said = f"The checkpoint has {len(old)} labels: the network's {len(own)} are new, and begin as the mean of the old."
+    return said, mean.repeat(len(own), 1)
 
 
-def _said(old: Tensor | None, own: Tensor) -> str:
-    before = "no labels" if old is None else f"{len(old)} labels"
-    begin = "zeros" if old is None else "the mean of the old ones"
-    return f"The checkpoint has {before} and the network {len(own)}: all {len(own)} are new, and begin as {begin}."
-
-
-def freeze(network: UNet, patterns: Sequence[str]) -> int:
+def freeze(network: UNet, patterns: Sequence[str]) -> None:
     """Take parameters out of the training: those whose name matches, such as input_blocks.* or time_embed.*.
-
-    Returns:
-        How many parameters (numbers, not tensors) are frozen.
 
     Raises:
         UserError: a pattern that matches nothing, or nothing is left to train.
@@ -70,10 +67,7 @@ def freeze(network: UNet, patterns: Sequence[str]) -> int:
             any(fnmatchcase(name, pattern) for name in names),
             f"`freeze` must match parameters such as {names[0]}, and {pattern!r} matches none.",
         )
-    frozen = 0
     for name, parameter in network.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
-            frozen += parameter.numel()
     require(any(p.requires_grad for p in network.parameters()), "`freeze` must leave something to train, got all.")
-    return frozen

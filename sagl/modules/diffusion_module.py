@@ -45,6 +45,30 @@ def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> Ad
     return optimizer
 
 
+def _require_fitting(
+    network: UNetSettings, diffusion: DiffusionSettings, label_dropout: float, blur_aware: BlurAwareSettings
+) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UserError: names the first.
+    """
+    require(0 <= label_dropout <= 1, f"`label_dropout` must be in [0, 1], got {label_dropout}.")
+    require(
+        label_dropout == 0 or network.null_label,
+        f"`label_dropout` needs a network with null_label: true, got {label_dropout} without. "
+        "Set model.network.null_label.",
+    )
+    learned = diffusion.variance == "learned_range"
+    require(
+        learned == network.learn_sigma,
+        f"`variance` must be learned_range exactly if learn_sigma is true, got {diffusion.variance} with "
+        f"learn_sigma={network.learn_sigma}.",
+    )
+    if blur_aware.probability > 0 and blur_aware.mask == "attention":
+        network.require_site(blur_aware.site)
+
+
 class DiffusionModule(LightningModule):
     """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
 
@@ -82,23 +106,10 @@ class DiffusionModule(LightningModule):
         super().__init__()
         named, of_name = unet_named(network) if isinstance(network, str) else (network, DiffusionSettings())
         network, diffusion = named, diffusion or of_name
-        require(0 <= label_dropout <= 1, f"`label_dropout` must be in [0, 1], got {label_dropout}.")
-        require(
-            label_dropout == 0 or network.null_label,
-            f"`label_dropout` needs a network with null_label: true, got {label_dropout} without. "
-            "Set model.network.null_label.",
-        )
-        learned = diffusion.variance == "learned_range"
-        require(
-            learned == network.learn_sigma,
-            f"`variance` must be learned_range exactly if learn_sigma is true, got {diffusion.variance} with "
-            f"learn_sigma={network.learn_sigma}.",
-        )
+        _require_fitting(network, diffusion, label_dropout, blur_aware)
+        require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
         settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
         settings |= {"optimizer": asdict(optimizer), "blur_aware": asdict(blur_aware)}
-        if blur_aware.probability > 0 and blur_aware.mask == "attention":
-            network.require_site(blur_aware.site)
-        require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
         more = {"freeze": list(freeze), "max_skipped": max_skipped}
         self.save_hyperparameters({**settings, "label_dropout": label_dropout, **more, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion

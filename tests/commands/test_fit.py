@@ -376,7 +376,7 @@ def test_training_begins_from_the_weights_of_a_checkpoint(fitted, config, watch,
     capsys.readouterr()
     others = ["--model.network.num_classes", "12"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "other", *more, *others) == 0
-    assert "The checkpoint has 11 labels and the network 13" in capsys.readouterr().out
+    assert "The checkpoint has 11 labels: the network's 13 are new" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_network_is_refused_and_nothing_is_written(config, tmp_path, capsys):

@@ -18,6 +18,7 @@ from tests.reference import (
     small_unet,
     values,
 )
+from tests.tiny import grey_unet
 
 TIMESTEPS = torch.tensor([0, 371, 999])
 LABELS = {"adm_a": None, "adm_a8": None, "adm_b": torch.tensor([0, 7, 999])}
@@ -311,3 +312,11 @@ def test_attention_pooling_answers_with_the_mean_token():
         first = oracle.attend(qkv, 2, "new")[0][:, :, :1]
         want = torch.nn.functional.conv1d(first, pool.c_proj.weight, pool.c_proj.bias)[:, :, 0]
         torch.testing.assert_close(pool(h), want, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_features_keep_their_16_bits_also_with_labels():
+    network, seen = grey_unet(), []
+    network.input_blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.zeros(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 1]))
+    assert seen == [torch.bfloat16]
