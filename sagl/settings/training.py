@@ -1,5 +1,6 @@
 """Settings of training: optimiser, averages, checkpoints."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,10 +114,13 @@ class OptimizerSettings:
     warmup_steps: int = 0
     """Steps in which the rate rises linearly from 0."""
     decay_steps: int = 0
-    """Last steps before trainer.max_steps, in which the rate falls linearly to 0; 0: constant to the end."""
+    """Last steps before trainer.max_steps, in which the rate falls to 0; 0: constant to the end."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: along a line, or along half a cosine (which with decay_steps = max_steps is the usual one)."""
 
     def __post_init__(self) -> None:
         """Refuse rates and lengths that make no sense."""
+        one_of("decay", self.decay, ("linear", "cosine"))
         require(self.learning_rate > 0, f"`learning_rate` must be above 0, got {self.learning_rate}.")
         require(self.weight_decay >= 0, f"`weight_decay` must be at least 0, got {self.weight_decay}.")
         for name in ("warmup_steps", "decay_steps"):
@@ -126,4 +130,5 @@ class OptimizerSettings:
         """The rate at a step as a share of `learning_rate`; `max_steps` -1 is no end."""
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         left = (max_steps - step) / self.decay_steps if self.decay_steps and max_steps > 0 else 1.0
-        return warm * max(0.0, min(1.0, left))
+        left = max(0.0, min(1.0, left))
+        return warm * (left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
