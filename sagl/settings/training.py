@@ -15,6 +15,8 @@ class SavingSettings:
 
     average_decay: float = 0.9999
     """Of the average of the weights, a step."""
+    further_decays: tuple[float, ...] = ()
+    """Of further averages, which cost memory for a copy of the weights each; read as --weights ema:DECAY."""
     save_every_steps: int = 1000
     """Steps between two checkpoints."""
     save_every_minutes: float = 5.0
@@ -23,6 +25,8 @@ class SavingSettings:
     def __post_init__(self) -> None:
         """Refuse what would never save, or never learn."""
         require(0 <= self.average_decay < 1, f"`average_decay` must be in [0, 1), got {self.average_decay}.")
+        for decay in self.further_decays:
+            require(0 <= decay < 1, f"`further_decays` must be in [0, 1), got {decay}.")
         for name in ("save_every_steps", "save_every_minutes"):
             require(getattr(self, name) > 0, f"`{name}` must be above 0, got {getattr(self, name)}.")
 

@@ -8,7 +8,8 @@ from sagl.settings.training import OptimizerSettings, SavingSettings
 
 
 @pytest.mark.parametrize(
-    "changes", [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"decay_steps": -5}, {"decay": "steps"}]
+    "changes",
+    [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"decay_steps": -5}, {"decay": "steps"}],
 )
 def test_rates_and_lengths_that_make_no_sense_are_refused_with_the_argument_and_what_came(changes):
     ((name, value),) = changes.items()
