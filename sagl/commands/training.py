@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sagl.callbacks.best_checkpoints import BestCheckpoints
 from sagl.callbacks.ema import FurtherAverages, WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
 from sagl.callbacks.sag_sampling import SAGSampling
@@ -100,8 +101,9 @@ class FitCLI(LightningCLI):
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
         previews = PreviewSettings(**self._group("preview", PreviewSettings))
         sag = SelfAttentionGuidance(**self._group("sag", SelfAttentionGuidance))
-        averages = [WeightAverage(s), FurtherAverages(s)]
-        return [SAGSampling(self.output, previews, sag), *averages, LastCheckpoint(self.last_checkpoint, s)]
+        drawing, averages = SAGSampling(self.output, previews, sag), [WeightAverage(s), FurtherAverages(s)]
+        best = BestCheckpoints(self.last_checkpoint.parent, previews)
+        return [drawing, *averages, best, LastCheckpoint(self.last_checkpoint, s)]
 
     def _group(self, group: str, kind: type) -> dict[str, Any]:
         """The settings of one group of the config."""

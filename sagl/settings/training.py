@@ -48,9 +48,11 @@ class PreviewSettings:
     measured: int = 0
     """Images that the Fréchet distance from the validation images is taken of, scale by scale. 0: none."""
     extractor: str = "effnet_lite0_64"
-    """Features that it is taken in."""
+    """Features that it is taken in: by name, or a function of yours that makes them, as package.function."""
     keep_best: int = 0
     """So many checkpoints with the smallest distances are kept beside last.ckpt."""
+    best_gigabytes: float = 50.0
+    """They are fewer where together they would take more; the best one always stays."""
     best_scale: float = 0.0
     """The scale whose distance decides."""
 
@@ -59,6 +61,7 @@ class PreviewSettings:
         for name in ("samples", "measured", "keep_best"):
             require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
         require(self.measured != 1, "`preview.measured` must be 0 or at least 2, got 1.")
+        require(self.best_gigabytes > 0, f"`preview.best_gigabytes` must be above 0, got {self.best_gigabytes}.")
         require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
         require(len(self.scales) > 0, "`preview.scales` must name a scale, got none. Set samples and measured to 0.")
         require(
