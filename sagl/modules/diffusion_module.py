@@ -17,6 +17,8 @@ from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     TimestepSampler,
     UniformTimesteps,
+    bound_timesteps,
+    estimated_bits_per_dim,
     training_losses,
     without_bound,
 )
@@ -205,13 +207,22 @@ class DiffusionModule(LightningModule):
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest)."""
+        """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest).
+
+        Outside of training also bits/dim, from one more pass an image.
+        """
         x_0, labels = to_float(batch[0]), batch[1]
         total = self.diffusion_settings.num_timesteps
         timesteps = (torch.arange(len(x_0)) * total) // len(x_0)
         generator = torch.Generator().manual_seed(batch_idx)
         losses = self._losses(x_0, timesteps, torch.randn(x_0.shape, generator=generator), self._labels(labels))
         self._log_validation(losses, timesteps * QUARTERS // total)
+        if self.trainer.state.fn != "fit":
+            self._log_bits(x_0, self._labels(labels), generator)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation, of other images."""
+        self.validation_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
         """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
@@ -268,6 +279,24 @@ class DiffusionModule(LightningModule):
             inside = losses.total[quarter == q]
             if len(inside):
                 self.log(f"val/loss_quarter_{q}", inside.mean(), batch_size=len(inside), sync_dist=True)
+
+    def _log_bits(self, x_0: Image, labels: Labels | None, generator: torch.Generator) -> None:
+        """The estimate's mean, and what its error is made of."""
+        schedule, size = self.schedule, len(x_0)
+        timesteps, weights = bound_timesteps(size, schedule.num_steps, generator)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        bits = estimated_bits_per_dim(
+            lambda x_t, t: self.network(x_t, t, labels).out,
+            x_0,
+            timesteps.to(x_0.device),
+            weights,
+            noise,
+            schedule,
+            variance=self.diffusion_settings.variance,
+        )
+        self.log("val/bits_per_dim", bits.mean(), batch_size=size, sync_dist=True)
+        self.log("val/bits_per_dim_squared", bits.square().mean(), batch_size=size, sync_dist=True)
+        self.log("val/images", float(size), reduce_fx="sum", sync_dist=True)
 
     def _generator(self) -> torch.Generator:
         batch = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
