@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sagl.commands.request import parse
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED, RELEASED, described, named_by_file, released, settings_named, settings_of
+from sagl.models.zoo import EMBEDDED, RELEASED, WITHIN, described, named_by_file, released, settings_named, settings_of
 from sagl.recipe import labels_of, prepare
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
@@ -214,7 +214,7 @@ def test_settings_are_found_by_name_those_of_classifiers_too(name):
 def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
     with pytest.raises(UserError) as error:
         released(name)
-    assert str(error.value) == f"`model` must be one of {', '.join(['fashion_mnist', *RELEASED])}; got {name!r}.{hint}"
+    assert str(error.value) == f"`model` must be one of {', '.join([*WITHIN, *RELEASED])}; got {name!r}.{hint}"
 
 
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.models.download"])
