@@ -47,12 +47,14 @@ OF_FIT = {
     "trainer",
     "data",
     "preview",
+    "seed_everything",
     "average_decay",
     "save_every_steps",
     "save_every_minutes",
     "output",
     "resume",
     "ckpt_path",
+    "weights_only",
 }
 """Top-level keys of a config that are for `sagl fit`, or read here on their own."""
 OF_MODEL = {"network", "classifier", "diffusion", "loss", "optimizer", "label_dropout", "blur_aware", "freeze"}
