@@ -23,7 +23,7 @@ from sagl.models.transfer import start_from
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.training_module import TrainingModule
-from sagl.settings.errors import require
+from sagl.settings.errors import UserError, require
 from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings
 from sagl.settings.training import PreviewSettings, SavingSettings
@@ -65,6 +65,19 @@ class FitCLI(LightningCLI):
         parser.add_class_arguments(ChainSettings, as_group=True)
         for group, kind in GUIDANCES.items():
             parser.add_class_arguments(kind, group)
+
+    def instantiate_classes(self) -> None:
+        """Build all that is asked for.
+
+        Raises:
+            UserError: settings refuse their values, which the parser hides where a name could stand instead of them.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
 
     @property
     def draws(self) -> bool:

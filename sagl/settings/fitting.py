@@ -57,7 +57,7 @@ def require_guiding(
         f"{classifier.num_classes} classes.",
     )
     c, n = (f"a {s.noise_schedule} schedule of {s.num_timesteps} timesteps" for s in (of_classifier, diffusion))
-    require(c == n, f"`classifier.checkpoint` must be trained for the network's {n}, and this one is for {c}.")
+    require(c == n, f"`classifier.checkpoint` must be for the network's process, {n}, and this one is for {c}.")
 
 
 def require_labels(run: RunSettings, network: UNetSettings) -> None:
