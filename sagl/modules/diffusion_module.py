@@ -1,15 +1,11 @@
 """The Lightning shell around a network in training: loss, labels, optimiser, logs. No formulas."""
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from sagl.data.pixels import to_float
 from sagl.diffusion.losses import (
@@ -24,27 +20,15 @@ from sagl.diffusion.losses import (
 )
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.blur_aware import degraded_batch
-from sagl.machine import peak_gigabytes
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import unet_named
+from sagl.modules.training_module import Batch, TrainingModule, built_from_seed, fixed_noise
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import require
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import BlurAwareSettings, OptimizerSettings
-from sagl.shapes import Image, ImageUint8, Labels
-
-Batch = tuple[ImageUint8, Labels]
-QUARTERS = 4
-"""Validation reports its loss in so many equal parts of the timesteps."""
-
-
-def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> AdamW:
-    """AdamW in one pass over memory."""
-    s = settings
-    optimizer = AdamW(parameters, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay, fused=True)
-    optimizer._step_supports_amp_scaling = False  # it could unscale gradients itself; Lightning clips what it unscaled
-    return optimizer
+from sagl.shapes import Image, Labels
 
 
 def _require_fitting(
@@ -71,11 +55,13 @@ def _require_fitting(
         network.require_site(blur_aware.site)
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(TrainingModule):
     """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
 
     Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, batch, rank) alone.
     """
+
+    network: UNet
 
     def __init__(
         self,
@@ -105,23 +91,17 @@ class DiffusionModule(LightningModule):
         Raises:
             UserError: settings that contradict each other.
         """
-        super().__init__()
+        super().__init__(optimizer, max_skipped, seed)
         named, of_name = unet_named(network) if isinstance(network, str) else (network, DiffusionSettings())
         network, diffusion = named, diffusion or of_name
         _require_fitting(network, diffusion, label_dropout, blur_aware)
-        require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
         settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
         settings |= {"optimizer": asdict(optimizer), "blur_aware": asdict(blur_aware)}
         more = {"freeze": list(freeze), "max_skipped": max_skipped}
         self.save_hyperparameters({**settings, "label_dropout": label_dropout, **more, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion
-        self.loss_settings, self.optimizer_settings = loss, optimizer
-        self.label_dropout, self.seed, self.blur_aware = label_dropout, seed, blur_aware
-        self._batch_ended: float | None = None
-        self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = UNet(network)
+        self.loss_settings, self.label_dropout, self.blur_aware = loss, label_dropout, blur_aware
+        self.network = built_from_seed(lambda: UNet(network), seed)
         freeze_parameters(self.network, freeze)
         self.schedule = make_schedule(diffusion)
         self.timestep_sampler: TimestepSampler = {
@@ -145,8 +125,7 @@ class DiffusionModule(LightningModule):
         if not self._finite_everywhere(loss):
             return None
         self.timestep_sampler.update(self._of_all_ranks(timesteps), self._of_all_ranks(losses.total.detach()))
-        self.log_dict({"train/loss": loss, "train/mse": losses.mse.mean(), "train/vb": losses.vb.mean()})
-        self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self._log_training({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vb.mean()})
         return loss
 
     def _training_losses(
@@ -165,46 +144,11 @@ class DiffusionModule(LightningModule):
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
         return without_bound(losses, chosen)
 
-    def _finite_everywhere(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on every rank; the skipped are counted."""
-        finite = torch.isfinite(loss.detach()).float()
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size
-        skipped = not bool(finite)
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        require(
-            self.skipped_in_a_row <= self.max_skipped,
-            f"`model.max_skipped` allows {self.max_skipped} batches in a row whose loss is not finite, and there are "
-            "more. Lower model.optimizer.learning_rate, or set trainer.gradient_clip_val, and --resume.",
-        )
-        self.log("train/skipped", float(self.skipped))
-        return not skipped
-
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         """(B,) of every rank -> (B · ranks,), so that all ranks draw from the same histories."""
         alone = self.trainer.world_size == 1 or isinstance(self.timestep_sampler, UniformTimesteps)
         gathered: Tensor = values if alone else self.trainer.strategy.all_gather(values.to(self.device)).flatten()
         return gathered
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
-        """How fast it goes, data and all, and the most memory held so far."""
-        now = time.monotonic()
-        if self._batch_ended is not None:
-            images = len(batch[0]) * self.trainer.world_size
-            self.log("train/images_per_second", images / (now - self._batch_ended))
-        self._batch_ended = now
-        self.log("train/peak_gigabytes", peak_gigabytes())
-
-    def on_validation_end(self) -> None:
-        """The time of validation is no training time."""
-        self._batch_ended = None
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ANN401 (Lightning's own)
-        """The norm of the gradient, before it is clipped."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradients:
-            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest).
@@ -212,35 +156,22 @@ class DiffusionModule(LightningModule):
         Outside of training also bits/dim, from one more pass an image.
         """
         x_0, labels = to_float(batch[0]), batch[1]
-        total = self.diffusion_settings.num_timesteps
-        timesteps = (torch.arange(len(x_0)) * total) // len(x_0)
-        generator = torch.Generator().manual_seed(batch_idx)
-        losses = self._losses(x_0, timesteps, torch.randn(x_0.shape, generator=generator), self._labels(labels))
-        self._log_validation(losses, timesteps * QUARTERS // total)
+        timesteps, noise = fixed_noise(x_0, self.diffusion_settings.num_timesteps, batch_idx)
+        losses = self._losses(x_0, timesteps, noise, self._labels(labels))
+        self._log_by_quarter("loss", losses.total, timesteps)
+        self.log("val/mse", losses.mse.mean(), batch_size=len(x_0), sync_dist=True)
         if self.trainer.state.fn != "fit":
-            self._log_bits(x_0, self._labels(labels), generator)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As in validation, of other images."""
-        self.validation_step(batch, batch_idx)
-
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
-        """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
-        s = self.optimizer_settings
-        optimizer = adamw((p for p in self.network.parameters() if p.requires_grad), s)
-        max_steps = self.trainer.max_steps
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.rate_factor(step, max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+            self._log_bits(x_0, self._labels(labels), batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the timestep sampler has learned."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["timestep_sampler"] = self.timestep_sampler.state()
-        checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with what it had learned."""
+        super().on_load_checkpoint(checkpoint)
         self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
-        self.skipped = checkpoint.get("skipped", 0)
 
     def _losses(
         self,
@@ -272,17 +203,10 @@ class DiffusionModule(LightningModule):
         classes = self.network_settings.num_classes
         return None if classes is None else torch.where(dropped.to(labels.device) | (labels < 0), classes, labels)
 
-    def _log_validation(self, losses: Losses, quarter: Tensor) -> None:
-        self.log("val/loss", losses.total.mean(), batch_size=len(quarter), sync_dist=True)
-        self.log("val/mse", losses.mse.mean(), batch_size=len(quarter), sync_dist=True)
-        for q in range(QUARTERS):
-            inside = losses.total[quarter == q]
-            if len(inside):
-                self.log(f"val/loss_quarter_{q}", inside.mean(), batch_size=len(inside), sync_dist=True)
-
-    def _log_bits(self, x_0: Image, labels: Labels | None, generator: torch.Generator) -> None:
+    def _log_bits(self, x_0: Image, labels: Labels | None, batch_idx: int) -> None:
         """The estimate's mean, and what its error is made of."""
         schedule, size = self.schedule, len(x_0)
+        generator = torch.Generator().manual_seed(batch_idx + 1)
         timesteps, weights = bound_timesteps(size, schedule.num_steps, generator)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
         bits = estimated_bits_per_dim(
@@ -296,9 +220,3 @@ class DiffusionModule(LightningModule):
         )
         self.log("val/bits_per_dim", bits.mean(), batch_size=size, sync_dist=True)
         self.log("val/bits_per_dim_squared", bits.square().mean(), batch_size=size, sync_dist=True)
-        self.log("val/images", float(size), reduce_fx="sum", sync_dist=True)
-
-    def _generator(self) -> torch.Generator:
-        batch = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
-        words = np.random.SeedSequence([self.seed, batch, self.global_rank]).generate_state(1)
-        return torch.Generator().manual_seed(int(words[0]))
