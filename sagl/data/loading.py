@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, Subset, default_collate
 
+from sagl.data.shared import PREFETCHED, Numbered, SharedBatches
 from sagl.settings.errors import require
 
 Pair = tuple[Tensor, Tensor]
 """An image (C, H, W) uint8 and its label () int64, or a batch of both."""
-Drawn = tuple[Tensor, Tensor, Tensor]
-"""A pair, and the place of the picture in whose stead it stands because that one is damaged; -1: it is itself."""
+Drawn = tuple[Tensor, int, int]
+"""An image, its label, and the place of the picture in whose stead it stands because that is damaged; -1: itself."""
 StartMethod = Literal["fork", "spawn", "forkserver"]
 """How worker processes begin."""
 
@@ -29,7 +30,7 @@ class Images(Dataset[Pair | Drawn]):
     def __len__(self) -> int:
         """How many there are."""
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | int]]:
         """All of them, as in epoch 0; without it a `for` loop would go on through all epochs."""
         return ((image, label) for image, label, *_ in (self[index] for index in range(len(self))))
 
@@ -100,6 +101,8 @@ class Reading:
     """Processes that read."""
     start_method: StartMethod | None = None
     """How they begin; None: as the platform has it."""
+    shape: tuple[int, int, int] | None = None
+    """(H, W, C) of every image where that is known: then a batch needs no new memory on its way."""
     damaged: DamagedPictures | None = None
     """Where damaged pictures are counted."""
     name: Callable[[int], str] = str
@@ -109,30 +112,42 @@ class Reading:
 class Loader(DataLoader[Pair]):
     """Batches of pairs; damaged pictures are counted here, in the main process."""
 
-    def __init__(self, images: Dataset[Any], reading: Reading, **options: Any) -> None:  # noqa: ANN401 (DataLoader's)
-        """Batches of `images`."""
+    def __init__(self, images: Dataset[Any], order: Sampler[int], reading: Reading, *, whole: bool = False) -> None:
+        """Batches of `images` in an order; `whole`: without a last one that is smaller."""
         self.reading = reading
+        batches: Any = BatchSampler(order, reading.batch_size, drop_last=whole)
+        self._shared = None
+        if reading.num_workers and reading.shape:
+            self._shared = SharedBatches(images, reading.shape, reading.batch_size, reading.num_workers)
+            batches = Numbered(batches, len(self._shared.slots))
         super().__init__(
-            images,
-            reading.batch_size,
+            self._shared or images,
+            batch_sampler=batches,
             num_workers=reading.num_workers,
             persistent_workers=reading.num_workers > 0,
+            prefetch_factor=PREFETCHED if reading.num_workers else None,
             multiprocessing_context=reading.start_method if reading.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            **options,
+            collate_fn=_as_it_is if self._shared else _together,
         )
 
     def __iter__(self) -> Any:  # noqa: ANN401 (DataLoader's own iterator type is private)
         """Pairs; what stands for a damaged picture is one of them."""
-        for images, labels, *of_damaged in super().__iter__():
-            for places in of_damaged:
-                self._note(places)
-            yield images, labels
+        for batch in super().__iter__():
+            images, labels, places = self._shared.taken(batch) if self._shared else batch
+            if self.reading.damaged:
+                for place in (place for place in places if place >= 0):
+                    self.reading.damaged.note(self.reading.name(place))
+            yield images, torch.tensor(labels)
 
-    def _note(self, places: Tensor) -> None:
-        if self.reading.damaged:
-            for place in places[places >= 0].tolist():
-                self.reading.damaged.note(self.reading.name(place))
+
+def _as_it_is(sent: Any) -> Any:  # noqa: ANN401 (DataLoader takes it for a list)
+    return sent
+
+
+def _together(items: list[Any]) -> tuple[Tensor, list[int], list[int]]:
+    """Images as one (B, C, H, W) in the network's memory format, which is how they lie; numbers travel as they are."""
+    images = default_collate([image.permute(1, 2, 0) for image, *_ in items]).permute(0, 3, 1, 2)
+    return images, [int(item[1]) for item in items], [int(place) for _, _, *rest in items for place in rest]
 
 
 class TrainingLoader(Loader):
@@ -142,7 +157,7 @@ class TrainingLoader(Loader):
         """Batches of this rank."""
         whole = len(order) - len(order) % reading.batch_size
         self.order, self.skipped = order, len(order) - whole
-        super().__init__(images, reading, sampler=order, drop_last=True)
+        super().__init__(images, order, reading, whole=True)
 
     def __iter__(self) -> Any:  # noqa: ANN401
         """Batches from where the order stands to the end of the epoch."""
@@ -182,4 +197,5 @@ def training_loader(images: Images, reading: Reading, seed: int, trainer: Traine
 def in_order(images: Images, reading: Reading, trainer: Trainer | None) -> Loader:
     """This rank's share, every `world_size`-th image, in their own order: of validation and tests."""
     rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    return Loader(Subset(images, range(rank, len(images), world_size)), reading)
+    mine = Subset(images, range(rank, len(images), world_size))
+    return Loader(mine, SequentialSampler(mine), reading)

@@ -2,7 +2,9 @@
 
 import io
 import math
+import warnings
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
+from torch import Tensor
+from torchvision import io as io_of_torchvision
 
 from sagl.data.loading import (
     DamagedPictures,
@@ -30,6 +34,11 @@ from sagl.settings.network import UNetSettings
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 """Of pictures in their source."""
+Pixels = Tensor
+"""(H, W, C) uint8."""
+RGB = getattr(getattr(io_of_torchvision, "ImageReadMode", None), "RGB", None)
+"""torchvision's name for it; None where it has no decoder any more, which it says it will not have for ever."""
+JPEG_BEGINS, JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 NO_LABEL = -1
 """Label of a picture whose set has no classes."""
 LARGEST_CROP = 0.8
@@ -68,26 +77,54 @@ class Cut:
     random_flip: bool = False
     """Mirror every second picture, left to right."""
 
-    def square(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """A picture of any size -> side x side, drawn from `rng` where something is random."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of all that it cuts."""
+        return self.side, self.side, self.channels
+
+    def square(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        """A picture of any size -> (side, side, C), drawn from `rng` where something is random."""
         shorter = self.side
         if self.random_crop:
             shorter = int(rng.integers(self.side, int(self.side / LARGEST_CROP) + 1))
-        scaled = shrunk(picture, shorter)
-        spare = (scaled.width - self.side, scaled.height - self.side)
+        pixels = shrunk(pixels, shorter)
+        spare = (pixels.shape[1] - self.side, pixels.shape[0] - self.side)
         left, top = (int(rng.integers(s + 1)) if self.random_crop else s // 2 for s in spare)
-        square = scaled.crop((left, top, left + self.side, top + self.side))
-        mirrored = self.random_flip and rng.random() < 0.5
-        return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square
+        square = pixels[top : top + self.side, left : left + self.side]
+        return square.flip(1) if self.random_flip and rng.random() < 0.5 else square
 
 
-def shrunk(picture: Image.Image, shorter: int) -> Image.Image:
+def shrunk(pixels: Pixels, shorter: int) -> Pixels:
     """A picture whose shorter side is `shorter` pixels: halved by means of 2x2 while it is twice that, then bicubic."""
+    if min(pixels.shape[:2]) == shorter:
+        return pixels
+    picture = Image.fromarray(pixels.numpy() if pixels.shape[2] == 3 else pixels[:, :, 0].numpy())
     while min(picture.size) >= 2 * shorter:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = shorter / min(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return _pixels(picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def decoded(data: bytes, channels: int) -> Pixels:
+    """An encoded picture -> (H, W, channels) uint8: JPEGs by torchvision, which is quicker; others by Pillow.
+
+    Raises:
+        Exception: it is damaged; Pillow says so in many ways.
+    """
+    if (
+        RGB and channels == 3 and data[:2] == JPEG_BEGINS and data[-2:] == JPEG_ENDS
+    ):  # cut off, it would be filled with grey
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return io_of_torchvision.decode_jpeg(encoded, RGB).permute(1, 2, 0)
+    return _pixels(Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L"))
+
+
+def _pixels(picture: Image.Image) -> Pixels:
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 class Pictures(Images):
@@ -110,19 +147,18 @@ class Pictures(Images):
         asked = item % len(self)
         for step in range(len(self)):
             place = int(self.indices[(asked + step) % len(self)])
-            if (picture := self._decoded(place)) is not None:
+            if (pixels := self._decoded(place)) is not None:
                 break
         else:
             raise UserError(f"`data` must be pictures that can be read, and not one of {len(self)} is.")
-        square = self.cut.square(picture, np.random.default_rng([self.seed, item]))
-        pixels = np.array(square).reshape(self.cut.side, self.cut.side, self.cut.channels)
-        damaged = torch.tensor(int(self.indices[asked]) if step else -1)
-        return torch.from_numpy(pixels).permute(2, 0, 1), torch.tensor(self.source.label(place)), damaged
+        square = self.cut.square(pixels, np.random.default_rng([self.seed, item]))
+        damaged = int(self.indices[asked]) if step else -1
+        return square.permute(2, 0, 1), self.source.label(place), damaged
 
-    def _decoded(self, place: int) -> Image.Image | None:
-        """The picture, whole; None where it cannot be read, which Pillow and the file system say in many ways."""
+    def _decoded(self, place: int) -> Pixels | None:
+        """The picture, whole; None where it cannot be read, which the file system and decoders say in many ways."""
         try:
-            return Image.open(io.BytesIO(self.source.encoded(place))).convert("RGB" if self.cut.channels == 3 else "L")
+            return decoded(self.source.encoded(place), self.cut.channels)
         except Exception:
             return None
 
@@ -207,6 +243,7 @@ class PictureData(LightningDataModule):
             batch_size=self.batch_size,
             num_workers=workers,
             start_method=self.start_method,
+            shape=self._cut().shape,
             damaged=self._damaged,
             name=self.pictures.name,
         )

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.data import SequentialSampler
 
 from sagl.data.loading import (
     DamagedPictures,
@@ -31,8 +32,8 @@ class Numbers(Images):
         return torch.full((1, 1, 1), item % self.count), torch.tensor(item)
 
 
-def loader(count=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0, start_method=None):
-    reading = Reading(batch_size=batch_size, num_workers=num_workers, start_method=start_method)
+def loader(count=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0, start_method=None, shape=None):
+    reading = Reading(batch_size=batch_size, num_workers=num_workers, start_method=start_method, shape=shape)
     return TrainingLoader(Numbers(count), TrainingOrder(count, seed, rank, world_size), reading)
 
 
@@ -62,10 +63,11 @@ def test_the_order_is_a_function_of_the_seed():
     assert batches(loader(seed=4)) != first
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "shape"), [(0, None), (2, None), (2, (1, 1, 1))])
 @pytest.mark.parametrize("done", [0, 1, 4, 5, 7, 10])
-def test_a_loader_goes_on_where_another_stopped(done, num_workers):
-    whole, first, second = batches(loader(), 3), loader(num_workers=num_workers), loader(num_workers=num_workers)
+def test_a_loader_goes_on_where_another_stopped(done, num_workers, shape):
+    whole = batches(loader(), 3)
+    first, second = (loader(num_workers=num_workers, shape=shape) for _ in range(2))
     endless = (labels.tolist() for _ in range(3) for _, labels in first)
     assert [next(endless) for _ in range(done)] == whole[:done]
     second.load_state_dict(first.state_dict())
@@ -98,9 +100,10 @@ def test_too_few_images_for_a_batch_are_refused():
         training_loader(Numbers(3), Reading(batch_size=4), 0, None)
 
 
+@pytest.mark.parametrize("shape", [None, (1, 1, 1)])
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
-def test_workers_of_every_start_method_bring_the_same_batches(start_method):
-    assert batches(loader(num_workers=2, start_method=start_method), 2) == batches(loader(), 2)
+def test_workers_of_every_start_method_bring_the_same_batches(start_method, shape):
+    assert batches(loader(num_workers=2, start_method=start_method, shape=shape), 2) == batches(loader(), 2)
 
 
 # ------------------------------------------------------------------------------------------------------ damaged
@@ -116,7 +119,8 @@ class Holed(Numbers):
 
 
 def holed(damaged, num_workers=0):
-    return Loader(Holed(12), Reading(batch_size=4, num_workers=num_workers, damaged=damaged, name="picture {}".format))
+    reading = Reading(batch_size=4, num_workers=num_workers, damaged=damaged, name="picture {}".format)
+    return Loader(Holed(12), SequentialSampler(range(12)), reading)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
