@@ -1,12 +1,14 @@
 """Training with LightningCLI: what `sagl fit` does once its command line is more than a question."""
 
+import os
 import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -32,7 +34,9 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Once, on rank 0; a resumed run writes the configuration that it resumes with."""
         path = Path(trainer.default_root_dir) / "config.yaml"
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        partial = path.with_suffix(".partial")
+        self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+        os.replace(partial, path)
 
 
 class FitParser(ReadableErrors, LightningArgumentParser):
@@ -87,6 +91,8 @@ class FitCLI(LightningCLI):
             load_training_checkpoint(self.last_checkpoint)  # refused here, in one line, or it can be read
         kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
         kwargs["use_distributed_sampler"] = False  # the data modules give every rank its share
+        if SLURMEnvironment.detect() and self._get(self.config_init, "trainer.plugins") is None:
+            kwargs["plugins"] = SLURMEnvironment(auto_requeue=False)  # --resume is exact, Lightning's own way is not
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
@@ -116,7 +122,6 @@ class FitCLI(LightningCLI):
             self._start_from(checkpoint)
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
         self.config_init["fit"]["weights_only"] = True
-        seed_everything(self.model.seed, workers=True, verbose=False)  # dropout; all else has generators of its own
 
     def _start_from(self, checkpoint: str) -> None:
         """Weights of a file, or of a released network by name, as the first weights.

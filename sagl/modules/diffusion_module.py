@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -17,8 +16,18 @@ from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     TimestepSampler,
     UniformTimesteps,
+    spread_timesteps,
     training_losses,
     without_bound,
+)
+from sagl.diffusion.noise import (
+    Streams,
+    chance,
+    initial_noise,
+    normal,
+    seed_dropout,
+    timestep_generator,
+    training_streams,
 )
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.blur_aware import degraded_batch
@@ -72,7 +81,8 @@ def _require_fitting(
 class DiffusionModule(LightningModule):
     """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
 
-    Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, batch, rank) alone.
+    Weights begin from the seed; what a sample is trained with is drawn from (seed, batch, its place in the batch of all
+    ranks together), so that it is the same for any number of ranks. Dropout alone is drawn from (seed, batch, rank).
     """
 
     def __init__(
@@ -117,6 +127,7 @@ class DiffusionModule(LightningModule):
         self.label_dropout, self.seed, self.blur_aware = label_dropout, seed, blur_aware
         self._batch_ended: float | None = None
         self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
+        self._learned, self._validated, self._sums = False, 0, torch.zeros(QUARTERS, 3, dtype=torch.float64)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = UNet(network)
@@ -127,48 +138,47 @@ class DiffusionModule(LightningModule):
             "loss_second_moment": LossSecondMomentTimesteps,
         }[loss.timestep_sampler](num_timesteps=diffusion.num_timesteps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Mean loss of a batch, each sample at a timestep of its own; None, which trains nothing, if it is not finite.
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a batch, each sample at a timestep of its own; one that trains nothing, if it is not finite.
 
         Raises:
             UserError: too many in a row were not.
         """
-        x_0, labels = to_float(batch[0]), batch[1]
-        generator = self._generator()
-        timesteps, weights = self.timestep_sampler.sample(len(x_0), generator)
-        noise = torch.randn(x_0.shape, generator=generator)
-        dropped = torch.rand(len(x_0), generator=generator) < self.label_dropout
-        losses = self._training_losses(x_0, timesteps, noise, self._with_null(labels, dropped), generator)
-        loss = (losses.total * weights.to(losses.total)).mean()
-        if not self._finite_everywhere(loss):
-            return None
-        self.timestep_sampler.update(self._of_all_ranks(timesteps), self._of_all_ranks(losses.total.detach()))
-        self.log_dict({"train/loss": loss, "train/mse": losses.mse.mean(), "train/vb": losses.vb.mean()})
+        x_0, labels = self._images(batch[0]), batch[1]
+        rank, ranks, number = self.global_rank, self.trainer.world_size, self.trainer.fit_loop.total_batch_idx
+        seed_dropout(self.seed, number, rank)
+        streams = training_streams(self.seed, number, range(rank, len(x_0) * ranks, ranks))
+        everywhere, weights = self.timestep_sampler.sample(len(x_0) * ranks, timestep_generator(self.seed, number))
+        noise, dropped = normal(streams, x_0.shape[1:]), chance(streams, self.label_dropout)
+        losses = self._training_losses(x_0, everywhere[rank::ranks], noise, self._with_null(labels, dropped), streams)
+        loss = (losses.total * weights[rank::ranks].to(losses.total)).mean()
+        means = self._of_ranks(torch.stack([loss, losses.mse.mean(), losses.vb.mean()]).detach(), "mean")
+        if not self._is_finite(means[0]):
+            return torch.stack([0 * p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
+        self._learned = True
+        if self.loss_settings.timestep_sampler != "uniform":
+            self.timestep_sampler.update(everywhere, self._of_all_ranks(losses.total.detach()))
+        self.log_dict(dict(zip(("train/loss", "train/mse", "train/vb"), means, strict=True)))
         self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def _training_losses(
-        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, generator: torch.Generator
+        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, streams: Streams
     ) -> Losses:
         """Of a batch, some of whose images are degraded where the training is blur-aware."""
         if self.blur_aware.probability == 0:
             return self._losses(x_0, timesteps, noise, labels)
-        chosen = (torch.rand(len(x_0), generator=generator) < self.blur_aware.probability).to(x_0.device)
-        there, noise = timesteps.to(x_0.device), noise.to(x_0.device)
+        chosen = chance(streams, self.blur_aware.probability).to(x_0.device)
+        there, noise = timesteps.to(x_0.device), noise.to(x_0)
         alpha_bar = self.schedule.alpha_bar(there)
         settings = self.blur_aware
-        content, target = degraded_batch(
-            settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, generator
-        )
+        content, target = degraded_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, streams)
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
         return without_bound(losses, chosen)
 
-    def _finite_everywhere(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on every rank; the skipped are counted."""
-        finite = torch.isfinite(loss.detach()).float()
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size
-        skipped = not bool(finite)
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether the mean loss of all ranks is finite, and so each of them; the skipped are counted."""
+        skipped = not bool(torch.isfinite(loss))
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         require(
@@ -179,11 +189,24 @@ class DiffusionModule(LightningModule):
         self.log("train/skipped", float(self.skipped))
         return not skipped
 
+    def _images(self, images: ImageUint8) -> Image:
+        """In float32, or in float64 if the network is."""
+        dtype = next(self.network.parameters()).dtype
+        return to_float(images).to(torch.promote_types(dtype, torch.float32))
+
+    def _of_ranks(self, values: Tensor, kind: str) -> Tensor:
+        """Mean or sum of what every rank has its own of."""
+        if self.trainer.world_size == 1:
+            return values
+        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op=kind)
+        return reduced
+
     def _of_all_ranks(self, values: Tensor) -> Tensor:
-        """(B,) of every rank -> (B · ranks,), so that all ranks draw from the same histories."""
-        alone = self.trainer.world_size == 1 or isinstance(self.timestep_sampler, UniformTimesteps)
-        gathered: Tensor = values if alone else self.trainer.strategy.all_gather(values.to(self.device)).flatten()
-        return gathered
+        """(B,) of every rank -> (B · ranks,) by place in the whole batch, so that all ranks learn alike."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered: Tensor = self.trainer.strategy.all_gather(values)
+        return gathered.T.flatten()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
         """How fast it goes, data and all, and the most memory held so far."""
@@ -199,19 +222,38 @@ class DiffusionModule(LightningModule):
         self._batch_ended = None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ANN401 (Lightning's own)
-        """The norm of the gradient, before it is clipped."""
+        """The norm of the gradient, before it is clipped; without one, if all that was accumulated was skipped."""
+        if not self._learned:
+            optimizer.zero_grad()  # gradients of 0 would still let AdamW's running means move the weights
+        self._learned = False
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         if gradients:
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._validated, self._sums = 0, torch.zeros(QUARTERS, 3, dtype=torch.float64)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest)."""
-        x_0, labels = to_float(batch[0]), batch[1]
+        """Losses of images, each at a timestep and noise that stay its own, for any number of ranks."""
+        x_0, labels = self._images(batch[0]), batch[1]
+        places = range(self._validated, self._validated + len(x_0))
+        ids = [place * self.trainer.world_size + self.global_rank for place in places]
+        self._validated += len(x_0)
         total = self.diffusion_settings.num_timesteps
-        timesteps = (torch.arange(len(x_0)) * total) // len(x_0)
-        generator = torch.Generator().manual_seed(batch_idx)
-        losses = self._losses(x_0, timesteps, torch.randn(x_0.shape, generator=generator), self._labels(labels))
-        self._log_validation(losses, timesteps * QUARTERS // total)
+        timesteps, noise = spread_timesteps(ids, total), initial_noise(0, ids, x_0.shape[1:])
+        losses = self._losses(x_0, timesteps, noise, self._labels(labels))
+        rows = torch.stack([torch.ones_like(losses.mse), losses.total, losses.mse], dim=1)
+        self._sums.index_add_(0, timesteps * QUARTERS // total, rows.double().cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean losses of all ranks, whole and by quarter of the timesteps (0 the cleanest)."""
+        sums = self._of_ranks(self._sums, "sum").cpu()
+        images, loss, mse = sums.sum(dim=0).tolist()
+        self.log_dict({"val/loss": loss / images, "val/mse": mse / images})
+        for q, (inside, total, _) in enumerate(sums.tolist()):
+            if inside:
+                self.log(f"val/loss_quarter_{q}", total / inside)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
         """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
@@ -224,12 +266,12 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the timestep sampler has learned."""
         checkpoint["timestep_sampler"] = self.timestep_sampler.state()
-        checkpoint["skipped"] = self.skipped
+        checkpoint["skipped"], checkpoint["skipped_in_a_row"] = self.skipped, self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with what it had learned."""
         self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
-        self.skipped = checkpoint.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)
 
     def _losses(
         self,
@@ -241,11 +283,15 @@ class DiffusionModule(LightningModule):
         target: Image | None = None,
         degraded: Tensor | None = None,
     ) -> Losses:
+        if degraded is None and self.network_settings.degraded_embedding:
+            degraded = torch.zeros(
+                len(x_0), dtype=torch.bool, device=x_0.device
+            )  # DDP waits for a parameter that no loss reads
         return training_losses(
             lambda x_t, t: self.network(x_t, t, labels, degraded=degraded).out,
             x_0,
             timesteps.to(x_0.device),
-            noise.to(x_0.device),
+            noise.to(x_0),
             self.schedule,
             kind=self.loss_settings.kind,
             variance=self.diffusion_settings.variance,
@@ -260,16 +306,3 @@ class DiffusionModule(LightningModule):
         """Labels with the null label where they are dropped, or where an image has none."""
         classes = self.network_settings.num_classes
         return None if classes is None else torch.where(dropped.to(labels.device) | (labels < 0), classes, labels)
-
-    def _log_validation(self, losses: Losses, quarter: Tensor) -> None:
-        self.log("val/loss", losses.total.mean(), batch_size=len(quarter), sync_dist=True)
-        self.log("val/mse", losses.mse.mean(), batch_size=len(quarter), sync_dist=True)
-        for q in range(QUARTERS):
-            inside = losses.total[quarter == q]
-            if len(inside):
-                self.log(f"val/loss_quarter_{q}", inside.mean(), batch_size=len(inside), sync_dist=True)
-
-    def _generator(self) -> torch.Generator:
-        batch = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
-        words = np.random.SeedSequence([self.seed, batch, self.global_rank]).generate_state(1)
-        return torch.Generator().manual_seed(int(words[0]))
