@@ -4,7 +4,8 @@
 
 Each line of the output file is one measured setting; settings that are already in it are not measured again, so a
 study that was stopped goes on. The unguided run is one of them and is shared by all. Features are kept beside the
-file, and the differences from the first setting are given with a paired 95 % interval.
+file, and the differences from the unguided run of the same network, and from the first setting of all, are given with
+a paired 95 % interval.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,29 +25,62 @@ from torch import Tensor
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pixels import to_uint8
-from sagl.diffusion.schedule import make_schedule
 from sagl.machine import keep_freed_memory
 from sagl.metrics.bootstrap import paired_interval
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import FrechetTo, statistics
 from sagl.metrics.reference import cached_statistics
+from sagl.models.adm import UNet
 from sagl.models.checkpoints import as_weights, build_network, read_network
 from sagl.models.zoo import EMBEDDED
-from sagl.recipe import collect, labels_of, prepare
+from sagl.recipe import Recipe, collect, labels_of, prepare
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.paths import cache_folder, sha256
 from sagl.settings.sampling import ChainSettings, RunSettings, WeightPrecision, micro_batches
+from sagl.shapes import ImageUint8
 
 EXTRACTOR = "effnet_lite0_64"
 PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
 
 
-def grid(a: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
-    """The settings to measure, the unguided one first."""
+@dataclass(frozen=True)
+class Setting:
+    """One run of the study."""
+
+    checkpoint: Path
+    dtype: str
+    sag: dict[str, Any]
+    key: dict[str, Any]
+    """All that decides its images."""
+
+    @property
+    def name(self) -> str:
+        """The key as text."""
+        return json.dumps(self.key, sort_keys=True)
+
+    @property
+    def shown(self) -> str:
+        """What sets it apart."""
+        return json.dumps({"network": self.checkpoint.stem, "dtype": self.dtype, **self.sag})
+
+    def features(self, study: Path) -> Path:
+        """Where its features are kept."""
+        return study.with_suffix(".features") / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.npy"
+
+
+def grid(a: argparse.Namespace, chain: ChainSettings, run: RunSettings) -> list[Setting]:
+    """The settings to measure, network by network, the unguided one first."""
     keys = ("scale", "site", "blur_sigma", "interval")
     values = product(a.scales, a.sites, a.blur_sigmas, [tuple(map(float, i.split("-"))) for i in a.intervals])
-    settings = [{"scale": 0.0}, *(dict(zip(keys, value, strict=True)) for value in values)]
-    return [(dtype, setting) for setting in settings for dtype in a.dtypes]
+    of_sag = [{"scale": 0.0}, *(dict(zip(keys, value, strict=True)) for value in values)]
+    made = []
+    for path in a.checkpoints:
+        about = {"checkpoint": sha256(path), "chain": asdict(chain), "run": asdict(run)}
+        for sag, dtype in product(of_sag, a.dtypes):
+            key = json.loads(json.dumps({**about, "dtype": dtype, "sag": sag}))
+            made.append(Setting(checkpoint=path, dtype=dtype, sag=sag, key=key))
+    return made
 
 
 def measured(path: Path) -> dict[str, dict[str, Any]]:
@@ -58,7 +93,7 @@ def main() -> None:
     """Measure what is missing, then print all, best first."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", type=Path)
-    p.add_argument("--checkpoint", type=Path, default=EMBEDDED)
+    p.add_argument("--checkpoints", type=Path, nargs="+", default=[EMBEDDED])
     p.add_argument("--num_samples", type=int, default=1000)
     p.add_argument("--first_id", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=100)
@@ -74,8 +109,6 @@ def main() -> None:
     keep_freed_memory()
     a.study.parent.mkdir(parents=True, exist_ok=True)
 
-    file = read_network(a.checkpoint)
-    networks = {dtype: as_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")) for dtype in a.dtypes}
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = EXTRACTORS[EXTRACTOR]()
@@ -85,64 +118,57 @@ def main() -> None:
         lambda: features_of(PaddedFashionMNIST(cache_folder(), train=False).images, extract),
     )
     distance_to_test = FrechetTo(reference)
-    keys = [key_of(a, chain, run, dtype, setting) for dtype, setting in grid(a)]
-    todo = [key for key in keys if named(key) not in measured(a.study) or not features_path(a.study, key).exists()]
-    steps = make_schedule(file.diffusion, a.respacing).num_steps
-    passes = steps * a.num_samples * sum(2 if key["sag"]["scale"] else 1 for key in todo)
-    print(f"{len(todo)} settings to measure, at most {passes} network evaluations.")
-    for key in todo:
-        started, network = time.monotonic(), networks[key["dtype"]]
-        recipe = prepare(network, file.diffusion, chain, SelfAttentionGuidance(**key["sag"]))
-        with torch.inference_mode():
-            finals = (collect(recipe.chain(run.seed, i, labels_of(run, i, network)))[0] for i in micro_batches(run))
-            images = torch.cat([to_uint8(x) for x in finals])
-        features = features_of(images[: a.num_samples], extract)
-        save_features(features, features_path(a.study, key))
-        line = {"key": key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": recipe.nfe}
+    settings = grid(a, chain, run)
+    todo = [s for s in settings if s.name not in measured(a.study) or not s.features(a.study).exists()]
+    recipes = [recipe_of(setting, chain) for setting in todo]
+    passes = a.num_samples * sum(recipe.nfe for recipe in recipes)
+    print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
+    for setting, recipe in zip(todo, recipes, strict=True):
+        started = time.monotonic()
+        features = features_of(images_of(recipe, run)[: a.num_samples], extract)
+        save_features(features, setting.features(a.study))
+        line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": recipe.nfe}
         line["seconds"] = round(time.monotonic() - started, 1)
         with a.study.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        print(json.dumps({"distance": line["distance"], "seconds": line["seconds"], **shown(key)}), flush=True)
-    report(a.study, keys, lambda features: distance_to_test(statistics(features)), a.draws)
+        print(f"{line['distance']:8.2f}  {line['seconds']} s  {setting.shown}", flush=True)
+    report(a.study, settings, lambda features: distance_to_test(statistics(features)), a.draws)
 
 
-def report(study: Path, keys: list[dict[str, Any]], distance: Callable[[Tensor], float], draws: int) -> None:
-    """All settings asked for, and how far each is from the first."""
-    first = torch.from_numpy(np.load(features_path(study, keys[0])))
-    for key in keys:
-        line = measured(study)[named(key)]
-        print(f"{line['distance']:8.2f}  {json.dumps(shown(key))}", end="")
-        if key is not keys[0] and draws:
-            interval = paired_interval(
-                first, torch.from_numpy(np.load(features_path(study, key))), distance, draws=draws
-            )
-            base = distance(first)
-            print("  difference {:+.2f} ({:+.2f} … {:+.2f})".format(*interval), end="")
-            print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / base for end in interval)), end="", flush=True)
-        print()
+@cache
+def network_of(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
+    """A network in a precision, and its process."""
+    file = read_network(checkpoint)
+    return as_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
 
 
-def shown(key: dict[str, Any]) -> dict[str, Any]:
-    """What sets a setting apart."""
-    return {"dtype": key["dtype"], **key["sag"]}
+def recipe_of(setting: Setting, chain: ChainSettings) -> Recipe:
+    """How a setting's images are made."""
+    network, diffusion = network_of(setting.checkpoint, setting.dtype)
+    return prepare(network, diffusion, chain, SelfAttentionGuidance(**setting.sag))
 
 
-def key_of(
-    a: argparse.Namespace, chain: ChainSettings, run: RunSettings, dtype: str, setting: dict[str, Any]
-) -> dict[str, Any]:
-    """All that decides a setting's images."""
-    key = {"checkpoint": sha256(a.checkpoint), "dtype": dtype, "chain": asdict(chain), "run": asdict(run)}
-    return dict(json.loads(json.dumps(key | {"sag": setting})))
+@torch.inference_mode()
+def images_of(recipe: Recipe, run: RunSettings) -> ImageUint8:
+    """All images of a run."""
+    made = (collect(recipe.chain(run.seed, i, labels_of(run, i, recipe.network)))[0] for i in micro_batches(run))
+    return torch.cat([to_uint8(x) for x in made])
 
 
-def named(key: dict[str, Any]) -> str:
-    """A key as text."""
-    return json.dumps(key, sort_keys=True)
-
-
-def features_path(study: Path, key: dict[str, Any]) -> Path:
-    """Where a setting's features are kept."""
-    return study.with_suffix(".features") / f"{hashlib.sha256(named(key).encode()).hexdigest()[:16]}.npy"
+def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], float], draws: int) -> None:
+    """All settings asked for, and how far each is from its network's unguided run and from the first of all."""
+    own = {(s.checkpoint, s.dtype): s for s in settings if not s.sag["scale"]}
+    for setting in settings:
+        line = measured(study)[setting.name]
+        print(f"{line['distance']:8.2f}  {setting.shown}")
+        others = {"its unguided run": own[setting.checkpoint, setting.dtype], "the first": settings[0]}
+        for what, other in others.items():
+            if other is setting or not draws or (what == "the first" and other is others["its unguided run"]):
+                continue
+            base, mine = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
+            interval, of = paired_interval(base, mine, distance, draws=draws), distance(base)
+            print("          from {}: {:+.2f} ({:+.2f} … {:+.2f})".format(what, *interval), end="")
+            print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / of for end in interval)), flush=True)
 
 
 def save_features(features: Tensor, path: Path) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from sagl.commands.request import parse
 from sagl.commands.training import FitCLI, FitParser
-from sagl.models.zoo import EMBEDDED, RELEASED
+from sagl.models.zoo import EMBEDDED, RELEASED, unet_named
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.errors import UserError
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -61,7 +61,7 @@ def built(file, tmp_path, *flags):
 
 
 def test_there_are_configurations_of_the_paper_s_networks_and_of_ours():
-    assert {file.stem for file in FILES} == {"fashion_mnist", *PAPER}
+    assert {file.stem for file in FILES} == {"fashion_mnist", "my_images", *PAPER}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -70,7 +70,7 @@ def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
     settings = cli.model.network.settings
     network = said["model"]["network"]
     if isinstance(network, str):
-        assert settings == RELEASED[network].settings
+        assert settings == unet_named(network)[0]
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name

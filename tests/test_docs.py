@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sagl.commands.verbs import VERBS
 
@@ -41,6 +43,8 @@ def test_guided_and_unguided_images_and_their_masks_take_ten_lines_of_python():
 SHORTER = {
     "sample": ["--num_samples", "2", "--batch_size", "2", "--respacing", "2", "--progress", "off"],
     "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"],
+    "validate": ["--data.num_validation", "32"],
+    "test": ["--data.num_validation", "9968"],
 }
 """What is added to a command of the README so that it takes seconds; later flags go before earlier ones."""
 
@@ -54,6 +58,21 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
         line = [sys.executable, "-m", "sagl.cli", verb, *arguments, *SHORTER.get(verb, [])]
         run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, (command, run.stderr)
+
+
+def test_the_recipe_for_ones_own_pictures_runs(tmp_path):
+    recipe = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)
+    (tmp_path / "my_pictures").mkdir()
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(tmp_path / "my_pictures" / f"{number}.jpg")
+    for command in recipe[0].splitlines()[:2]:
+        verb, *arguments = shlex.split(command)[1:]
+        line = [sys.executable, "-m", "sagl.cli", verb, *arguments, *SHORTER[verb]]
+        run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0, (command, run.stderr)
+    assert (tmp_path / "mine" / "grid.png").exists()
+    assert (tmp_path / "runs" / "my_pictures" / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,6 @@
-"""Guided grids, distances and the best checkpoints, at every validation."""
+"""Guided grids and their numbers, at every validation."""
 
-import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from sagl.callbacks.measures import Measures
 from sagl.data.grid import mask_pictures, save_png, stacked_grid
 from sagl.data.pixels import to_uint8
-from sagl.metrics.distance import FrechetDistance
-from sagl.metrics.features import EXTRACTORS, Extractor, features_of
+from sagl.metrics.features import maker_of
+from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.recipe import Recipe, collect, labels_of, prepare
-from sagl.settings.diffusion import one_of
 from sagl.settings.errors import UserError
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
@@ -29,27 +29,24 @@ class SAGSampling(Callback):
     """Samples the network, unguided and guided by self-attention at several scales, whenever validation ends.
 
     Sample ids, and so their noise and labels, are the same every time: what changes is the network. Grids go to the
-    logger and to previews/step_N.png; distances to val/frechet_SCALE. To be listed before the callback that puts the
-    averages in the weights' place, so that it sees them.
+    logger and to previews/step_N.png; numbers to val/frechet_SCALE and val/inception_score_SCALE. To be listed before
+    the callback that puts the averages in the weights' place, so that it sees them.
     """
 
     def __init__(self, folder: Path, settings: PreviewSettings, sag: SelfAttentionGuidance) -> None:
         """What to draw.
 
         Args:
-            folder: of the run: grids go to previews/, the best checkpoints to checkpoints/.
+            folder: of the run: grids go to previews/.
             settings: how many, at which scales, in how many steps.
             sag: site, blur and the rest; its scale is not read.
 
         Raises:
             UserError: there is no such extractor.
         """
-        one_of("preview.extractor", settings.extractor, tuple(EXTRACTORS))
+        maker_of(settings.extractor)  # refused here, or it is there
         self.folder, self.settings, self.sag = folder, settings, sag
-        self._extract: Extractor | None = None
-        self._metric: FrechetDistance | None = None
-        self._due: float | None = None
-        self.best: list[tuple[float, str]] = []
+        self._measures: Measures | None = None
 
     # ------------------------------------------------------------------------------------------- at validation
 
@@ -64,13 +61,15 @@ class SAGSampling(Callback):
         if not (self.settings.samples or self.settings.measured):
             return
         try:
-            list(self._recipes(pl_module))
+            recipes = list(self._recipes(pl_module))
         except UserError as error:
             if self.sag.site != SelfAttentionGuidance().site or set(self.settings.scales) == {0.0}:
                 raise
             print(f"Previews are unguided: {error}")
             self.settings = replace(self.settings, scales=(0.0,), best_scale=0.0)
-            list(self._recipes(pl_module))
+            recipes = list(self._recipes(pl_module))
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            self._announce(trainer, recipes)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and measure."""
@@ -83,19 +82,17 @@ class SAGSampling(Callback):
             if self.settings.measured:
                 self._measure(trainer, pl_module, recipes)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the checkpoint if it is one of the best; by now the weights are back in their place."""
-        if self._due is not None and self.settings.keep_best:
-            self._keep(trainer, self._due)
-        self._due = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best so far."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them; those that are gone are forgotten."""
-        self.best = [(distance, name) for distance, name in state_dict["best"] if (self._checkpoints / name).exists()]
+    def _announce(self, trainer: Trainer, recipes: Sequence[tuple[float, Recipe]]) -> None:
+        """What each validation will cost, before the first step: a forward of the size in use is timed."""
+        images = max(self.settings.samples, 0) + self.settings.measured
+        passes = images * sum(recipe.nfe for _, recipe in recipes)
+        seconds = passes / trainer.world_size * _seconds_a_pass(recipes[0][1].network, self.settings.batch_size)
+        scales = " ".join(f"{scale:g}" for scale, _ in recipes)
+        if trainer.is_global_zero:
+            print(
+                f"At every validation: {self.settings.samples} images drawn and {self.settings.measured} measured at "
+                f"scales {scales}: {passes} network evaluations, about {seconds:.0f} s. --preview.samples 0: none."
+            )
 
     # ------------------------------------------------------------------------------------------------- images
 
@@ -131,8 +128,7 @@ class SAGSampling(Callback):
             save_png(picture, path)
             scales = " ".join(f"{scale:g}" for scale, _ in recipes)
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"preview/scales {scales}", picture, trainer.global_step)
+                _show(logger, f"preview/scales {scales}", picture, trainer.global_step)
 
     def _shares(self, trainer: Trainer, count: int) -> Iterator[list[int]]:
         """Ids of this rank, a few at a time: every world_size-th; the last go over the end so that all have as many."""
@@ -140,61 +136,45 @@ class SAGSampling(Callback):
         mine = list(range(trainer.global_rank, -(-count // world) * world, world))
         yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
-    # ----------------------------------------------------------------------------------------------- distances
+    # ------------------------------------------------------------------------------------------------- numbers
 
     def _measure(self, trainer: Trainer, module: LightningModule, recipes: Sequence[tuple[float, Recipe]]) -> None:
-        metric = self._against_validation_images(trainer, module)
+        self._measures = self._measures or Measures(self.settings.extractor, module.device)
+        self._measures.know_real(_batches(trainer))
         for scale, recipe in recipes:
-            metric.forget_made()
-            for ids in self._shares(trainer, self.settings.measured):
-                inside = [i for i in ids if i < self.settings.measured]
-                if inside:
-                    metric.update(self._features(self._made(recipe, inside)[0]).to(module.device), real=False)
-            distance = float(metric.compute())
-            module.log(f"val/frechet_{scale:g}", distance, rank_zero_only=True)
-            if scale == self.settings.best_scale:
-                self._due = distance
-
-    def _against_validation_images(self, trainer: Trainer, module: LightningModule) -> FrechetDistance:
-        """The metric with the validation images in it, which are looked at once."""
-        if self._metric is None:
-            for images, _ in _batches(trainer):
-                features = self._features(images).to(module.device)
-                self._metric = self._metric or FrechetDistance(features.shape[1]).to(module.device)
-                self._metric.update(features, real=True)
-            assert self._metric is not None, "validation has no images"
-        return self._metric
-
-    def _features(self, images: ImageUint8) -> Tensor:
-        self._extract = self._extract or EXTRACTORS[self.settings.extractor]()
-        return features_of(images.cpu(), self._extract)
-
-    # --------------------------------------------------------------------------------------- best checkpoints
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def _keep(self, trainer: Trainer, distance: float) -> None:
-        """Save if there is room among the best; the worst of them makes it."""
-        worst = max(self.best)[0] if len(self.best) >= self.settings.keep_best else float("inf")
-        if not trainer.strategy.broadcast(distance < worst):
-            return
-        name = f"best_{trainer.global_step:08d}.ckpt"
-        dropped = [old for _, old in sorted(self.best)[self.settings.keep_best - 1 :]]
-        self.best = [*sorted(self.best)[: self.settings.keep_best - 1], (distance, name)]
-        partial = self._checkpoints / f"{name}.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self._checkpoints / name)
-            for old in dropped:
-                (self._checkpoints / old).unlink(missing_ok=True)
+            ids = (i for i in self._shares(trainer, self.settings.measured))
+            inside = ([i for i in few if i < self.settings.measured] for few in ids)
+            for name, value in self._measures.of(self._made(recipe, few)[0] for few in inside if few).items():
+                module.log(f"val/{name}_{scale:g}", value, rank_zero_only=True)
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
+def _batches(trainer: Trainer) -> Iterator[ImageUint8]:
+    """Images of this process's share of the validation images."""
     loaders: Any = trainer.val_dataloaders
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        yield from loader
+        for images, *_ in loader:
+            yield images
+
+
+def _show(logger: Any, name: str, picture: ImageUint8, step: int) -> None:  # noqa: ANN401 (any of Lightning's)
+    """A picture, (3, H, W) uint8, to a logger that takes any: TensorBoard, and those with `log_image`, as wandb's."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, picture, step)
+    elif hasattr(logger, "log_image"):
+        logger.log_image(key=name, images=[picture.permute(1, 2, 0).numpy()], step=step)
+
+
+def _seconds_a_pass(network: UNet, batch_size: int) -> float:
+    """Of one sample's network evaluation in a batch; the second of two is timed."""
+    s, device = network.settings, next(network.parameters()).device
+    x = torch.zeros(batch_size, s.in_channels, s.image_size, s.image_size, device=device)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    labels = None if s.num_classes is None else torch.zeros_like(timesteps)
+    started = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        network(x, timesteps, labels).out.sum().item()  # waits for a GPU
+    return (time.monotonic() - started) / batch_size
 
 
 def _of_all(trainer: Trainer, mine: Tensor) -> Tensor:

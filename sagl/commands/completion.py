@@ -10,6 +10,8 @@ SHELLS = Literal["bash", "zsh"]
 PARSERS = {
     "sample": ("sagl.commands.request", "sample_parser"),
     "fit": ("sagl.commands.fit", "fit_parser"),
+    "validate": ("sagl.commands.validate", "validate_parser"),
+    "test": ("sagl.commands.test", "test_parser"),
     "evaluate": ("sagl.commands.evaluate", "evaluate_parser"),
     "convert": ("sagl.commands.convert", "convert_parser"),
     "export": ("sagl.commands.export", "export_parser"),

@@ -40,6 +40,6 @@ def main(arguments: list[str]) -> None:
     if {"--help", "-h"} & set(arguments):
         print(fit_parser().format_help())
         return
-    from sagl.commands.training import train
+    from sagl.commands.training import run_lightning
 
-    train(["--help" if argument == "--help_all" else argument for argument in arguments])
+    run_lightning("fit", ["--help" if argument == "--help_all" else argument for argument in arguments])

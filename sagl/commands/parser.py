@@ -164,6 +164,10 @@ def readable(message: str, settings: list[str]) -> str:
         return f"{found[1]} takes no value, got {found[2]}."
     if found := re.search(r'Parser key "(.+?)": Unable to load config (.+?)(?: |$)', line):
         return f"there is no option '--{found[1]}'. --config reads a file; --help lists all."
+    if found := re.search(r"arguments are required: (.+)$", line):
+        flags = re.sub(r"\b(fit|validate|test)\.", "--", found[1])
+        where = " A --config has them: lsun_cat, or a .yaml file of yours." if flags != found[1] else ""
+        return f"{flags} must be given.{where} --help lists all options."
     if found := re.search(r"argument (\S+): expected one argument", line):
         return f"{found[1]} needs a value. --help says which."
     return line

@@ -1,7 +1,9 @@
-"""Training with LightningCLI: what `sagl fit` does once its command line is more than a question."""
+"""LightningCLI: what `sagl fit`, `validate` and `test` do once their command line is more than a question."""
 
+import logging
 import os
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sagl.callbacks.ema import WeightAverage
+from sagl.callbacks.best_checkpoints import BestCheckpoints
+from sagl.callbacks.ema import FurtherAverages, WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
 from sagl.commands.request import packaged_config
@@ -32,7 +36,9 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration to OUTPUT/config.yaml."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Once, on rank 0; a resumed run writes the configuration that it resumes with."""
+        """Once, on rank 0; a resumed run writes the configuration that it resumes with. Only training has a folder."""
+        if stage != "fit":
+            return
         path = Path(trainer.default_root_dir) / "config.yaml"
         partial = path.with_suffix(".partial")
         self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
@@ -52,7 +58,7 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags that are not the trainer's, the model's or the data's."""
-        parser.add_argument("--output", type=str, required=True, help="Folder for config, logs and checkpoints.")
+        parser.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
         parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
         parser.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file or a name.")
         parser.add_argument("--weights", type=str, default="ema", help="Of a .ckpt: ema, ema:DECAY or raw.")
@@ -64,8 +70,14 @@ class FitCLI(LightningCLI):
 
     @property
     def output(self) -> Path:
-        """The run folder."""
-        return Path(self._get(self.config, "output"))
+        """The run folder.
+
+        Raises:
+            UserError: none was given.
+        """
+        folder = self._get(self.config, "output")
+        require(folder is not None, "`output` must be a folder, and none was given. Add --output DIR.")
+        return Path(folder)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -73,29 +85,41 @@ class FitCLI(LightningCLI):
         return self.output / "checkpoints" / "last.ckpt"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401 (Lightning's own)
-        """A trainer that writes into the run folder only.
+        """A trainer that writes into the run folder only, and to validate and test nowhere.
 
         Raises:
             UserError: the folder holds a run, and --resume was not given; or its checkpoint cannot be read.
+        """
+        require(
+            self._get(self.config, "ckpt_path") is None,
+            "`ckpt_path` is not for sagl: --resume goes on from the run in --output, and --checkpoint reads a file.",
+        )
+        kwargs["use_distributed_sampler"] = False  # the data modules give every rank its share
+        if self.subcommand != "fit":
+            kwargs |= {"callbacks": [self._drawing(), LossTable()], "logger": False}
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+            return super().instantiate_trainer(**kwargs)
+        self._require_new()
+        kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
+        if SLURMEnvironment.detect() and self._get(self.config_init, "trainer.plugins") is None:
+            kwargs["plugins"] = SLURMEnvironment(auto_requeue=False)  # --resume is exact, Lightning's own way is not
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def _require_new(self) -> None:
+        """Refuse a folder that holds a run, unless it is to go on, and then one whose checkpoint is damaged.
+
+        Raises:
+            UserError: either.
         """
         resume = self._get(self.config, "resume")
         require(
             resume or not self.last_checkpoint.exists(),
             f"`output` must be a new folder, and {self.output} holds a run. Add --resume to go on, or choose another.",
         )
-        require(
-            self._get(self.config, "ckpt_path") is None,
-            "`ckpt_path` is not for sagl: --resume goes on from the run in --output.",
-        )
         if resume and self.last_checkpoint.exists():
             load_training_checkpoint(self.last_checkpoint)  # refused here, in one line, or it can be read
-        kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
-        kwargs["use_distributed_sampler"] = False  # the data modules give every rank its share
-        if SLURMEnvironment.detect() and self._get(self.config_init, "trainer.plugins") is None:
-            kwargs["plugins"] = SLURMEnvironment(auto_requeue=False)  # --resume is exact, Lightning's own way is not
-        if self._get(self.config_init, "trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
-        return super().instantiate_trainer(**kwargs)
 
     def _sampling(self) -> dict[str, Any]:
         """The sampling settings of the config, as `sagl sample` advises them."""
@@ -104,9 +128,20 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self) -> list[Any]:
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
-        previews = PreviewSettings(**self._group("preview", PreviewSettings))
+        best = BestCheckpoints(self.last_checkpoint.parent, self._previews)
+        averages = [WeightAverage(s), FurtherAverages(s)]
+        return [self._drawing(), *averages, best, LastCheckpoint(self.last_checkpoint, s)]
+
+    @property
+    def _previews(self) -> PreviewSettings:
+        return PreviewSettings(**self._group("preview", PreviewSettings))
+
+    def _drawing(self) -> SAGSampling:
+        """Previews; outside of training only their numbers, for nothing is written."""
         sag = SelfAttentionGuidance(**self._group("sag", SelfAttentionGuidance))
-        return [SAGSampling(self.output, previews, sag), WeightAverage(s), LastCheckpoint(self.last_checkpoint, s)]
+        if self.subcommand == "fit":
+            return SAGSampling(self.output, self._previews, sag)
+        return SAGSampling(Path(), replace(self._previews, samples=0), sag)
 
     def _group(self, group: str, kind: type) -> dict[str, Any]:
         """The settings of one group of the config."""
@@ -122,6 +157,23 @@ class FitCLI(LightningCLI):
             self._start_from(checkpoint)
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
         self.config_init["fit"]["weights_only"] = True
+
+    def before_validate(self) -> None:
+        """The weights of --checkpoint.
+
+        Raises:
+            UserError: there are none, or of another shape.
+        """
+        checkpoint = self._get(self.config, "checkpoint")
+        require(
+            checkpoint is not None,
+            "`checkpoint` must be weights to look at, and none were given. Add --checkpoint FILE_OR_NAME, or say "
+            f"whose: sagl {self.subcommand} RUN.",
+        )
+        self.config_init[self.subcommand]["verbose"] = False  # the table is ours
+        self._start_from(checkpoint)
+
+    before_test = before_validate
 
     def _start_from(self, checkpoint: str) -> None:
         """Weights of a file, or of a released network by name, as the first weights.
@@ -142,8 +194,25 @@ def with_packaged(arguments: list[str]) -> list[str]:
     return bracketed(named)
 
 
-def train(arguments: list[str]) -> None:
-    """Run LightningCLI's fit on a command line of ours.
+def of_run(arguments: list[str]) -> list[str]:
+    """A run's folder in first place as its configuration and its averaged weights; later flags win.
+
+    Raises:
+        UserError: it is no run.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    run = Path(arguments[0])
+    config, checkpoint = run / "config.yaml", run / "checkpoints" / "last.ckpt"
+    require(
+        config.is_file() and checkpoint.is_file(),
+        f"`run` must be a folder that sagl fit wrote, with config.yaml and checkpoints/last.ckpt, not {run}.",
+    )
+    return ["--config", str(config), "--checkpoint", str(checkpoint), "--weights", "ema", *arguments[1:]]
+
+
+def run_lightning(verb: str, arguments: list[str]) -> None:
+    """Run one of LightningCLI's verbs, fit, validate or test, on a command line of ours.
 
     Raises:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.
@@ -153,6 +222,7 @@ def train(arguments: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # sys.argv must stay as it is, for the launcher of further processes runs it again
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
     FitCLI(
         DiffusionModule,
         LightningDataModule,
@@ -164,5 +234,5 @@ def train(arguments: list[str]) -> None:
         trainer_defaults={"enable_model_summary": False},
         parser_kwargs={"prog": "sagl"},
         parser_class=FitParser,
-        args=["fit", *with_packaged(arguments)],
+        args=[verb, *with_packaged(arguments)],
     )

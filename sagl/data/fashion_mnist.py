@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
 from sagl.data.loading import Images, Pair, TrainingLoader, training_loader, validation_loader
-from sagl.settings.errors import UserError
+from sagl.settings.errors import UserError, require
 from sagl.settings.paths import cache_folder
 from sagl.shapes import ImageUint8, Labels
 
@@ -74,8 +74,21 @@ class FashionMNISTData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Pair]:
         """The first images of the test split, always the same."""
+        return self._of_test_split(slice(self.num_validation))
+
+    def test_dataloader(self) -> DataLoader[Pair]:
+        """The rest of the test split.
+
+        Raises:
+            UserError: validation has all of it.
+        """
+        rest = self._of_test_split(slice(self.num_validation, None))
+        require(len(rest) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
+        return rest
+
+    def _of_test_split(self, part: slice) -> DataLoader[Pair]:
         split = PaddedFashionMNIST(self.folder, train=False)
-        split.images, split.labels = split.images[: self.num_validation], split.labels[: self.num_validation]
+        split.images, split.labels = split.images[part], split.labels[part]
         return validation_loader(split, self.batch_size, self.num_workers, self.trainer)
 
 

@@ -127,6 +127,48 @@ def bits_per_dim(
     return BitsPerDim(total=vb.sum(dim=1) + prior, vb=vb, prior=prior)
 
 
+def bound_timesteps(batch: int, num_timesteps: int, generator: torch.Generator) -> tuple[Tensor, PerSample]:
+    """One timestep a sample, to estimate the whole bound from: (B,) int64 and the weights 1 / p, (B,) float32.
+
+    Half of the draws are even, half in proportion to 1 / (t + 1): the terms are large where t is small.
+    """
+    harmonic = 1 / torch.arange(1, num_timesteps + 1, dtype=torch.float64)
+    p = harmonic / (2 * harmonic.sum()) + 0.5 / num_timesteps
+    timesteps = torch.multinomial(p, batch, replacement=True, generator=generator)
+    return timesteps, (1 / p[timesteps]).float()
+
+
+@torch.no_grad()
+def estimated_bits_per_dim(
+    predict: Eps,
+    x_0: Image,
+    timesteps: Tensor,
+    weights: PerSample,
+    noise: Image,
+    schedule: Schedule,
+    *,
+    variance: Variance,
+) -> PerSample:
+    """The whole bound from one of its terms a sample, which `bound_timesteps` chose: its mean is `bits_per_dim`'s.
+
+    Takes one pass of the network in place of one a timestep; a single sample's number says little.
+
+    Args:
+        predict: the network at (x_t, timesteps).
+        x_0: (B, C, H, W) in [-1, 1].
+        timesteps: (B,) int64.
+        weights: (B,), 1 / probability of each.
+        noise: (B, C, H, W), standard normal.
+        schedule: the whole process.
+        variance: the reverse step's.
+    """
+    x_t = add_noise(x_0, noise, schedule.alpha_bar(timesteps))
+    out = predict(x_t, timesteps).to(x_0.dtype)
+    eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
+    term = bound_term(x_0, x_t, eps, log_variance, schedule, timesteps, clip_x0=True)
+    return weights.to(term) * term + prior_bits(x_0, schedule)
+
+
 def prior_bits(x_0: Image, schedule: Schedule) -> PerSample:
     """KL of q(x_T | x_0) from the standard normal, in bits a dimension."""
     alpha_bar = schedule.alpha_bar(schedule.num_steps - 1)

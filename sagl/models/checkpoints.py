@@ -270,11 +270,13 @@ def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Pa
 def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
     """The weights asked for, of those that a training checkpoint holds."""
     decay = checkpoint["hyper_parameters"].get("average_decay")
-    held = {"ema": "state_dict", f"ema:{decay}": "state_dict", "raw": "current_model_state"}
-    known = [name for name, part in held.items() if part in checkpoint and name != "ema:None"]
+    held = {"ema": checkpoint["state_dict"], f"ema:{decay}": checkpoint["state_dict"]}
+    held |= {f"ema:{other}": state for other, state in checkpoint.get("further_averages", {}).items()}
+    held |= {"raw": checkpoint["current_model_state"]} if "current_model_state" in checkpoint else {}
+    known = [name for name in held if name != "ema:None"]
     require(weights in known, f"`weights` must be one of {', '.join(known)} for {path}, got {weights!r}.")
+    tensors = _plain(held[weights], path)
     prefix = "network."
-    tensors = _plain(checkpoint[held[weights]], path)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -16,6 +16,8 @@ from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     TimestepSampler,
     UniformTimesteps,
+    bound_timesteps,
+    estimated_bits_per_dim,
     spread_timesteps,
     training_losses,
     without_bound,
@@ -235,16 +237,21 @@ class DiffusionModule(LightningModule):
         self._validated, self._sums = 0, torch.zeros(QUARTERS, 3, dtype=torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of images, each at a timestep and noise that stay its own, for any number of ranks."""
-        x_0, labels = self._images(batch[0]), batch[1]
+        """Losses of images, each at a timestep and noise that stay its own, for any number of ranks.
+
+        Outside of training also bits/dim, from one more pass an image.
+        """
+        x_0, labels = self._images(batch[0]), self._labels(batch[1])
         places = range(self._validated, self._validated + len(x_0))
         ids = [place * self.trainer.world_size + self.global_rank for place in places]
         self._validated += len(x_0)
         total = self.diffusion_settings.num_timesteps
-        timesteps, noise = spread_timesteps(ids, total), initial_noise(0, ids, x_0.shape[1:])
-        losses = self._losses(x_0, timesteps, noise, self._labels(labels))
+        timesteps = spread_timesteps(ids, total)
+        losses = self._losses(x_0, timesteps, initial_noise(0, ids, x_0.shape[1:]), labels)
         rows = torch.stack([torch.ones_like(losses.mse), losses.total, losses.mse], dim=1)
         self._sums.index_add_(0, timesteps * QUARTERS // total, rows.double().cpu())
+        if self.trainer.state.fn != "fit":
+            self._log_bits(x_0, labels, torch.Generator().manual_seed(batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         """Mean losses of all ranks, whole and by quarter of the timesteps (0 the cleanest)."""
@@ -254,6 +261,12 @@ class DiffusionModule(LightningModule):
         for q, (inside, total, _) in enumerate(sums.tolist()):
             if inside:
                 self.log(f"val/loss_quarter_{q}", total / inside)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation, of other images."""
+        self.validation_step(batch, batch_idx)
+
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
         """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
@@ -306,3 +319,21 @@ class DiffusionModule(LightningModule):
         """Labels with the null label where they are dropped, or where an image has none."""
         classes = self.network_settings.num_classes
         return None if classes is None else torch.where(dropped.to(labels.device) | (labels < 0), classes, labels)
+
+    def _log_bits(self, x_0: Image, labels: Labels | None, generator: torch.Generator) -> None:
+        """The estimate's mean, and what its error is made of."""
+        schedule, size = self.schedule, len(x_0)
+        timesteps, weights = bound_timesteps(size, schedule.num_steps, generator)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        bits = estimated_bits_per_dim(
+            lambda x_t, t: self.network(x_t, t, labels).out,
+            x_0,
+            timesteps.to(x_0.device),
+            weights,
+            noise,
+            schedule,
+            variance=self.diffusion_settings.variance,
+        )
+        self.log("val/bits_per_dim", bits.mean(), batch_size=size, sync_dist=True)
+        self.log("val/bits_per_dim_squared", bits.square().mean(), batch_size=size, sync_dist=True)
+        self.log("val/images", float(size), reduce_fx="sum", sync_dist=True)

@@ -1,5 +1,6 @@
 """Settings of training: optimiser, averages, checkpoints."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ class SavingSettings:
 
     average_decay: float = 0.9999
     """Of the average of the weights, a step."""
+    further_decays: tuple[float, ...] = ()
+    """Of further averages, which cost memory for a copy of the weights each; read as --weights ema:DECAY."""
     save_every_steps: int = 1000
     """Steps between two checkpoints."""
     save_every_minutes: float = 5.0
@@ -22,6 +25,8 @@ class SavingSettings:
     def __post_init__(self) -> None:
         """Refuse what would never save, or never learn."""
         require(0 <= self.average_decay < 1, f"`average_decay` must be in [0, 1), got {self.average_decay}.")
+        for decay in self.further_decays:
+            require(0 <= decay < 1, f"`further_decays` must be in [0, 1), got {decay}.")
         for name in ("save_every_steps", "save_every_minutes"):
             require(getattr(self, name) > 0, f"`{name}` must be above 0, got {getattr(self, name)}.")
 
@@ -43,9 +48,11 @@ class PreviewSettings:
     measured: int = 0
     """Images that the Fréchet distance from the validation images is taken of, scale by scale. 0: none."""
     extractor: str = "effnet_lite0_64"
-    """Features that it is taken in."""
+    """Features that it is taken in: by name, or a function of yours that makes them, as package.function."""
     keep_best: int = 0
     """So many checkpoints with the smallest distances are kept beside last.ckpt."""
+    best_gigabytes: float = 50.0
+    """They are fewer where together they would take more; the best one always stays."""
     best_scale: float = 0.0
     """The scale whose distance decides."""
 
@@ -54,6 +61,7 @@ class PreviewSettings:
         for name in ("samples", "measured", "keep_best"):
             require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
         require(self.measured != 1, "`preview.measured` must be 0 or at least 2, got 1.")
+        require(self.best_gigabytes > 0, f"`preview.best_gigabytes` must be above 0, got {self.best_gigabytes}.")
         require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
         require(len(self.scales) > 0, "`preview.scales` must name a scale, got none. Set samples and measured to 0.")
         require(
@@ -113,10 +121,13 @@ class OptimizerSettings:
     warmup_steps: int = 0
     """Steps in which the rate rises linearly from 0."""
     decay_steps: int = 0
-    """Last steps before trainer.max_steps, in which the rate falls linearly to 0; 0: constant to the end."""
+    """Last steps before trainer.max_steps, in which the rate falls to 0; 0: constant to the end."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: along a line, or along half a cosine (which with decay_steps = max_steps is the usual one)."""
 
     def __post_init__(self) -> None:
         """Refuse rates and lengths that make no sense."""
+        one_of("decay", self.decay, ("linear", "cosine"))
         require(self.learning_rate > 0, f"`learning_rate` must be above 0, got {self.learning_rate}.")
         require(self.weight_decay >= 0, f"`weight_decay` must be at least 0, got {self.weight_decay}.")
         for name in ("warmup_steps", "decay_steps"):
@@ -126,4 +137,5 @@ class OptimizerSettings:
         """The rate at a step as a share of `learning_rate`; `max_steps` -1 is no end."""
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         left = (max_steps - step) / self.decay_steps if self.decay_steps and max_steps > 0 else 1.0
-        return warm * max(0.0, min(1.0, left))
+        left = max(0.0, min(1.0, left))
+        return warm * (left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)

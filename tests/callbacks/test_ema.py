@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sagl.callbacks.ema import WeightAverage
+from sagl.callbacks.ema import FurtherAverages, WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
 from sagl.settings.training import SavingSettings
 from tests.tiny import QUIET, fit_line
@@ -90,3 +90,49 @@ def test_a_resumed_average_goes_on_as_if_it_had_never_stopped(tmp_path):
     resumed, _ = fit_line(callbacks=[second], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
     torch.testing.assert_close(resumed.weight, line.weight)
     torch.testing.assert_close(averaged(second), averaged(whole))
+
+
+DECAYS = (0.25, 0.9)
+
+
+def further():
+    return FurtherAverages(SavingSettings(further_decays=DECAYS))
+
+
+def test_further_averages_are_what_the_average_would_be_with_their_decay(tmp_path):
+    _, weights = fitted(further(), 12)
+    saved_by(tmp_path, [further()], 12)
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["further_averages"]
+    assert held.keys() == {"0.25", "0.9"}
+    for decay in DECAYS:
+        expected = derived(weights, decay)[-1]
+        torch.testing.assert_close(held[str(decay)]["weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+def saved_by(folder, callbacks, steps, **options):
+    return fit_line(callbacks=[*callbacks, LastCheckpoint(folder / "last.ckpt")], max_steps=steps, **options)
+
+
+def test_further_averages_count_steps_of_the_optimiser_and_go_on_after_a_resume(tmp_path):
+    (tmp_path / "whole").mkdir()
+    saved_by(tmp_path / "whole", [further()], 6, accumulate_grad_batches=2)
+    saved_by(tmp_path, [further()], 4, accumulate_grad_batches=2)
+    saved_by(tmp_path, [further()], 6, accumulate_grad_batches=2, ckpt_path=tmp_path / "last.ckpt")
+    whole, resumed = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path / "whole", tmp_path))
+    assert whole["further_updates"] == resumed["further_updates"] == 6
+    for decay in DECAYS:
+        a, b = (c["further_averages"][str(decay)]["weight"] for c in (whole, resumed))
+        torch.testing.assert_close(a, b)
+
+
+def test_a_decay_that_is_new_at_a_resume_begins_from_the_weights(tmp_path):
+    line, _ = saved_by(tmp_path, [], 4)
+    saved_by(tmp_path, [further()], 5, ckpt_path=tmp_path / "last.ckpt")
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(held["further_averages"]["0.9"]["weight"], held["state_dict"]["weight"])
+    assert not torch.equal(held["state_dict"]["weight"], line.weight)
+
+
+def test_without_further_decays_a_checkpoint_has_nothing_of_them(tmp_path):
+    saved_by(tmp_path, [FurtherAverages(SavingSettings())], 2)
+    assert "further_averages" not in torch.load(tmp_path / "last.ckpt", weights_only=True)

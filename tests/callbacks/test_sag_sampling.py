@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -7,6 +9,7 @@ from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.data.grid import mask_pictures, stacked_grid
 from sagl.data.pixels import to_uint8
+from sagl.metrics.features import EXTRACTORS
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.recipe import collect, labels_of, prepare
@@ -107,8 +110,13 @@ def plain_features(monkeypatch):
     def extract(images):
         return images.float().flatten(1)[:, :12].unflatten(1, (4, 3)).sum(dim=2)
 
-    monkeypatch.setitem(sag_sampling.EXTRACTORS, "effnet_lite0_64", lambda: extract)
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda: extract)
     return extract
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_the_distance_of_each_scale_is_that_of_its_images_from_the_validation_images(tmp_path, plain_features):
@@ -122,21 +130,19 @@ def test_the_distance_of_each_scale_is_that_of_its_images_from_the_validation_im
         assert float(run.callback_metrics[f"val/frechet_{scale:g}"]) == pytest.approx(want, rel=0.02)
 
 
-def test_the_best_checkpoints_are_kept_and_no_more(tmp_path, monkeypatch):
-    distances = iter([5.0, 3.0, 4.0, 6.0])
-    monkeypatch.setattr(SAGSampling, "_measure", lambda self, *_: setattr(self, "_due", next(distances)))
-    callback = preview(tmp_path, samples=0, measured=4, keep_best=2)
-    fit(module_of(), [callback], steps=8)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "best_00000004.ckpt",
-        "best_00000006.ckpt",
-    ]
-    again = preview(tmp_path, measured=4, keep_best=2)
-    again.load_state_dict(callback.state_dict())
-    assert sorted(again.best) == [(3.0, "best_00000004.ckpt"), (4.0, "best_00000006.ckpt")]
-    (tmp_path / "checkpoints" / "best_00000006.ckpt").unlink()
-    again.load_state_dict(callback.state_dict())
-    assert again.best == [(3.0, "best_00000004.ckpt")]
+def test_what_validations_will_cost_is_said_before_the_first_step(tmp_path, capsys):
+    fit(module_of(), [preview(tmp_path, samples=5, scales=(0.0, 0.5))], steps=1)
+    said = capsys.readouterr().out
+    assert "5 images drawn and 0 measured at scales 0 0.5: 45 network evaluations, about " in said  # 5 · (3 + 6)
+
+
+def test_a_logger_that_takes_pictures_gets_the_grid(tmp_path):
+    shown = []
+    logger = SimpleNamespace(log_image=lambda **told: shown.append(told))
+    sag_sampling._show(logger, "preview", torch.zeros(3, 4, 6, dtype=torch.uint8), 7)
+    (told,) = shown
+    assert (told["key"], told["step"], told["images"][0].shape) == ("preview", 7, (4, 6, 3))
+    sag_sampling._show(SimpleNamespace(), "preview", torch.zeros(3, 4, 6, dtype=torch.uint8), 7)
 
 
 def test_scales_that_the_network_cannot_have_are_refused_before_the_first_step(tmp_path):
@@ -155,6 +161,7 @@ def test_scales_that_the_network_cannot_have_are_refused_before_the_first_step(t
         ({"keep_best": 2}, "preview.measured"),
         ({"keep_best": 2, "measured": 9, "best_scale": 0.2}, "preview.best_scale"),
         ({"sampler": "euler"}, "sampler"),
+        ({"best_gigabytes": 0.0}, "preview.best_gigabytes"),
     ],
 )
 def test_previews_that_make_no_sense_are_refused(settings, said):

@@ -140,6 +140,15 @@ def test_validation_looks_at_the_first_images_of_the_test_split(asked, got, tmp_
     assert torch.equal(images, PaddedFashionMNIST(tmp_path, train=False).images[:got])
 
 
+def test_a_test_looks_at_the_rest_of_the_test_split(tmp_path):
+    module = module_on(tmp_path, num_validation=25)
+    images = torch.cat([images for images, _ in module.test_dataloader()])
+    assert torch.equal(images, PaddedFashionMNIST(tmp_path, train=False).images[25:])
+    module.num_validation = 40
+    with pytest.raises(UserError, match=r"`data.num_validation` must leave images to test on, got 40"):
+        module.test_dataloader()
+
+
 def test_the_data_are_kept_in_the_cache_folder_unless_said_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
     assert FashionMNISTData().folder == tmp_path / "cache"

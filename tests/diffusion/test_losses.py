@@ -9,7 +9,9 @@ from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     UniformTimesteps,
     bits_per_dim,
+    bound_timesteps,
     discretized_log_likelihood,
+    estimated_bits_per_dim,
     gaussian_kl,
     prior_bits,
     training_losses,
@@ -145,6 +147,29 @@ def test_the_true_noise_with_the_posteriors_variance_costs_nothing_but_the_first
     got = bits_per_dim(denoise, x_0, schedule, lambda step: noise)
     assert float(got.vb[:, :-1].abs().max()) < 1e-9
     assert float(got.vb[:, -1].min()) > 0
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+def test_the_estimates_of_all_timesteps_together_are_the_whole_bound(variance):
+    schedule, x_0 = make_schedule(DiffusionSettings(num_timesteps=40)), images()
+    noise = {step: torch.randn(3, 3, 6, 6, generator=generator(step)).double() for step in range(40)}
+    want = bits_per_dim(as_denoiser(toy_network, schedule, variance), x_0, schedule, noise.__getitem__)
+    prior, one = prior_bits(x_0, schedule), torch.ones(3)
+    terms = [
+        estimated_bits_per_dim(predict, x_0, torch.full((3,), step), 5 * one, noise[step], schedule, variance=variance)
+        - prior
+        for step in range(40)
+    ]
+    torch.testing.assert_close(sum(terms) / 5 + prior, want.total, rtol=1e-6, atol=0)
+
+
+def test_timesteps_of_the_estimate_are_drawn_as_their_weights_say():
+    timesteps, weights = bound_timesteps(40_000, 20, generator(0))
+    share = torch.bincount(timesteps, minlength=20) / len(timesteps)
+    expected = torch.stack([1 / weights[timesteps == t][0] for t in range(20)])
+    assert float(expected.sum()) == pytest.approx(1)
+    torch.testing.assert_close(share, expected, rtol=0.1, atol=0)
+    assert float(expected[0]) > 5 * float(expected[-1])
 
 
 # ------------------------------------------------------------------------------------------------ gradients

@@ -6,7 +6,7 @@ import torch
 
 from sagl.data.pixels import to_float, to_uint8
 from sagl.guidance.blur import gaussian_blur
-from sagl.metrics.features import EXTRACTORS, features_of
+from sagl.metrics.features import EXTRACTORS, features_of, maker_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.settings.errors import UserError
 
@@ -95,3 +95,26 @@ def test_missing_packages_are_named_with_the_way_to_get_them(missing, monkeypatc
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"pip install 'sagl\[offline-metrics\]'"):
         EXTRACTORS["effnet_lite0_64"]()
+
+
+def test_the_logits_are_those_of_the_network_whole():
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = extractor().network((x.float() - 127) / 128)
+        torch.testing.assert_close(extractor().logits(extractor()(x)), whole, rtol=1e-4, atol=1e-4)
+
+
+def brightness():
+    return lambda images: images.float().mean(dim=(2, 3))
+
+
+def test_an_extractor_of_ones_own_is_found_by_its_place():
+    assert maker_of("effnet_lite0_64") is EXTRACTORS["effnet_lite0_64"]
+    made = maker_of(f"{__name__}.brightness")()
+    assert made(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).flatten().tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("name", ["inception_of_mine", "no.such.module.f", f"{__name__}.missing", f"{__name__}.COUNT"])
+def test_an_extractor_that_is_not_there_is_refused_with_those_that_are(name):
+    with pytest.raises(UserError, match=r"`extractor` must be one of effnet_lite0_64, .* got "):
+        maker_of(name)

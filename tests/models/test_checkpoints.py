@@ -319,6 +319,16 @@ def test_an_average_can_be_asked_for_by_its_decay(tmp_path):
         read_network(path, "ema:0.5")
 
 
+def test_further_averages_are_read_by_their_decays(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["further_averages"] = {"0.99": {name: 2 * value for name, value in content["state_dict"].items()}}
+    torch.save(content, path)
+    average, further = read_network(path).state, read_network(path, "ema:0.99").state
+    assert average.keys() == further.keys()
+    assert all(torch.equal(further[name], 2 * average[name]) for name in average)
+
+
 def test_a_file_with_one_set_of_weights_has_no_others(tmp_path):
     with pytest.raises(UserError, match="`weights` is for training checkpoints"):
         read_network(write_tiny(tmp_path / "a.safetensors"), "raw")

@@ -27,9 +27,10 @@ def module_of(*, network=None, drawn=True, batch=0, rank=0, ranks=1, **options):
     module = DiffusionModule(UNetSettings(**{**GREY, **(network or {})}), **options)
     if drawn:
         draw_weights(module.network, 1)
-    optimizers = [SimpleNamespace(param_groups=[{"lr": 1.0}])]
+    optimizers, state = [SimpleNamespace(param_groups=[{"lr": 1.0}])], SimpleNamespace(fn="fit")
     loop = SimpleNamespace(total_batch_idx=batch)
-    module.trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=ranks, optimizers=optimizers)
+    told = {"fit_loop": loop, "global_rank": rank, "world_size": ranks, "optimizers": optimizers, "state": state}
+    module.trainer = SimpleNamespace(**told)
     module.trainer.strategy = SimpleNamespace(reduce=lambda values, reduce_op: values)
     module.logged = {}
     module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})
@@ -117,6 +118,19 @@ def test_validation_drops_no_labels():
     calls = told_to_network(module)
     module.validation_step((IMAGES, LABELS), 0)
     assert torch.equal(calls[0][2], LABELS)
+
+
+def test_outside_of_training_validation_also_estimates_bits_per_dim_with_one_more_pass():
+    module = module_of()
+    calls = told_to_network(module)
+    module.validation_step((IMAGES, LABELS), 0)
+    assert "val/bits_per_dim" not in module.logged
+    module.trainer.state.fn = "validate"
+    module.validation_step((IMAGES, LABELS), 0)
+    assert len(calls) == 1 + 2
+    assert torch.equal(calls[2][2], LABELS)
+    assert module.logged["val/images"] == 8
+    assert module.logged["val/bits_per_dim_squared"] >= module.logged["val/bits_per_dim"] ** 2 > 0
 
 
 def test_an_unconditional_network_is_told_no_labels():

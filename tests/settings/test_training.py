@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -7,7 +8,8 @@ from sagl.settings.training import OptimizerSettings, SavingSettings
 
 
 @pytest.mark.parametrize(
-    "changes", [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"decay_steps": -5}]
+    "changes",
+    [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"decay_steps": -5}, {"decay": "steps"}],
 )
 def test_rates_and_lengths_that_make_no_sense_are_refused_with_the_argument_and_what_came(changes):
     ((name, value),) = changes.items()
@@ -25,6 +27,12 @@ def test_the_rate_rises_linearly_in_warm_up():
 def test_the_rate_falls_linearly_to_the_last_step():
     settings = OptimizerSettings(decay_steps=4)
     assert [settings.rate_factor(step, 8) for step in range(9)] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_rate_falls_along_half_a_cosine_where_that_is_asked_for():
+    settings = OptimizerSettings(decay_steps=4, decay="cosine")
+    falls = [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]
+    assert [settings.rate_factor(step, 8) for step in range(9)] == pytest.approx([1, 1, 1, 1, *falls])
 
 
 def test_the_rate_is_constant_without_warm_up_and_end():

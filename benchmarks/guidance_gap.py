@@ -1,0 +1,59 @@
+"""How far the prediction for the degraded x_t is from the plain one, over the chain: what guidance has to push with.
+
+    python benchmarks/guidance_gap.py plain.safetensors blur_aware.safetensors --site output.5 --blur_sigma 1.5
+
+Root mean square of eps - eps_degraded over pixels and samples, a row a step, a column a network. The chains are guided
+so weakly that they are the unguided ones, and so the same x_t but for what the networks themselves differ in.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sagl.machine import keep_freed_memory
+from sagl.models.checkpoints import build_network, read_network
+from sagl.models.zoo import EMBEDDED
+from sagl.recipe import labels_of, prepare
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.sampling import ChainSettings, RunSettings
+
+SCALE = 1e-6
+
+
+@torch.inference_mode()
+def gaps(checkpoint: Path, chain: ChainSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
+    """Timestep -> root mean square of eps - eps_degraded, the noisiest first."""
+    file = read_network(checkpoint)
+    network = build_network(file)
+    recipe, ids = prepare(network, file.diffusion, chain, sag), range(run.first_id, run.first_id + run.num_samples)
+    result = {}
+    for step, _, prediction in recipe.chain(run.seed, ids, labels_of(run, ids, network)):
+        eps = torch.as_tensor(prediction.directions["sag"].eps) / SCALE
+        result[int(recipe.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
+    return result
+
+
+def main() -> None:
+    """Print the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoints", type=Path, nargs="*", default=[EMBEDDED])
+    p.add_argument("--num_samples", type=int, default=100)
+    p.add_argument("--first_id", type=int, default=0)
+    p.add_argument("--respacing", default="ddim25")
+    p.add_argument("--site", default="output.5")
+    p.add_argument("--blur_sigma", type=float, default=1.5)
+    a = p.parse_args()
+    keep_freed_memory()
+    chain = ChainSettings(sampler="ddim", respacing=a.respacing)
+    sag = SelfAttentionGuidance(scale=SCALE, site=a.site, blur_sigma=a.blur_sigma)
+    run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")
+    columns = [gaps(path, chain, sag, run) for path in a.checkpoints]
+    print("| timestep | " + " | ".join(path.stem for path in a.checkpoints) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for timestep in columns[0]:
+        print(f"| {timestep} | " + " | ".join(f"{column[timestep]:.4f}" for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

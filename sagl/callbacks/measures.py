@@ -1,0 +1,85 @@
+"""The numbers of previews: Fréchet distance from the validation images, inception score."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sagl.metrics.distance import FrechetDistance, InceptionScore
+from sagl.metrics.features import features_of, maker_of
+from sagl.settings.paths import cache_folder, whole_file
+from sagl.shapes import ImageUint8
+
+
+class Measures:
+    """One extractor's numbers, summed over all processes; what they are compared with is looked at once and kept."""
+
+    def __init__(self, extractor: str, device: torch.device) -> None:
+        """With an extractor by its name, under which the sums of real images are kept."""
+        self.extract, self.name, self.device = maker_of(extractor)(), extractor, device
+        self._distance: FrechetDistance | None = None
+
+    def know_real(self, batches: Iterable[ImageUint8]) -> None:
+        """Take in the real images of this process; from the cache where the same ones were taken in before."""
+        if self._distance is not None:
+            return
+        images = list(batches)
+        kept = cache_folder() / "statistics" / f"{self.name}-{_fingerprint(images)}.npz"
+        if kept.is_file():
+            with np.load(kept) as arrays:
+                sums = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            self._distance = FrechetDistance(len(sums["sum"])).to(self.device)
+            self._distance.real = sums
+            return
+        for batch in images:
+            features = self._features(batch)
+            self._distance = self._distance or FrechetDistance(features.shape[1]).to(self.device)
+            self._distance.update(features, real=True)
+        assert self._distance is not None, "validation has no images"
+        _keep(self._distance.real, kept)
+
+    def of(self, made: Iterable[ImageUint8]) -> dict[str, float]:
+        """Numbers of the images that all processes made: frechet, and inception_score where there are logits."""
+        distance, score = self._distance, self._score()
+        assert distance is not None
+        distance.forget_made()
+        for images in made:
+            features = self._features(images)
+            distance.update(features, real=False)
+            if score:
+                score.update(self._logits(features))
+        found = {"frechet": float(distance.compute())}
+        return found | ({"inception_score": float(score.compute())} if score else {})
+
+    def _score(self) -> InceptionScore | None:
+        """In every process, those without images too, since all are summed; None without logits."""
+        assert self._distance is not None
+        if not hasattr(self.extract, "logits"):
+            return None
+        classes = self._logits(self._distance.real["sum"][None].float())
+        score = InceptionScore(classes.shape[1]).to(self.device)
+        score.update(classes[:0])
+        return score
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = getattr(self.extract, "logits")(features.cpu())  # noqa: B009 (not every extractor has them)
+        return logits.to(self.device)
+
+    def _features(self, images: ImageUint8) -> Tensor:
+        return features_of(images.cpu(), self.extract).to(self.device)
+
+
+def _fingerprint(batches: Iterable[ImageUint8]) -> str:
+    """Of the pixels, in their order."""
+    digest = hashlib.sha256()
+    for images in batches:
+        digest.update(images.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _keep(sums: dict[str, Tensor], path: Path) -> None:
+    with whole_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+        np.savez(file, **{name: value.cpu().numpy() for name, value in sums.items()})  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from sagl.callbacks.measures import Measures
+from sagl.metrics.distance import InceptionScore
+from sagl.metrics.features import EXTRACTORS
+from sagl.metrics.frechet import frechet_distance, statistics
+
+CPU = torch.device("cpu")
+GENERATOR = torch.Generator().manual_seed(0)
+REAL, MADE = (torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=GENERATOR) for n in (20, 12))
+
+
+class Extractor:
+    """Six features that need no network, and three classes."""
+
+    seen = 0
+
+    def __call__(self, images):
+        Extractor.seen += len(images)
+        return images.float().flatten(1)[:, :6]
+
+    def logits(self, features):
+        return features[:, :3] / 50
+
+
+@pytest.fixture(autouse=True)
+def extractors(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
+    monkeypatch.setitem(EXTRACTORS, "plain", lambda: lambda images: images.float().flatten(1)[:, :6])
+    monkeypatch.setitem(EXTRACTORS, "classes", Extractor)
+
+
+def measured(name, real=REAL, made=MADE):
+    measures = Measures(name, CPU)
+    measures.know_real(real.split(8))
+    return measures.of(made.split(5))
+
+
+def test_the_distance_is_that_of_all_images_together():
+    extract = EXTRACTORS["plain"]()
+    want = frechet_distance(statistics(extract(REAL)), statistics(extract(MADE)))
+    assert measured("plain") == {"frechet": pytest.approx(want, rel=1e-9)}
+
+
+def test_an_extractor_with_classes_also_gives_the_inception_score():
+    score = InceptionScore(3)
+    score.update(Extractor().logits(Extractor()(MADE)))
+    found = measured("classes")
+    assert found["inception_score"] == pytest.approx(float(score.compute()), rel=1e-9)
+    assert found["frechet"] == pytest.approx(measured("plain")["frechet"], rel=1e-9)
+
+
+def test_real_images_are_looked_at_once_for_all_runs_and_others_again():
+    measured("classes")
+    Extractor.seen = 0
+    again = measured("classes")
+    assert Extractor.seen == len(MADE)
+    Extractor.seen = 0
+    assert measured("classes", real=REAL.flip(0)[1:]) != again
+    assert Extractor.seen == len(MADE) + len(REAL) - 1
+
+
+def test_numbers_begin_anew_each_time():
+    measures = Measures("classes", CPU)
+    measures.know_real([REAL])
+    first = measures.of([MADE])
+    measures.of([MADE[:4] // 2])
+    measures.know_real([REAL[:3]])  # known already
+    assert measures.of([MADE]) == first
