@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,9 +48,10 @@ def write_config(folder, *, model=None, data=None, trainer=None, **top):
 class Fit:
     """`sagl fit` in a process of its own, or in several that share a run as torchrun would have started them."""
 
-    def __init__(self, config, output, *flags, ranks=1):
+    def __init__(self, config, output, *flags, ranks=1, program=("-m", "sagl.cli")):
         self.output, self.log = output, output.with_suffix(".said")
-        command = [sys.executable, "-m", "sagl.cli", "fit", "--config", str(config), "--output", str(output), *flags]
+        self.saved, self.logs = saves(output), logs(output)
+        command = [sys.executable, *program, "fit", "--config", str(config), "--output", str(output), *flags]
         if ranks > 1:
             command += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
         told = environments(ranks)
@@ -78,7 +80,7 @@ class Fit:
         for process in self.processes:
             process.wait()
 
-    def when(self, happened, timeout=100):
+    def until(self, happened, timeout=100):
         """Wait until something has happened to the run; the processes stand still when this returns."""
         deadline = time.monotonic() + timeout
         while True:
@@ -91,6 +93,20 @@ class Fit:
                 self.send(signal.SIGCONT)
             time.sleep(0.0005)
 
+    def kill_after_a_save(self, seconds):
+        """So long after its first checkpoint."""
+        self.until(lambda: saves(self.output) != self.saved)
+        self.send(signal.SIGCONT)
+        time.sleep(seconds)
+        self.kill()
+
+    def ends_when_asked(self):
+        """SIGTERM to the last of the processes, in the middle of training, ends all of them with exit code 0."""
+        self.until(lambda: any(losses_in(path) for path in logs(self.output) - self.logs))
+        self.processes[-1].send_signal(signal.SIGTERM)
+        self.send(signal.SIGCONT)
+        self.ends_well()
+
 
 def environments(ranks):
     """Of each process: one thread; where it is one of several, what torchrun would tell it."""
@@ -102,6 +118,24 @@ def environments(ranks):
     shared = {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "run"}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+OVERFLOWING = ("-c", "from tests.runs import overflow; from sagl import cli; overflow(); cli.run()")
+"""The command line, for a module whose loss is not finite at times."""
+
+
+def overflow():
+    """Have the last rank's loss be infinite in one batch of step 1, and in both of step 3, where two make a step."""
+    from sagl.modules.diffusion_module import DiffusionModule
+
+    step = DiffusionModule._training_losses
+
+    def losses(module, *args):
+        found, trainer = step(module, *args), module.trainer
+        bad = trainer.fit_loop.total_batch_idx in (3, 6, 7) and trainer.global_rank == trainer.world_size - 1
+        return replace(found, total=found.total * float("inf")) if bad else found
+
+    DiffusionModule._training_losses = losses
 
 
 # ------------------------------------------------------------------------------------------------ what came out
@@ -117,16 +151,32 @@ def checkpoint_of(output):
     return torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def curves(output):
-    """(tag, step) -> value of all that was logged of losses, later files having their way."""
+def logs(output):
+    return set((output / "logs").glob("*tfevents*"))
+
+
+def scalars_in(path):
+    """(tag, step) -> value of one file."""
     found = {}
-    for path in sorted((output / "logs").glob("*tfevents*"), key=lambda path: path.stat().st_ctime_ns):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value if event.HasField("summary") else ():
-                if value.tag.startswith(("train/", "val/")) and value.HasField("tensor"):
-                    found[value.tag, event.step] = float(tensor_util.make_ndarray(value.tensor))
+    for event in EventFileLoader(str(path)).Load():
+        for value in event.summary.value if event.HasField("summary") else ():
+            if value.tag.startswith(("train/", "val/")) and value.HasField("tensor"):
+                found[value.tag, event.step] = float(tensor_util.make_ndarray(value.tensor))
+    return found
+
+
+def curves(output):
+    """(tag, step) -> value of all that was logged but for times and memory, later files having their way."""
+    found = {}
+    for path in sorted(logs(output), key=lambda path: path.name.split(".")[3]):  # when they were begun
+        found |= scalars_in(path)
     timings = ("train/images_per_second", "train/peak_gigabytes")
     return {key: value for key, value in found.items() if key[0] not in timings}
+
+
+def losses_in(path):
+    """Of the steps, in their order."""
+    return [value for (tag, _), value in sorted(scalars_in(path).items()) if tag == "train/loss"]
 
 
 def differences(one, other, path=""):

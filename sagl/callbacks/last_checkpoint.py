@@ -97,8 +97,8 @@ class LastCheckpoint(Checkpoint):
         batches, epochs = progress["epoch_loop.batch_progress"], progress["epoch_progress"]
         ended, begun = batches["is_last_batch"], epochs["current"]["ready"]
         seen, total = 0 if ended else batches["current"]["ready"], batches["total"]["ready"]
-        counted = {"ready": begun, "started": begun}
-        counted |= dict.fromkeys(("processed", "completed"), begun if ended else begun - 1)
+        checkpoint["epoch"] = done = begun if ended else begun - 1
+        counted = {"ready": begun, "started": begun, "processed": done, "completed": done}
         progress["epoch_progress"] = {"total": counted, "current": dict(counted)}
         batches["current"] = dict.fromkeys(batches["current"], seen)
         batches["total"] = dict.fromkeys(batches["total"], total) | {"started": total + 1}  # of none of its moments
