@@ -18,6 +18,7 @@ from sagl.callbacks.best_checkpoints import BestCheckpoints
 from sagl.callbacks.ema import FurtherAverages, WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
 from sagl.callbacks.loss_table import LossTable
+from sagl.callbacks.rank_order import RankOrder
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
 from sagl.commands.request import packaged_config
@@ -130,7 +131,7 @@ class FitCLI(LightningCLI):
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
         best = BestCheckpoints(self.last_checkpoint.parent, self._previews)
         averages = [WeightAverage(s), FurtherAverages(s)]
-        return [self._drawing(), *averages, best, LastCheckpoint(self.last_checkpoint, s)]
+        return [self._drawing(), RankOrder(), *averages, best, LastCheckpoint(self.last_checkpoint, s)]
 
     @property
     def _previews(self) -> PreviewSettings:
