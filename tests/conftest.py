@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.reference import small_unet
+from tests.runs import Fit
 
 torch.set_num_threads(1)  # networks this small lose by a second thread, and one thread always adds in one order
 
@@ -12,6 +13,15 @@ torch.set_num_threads(1)  # networks this small lose by a second thread, and one
 def unet():
     """A UNet of two levels at 16x16 with drawn weights."""
     return small_unet()
+
+
+@pytest.fixture(scope="module")
+def start():
+    """`Fit`, whose processes do not outlive the tests of a module."""
+    runs = []
+    yield lambda *args, **kwargs: runs.append(Fit(*args, **kwargs)) or runs[-1]
+    for run in runs:
+        run.kill()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -31,6 +31,11 @@ class WeightAverage(WeightAveraging):
         """One update; young averages forget faster, so that the first weights do not linger."""
         get_ema_multi_avg_fn(_young(self.decay, int(num_averaged)))(averaged, current, num_averaged)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Weights and average take the trainer's precision before a checkpoint is read into them, not after."""
+        trainer.precision_plugin.convert_module(pl_module)
+        super().setup(trainer, pl_module, stage)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average lives where the weights do."""
         assert self._average_model is not None

@@ -1,6 +1,7 @@
 """LightningCLI: what `sagl fit`, `validate` and `test` do once their command line is more than a question."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -17,6 +19,7 @@ from sagl.callbacks.best_checkpoints import BestCheckpoints
 from sagl.callbacks.ema import FurtherAverages, WeightAverage
 from sagl.callbacks.last_checkpoint import LastCheckpoint
 from sagl.callbacks.loss_table import LossTable
+from sagl.callbacks.rank_order import RankOrder
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
 from sagl.commands.request import packaged_config, read_config
@@ -44,7 +47,9 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit":
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        partial = path.with_suffix(".partial")
+        self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+        os.replace(partial, path)
 
 
 class FitParser(ReadableErrors, LightningArgumentParser):
@@ -123,6 +128,8 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         self._require_new()
         kwargs |= {"default_root_dir": str(self.output), "callbacks": self._callbacks()}
+        if SLURMEnvironment.detect() and self._get(self.config_init, "trainer.plugins") is None:
+            kwargs["plugins"] = SLURMEnvironment(auto_requeue=False)  # --resume is exact, Lightning's own way is not
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self.output, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
@@ -148,7 +155,7 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self) -> list[Any]:
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
-        kept = [WeightAverage(s), FurtherAverages(s), LastCheckpoint(self.last_checkpoint, s)]
+        kept = [RankOrder(), WeightAverage(s), FurtherAverages(s), LastCheckpoint(self.last_checkpoint, s)]
         if not self.draws:
             return kept
         return [self._drawing(), BestCheckpoints(self.last_checkpoint.parent, self._previews), *kept]
@@ -178,7 +185,6 @@ class FitCLI(LightningCLI):
             self._start_from(checkpoint)
         self.config_init["fit"]["ckpt_path"] = str(self.last_checkpoint) if resumed else None
         self.config_init["fit"]["weights_only"] = True
-        seed_everything(self.model.seed, workers=True, verbose=False)  # dropout; all else has generators of its own
 
     def before_validate(self) -> None:
         """The weights of --checkpoint.

@@ -155,8 +155,7 @@ class TrainingLoader(Loader):
 
     def __init__(self, images: Images, order: TrainingOrder, reading: Reading) -> None:
         """Batches of this rank."""
-        whole = len(order) - len(order) % reading.batch_size
-        self.order, self.skipped = order, len(order) - whole
+        self.order = order
         super().__init__(images, order, reading, whole=True)
 
     def __iter__(self) -> Any:  # noqa: ANN401
@@ -166,17 +165,21 @@ class TrainingLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Images that all ranks together have seen, and those they left out at the ends of epochs."""
-        return {"images": self.order.done * self.order.world_size}
+        """Images that all ranks together have seen; what epochs left out at their ends counts as seen."""
+        epoch, seen = divmod(self.order.done, len(self.order))
+        return {"images": epoch * self.order.count + seen * self.order.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the images of `state_dict`, with another number of ranks if need be."""
-        self.order.done = state["images"] // self.order.world_size
+        epoch, seen = divmod(state["images"], self.order.count)
+        self.order.done = epoch * len(self.order) + min(seen // self.order.world_size, len(self.order))
+        self._count(0)
 
     def _count(self, images: int) -> None:
         self.order.done += images
-        if len(self.order) - self.order.done % len(self.order) == self.skipped:
-            self.order.done += self.skipped  # too few for a batch: the next epoch begins
+        rest = -self.order.done % len(self.order)
+        if rest < self.reading.batch_size:
+            self.order.done += rest  # too few for a batch: the next epoch begins
 
 
 def training_loader(images: Images, reading: Reading, seed: int, trainer: Trainer | None) -> TrainingLoader:

@@ -4,7 +4,7 @@ Ho et al. 2020, eq. 5 and 14; Nichol & Dhariwal 2021, eq. 4 to 7 and 16, section
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -206,6 +206,14 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ timestep samplers
+
+
+def spread_timesteps(ids: Sequence[int], num_timesteps: int) -> Tensor:
+    """A timestep for each id, always the same, of which those of ids 0 … 2^k - 1 are evenly spread: -> (B,) int64.
+
+    The binary digits of an id in reverse, as van der Corput has it.
+    """
+    return torch.tensor([int(f"{i % 2**32:032b}"[::-1], 2) * num_timesteps >> 32 for i in ids])
 
 
 class TimestepSampler(Protocol):

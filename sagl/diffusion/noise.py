@@ -1,23 +1,31 @@
-"""The only place that draws for sampling: a pure function of (seed, sample id, step).
+"""Where random numbers begin: sampling draws by (seed, sample id, step), training by (seed, batch, place in it).
 
-Nothing depends on rank, world size, batch size or what was drawn before, so any sample can be made again alone.
+Nothing depends on world size or on what was drawn before, so any sample can be made again alone, and a training that
+was stopped goes on as if it had not been. The exception is dropout, which draws for a rank's whole tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sagl.shapes import Image
 
 INITIAL = 0
 """Key of x_T, the same for every respacing; step k draws under key k + 1."""
 
+SAMPLE, TIMESTEPS, DROPOUT = 2, 3, 4
+"""Keys of what training draws; never 0, with which a short key is filled up."""
+
+Streams = Sequence[np.random.Generator]
+"""A stream of random numbers for each sample of a batch."""
+
 StepNoise = Callable[[int], Image]
 """step -> (B, C, H, W) standard normal."""
 
 
-def initial_noise(seed: int, ids: Sequence[int], shape: tuple[int, int, int]) -> Image:
+def initial_noise(seed: int, ids: Sequence[int], shape: Sequence[int]) -> Image:
     """x_T of each sample: -> (B, C, H, W) float32 on the CPU."""
     return _draw(seed, ids, INITIAL, shape)
 
@@ -32,8 +40,39 @@ def random_labels(seed: int, ids: Sequence[int], num_classes: int) -> list[int]:
     return [int(np.random.default_rng([seed, i, 1]).integers(num_classes)) for i in ids]
 
 
-def _draw(seed: int, ids: Sequence[int], key: int, shape: tuple[int, int, int]) -> Image:
+def _draw(seed: int, ids: Sequence[int], key: int, shape: Sequence[int]) -> Image:
     """Sample i draws from SeedSequence([seed, i, 0]), a stream a key (128 bits; a torch.Generator keeps 32)."""
     streams = (np.random.SeedSequence([seed, i, 0], spawn_key=(key,)) for i in ids)
-    drawn = [np.random.default_rng(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
-    return torch.from_numpy(np.stack(drawn))
+    return normal([np.random.default_rng(stream) for stream in streams], shape)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def training_streams(seed: int, batch: int, places: Iterable[int]) -> Streams:
+    """A stream for each sample of a training batch, by its place in the batch of all ranks together."""
+    return [np.random.default_rng([seed, batch, place, SAMPLE]) for place in places]
+
+
+def timestep_generator(seed: int, batch: int) -> torch.Generator:
+    """The same on every rank: all draw the timesteps of the whole batch, and each takes its own."""
+    return torch.Generator().manual_seed(_word([seed, batch, 0, TIMESTEPS]))
+
+
+def seed_dropout(seed: int, batch: int, rank: int) -> None:
+    """Dropout can only draw from the devices' own generators, so these begin anew with every training batch."""
+    torch.manual_seed(_word([seed, batch, rank, DROPOUT]))
+
+
+def normal(streams: Streams, shape: Sequence[int]) -> Image:
+    """Standard normal, each sample from its stream: -> (B, *shape) float32 on the CPU."""
+    return torch.from_numpy(np.stack([rng.standard_normal(tuple(shape), dtype=np.float32) for rng in streams]))
+
+
+def chance(streams: Streams, probability: float) -> Tensor:
+    """Which samples something happens to: -> (B,) bool."""
+    return torch.tensor([bool(rng.random() < probability) for rng in streams])
+
+
+def _word(key: Sequence[int]) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])

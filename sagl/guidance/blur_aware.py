@@ -1,10 +1,12 @@
 """Blur-aware training (Hong et al., appendix D): training images degraded as guidance degrades its estimates."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sagl.diffusion.denoiser import Network
+from sagl.diffusion.noise import Streams
 from sagl.diffusion.process import add_noise
 from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.degrade import degraded_content
@@ -23,7 +25,7 @@ def training_mask(
     x_t: Image,
     timesteps: Timestep,
     labels: Labels | None,
-    generator: torch.Generator,
+    streams: Streams,
 ) -> Mask:
     """What is to be blurred: (B, C, H, W), noised but not degraded -> (B, 1, H, W) bool. No gradient is kept."""
     batch, size = len(x_t), (x_t.shape[-2], x_t.shape[-1])
@@ -33,33 +35,34 @@ def training_mask(
             received = network(x_t, timesteps, labels, attention_sites=(site,)).attention[site]
         return attention_mask(received, settings.threshold, size)
     if settings.mask == "random":
-        blocks = torch.rand(batch, 1, BLOCKS, BLOCKS, generator=generator) < settings.share
+        drawn = np.stack([rng.random((1, BLOCKS, BLOCKS)) for rng in streams])
+        blocks = torch.from_numpy(drawn) < settings.share
         return F.interpolate(blocks.float(), size=size, mode="nearest").bool().to(x_t.device)
     if settings.mask == "square":
-        return _squares(settings.share, batch, size, generator).to(x_t.device)
+        return _squares(settings.share, size, streams).to(x_t.device)
     return torch.ones(batch, 1, *size, dtype=torch.bool, device=x_t.device)
 
 
-def _squares(share: float, batch: int, size: tuple[int, int], generator: torch.Generator) -> Mask:
+def _squares(share: float, size: tuple[int, int], streams: Streams) -> Mask:
     """A rectangle of the image's proportions, `share` of its area, anywhere inside."""
-    inside = torch.ones(batch, 1, *size, dtype=torch.bool)
+    inside = torch.ones(len(streams), 1, *size, dtype=torch.bool)
     for axis, length in zip((2, 3), size, strict=True):
         side = round(length * share**0.5)
-        first = torch.randint(length - side + 1, (batch, 1), generator=generator)
+        first = torch.tensor([[int(rng.integers(length - side + 1))] for rng in streams])
         at = torch.arange(length)
         line = (at >= first) & (at < first + side)
         inside &= line[:, None, :, None] if axis == 2 else line[:, None, None, :]
     return inside
 
 
-def blurred(x_0: Image, settings: BlurAwareSettings, generator: torch.Generator) -> Image:
+def blurred(x_0: Image, settings: BlurAwareSettings, streams: Streams) -> Image:
     """Each image blurred by a sigma of its own: (B, C, H, W) -> the same."""
     least, largest = settings.blur_sigma
     kernel = fitting_kernel(None, min(x_0.shape[-2:]))
     if least == largest:
         return gaussian_blur(x_0, kernel, least)
-    sigmas = least + (largest - least) * torch.rand(len(x_0), generator=generator)
-    return torch.cat([gaussian_blur(x, kernel, sigma) for x, sigma in zip(x_0.split(1), sigmas.tolist(), strict=True)])
+    sigmas = [rng.uniform(least, largest) for rng in streams]
+    return torch.cat([gaussian_blur(x, kernel, sigma) for x, sigma in zip(x_0.split(1), sigmas, strict=True)])
 
 
 def degraded_batch(
@@ -71,7 +74,7 @@ def degraded_batch(
     timesteps: Timestep,
     labels: Labels | None,
     chosen: Tensor,
-    generator: torch.Generator,
+    streams: Streams,
 ) -> tuple[Image, Image]:
     """A batch of which the `chosen` samples, (B,) bool, are degraded; only they pay for a mask.
 
@@ -83,8 +86,9 @@ def degraded_batch(
     rows, content = chosen.nonzero()[:, 0], x_0.clone()
     if len(rows):
         x_t, few = add_noise(x_0, noise, alpha_bar)[rows], None if labels is None else labels[rows]
-        mask = training_mask(settings, network, x_t, timesteps[rows], few, generator)
-        content[rows] = degraded_content(x_0[rows], blurred(x_0[rows], settings, generator), mask)
+        own = [streams[row] for row in rows.tolist()]
+        mask = training_mask(settings, network, x_t, timesteps[rows], few, own)
+        content[rows] = degraded_content(x_0[rows], blurred(x_0[rows], settings, own), mask)
     if settings.target == "noise":
         return content, noise
     ratio = (alpha_bar / (1 - alpha_bar)).sqrt().clamp(max=10).to(x_0)

@@ -308,7 +308,8 @@ class UNet(Encoder):
             h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
             received |= maps
         normalise, _, conv = self.out
-        return UNetOutput(conv(silu(normalise(h))).float(), received)
+        out = conv(silu(normalise(h)))
+        return UNetOutput(out.to(torch.promote_types(out.dtype, torch.float32)), received)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         """The timestep's embedding plus the label's, or the null label's where there is none."""

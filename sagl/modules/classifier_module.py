@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import torch
 from torch import Tensor
 
-from sagl.data.pixels import to_float
 from sagl.diffusion.classification import Classified, classified
 from sagl.diffusion.losses import UniformTimesteps
+from sagl.diffusion.noise import normal
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.adm import Classifier
 from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import classifier_named
-from sagl.modules.training_module import Batch, TrainingModule, built_from_seed, fixed_noise
+from sagl.modules.training_module import Batch, TrainingModule, built_from_seed
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import require
 from sagl.settings.network import ClassifierSettings
@@ -22,10 +21,7 @@ from sagl.shapes import Image, Labels, Timestep
 
 
 class ClassifierModule(TrainingModule):
-    """ADM's classifier in training (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noised images.
-
-    Weights begin from the seed; noise and timesteps are drawn as for a network that draws.
-    """
+    """ADM's classifier in training (Dhariwal & Nichol 2021, section 4.1): cross-entropy of noisy images."""
 
     network: Classifier
 
@@ -64,39 +60,31 @@ class ClassifierModule(TrainingModule):
         self.schedule = make_schedule(self.diffusion_settings)
         self.timestep_sampler = UniformTimesteps(num_timesteps=self.diffusion_settings.num_timesteps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Mean loss of a batch, each sample at a timestep of its own; None, which trains nothing, if it is not finite.
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a batch, each sample at a timestep of its own; one that trains nothing, if it is not finite.
 
         Raises:
             UserError: an image without a label, or of a class too many; too many losses in a row were not finite.
         """
-        x_0 = to_float(batch[0])
-        seen = self._classified(x_0, batch[1], *self._drawn(x_0))
+        x_0 = self._images(batch[0])
+        streams, everywhere, _ = self._drawn(len(x_0))
+        seen = self._classified(x_0, batch[1], self._mine(everywhere), normal(streams, x_0.shape[1:]))
         loss = seen.loss.mean()
-        if not self._finite_everywhere(loss):
-            return None
         accuracies = {name: seen.accuracy(most).mean() for name, most in self._accuracies.items()}
-        self._log_training({"loss": loss, **accuracies})
-        return loss
+        return loss if self._taught(loss, accuracies) else self._nothing()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps."""
-        x_0 = to_float(batch[0])
-        timesteps, noise = fixed_noise(x_0, self.diffusion_settings.num_timesteps, batch_idx)
+        """Loss and accuracy of images, each at a timestep and noise that stay its own, for any number of ranks."""
+        x_0 = self._images(batch[0])
+        timesteps, noise = self._shown(x_0)
         seen = self._classified(x_0, batch[1], timesteps, noise)
-        self._log_by_quarter("loss", seen.loss, timesteps)
+        self._add("loss", seen.loss, timesteps)
         for name, most in self._accuracies.items():
-            self._log_by_quarter(name, seen.accuracy(most), timesteps)
-
-    def _drawn(self, x_0: Image) -> tuple[Timestep, Image]:
-        """Timesteps, (B,), and noise, (B, C, H, W), of one training step."""
-        generator = self._generator()
-        timesteps, _ = self.timestep_sampler.sample(len(x_0), generator)
-        return timesteps, torch.randn(x_0.shape, generator=generator)
+            self._add(name, seen.accuracy(most), timesteps)
 
     def _classified(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> Classified:
         self._require_classes(labels)
-        there = timesteps.to(x_0.device), noise.to(x_0.device)
+        there = timesteps.to(x_0.device), noise.to(x_0)
         return classified(self.network, x_0, labels, *there, self.schedule)
 
     def _require_classes(self, labels: Labels) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagl.data.pixels import to_float
 from sagl.diffusion.losses import (
     Losses,
     LossSecondMomentTimesteps,
@@ -18,12 +17,13 @@ from sagl.diffusion.losses import (
     training_losses,
     without_bound,
 )
+from sagl.diffusion.noise import Streams, chance, normal
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.blur_aware import degraded_batch
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import unet_named
-from sagl.modules.training_module import Batch, TrainingModule, built_from_seed, fixed_noise
+from sagl.modules.training_module import Batch, TrainingModule, built_from_seed
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.errors import require
 from sagl.settings.network import UNetSettings
@@ -56,10 +56,7 @@ def _require_fitting(
 
 
 class DiffusionModule(TrainingModule):
-    """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
-
-    Weights begin from the seed; noise, timesteps and dropped labels are drawn from (seed, batch, rank) alone.
-    """
+    """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images."""
 
     network: UNet
 
@@ -109,59 +106,49 @@ class DiffusionModule(TrainingModule):
             "loss_second_moment": LossSecondMomentTimesteps,
         }[loss.timestep_sampler](num_timesteps=diffusion.num_timesteps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Mean loss of a batch, each sample at a timestep of its own; None, which trains nothing, if it is not finite.
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a batch, each sample at a timestep of its own; one that trains nothing, if it is not finite.
 
         Raises:
             UserError: too many in a row were not.
         """
-        x_0, labels = to_float(batch[0]), batch[1]
-        generator = self._generator()
-        timesteps, weights = self.timestep_sampler.sample(len(x_0), generator)
-        noise = torch.randn(x_0.shape, generator=generator)
-        dropped = torch.rand(len(x_0), generator=generator) < self.label_dropout
-        losses = self._training_losses(x_0, timesteps, noise, self._with_null(labels, dropped), generator)
-        loss = (losses.total * weights.to(losses.total)).mean()
-        if not self._finite_everywhere(loss):
-            return None
-        self.timestep_sampler.update(self._of_all_ranks(timesteps), self._of_all_ranks(losses.total.detach()))
-        self._log_training({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vb.mean()})
+        x_0, labels = self._images(batch[0]), batch[1]
+        streams, everywhere, weights = self._drawn(len(x_0))
+        noise, dropped = normal(streams, x_0.shape[1:]), chance(streams, self.label_dropout)
+        losses = self._training_losses(x_0, self._mine(everywhere), noise, self._with_null(labels, dropped), streams)
+        loss = (losses.total * self._mine(weights).to(losses.total)).mean()
+        if not self._taught(loss, {"mse": losses.mse.mean(), "vb": losses.vb.mean()}):
+            return self._nothing()
+        if self.loss_settings.timestep_sampler != "uniform":
+            self.timestep_sampler.update(everywhere, self._of_all_ranks(losses.total.detach()))
         return loss
 
     def _training_losses(
-        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, generator: torch.Generator
+        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, streams: Streams
     ) -> Losses:
         """Of a batch, some of whose images are degraded where the training is blur-aware."""
         if self.blur_aware.probability == 0:
             return self._losses(x_0, timesteps, noise, labels)
-        chosen = (torch.rand(len(x_0), generator=generator) < self.blur_aware.probability).to(x_0.device)
-        there, noise = timesteps.to(x_0.device), noise.to(x_0.device)
+        chosen = chance(streams, self.blur_aware.probability).to(x_0.device)
+        there, noise = timesteps.to(x_0.device), noise.to(x_0)
         alpha_bar = self.schedule.alpha_bar(there)
         settings = self.blur_aware
-        content, target = degraded_batch(
-            settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, generator
-        )
+        content, target = degraded_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, streams)
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
         return without_bound(losses, chosen)
 
-    def _of_all_ranks(self, values: Tensor) -> Tensor:
-        """(B,) of every rank -> (B · ranks,), so that all ranks draw from the same histories."""
-        alone = self.trainer.world_size == 1 or isinstance(self.timestep_sampler, UniformTimesteps)
-        gathered: Tensor = values if alone else self.trainer.strategy.all_gather(values.to(self.device)).flatten()
-        return gathered
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses at evenly spread timesteps and fixed noise, whole and by quarter of the timesteps (0 the cleanest).
+        """Losses of images, each at a timestep and noise that stay its own, for any number of ranks.
 
         Outside of training also bits/dim, from one more pass an image.
         """
-        x_0, labels = to_float(batch[0]), batch[1]
-        timesteps, noise = fixed_noise(x_0, self.diffusion_settings.num_timesteps, batch_idx)
-        losses = self._losses(x_0, timesteps, noise, self._labels(labels))
-        self._log_by_quarter("loss", losses.total, timesteps)
-        self.log("val/mse", losses.mse.mean(), batch_size=len(x_0), sync_dist=True)
+        x_0, labels = self._images(batch[0]), self._labels(batch[1])
+        timesteps, noise = self._shown(x_0)
+        losses = self._losses(x_0, timesteps, noise, labels)
+        self._add("loss", losses.total, timesteps)
+        self._add("mse", losses.mse, timesteps)
         if self.trainer.state.fn != "fit":
-            self._log_bits(x_0, self._labels(labels), batch_idx)
+            self._log_bits(x_0, labels, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the timestep sampler has learned."""
@@ -183,11 +170,13 @@ class DiffusionModule(TrainingModule):
         target: Image | None = None,
         degraded: Tensor | None = None,
     ) -> Losses:
+        if degraded is None and self.network_settings.degraded_embedding:  # DDP waits for what no loss reads
+            degraded = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
         return training_losses(
             lambda x_t, t: self.network(x_t, t, labels, degraded=degraded).out,
             x_0,
             timesteps.to(x_0.device),
-            noise.to(x_0.device),
+            noise.to(x_0),
             self.schedule,
             kind=self.loss_settings.kind,
             variance=self.diffusion_settings.variance,

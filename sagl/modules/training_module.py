@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from sagl.data.pixels import to_float
+from sagl.diffusion.losses import TimestepSampler, spread_timesteps
+from sagl.diffusion.noise import Streams, initial_noise, seed_dropout, timestep_generator, training_streams
 from sagl.machine import peak_gigabytes
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import require
@@ -37,17 +39,16 @@ def built_from_seed(build: Callable[[], Network], seed: int) -> Network:
         return build()
 
 
-def fixed_noise(x_0: Image, num_timesteps: int, batch_idx: int) -> tuple[Timestep, Image]:
-    """What validation shows of a batch every time: evenly spread timesteps, (B,), and noise, (B, C, H, W)."""
-    timesteps = (torch.arange(len(x_0)) * num_timesteps) // len(x_0)
-    return timesteps, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(batch_idx))
-
-
 class TrainingModule(LightningModule):
-    """A network in training on noised images. A subclass builds `network` and says what a batch teaches it."""
+    """A network in training on noised images. A subclass builds `network` and says what a batch teaches it.
+
+    Weights begin from the seed; what a sample is trained with is drawn from (seed, batch, its place in the batch of all
+    ranks together), so that it is the same for any number of ranks. Dropout alone is drawn from (seed, batch, rank).
+    """
 
     network: nn.Module
     diffusion_settings: DiffusionSettings
+    timestep_sampler: TimestepSampler
 
     def __init__(self, optimizer: OptimizerSettings, max_skipped: int, seed: int) -> None:
         """What does not depend on the network.
@@ -65,23 +66,60 @@ class TrainingModule(LightningModule):
         self.optimizer_settings, self.seed = optimizer, seed
         self._batch_ended: float | None = None
         self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
+        self._learned, self._validated = False, 0
+        self._sums: dict[str, Tensor] = {}
 
-    def _generator(self) -> torch.Generator:
-        """Of all that a training step draws: from (seed, batch, rank)."""
-        batch = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
-        words = np.random.SeedSequence([self.seed, batch, self.global_rank]).generate_state(1)
-        return torch.Generator().manual_seed(int(words[0]))
+    def _images(self, images: ImageUint8) -> Image:
+        """In float32, or in float64 if the network is."""
+        dtype = next(self.network.parameters()).dtype
+        return to_float(images).to(torch.promote_types(dtype, torch.float32))
 
-    def _finite_everywhere(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on every rank; the skipped are counted.
+    def _drawn(self, count: int) -> tuple[Streams, Timestep, PerSample]:
+        """For one batch: a stream for each of this rank's samples, and timesteps and weights of those of all ranks."""
+        rank, ranks, number = self.global_rank, self.trainer.world_size, self.trainer.fit_loop.total_batch_idx
+        seed_dropout(self.seed, number, rank)
+        streams = training_streams(self.seed, number, range(rank, count * ranks, ranks))
+        return streams, *self.timestep_sampler.sample(count * ranks, timestep_generator(self.seed, number))
+
+    def _mine(self, of_all_ranks: Tensor) -> Tensor:
+        """(B · ranks,) by place in the whole batch -> (B,), this rank's."""
+        return of_all_ranks[self.global_rank :: self.trainer.world_size]
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """(B,) of every rank -> (B · ranks,) by place in the whole batch, so that all ranks learn alike."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered: Tensor = self.trainer.strategy.all_gather(values)
+        return gathered.T.flatten()
+
+    def _of_ranks(self, values: Tensor, kind: str) -> Tensor:
+        """Mean or sum of what every rank has its own of."""
+        if self.trainer.world_size == 1:
+            return values
+        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op=kind)
+        return reduced
+
+    def _taught(self, loss: Tensor, values: Mapping[str, Tensor]) -> bool:
+        """Log the means over ranks of the loss and of other values; whether it is finite, and trains.
 
         Raises:
             UserError: too many in a row were not.
         """
-        finite = torch.isfinite(loss.detach()).float()
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size
-        skipped = not bool(finite)
+        means = self._of_ranks(torch.stack([loss, *values.values()]).detach(), "mean")
+        if not self._is_finite(means[0]):
+            return False
+        self._learned = True
+        self.log_dict({f"train/{name}": mean for name, mean in zip(("loss", *values), means, strict=True)})
+        self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return True
+
+    def _nothing(self) -> Tensor:
+        """A loss that trains nothing, on every rank alike."""
+        return torch.stack([0 * p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether the mean loss of all ranks is finite, and so each of them; the skipped are counted."""
+        skipped = not bool(torch.isfinite(loss))
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         require(
@@ -91,6 +129,39 @@ class TrainingModule(LightningModule):
         )
         self.log("train/skipped", float(self.skipped))
         return not skipped
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._validated, self._sums = 0, {}
+
+    def _shown(self, x_0: Image) -> tuple[Timestep, Image]:
+        """What validation shows of a batch: each image at a timestep and noise that stay its own for any world size."""
+        places = range(self._validated, self._validated + len(x_0))
+        ids = [place * self.trainer.world_size + self.global_rank for place in places]
+        self._validated += len(x_0)
+        return spread_timesteps(ids, self.diffusion_settings.num_timesteps), initial_noise(0, ids, x_0.shape[1:])
+
+    def _add(self, name: str, values: PerSample, timesteps: Timestep) -> None:
+        """(B,) values to the mean val/NAME and to those of the quarters of the timesteps."""
+        sums = self._sums.setdefault(name, torch.zeros(QUARTERS, 2, dtype=torch.float64))
+        rows = torch.stack([torch.ones_like(values), values], dim=1).double().cpu()
+        sums.index_add_(0, timesteps.cpu() * QUARTERS // self.diffusion_settings.num_timesteps, rows)
+
+    def on_validation_epoch_end(self) -> None:
+        """Means of all ranks, whole and by quarter of the timesteps (0 the cleanest)."""
+        for name, mine in self._sums.items():
+            sums = self._of_ranks(mine, "sum").cpu()
+            images, total = sums.sum(dim=0).tolist()
+            self.log(f"val/{name}", total / images)
+            for q, (inside, of_quarter) in enumerate(sums.tolist()):
+                if inside:
+                    self.log(f"val/{name}_quarter_{q}", of_quarter / inside)
+            if name == "loss" and self.trainer.state.fn != "fit":
+                self.log("val/images", images)
+
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation, of other images."""
@@ -106,22 +177,6 @@ class TrainingModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- logs
 
-    def _log_training(self, values: Mapping[str, Tensor]) -> None:
-        """Under train/, with the rate."""
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
-        self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-
-    def _log_by_quarter(self, name: str, values: PerSample, timesteps: Timestep) -> None:
-        """The mean of (B,) values as val/NAME, and those of each quarter of the timesteps (0 the cleanest)."""
-        self.log(f"val/{name}", values.mean(), batch_size=len(values), sync_dist=True)
-        quarter = timesteps * QUARTERS // self.diffusion_settings.num_timesteps
-        for q in range(QUARTERS):
-            inside = values[quarter == q]
-            if len(inside):
-                self.log(f"val/{name}_quarter_{q}", inside.mean(), batch_size=len(inside), sync_dist=True)
-        if name == "loss" and self.trainer.state.fn != "fit":
-            self.log("val/images", float(len(values)), reduce_fx="sum", sync_dist=True)
-
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
         """How fast it goes, data and all, and the most memory held so far."""
         now = time.monotonic()
@@ -136,7 +191,10 @@ class TrainingModule(LightningModule):
         self._batch_ended = None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ANN401 (Lightning's own)
-        """The norm of the gradient, before it is clipped."""
+        """The norm of the gradient, before it is clipped; without one, if all that was accumulated was skipped."""
+        if not self._learned:
+            optimizer.zero_grad()  # gradients of 0 would still let AdamW's running means move the weights
+        self._learned = False
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         if gradients:
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
@@ -145,8 +203,8 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """How many batches were skipped."""
-        checkpoint["skipped"] = self.skipped
+        checkpoint["skipped"], checkpoint["skipped_in_a_row"] = self.skipped, self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count on."""
-        self.skipped = checkpoint.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)

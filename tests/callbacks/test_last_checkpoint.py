@@ -1,3 +1,4 @@
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -42,10 +43,8 @@ class Saved(LastCheckpoint):
         self.steps = []
 
     def _save(self, trainer):
-        before = self.path.stat().st_mtime_ns if self.path.exists() else None
         super()._save(trainer)
-        if self.path.exists() and self.path.stat().st_mtime_ns != before:
-            self.steps.append(trainer.global_step)
+        self.steps.append(trainer.global_step)
 
 
 def saves(path, clock, *, seconds=0, steps=10, **options):
@@ -130,7 +129,7 @@ def test_nothing_but_the_file_is_left_in_the_folder(tmp_path, clock):
 
 
 class Ends(Callback):
-    """Ends a run at a step: by an exception, or as Lightning does when it is asked to end."""
+    """Ends a run at a step: by an exception, or by asking its process to end."""
 
     def __init__(self, step, exception=None, *, in_validation=False):
         self.step, self.exception, self.in_validation = step, exception, in_validation
@@ -147,7 +146,7 @@ class Ends(Callback):
         if trainer.global_step == self.step:
             if self.exception:
                 raise self.exception
-            trainer._signal_connector.received_sigterm = True
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_polite_end_is_saved_after_the_step_it_falls_into(tmp_path, clock):
@@ -185,4 +184,75 @@ def test_a_polite_end_during_validation_saves_average_and_raw_weights_each_in_it
     torch.testing.assert_close(saved["state_dict"]["weight"], again._average_model.module.weight.detach())
 
 
-# ----------------------------------------------------------------------------------------------------- refusals
+def test_a_polite_end_waits_until_accumulated_gradients_have_been_stepped(tmp_path, clock):
+    path, options = tmp_path / "last.ckpt", {"max_steps": 9, "accumulate_grad_batches": 3}
+    with pytest.raises(SystemExit) as ended:
+        fit_line(callbacks=[LastCheckpoint(path), Ends(4)], **options)
+    assert ended.value.code in (None, 0)
+    assert torch.load(path, weights_only=True)["global_step"] == 5
+    resumed, _ = fit_line(callbacks=[], ckpt_path=path, **options)
+    whole, _ = fit_line(callbacks=[], **options)
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_the_handler_of_before_is_back_after_a_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit_line(callbacks=[LastCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ------------------------------------------------------------------------------------------------- where it stands
+
+SIX_AN_EPOCH = {"limit_train_batches": 6, "accumulate_grad_batches": 2}
+
+
+class Counts(Callback):
+    """What Lightning counts at every batch: batches, steps, epochs; and where the validations are."""
+
+    def __init__(self):
+        self.seen, self.validations = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        loop = trainer.fit_loop
+        logged = loop.epoch_loop._batches_that_stepped
+        self.seen.append((batch_idx, loop.total_batch_idx, trainer.global_step, logged, trainer.current_epoch))
+
+    def on_validation_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.validations.append(trainer.global_step)
+
+
+def counted(path, stops, **options):
+    """What was counted over runs to each of these steps in turn, each resumed from the one before."""
+    counts = Counts()
+    for k, stop in enumerate(stops):
+        callbacks = [counts, LastCheckpoint(path, SavingSettings(save_every_steps=1))]
+        fit_line(callbacks=callbacks, max_steps=stop, ckpt_path=path if k else None, **SIX_AN_EPOCH, **options)
+    return counts
+
+
+@pytest.mark.parametrize("stops", [[1, 12], [3, 12], [6, 9, 12], [3, 6, 7, 12]])
+def test_a_resumed_run_counts_batches_steps_and_epochs_as_if_it_had_never_stopped(stops, tmp_path, clock):
+    validation = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    whole, cut = counted(tmp_path / "1.ckpt", [12], **validation), counted(tmp_path / "2.ckpt", stops, **validation)
+    assert cut.seen == whole.seen
+    assert [epoch for *_, epoch in whole.seen] == [k // 6 for k in range(24)]
+    assert cut.validations == whole.validations == [1, 3, 4, 6, 7, 9, 10, 12]
+
+
+def test_a_run_stopped_before_a_due_validation_validates_when_it_is_resumed(tmp_path, clock):
+    validation = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    path, first = tmp_path / "last.ckpt", Counts()
+    cut = [first, LastCheckpoint(path, SavingSettings(save_every_steps=1)), Ends(4, MemoryError(), in_validation=True)]
+    with pytest.raises(MemoryError):
+        fit_line(callbacks=cut, max_steps=12, **SIX_AN_EPOCH, **validation)
+    assert torch.load(path, weights_only=True)["global_step"] == 3
+    again = Counts()
+    fit_line(callbacks=[again, LastCheckpoint(path)], max_steps=12, ckpt_path=path, **SIX_AN_EPOCH, **validation)
+    assert again.validations == [4, 6, 8, 10, 12]
+
+
+def test_what_a_killed_run_had_begun_to_write_is_cleared_away(tmp_path):
+    (tmp_path / "best_00000001.ckpt.partial").write_bytes(b"half")
+    fit_line(callbacks=[LastCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -91,6 +91,23 @@ def test_ranks_share_the_images_of_one_process_batch_by_batch(world_size):
     assert together == [sorted(batch) for batch in alone]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 5), (5, 2)])
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_whole_epochs_stay_whole_when_the_number_of_ranks_changes(before, after, epochs):
+    first, second = loader(batch_size=2, world_size=before), loader(batch_size=2, world_size=after)
+    batches(first, epochs)
+    second.load_state_dict(first.state_dict())
+    assert {item // 23 for batch in batches(second) for item in batch} == {epochs}
+    assert first.state_dict() == {"images": 23 * epochs}
+
+
+def test_a_rest_that_is_smaller_than_the_new_batches_is_left_out():
+    first, second = loader(batch_size=2), loader(batch_size=6)
+    list(zip(range(9), first, strict=False))
+    second.load_state_dict(first.state_dict())
+    assert {item // 23 for batch in batches(second) for item in batch} == {1}
+
+
 def test_all_ranks_have_the_same_number_of_batches():
     assert len({len(batches(loader(count=23, batch_size=1, rank=r, world_size=5))) for r in range(5)}) == 1
 

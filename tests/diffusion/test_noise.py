@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.noise import initial_noise, random_labels, step_noise
+from sagl.diffusion.noise import (
+    chance,
+    initial_noise,
+    normal,
+    random_labels,
+    seed_dropout,
+    step_noise,
+    timestep_generator,
+    training_streams,
+)
 
 SHAPE = (3, 4, 5)
 CPU = torch.device("cpu")
@@ -87,3 +96,33 @@ def test_the_noise_of_a_sample_is_this_for_ever():
     stream = np.random.default_rng(np.random.SeedSequence([9, 5, 0], spawn_key=(0,)))
     want = torch.from_numpy(stream.standard_normal(SHAPE, dtype=np.float32))
     assert torch.equal(drawn(9, [5], None)[0], want)
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def test_a_training_sample_draws_by_seed_batch_and_its_place_alone():
+    whole = normal(training_streams(3, 10, range(8)), SHAPE)
+    assert torch.equal(normal(training_streams(3, 10, range(1, 8, 2)), SHAPE), whole[1::2])
+    keys = [(seed, batch, place) for seed in (0, 1, 2) for batch in (0, 1, 2) for place in (0, 1, 2)]
+    drawn = [normal(training_streams(seed, batch, [place]), SHAPE) for seed, batch, place in keys]
+    drawn += [initial_noise(seed, [i], SHAPE) for seed in (0, 1, 2) for i in (0, 1, 2)]
+    assert len({noise.numpy().tobytes() for noise in drawn}) == len(drawn)
+
+
+def test_a_chance_is_its_share_of_the_samples():
+    happened = chance(training_streams(0, 0, range(2000)), 0.3)
+    assert (happened.dtype, tuple(happened.shape)) == (torch.bool, (2000,))
+    assert abs(float(happened.float().mean()) - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
+    assert not chance(training_streams(0, 0, range(100)), 0.0).any()
+    assert chance(training_streams(0, 0, range(100)), 1.0).all()
+
+
+def test_timesteps_are_drawn_alike_on_all_ranks_and_dropout_on_none():
+    first = torch.rand(5, generator=timestep_generator(3, 10))
+    assert torch.equal(first, torch.rand(5, generator=timestep_generator(3, 10)))
+    assert not torch.equal(first, torch.rand(5, generator=timestep_generator(3, 11)))
+    with torch.random.fork_rng():
+        masks = [(seed_dropout(3, *key), torch.rand(5))[1] for key in ((10, 0), (10, 1), (11, 0), (10, 0))]
+    assert torch.equal(masks[0], masks[3])
+    assert len({tuple(mask.tolist()) for mask in masks}) == 3

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sagl.diffusion.noise import training_streams
 from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.blur import gaussian_blur
@@ -23,6 +24,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def streams(seed=0, count=4):
+    return training_streams(seed, 0, range(count))
+
+
 def images(seed):
     return torch.randn(4, 3, 16, 16, generator=generator(seed)).clamp(-1, 1)
 
@@ -41,7 +46,7 @@ def batch(s, chosen, network=None):
         TIMESTEPS,
         LABELS,
         torch.tensor(chosen),
-        generator(),
+        streams(),
     )
 
 
@@ -78,17 +83,30 @@ def test_the_plain_pass_for_the_mask_keeps_no_gradient_and_other_masks_need_none
     x = images(0)
     for kind, passes in (("attention", 1), ("random", 0), ("square", 0), ("global", 0)):
         calls = count_calls(network)
-        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, generator())
+        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, streams())
         assert len(calls) == passes
         assert (mask.dtype, tuple(mask.shape), mask.requires_grad) == (torch.bool, (4, 1, 16, 16), False)
 
 
+@pytest.mark.parametrize("mask", ["random", "square", "attention"])
+def test_an_image_is_degraded_alike_whichever_images_are_beside_it(mask):
+    s, x, noise, network = settings(mask=mask, blur_sigma=(0.5, 2.0)), images(0), images(1), calm_unet()
+    alpha_bar, all_chosen = SCHEDULE.alpha_bar(TIMESTEPS), torch.ones(4, dtype=torch.bool)
+
+    def made(at):
+        own = [streams()[k] for k in range(4)[at]]
+        told = (x[at], noise[at], alpha_bar[at], TIMESTEPS[at], LABELS[at], all_chosen[at])
+        return degraded_batch(s, network, *told, own)[0]
+
+    torch.testing.assert_close(torch.cat([made(slice(0, 1)), made(slice(1, 4))]), made(slice(0, 4)))
+
+
 @pytest.mark.parametrize("kind", ["random", "square"])
-def test_random_masks_cover_their_share_and_are_drawn_from_the_generator(kind):
+def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
     x = torch.zeros(200, 3, 32, 32)
 
     def draw(seed):
-        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, generator(seed))
+        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, streams(seed, 200))
 
     assert float(draw(0).float().mean()) == pytest.approx(0.4, abs=0.02)
     assert torch.equal(draw(0), draw(0))
@@ -97,7 +115,7 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_generator(kind):
 
 
 def test_a_square_is_one_block_without_holes():
-    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, generator())
+    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, streams())
     for one in mask[:, 0]:
         rows, columns = one.any(dim=1), one.any(dim=0)
         assert (int(rows.sum()), int(columns.sum())) == (8, 8)
@@ -106,11 +124,11 @@ def test_a_square_is_one_block_without_holes():
 
 def test_the_blur_of_every_image_is_drawn_from_the_range():
     x = images(0)
-    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), generator(3))
-    sigmas = 0.5 + 3.5 * torch.rand(4, generator=generator(3))
-    want = torch.cat([gaussian_blur(x[i : i + 1], 31, float(sigmas[i])) for i in range(4)])
+    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), streams(3))
+    sigmas = [rng.uniform(0.5, 4.0) for rng in streams(3)]
+    want = torch.cat([gaussian_blur(x[i : i + 1], 31, sigmas[i]) for i in range(4)])
     torch.testing.assert_close(got, want)
-    assert sigmas.max() - sigmas.min() > 0.5
+    assert max(sigmas) - min(sigmas) > 0.5
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sagl.settings.network import UNetSettings
 from tests.models.test_adm import RELEASED
 from tests.reference import KEY_LISTS, draw_weights, relative_error, small_classifier
 
-EXACT = 1e-7
+EXACT = 1e-13
 """Of the largest value: the rounding of ADM's answer to float32."""
 
 SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}

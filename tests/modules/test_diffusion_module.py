@@ -22,15 +22,16 @@ IMAGES = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=GENERA
 LABELS = torch.arange(8) % NULL
 
 
-def module_of(*, network=None, drawn=True, batch=0, rank=0, **options):
+def module_of(*, network=None, drawn=True, batch=0, rank=0, ranks=1, **options):
     """A module with drawn weights, told its batch and rank without a trainer; what it logs is in `logged`."""
     module = DiffusionModule(UNetSettings(**{**GREY, **(network or {})}), **options)
     if drawn:
         draw_weights(module.network, 1)
     optimizers, state = [SimpleNamespace(param_groups=[{"lr": 1.0}])], SimpleNamespace(fn="fit")
     loop = SimpleNamespace(total_batch_idx=batch)
-    told = {"fit_loop": loop, "global_rank": rank, "world_size": 1, "optimizers": optimizers, "state": state}
+    told = {"fit_loop": loop, "global_rank": rank, "world_size": ranks, "optimizers": optimizers, "state": state}
     module.trainer = SimpleNamespace(**told)
+    module.trainer.strategy = SimpleNamespace(reduce=lambda values, reduce_op: values)
     module.logged = {}
     module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})
     module.log_dict = lambda values: [module.log(name, value) for name, value in values.items()]
@@ -54,9 +55,10 @@ def loss_of(module, batch_idx=0):
 
 def test_the_loss_of_a_step_depends_on_seed_batch_and_rank_alone():
     torch.manual_seed(1)
-    first = loss_of(module_of(seed=3, batch=10, rank=1, label_dropout=0.5))
+    options = {"network": {"dropout": 0.3}, "label_dropout": 0.5, "seed": 3, "rank": 1, "ranks": 2}
+    first = loss_of(module_of(batch=10, **options))
     torch.manual_seed(2)
-    busy = module_of(seed=3, batch=0, rank=1, label_dropout=0.5)
+    busy = module_of(batch=0, **options)
     for batch in range(5):
         busy.trainer.fit_loop.total_batch_idx = batch
         loss_of(busy)
@@ -64,10 +66,26 @@ def test_the_loss_of_a_step_depends_on_seed_batch_and_rank_alone():
     assert loss_of(busy) == first
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"batch": 11}, {"rank": 2}])
+@pytest.mark.parametrize("other", [{"seed": 4}, {"batch": 11}, {"rank": 0}])
 def test_another_seed_batch_or_rank_gives_another_loss(other):
-    told = {"seed": 3, "batch": 10, "rank": 1}
+    told = {"seed": 3, "batch": 10, "rank": 1, "ranks": 2}
     assert loss_of(module_of(**{**told, **other})) != loss_of(module_of(**told))
+
+
+BLURRED = BlurAwareSettings(probability=0.5, mask="random", blur_sigma=(0.5, 2.0))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_sample_is_trained_with_the_same_whichever_rank_has_it(ranks):
+    seen = {}
+    for rank, of in [(0, 1), *((rank, ranks) for rank in range(ranks))]:
+        module = module_of(seed=3, batch=10, rank=rank, ranks=of, label_dropout=0.5, blur_aware=BLURRED)
+        calls = told_to_network(module)
+        module.training_step((IMAGES[rank::of], LABELS[rank::of]), 0)
+        seen[rank, of] = calls[0]
+    for told in range(3):  # x_t, timesteps, labels
+        mine = torch.stack([seen[rank, ranks][told] for rank in range(ranks)], dim=1).flatten(0, 1)
+        torch.testing.assert_close(mine, seen[0, 1][told])
 
 
 def test_every_sample_has_a_timestep_and_noise_of_its_own():
@@ -108,7 +126,7 @@ def test_outside_of_training_validation_also_estimates_bits_per_dim_with_one_mor
     module.validation_step((IMAGES, LABELS), 0)
     assert "val/bits_per_dim" not in module.logged
     module.trainer.state.fn = "validate"
-    module.validation_step((IMAGES, LABELS), 0)
+    validated(module, WHOLE)
     assert len(calls) == 1 + 2
     assert torch.equal(calls[2][2], LABELS)
     assert module.logged["val/images"] == 8
@@ -196,36 +214,58 @@ def test_the_second_moment_sampler_learns_from_every_sample():
 # --------------------------------------------------------------------------------------------------- validation
 
 
+WHOLE = (IMAGES, LABELS)
+
+
+def validated(module, *batches):
+    """What is logged of a validation of these batches."""
+    module.logged.clear()
+    module.on_validation_epoch_start()
+    for k, batch in enumerate(batches):
+        module.validation_step(batch, k)
+    module.on_validation_epoch_end()
+    return dict(module.logged)
+
+
 def test_validation_looks_at_evenly_spread_timesteps_with_the_same_noise_every_time():
     module = module_of()
     calls = told_to_network(module)
-    module.validation_step((IMAGES, LABELS), 2)
-    first = dict(module.logged)
+    first = validated(module, WHOLE)
     torch.manual_seed(9)
     module.trainer.fit_loop.total_batch_idx = 50
-    module.validation_step((IMAGES, LABELS), 2)
-    assert calls[0][1].tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert validated(module, WHOLE) == first
+    assert sorted(calls[0][1].tolist()) == [0, 125, 250, 375, 500, 625, 750, 875]
     assert torch.equal(calls[0][0], calls[1][0])
-    assert module.logged == first
+
+
+def test_a_validation_is_the_same_in_batches_of_any_size_and_on_any_number_of_ranks():
+    whole = validated(module_of(), WHOLE)
+    assert validated(module_of(), (IMAGES[:5], LABELS[:5]), (IMAGES[5:], LABELS[5:])) == pytest.approx(whole)
+    sums = []
+    for rank in range(3):
+        module = module_of(rank=rank, ranks=3)
+        validated(module, (IMAGES[rank::3], LABELS[rank::3]))
+        sums.append(module._sums)
+    module._sums = {name: sum(of_rank[name] for of_rank in sums) for name in sums[0]}
+    module.logged.clear()
+    module.on_validation_epoch_end()
+    assert module.logged == pytest.approx(whole)
 
 
 def test_the_loss_of_a_quarter_is_that_of_its_timesteps():
-    whole = module_of()
-    whole.validation_step((IMAGES, LABELS), 0)
-    quarters = [whole.logged[f"val/loss_quarter_{q}"] for q in range(4)]
-    assert sum(quarters) / 4 == pytest.approx(whole.logged["val/loss"], rel=1e-5)
+    whole = validated(module_of(), WHOLE)
+    quarters = [whole[f"val/loss_quarter_{q}"] for q in range(4)]
+    assert sum(quarters) / 4 == pytest.approx(whole["val/loss"], rel=1e-5)
     other = IMAGES.clone()
-    other[2:4] = 255 - other[2:4]  # of timesteps 250 and 375
-    changed = module_of()
-    changed.validation_step((other, LABELS), 0)
-    differs = [changed.logged[f"val/loss_quarter_{q}"] != quarters[q] for q in range(4)]
+    other[2], other[6] = 255 - other[2], 255 - other[6]  # of timesteps 250 and 375
+    changed = validated(module_of(), (other, LABELS))
+    differs = [changed[f"val/loss_quarter_{q}"] != quarters[q] for q in range(4)]
     assert differs == [False, True, False, False]
 
 
 def test_a_quarter_that_no_image_fell_into_is_not_logged():
-    module = module_of()
-    module.validation_step((IMAGES[:2], LABELS[:2]), 0)
-    assert {name for name in module.logged if "quarter" in name} == {"val/loss_quarter_0", "val/loss_quarter_2"}
+    logged = validated(module_of(), (IMAGES[:2], LABELS[:2]))
+    assert {name for name in logged if "loss_quarter" in name} == {"val/loss_quarter_0", "val/loss_quarter_2"}
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -283,16 +323,15 @@ class Overflowing(DiffusionModule):
         return losses
 
 
-def weights_after(bad, steps=4, **options):
+def weights_after(bad, steps=4, accumulate_grad_batches=1, **options):
     module = Overflowing(UNetSettings(**GREY), optimizer=OptimizerSettings(learning_rate=1e-3), **options)
     module.bad, seen = bad, []
     module.on_train_batch_end = lambda *_: seen.append(module.network.out[2].weight.detach().clone())
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
-    trainer(max_steps=steps).fit(module, loader, loader)
+    trainer(max_steps=steps, accumulate_grad_batches=accumulate_grad_batches).fit(module, loader, loader)
     return module, seen
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_whose_loss_is_not_finite_trains_nothing_and_is_counted():
     module, weights = weights_after(bad=(1,))
     assert torch.equal(weights[0], weights[1])
@@ -301,21 +340,37 @@ def test_a_batch_whose_loss_is_not_finite_trains_nothing_and_is_counted():
     assert (module.skipped, module.skipped_in_a_row) == (1, 0)
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_too_many_in_a_row_end_the_training_with_the_way_out():
     with pytest.raises(UserError, match=r"`model.max_skipped` allows 2 .* Lower model.optimizer.learning_rate"):
         weights_after(bad=(1, 2, 3), steps=8, max_skipped=2)
     assert weights_after(bad=(1, 2, 4, 5), steps=8, max_skipped=2)[0].skipped == 4
 
 
-def test_what_was_learned_of_timesteps_is_that_of_all_ranks(monkeypatch):
-    module = module_of(loss=LossSettings(timestep_sampler="loss_second_moment"))
-    module.trainer.world_size = 2
-    module.trainer.strategy = SimpleNamespace(
-        reduce=lambda value, reduce_op: 2 * value, all_gather=lambda values: torch.stack([values, values + 1])
-    )
-    loss_of(module)
-    assert int(module.timestep_sampler.counts.sum()) == 2 * len(IMAGES)
+@pytest.mark.parametrize(("bad", "learns"), [((2, 3), False), ((2,), True), ((3,), True)])
+def test_an_accumulated_step_learns_from_those_of_its_batches_that_are_finite(bad, learns):
+    module, weights = weights_after(bad=bad, accumulate_grad_batches=2)
+    assert torch.equal(weights[1], weights[3]) != learns
+    assert torch.isfinite(weights[-1]).all()
+    assert module.skipped == len(bad)
+
+
+def test_what_was_learned_of_timesteps_is_what_one_process_would_have_learned():
+    loss = LossSettings(timestep_sampler="loss_second_moment")
+    options = {"loss": loss, "diffusion": DiffusionSettings(num_timesteps=25)}
+    alone, modules = module_of(**options), [module_of(rank=rank, ranks=2, **options) for rank in range(2)]
+    seen = [[], []]
+    for rank, module in enumerate(modules):
+        module.trainer.strategy.all_gather = lambda mine, rank=rank: (
+            seen[rank].append(mine) or torch.stack([mine, mine])
+        )
+        module.training_step((IMAGES[rank::2], LABELS[rank::2]), 0)
+    both = module_of(rank=0, ranks=2, **options)
+    both.trainer.strategy.all_gather = lambda mine: torch.stack([seen[0][0], seen[1][0]])
+    both.training_step((IMAGES[::2], LABELS[::2]), 0)
+    loss_of(alone)
+    assert torch.equal(both.timestep_sampler.counts, alone.timestep_sampler.counts)
+    losses = both.timestep_sampler.losses, alone.timestep_sampler.losses
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)  # float32 rounding: the batches differ in size
 
 
 # --------------------------------------------------------------------------------------------- blur-aware training
