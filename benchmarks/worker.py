@@ -152,7 +152,7 @@ def _our_training(
 
     from sagl.diffusion.losses import training_losses
     from sagl.diffusion.schedule import make_schedule
-    from sagl.modules.diffusion_module import adamw
+    from sagl.modules.training_module import adamw
     from sagl.settings.diffusion import DiffusionSettings
     from sagl.settings.training import OptimizerSettings
 

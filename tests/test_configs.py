@@ -8,11 +8,15 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from sagl.commands.request import parse
-from sagl.commands.training import FitCLI, FitParser
+from sagl.commands.training import FitCLI, FitParser, module_for
+from sagl.models.adm import Classifier
+from sagl.models.checkpoints import parameters_of
 from sagl.models.zoo import EMBEDDED, RELEASED, unet_named
-from sagl.modules.diffusion_module import DiffusionModule
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
+from sagl.settings.fitting import require_guiding
 from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.tiny import QUIET_CLI
 
 pytestmark = QUIET_CLI
@@ -25,6 +29,7 @@ PAPER = {
     "imagenet128": (0.1, "output.8", 3.0),
 }
 """Table 7: scale, site, blur_sigma."""
+OURS = ("fashion_mnist", "fashion_mnist_classifier")
 FILES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
@@ -40,7 +45,7 @@ def built(file, tmp_path, *flags):
     """All that a configuration describes, built; nothing is run, and the network is on the meta device."""
     with torch.device("meta"):
         return FitCLI(
-            DiffusionModule,
+            module_for(["--config", str(file)]),
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -61,14 +66,14 @@ def built(file, tmp_path, *flags):
 
 
 def test_there_are_configurations_of_the_paper_s_networks_and_of_ours():
-    assert {file.stem for file in FILES} == {"fashion_mnist", "my_images", *PAPER}
+    assert {file.stem for file in FILES} == {*OURS, "my_images", *PAPER}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
     said, cli = yaml.safe_load(file.read_text()), built(file, tmp_path)
     settings = cli.model.network.settings
-    network = said["model"]["network"]
+    network = said["model"].get("network") or said["model"]["classifier"]
     if isinstance(network, str):
         assert settings == unet_named(network)[0]
     else:
@@ -87,6 +92,9 @@ def test_a_configuration_s_network_computes(file, tmp_path):
     with torch.device("meta"):
         s = network.settings
         x, timesteps = torch.empty(2, s.in_channels, s.image_size, s.image_size), torch.zeros(2)
+        if isinstance(network, Classifier):
+            assert network(x, timesteps).shape == (2, s.num_classes)
+            return
         out = network(x, timesteps, torch.zeros(2, dtype=torch.long)).out
     assert out.shape == (2, s.in_channels * (1 + s.learn_sigma), s.image_size, s.image_size)
 
@@ -127,6 +135,14 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
 def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():
     by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(EMBEDDED)]), parse([])
     assert (by_config.chain, by_config.sag, by_config.run) == (by_file.chain, by_file.sag, by_file.run)
+
+
+def test_the_classifier_s_configuration_is_of_the_embedded_network_s_images_and_process_and_fits_the_package():
+    network, classifier = (yaml.safe_load((FILES[0].with_name(f"{name}.yaml")).read_text())["model"] for name in OURS)
+    assert classifier["diffusion"] == network["diffusion"]
+    settings = ClassifierSettings(**classifier["classifier"])
+    require_guiding(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
+    assert sum(tensor.numel() for tensor in parameters_of(settings).values()) <= 1.3e6
 
 
 def test_a_misspelt_name_in_a_configuration_is_found(tmp_path):

@@ -20,6 +20,8 @@ from tests.reference import draw_weights
 GREY = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1,)}
 GREY |= {"attention_resolutions": (8,), "num_classes": 3, "null_label": True}
 """One grey channel, 8x8, three classes and a null label; attention at input.1, middle, output.0 and output.1."""
+GREY_CLASSIFIER = {name: GREY[name] for name in GREY if name != "null_label"} | {"num_head_channels": 32}
+"""A classifier of its images."""
 COLOUR = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
 COLOUR |= {"attention_resolutions": (16, 8), "num_classes": 5, "null_label": True}
 """Three channels, 16x16, five classes and a null label; the last attention at 8x8 is at output.1."""
@@ -81,14 +83,18 @@ def write_tiny(path, **options):
     return path
 
 
-def write_tiny_classifier(path, **changes):
-    """A tiny classifier of noisy grey 8x8 images as safetensors; returns the path."""
-    settings = {name: GREY[name] for name in ("in_channels", "num_channels", "num_res_blocks", "channel_mult")}
-    settings |= {"image_size": 8, "num_classes": 3, "num_head_channels": 32, **changes}
+def grey_classifier(**changes):
+    """A tiny grey classifier with drawn weights."""
+    settings = {**GREY_CLASSIFIER, **changes}
     settings |= {"attention_resolutions": (settings["image_size"],)}
-    classifier = draw_weights(Classifier(ClassifierSettings(**settings)), 1)
-    file = NetworkFile(network=classifier.settings, diffusion=DiffusionSettings(), state=classifier.state_dict())
-    write_network(file, path)
+    return draw_weights(Classifier(ClassifierSettings(**settings)), 1)
+
+
+def write_tiny_classifier(path, *, diffusion=None, **changes):
+    """A tiny classifier of noisy grey 8x8 images as safetensors; returns the path."""
+    classifier = grey_classifier(**changes)
+    process = diffusion or DiffusionSettings()
+    write_network(NetworkFile(network=classifier.settings, diffusion=process, state=classifier.state_dict()), path)
     return path
 
 

@@ -1,15 +1,16 @@
 """What `sagl validate` and `sagl test` print."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sagl.modules.diffusion_module import QUARTERS
+from sagl.modules.training_module import QUARTERS
 
+MEANS = ("loss", "mse", "accuracy", "accuracy_top_5")
 Row = tuple[str, str]
 """What, and its number."""
 
@@ -31,14 +32,20 @@ class LossTable(Callback):
 
 def rows(metrics: Mapping[str, Tensor], num_timesteps: int) -> list[Row]:
     """The lines of the table."""
-    found = [("loss", f"{float(metrics['val/loss']):.5f}"), ("mse", f"{float(metrics['val/mse']):.5f}")]
-    for q in range(QUARTERS):
-        if (name := f"val/loss_quarter_{q}") in metrics:
-            first, last = q * num_timesteps // QUARTERS, (q + 1) * num_timesteps // QUARTERS - 1
-            found.append((f"  loss at timesteps {first} to {last}", f"{float(metrics[name]):.5f}"))
-    found.append(("bits/dim", f"{float(metrics['val/bits_per_dim']):.3f} ± {_standard_error(metrics):.3f}"))
+    found = [row for name in MEANS if f"val/{name}" in metrics for row in _mean_rows(metrics, name, num_timesteps)]
+    if "val/bits_per_dim" in metrics:
+        found.append(("bits/dim", f"{float(metrics['val/bits_per_dim']):.3f} ± {_standard_error(metrics):.3f}"))
     others = (name for name in metrics if name.startswith(("val/frechet_", "val/inception_score_")))
     return found + [(_spoken(name), f"{float(metrics[name]):.2f}") for name in others]
+
+
+def _mean_rows(metrics: Mapping[str, Tensor], name: str, num_timesteps: int) -> Iterator[Row]:
+    """A mean over all images, and over those of each quarter of the timesteps where it was taken."""
+    yield name.replace("_", " "), f"{float(metrics[f'val/{name}']):.5f}"
+    for q in range(QUARTERS):
+        if (of_quarter := f"val/{name}_quarter_{q}") in metrics:
+            first, last = q * num_timesteps // QUARTERS, (q + 1) * num_timesteps // QUARTERS - 1
+            yield f"  at timesteps {first} to {last}", f"{float(metrics[of_quarter]):.5f}"
 
 
 def _standard_error(metrics: Mapping[str, Tensor]) -> float:

@@ -10,7 +10,7 @@ from sagl.commands.request import advise, model_part, read_config, sample_parser
 from sagl.models.zoo import RELEASED, named_by_file, settings_named
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import AnySettings
 from sagl.settings.paths import require_unused, require_writable
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> None:
     _require_target(target)
     recommended = None if given.recommended is None else _advice(given.recommended)
     described = {} if given.config is None else model_part(read_config(given.config))
-    model = given.model or described.get("network") or named_by_file(Path(given.checkpoint))
+    of_config = described.get("network") or described.get("classifier")
+    model = given.model or of_config or named_by_file(Path(given.checkpoint))
     file = _read(given, model, described.get("diffusion"))
     if recommended is None:
         recommended = dict(file.recommended) or _advice_for(given.checkpoint if model is None else model)
@@ -85,7 +86,7 @@ def _write(file: "NetworkFile", target: Path, dtype: str | None) -> None:
 
 def _read(
     given: Any,  # noqa: ANN401 (the parser's namespace)
-    model: str | UNetSettings | None,
+    model: str | AnySettings | None,
     diffusion: DiffusionSettings | None,
 ) -> "NetworkFile":
     """A folder, a file with what is said of it, or a network by its name."""
@@ -110,7 +111,7 @@ def _require_left_out(given: Any) -> None:  # noqa: ANN401
         require(value == left_out, f"`{flag}` is for files, and a folder says it itself; got {value}. Leave it out.")
 
 
-def _advice_for(model: str | UNetSettings) -> dict[str, Any]:
+def _advice_for(model: str | AnySettings) -> dict[str, Any]:
     """The paper's sampling settings, of the released networks that have them."""
     config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
     return sampling_part(read_config(config)) if config else {}

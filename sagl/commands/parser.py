@@ -142,6 +142,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def readable(message: str, settings: list[str]) -> str:
     """The parser's message in one line of ours: the setting, what is allowed, what came."""
     line = " ".join(message.split())
+    if found := re.search(
+        r"Parser key \"(.+?)\": .* Subtypes: \[<class 'sagl\.settings\..+? Errors: - (.+?) - Expected", line
+    ):
+        return f"{found[1]}: {found[2]}"
     if found := re.search(r"NestedArg\(key='(.+?)'", line):
         return f"there is no option with {found[1]!r} on the command line: a --config can have it. --help lists all."
     if re.search(r"unrecognized arguments:$", line):

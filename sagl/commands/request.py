@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import yaml
 
 from sagl.commands.parser import Parser, fields_of, names_of, nearest
 from sagl.models.zoo import (
+    DEFAULT_CLASSIFIER,
     DEFAULT_MODEL,
     EMBEDDED,
     NETWORKS,
@@ -29,10 +30,10 @@ from sagl.settings.guidance import (
     ClassifierGuidance,
     SelfAttentionGuidance,
 )
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.paths import packaged_configs
 from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings, WeightPrecision
-from sagl.settings.training import OptimizerSettings
+from sagl.settings.training import BlurAwareSettings, OptimizerSettings
 
 VIEWS = ("grid", "images", "npz", "strip")
 ALL_VIEWS_UP_TO = 1000
@@ -45,15 +46,19 @@ OF_FIT = {
     "model",
     "trainer",
     "data",
+    "preview",
+    "seed_everything",
     "average_decay",
     "save_every_steps",
     "save_every_minutes",
     "output",
     "resume",
     "ckpt_path",
+    "weights_only",
 }
 """Top-level keys of a config that are for `sagl fit`, or read here on their own."""
-OF_MODEL = {"network", "diffusion", "loss", "optimizer", "label_dropout", "seed"}
+OF_MODEL = {"network", "classifier", "diffusion", "loss", "optimizer", "label_dropout", "blur_aware", "freeze"}
+OF_MODEL |= {"max_skipped", "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,11 @@ def parse(arguments: list[str]) -> Request:
         require(first[name] != "", f"`{name}` must not be empty, got ''. Leave it out, or say which.")
     config = {} if first.config is None else read_config(first.config)
     model, sampling = model_part(config), sampling_part(config)
+    require(
+        "classifier" not in model,
+        f"`config` must have a network that draws, and {first.config} has a classifier. Give that one's weights as "
+        "--classifier.checkpoint, beside a network.",
+    )
     checkpoint = first.checkpoint or sampling.get("checkpoint")
     weights = first.weights or sampling.get("weights") or "ema"
     source = find_source(first.model or model.get("network"), checkpoint, model.get("diffusion"), weights)
@@ -163,9 +173,15 @@ def parse(arguments: list[str]) -> Request:
         chain=fields_of(ChainSettings, given),
         sag=fields_of(SelfAttentionGuidance, given.sag, "sag."),
         cfg=fields_of(ClassifierFreeGuidance, given.cfg, "cfg."),
-        classifier=fields_of(ClassifierGuidance, given.classifier, "classifier."),
+        classifier=_with_embedded(fields_of(ClassifierGuidance, given.classifier, "classifier."), source),
         device=fields_of(DeviceSettings, given.trainer, "trainer."),
     )
+
+
+def _with_embedded(classifier: ClassifierGuidance, source: Source) -> ClassifierGuidance:
+    """The embedded network is guided by the embedded classifier where no other is named."""
+    left_out = bool(classifier.scale) and classifier.checkpoint is None and source.name == DEFAULT_MODEL
+    return replace(classifier, checkpoint=DEFAULT_CLASSIFIER) if left_out else classifier
 
 
 # ------------------------------------------------------------------------------------------------------- source
@@ -300,19 +316,18 @@ def _device_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`model:` of a config, each setting checked: network (a name or settings) and diffusion."""
+    """`model:` of a config, each setting checked: network or classifier (a name or settings) and diffusion."""
     model = config.get("model") or {}
     require(isinstance(model, dict), f"`model` in a config must be a mapping, got {model!r:.60}.")
     for key in model:
         known = [f"model.{name}" for name in sorted(OF_MODEL)]
         require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(f'model.{key}', known)}")
-    for name, kind in (("loss", LossSettings), ("optimizer", OptimizerSettings)):
+    for name, kind in (("loss", LossSettings), ("optimizer", OptimizerSettings), ("blur_aware", BlurAwareSettings)):
         _group(kind, model.get(name) or {}, f"model.{name}")  # not read here, but a wrong one is refused
     part: dict[str, Any] = {}
-    if isinstance(network := model.get("network"), str):
-        part["network"] = network
-    elif network is not None:
-        part["network"] = _group(UNetSettings, network, "model.network")
+    for name, described_by in (("network", UNetSettings), ("classifier", ClassifierSettings)):
+        if (value := model.get(name)) is not None:
+            part[name] = value if isinstance(value, str) else _group(described_by, value, f"model.{name}")
     if model.get("diffusion") is not None:
         part["diffusion"] = _group(DiffusionSettings, model["diffusion"], "model.diffusion")
     return part

@@ -29,7 +29,7 @@ from sagl.machine import available_bytes, fast_precision, keep_freed_memory, pea
 from sagl.models.zoo import described, settings_of
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError, require
-from sagl.settings.fitting import require_fitting, require_labels
+from sagl.settings.fitting import require_fitting, require_guiding, require_labels
 from sagl.settings.guidance import DEFAULT_KERNEL, fitting_kernel
 from sagl.settings.network import UNetSettings
 from sagl.settings.paths import cache_folder, require_writable, sha256
@@ -225,27 +225,24 @@ def _recipe(job: Job) -> "Recipe":
     network = as_weights(build_network(file), request.weight_precision, device)
     if request.device.compile:
         network.compile(dynamic=False)  # every micro-batch has the same size
-    classifier = _classifier(request, network.settings, device) if request.classifier.scale else None
+    classifier = _classifier(request, file, device) if request.classifier.scale else None
     _say_kernel(request, network.settings.image_size)
     return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)
 
 
-def _classifier(request: Request, network: UNetSettings, device: "torch.device") -> "Classifier":
+def _classifier(request: Request, guided: "NetworkFile", device: "torch.device") -> "Classifier":
     from sagl.models.checkpoints import as_weights, build_classifier
     from sagl.models.loading import load
 
     assert request.classifier.checkpoint is not None
     try:
-        classifier = build_classifier(load(request.classifier.checkpoint))
+        file = load(request.classifier.checkpoint)
+        classifier = build_classifier(file)
     except UserError as error:
         said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
         raise UserError(said) from error
-    side, logits = classifier.settings.image_size, classifier.settings.num_classes
-    require(
-        side == network.image_size and network.num_classes in (None, logits),
-        f"`classifier.checkpoint` must be for {network.image_size}x{network.image_size} images and the network's "
-        f"classes, and this one is for {side}x{side} and {logits} classes.",
-    )
+    assert isinstance(guided.network, UNetSettings)
+    require_guiding(classifier.settings, file.diffusion, guided.network, guided.diffusion)
     return as_weights(classifier, request.weight_precision, device)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,16 +22,21 @@ from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.rank_order import RankOrder
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import ReadableErrors, bracketed, names_of
-from sagl.commands.request import packaged_config
+from sagl.commands.request import packaged_config, read_config
 from sagl.machine import keep_freed_memory, set_threads
 from sagl.models.checkpoints import load_training_checkpoint, read_state
 from sagl.models.loading import load
 from sagl.models.transfer import start_from
+from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.settings.errors import require
+from sagl.modules.training_module import TrainingModule
+from sagl.settings.errors import UserError, require
 from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings
 from sagl.settings.training import PreviewSettings, SavingSettings
+
+OF_DRAWING = {"preview", *names_of(ChainSettings), *GUIDANCES}
+"""Top-level settings that a classifier has no use for."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -64,10 +70,30 @@ class FitCLI(LightningCLI):
         parser.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file or a name.")
         parser.add_argument("--weights", type=str, default="ema", help="Of a .ckpt: ema, ema:DECAY or raw.")
         parser.add_class_arguments(SavingSettings, as_group=True)
+        if not self.draws:
+            return
         parser.add_class_arguments(PreviewSettings, "preview")
         parser.add_class_arguments(ChainSettings, as_group=True)
         for group, kind in GUIDANCES.items():
             parser.add_class_arguments(kind, group)
+
+    def instantiate_classes(self) -> None:
+        """Build all that is asked for.
+
+        Raises:
+            UserError: settings refuse their values, which the parser hides where a name could stand instead of them.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
+    @property
+    def draws(self) -> bool:
+        """Whether what is trained makes images, which are previewed and for which its checkpoints give advice."""
+        return self.model_class is DiffusionModule
 
     @property
     def output(self) -> Path:
@@ -97,7 +123,7 @@ class FitCLI(LightningCLI):
         )
         kwargs["use_distributed_sampler"] = False  # the data modules give every rank its share
         if self.subcommand != "fit":
-            kwargs |= {"callbacks": [self._drawing(), LossTable()], "logger": False}
+            kwargs |= {"callbacks": [*([self._drawing()] if self.draws else []), LossTable()], "logger": False}
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
             return super().instantiate_trainer(**kwargs)
         self._require_new()
@@ -129,9 +155,10 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self) -> list[Any]:
         s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
-        best = BestCheckpoints(self.last_checkpoint.parent, self._previews)
-        averages = [WeightAverage(s), FurtherAverages(s)]
-        return [self._drawing(), RankOrder(), *averages, best, LastCheckpoint(self.last_checkpoint, s)]
+        kept = [RankOrder(), WeightAverage(s), FurtherAverages(s), LastCheckpoint(self.last_checkpoint, s)]
+        if not self.draws:
+            return kept
+        return [self._drawing(), BestCheckpoints(self.last_checkpoint.parent, self._previews), *kept]
 
     @property
     def _previews(self) -> PreviewSettings:
@@ -151,7 +178,7 @@ class FitCLI(LightningCLI):
     def before_fit(self) -> None:
         """Resume where there is something to resume; checkpoints say how their network is best sampled from."""
         self.model.hparams["average_decay"] = self._get(self.config, "average_decay")
-        self.model.hparams["recommended"] = self._sampling()
+        self.model.hparams["recommended"] = self._sampling() if self.draws else {}
         resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
         checkpoint = self._get(self.config, "checkpoint")
         if checkpoint and not resumed:
@@ -212,6 +239,38 @@ def of_run(arguments: list[str]) -> list[str]:
     return ["--config", str(config), "--checkpoint", str(checkpoint), "--weights", "ema", *arguments[1:]]
 
 
+def module_for(arguments: list[str]) -> type[TrainingModule]:
+    """What a command line trains: a classifier if it or a config sets model.classifier, else a network that draws.
+
+    Raises:
+        UserError: they set model.network too, or what only a network that draws has a use for.
+    """
+    said = sorted(_settings_named(arguments))
+    of_model = {name.split(".")[1] for name in said if name.startswith("model.")}
+    if "classifier" not in of_model:
+        return DiffusionModule
+    require("network" not in of_model, "`model` must have a network or a classifier, got both. Leave one out.")
+    drawing = [name for name in said if name.split(".")[0] in OF_DRAWING]
+    require(
+        not drawing,
+        f"`{drawing and drawing[0]}` is for networks that draw, and model.classifier does not. Leave it out.",
+    )
+    return ClassifierModule
+
+
+def _settings_named(arguments: list[str]) -> Iterator[str]:
+    """Settings by their flags, and of the configs those at the top and of the model: sag.scale; sag, model.network."""
+    for before, argument in pairwise([*arguments, ""]):
+        flag, equals, value = before.partition("=")
+        if flag in ("--config", "-c") and (equals or argument):
+            config = read_config(value if equals else argument)
+            model = config.get("model")
+            yield from map(str, config)
+            yield from (f"model.{name}" for name in (model if isinstance(model, dict) else {}))
+        elif flag.startswith("--"):
+            yield flag.removeprefix("--")
+
+
 def run_lightning(verb: str, arguments: list[str]) -> None:
     """Run one of LightningCLI's verbs, fit, validate or test, on a command line of ours.
 
@@ -225,7 +284,7 @@ def run_lightning(verb: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
     FitCLI(
-        DiffusionModule,
+        module_for(arguments),
         LightningDataModule,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,

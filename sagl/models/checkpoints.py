@@ -183,7 +183,7 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = _load_pickle(path)
     settings = checkpoint.get("hyper_parameters")
     require(
-        "state_dict" in checkpoint and isinstance(settings, dict) and "network" in settings,
+        "state_dict" in checkpoint and isinstance(settings, dict) and bool(KINDS.keys() & settings),
         f"`checkpoint` must be one that sagl fit wrote, and {path} is none.",
     )
     return checkpoint

@@ -8,7 +8,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 from sagl.models.checkpoints import NetworkFile, parameters_of, read_network, require_fit
 from sagl.models.download import fetch_released
 from sagl.models.fingerprint import recorded_sha256
-from sagl.models.zoo import DEFAULT_MODEL, EMBEDDED, named_by_file, released
+from sagl.models.zoo import WITHIN, named_by_file, released
 from sagl.settings.errors import UserError, require
 
 
@@ -16,8 +16,8 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
     """A network's weights and settings.
 
     Args:
-        name_or_file: a released network (`lsun_cat`), the embedded `fashion_mnist`, or a .safetensors, .ckpt or .pt
-            file; a released file is known by its name.
+        name_or_file: a released network (`lsun_cat`), an embedded one (`fashion_mnist`), or a file: .safetensors, .ckpt
+            or .pt; a released file is known by its name.
         weights: of a training checkpoint: ema, ema:DECAY or raw.
 
     Raises:
@@ -31,8 +31,8 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
     if path.suffix in (".pt", ".ckpt", ".safetensors"):
         raise UserError(f"`checkpoint` must be a file, and there is none at {path}.")
     name = str(name_or_file)
-    if name == DEFAULT_MODEL:
-        return read_network(EMBEDDED, weights)
+    if name in WITHIN:
+        return read_network(WITHIN[name], weights)
     entry = released(name)
     require(weights == "ema", f"`weights` is for training checkpoints (.ckpt), and {name} has one set. Leave it out.")
     return read_network(fetch(name), weights, entry.settings, entry.diffusion)

@@ -1,4 +1,4 @@
-"""Networks by name, without loading torch: the one that comes with the package, and the released ADM checkpoints.
+"""Networks by name, without loading torch: those that come with the package, and the released ADM checkpoints.
 
 Of ADM's fifteen files the two upsamplers (64 to 256, 128 to 512) are left out: their networks take a second image,
 and sagl has none of that kind.
@@ -18,10 +18,16 @@ from sagl.settings.network import AnySettings, ClassifierSettings, UNetSettings
 
 Kind = TypeVar("Kind")
 
-EMBEDDED = Path(__file__).parent / "weights" / "fashion_mnist.safetensors"
-"""32x32 Fashion-MNIST, ten classes and a null label; trained by configs/fashion_mnist.yaml."""
 DEFAULT_MODEL = "fashion_mnist"
-"""Name of the embedded network."""
+"""Name of the embedded network: 32x32 Fashion-MNIST, ten classes and a null label."""
+DEFAULT_CLASSIFIER = "fashion_mnist_classifier"
+"""Name of the embedded classifier, which guides the embedded network."""
+WITHIN = {
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in (DEFAULT_MODEL, DEFAULT_CLASSIFIER)
+}
+"""Files that come with the package, by name; each was trained by the config of that name."""
+EMBEDDED = WITHIN[DEFAULT_MODEL]
+"""The embedded network's."""
 METADATA_KEY = "sagl"
 """Where a safetensors file of sagl keeps its settings, as JSON."""
 
@@ -213,6 +219,8 @@ RELEASED: dict[str, Released] = {
 """By the names that the command line takes."""
 NETWORKS = (DEFAULT_MODEL, *(name for name, entry in RELEASED.items() if isinstance(entry.settings, UNetSettings)))
 """Names of the networks that draw."""
+CLASSIFIERS = (DEFAULT_CLASSIFIER, *(name for name in RELEASED if name not in NETWORKS))
+"""Names of the classifiers of noised images."""
 
 
 def released(name: str) -> Released:
@@ -222,7 +230,7 @@ def released(name: str) -> Released:
         UserError: there is none; names all, and the nearest.
     """
     if name not in RELEASED:
-        raise _unknown(name, (DEFAULT_MODEL, *RELEASED))
+        raise _unknown(name, (*WITHIN, *RELEASED))
     return RELEASED[name]
 
 
@@ -232,13 +240,13 @@ def named_by_file(path: Path) -> str | None:
 
 
 def settings_named(name: str) -> tuple[AnySettings, DiffusionSettings]:
-    """Settings of a network by its name, and of its process: the embedded or a released one, classifiers too.
+    """Settings of a network by its name, and of its process: an embedded or a released one, classifiers too.
 
     Raises:
         UserError: there is none of that name; names all, and the nearest.
     """
-    if name == DEFAULT_MODEL:
-        return settings_of(described(EMBEDDED), EMBEDDED)
+    if name in WITHIN:
+        return settings_of(described(WITHIN[name]), WITHIN[name])
     entry = released(name)
     return entry.settings, entry.diffusion
 
@@ -250,7 +258,7 @@ def unet_named(name: str) -> tuple[UNetSettings, DiffusionSettings]:
         UserError: there is none of that name; names all, and the nearest.
     """
     require(
-        name in NETWORKS or name not in RELEASED,
+        name not in CLASSIFIERS,
         f"`model` must be a network that draws, and {name} is a classifier: see --classifier.checkpoint.",
     )
     if name not in NETWORKS:
@@ -260,9 +268,22 @@ def unet_named(name: str) -> tuple[UNetSettings, DiffusionSettings]:
     return settings, diffusion
 
 
-def _unknown(name: str, known: tuple[str, ...]) -> UserError:
+def classifier_named(name: str) -> tuple[ClassifierSettings, DiffusionSettings]:
+    """Settings of a classifier, and of the process of the networks that it guides: the embedded or a released one.
+
+    Raises:
+        UserError: there is none of that name; names all, and the nearest.
+    """
+    if name not in CLASSIFIERS:
+        raise _unknown(name, CLASSIFIERS, "model.classifier")
+    settings, diffusion = settings_named(name)
+    assert isinstance(settings, ClassifierSettings)
+    return settings, diffusion
+
+
+def _unknown(name: str, known: tuple[str, ...], argument: str = "model") -> UserError:
     asked = name.lower()
     longer = [other for other in known if asked and other.startswith(asked)]
     nearest = longer or difflib.get_close_matches(asked, known, n=1)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    return UserError(f"`model` must be one of {', '.join(known)}; got {name!r}.{hint}")
+    return UserError(f"`{argument}` must be one of {', '.join(known)}; got {name!r}.{hint}")

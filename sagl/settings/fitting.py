@@ -3,7 +3,7 @@
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import require
 from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance, fitting_kernel
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
 
 
@@ -30,6 +30,34 @@ def require_fitting(
         not (cfg and cfg.scale) or network.null_label,
         "`cfg.scale` needs a class-conditional network with a null label; this one has none. Give --cfg.scale 0.",
     )
+
+
+def require_guiding(
+    classifier: ClassifierSettings,
+    of_classifier: DiffusionSettings,
+    network: UNetSettings,
+    diffusion: DiffusionSettings,
+) -> None:
+    """Refuse a classifier of other images, classes or noise than those of the network that it is to guide.
+
+    Args:
+        classifier: what guides.
+        of_classifier: the process that it was trained for.
+        network: what is guided.
+        diffusion: the process of that.
+
+    Raises:
+        UserError: says what is different.
+    """
+    c, n = (f"{s.in_channels} channels of {s.image_size}x{s.image_size} pixels" for s in (classifier, network))
+    classes = network.num_classes in (None, classifier.num_classes)
+    require(
+        c == n and classes,
+        f"`classifier.checkpoint` must be for {n} and the network's classes, and this one is for {c} and "
+        f"{classifier.num_classes} classes.",
+    )
+    c, n = (f"a {s.noise_schedule} schedule of {s.num_timesteps} timesteps" for s in (of_classifier, diffusion))
+    require(c == n, f"`classifier.checkpoint` must be for the network's process, {n}, and this one is for {c}.")
 
 
 def require_labels(run: RunSettings, network: UNetSettings) -> None:

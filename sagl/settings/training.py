@@ -115,7 +115,7 @@ class OptimizerSettings:
     learning_rate: float = 1e-4
     """The rate after warm-up."""
     weight_decay: float = 0.0
-    """ADM uses none."""
+    """ADM uses none for networks that draw, 0.05 for classifiers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of the two running means."""
     warmup_steps: int = 0

@@ -335,6 +335,12 @@ def test_what_fit_wrote_can_be_sampled_from(fitted, tmp_path):
     assert (tmp_path / "run" / "samples_2x32x32x3.npz").is_file()
 
 
+def test_the_written_configuration_samples_as_well_as_it_fits(fitted, tmp_path):
+    flags = ["--num_samples", 2, "--batch_size", 2, "--respacing", 2]
+    command = ["sample", "--config", fitted / "config.yaml", "--checkpoint", fitted / "checkpoints" / "last.ckpt"]
+    assert exit_code(*command, "--output", tmp_path / "run", *flags) == 0
+
+
 # --------------------------------------------------------------------------------------------------------- help
 
 

@@ -29,7 +29,7 @@ def said(capsys, *arguments):
 def test_a_run_is_validated_by_its_folder_alone_and_nothing_is_written(run, capsys):
     before = {path: path.read_bytes() for path in contents(run)}
     found = said(capsys, "validate", run)
-    assert {"loss", "mse", "bits/dim", "loss at timesteps 0 to 249", "loss at timesteps 750 to 999"} <= found.keys()
+    assert {"loss", "mse", "bits/dim", "at timesteps 0 to 249", "at timesteps 750 to 999"} <= found.keys()
     mean, error = map(float, found["bits/dim"].split("±"))
     assert mean > 0
     assert error > 0
@@ -69,3 +69,16 @@ def test_what_cannot_be_validated_is_one_line(arguments, line, capsys, tmp_path,
     assert line in err
     assert err.count("\n") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_is_validated_too(tmp_path, capsys):
+    write_fashion_mnist(tmp_path)
+    classifier = {"image_size": 32, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1]}
+    classifier |= {"attention_resolutions": [16], "num_head_channels": 32, "num_classes": 10, "pool": "adaptive"}
+    data = {**CONFIG["data"], "init_args": {"root": str(tmp_path), "batch_size": 4, "num_validation": 8}}
+    config = {"model": {"classifier": classifier}, "data": data, "trainer": {**CONFIG["trainer"], "max_steps": 1}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert exit_code("fit", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run") == 0
+    found = said(capsys, "validate", tmp_path / "run")
+    assert {"loss", "accuracy", "accuracy top 5", "at timesteps 0 to 249"} <= found.keys()
+    assert "bits/dim" not in found

@@ -135,7 +135,10 @@ def test_weights_that_a_released_network_does_not_have_are_refused_before_anythi
     ("name", "said"),
     [
         ("lsun_cats", r"must be one of .*imagenet64.*; got 'lsun_cats'\. Did you mean lsun_cat\?"),
-        ("fashion_mnis", r"must be one of .*fashion_mnist.*; got 'fashion_mnis'\. Did you mean fashion_mnist\?"),
+        (
+            "fashion_mnis",
+            r"must be one of .*fashion_mnist.*; got 'fashion_mnis'\. Did you mean fashion_mnist or fashion_mnist_cl",
+        ),
         ("absent.safetensors", r"`checkpoint` must be a file, and there is none at absent\.safetensors"),
         ("absent/lsun_cat.pt", r"`checkpoint` must be a file, and there is none at absent/lsun_cat\.pt"),
         ("absent.ckpt", r"`checkpoint` must be a file, and there is none at absent\.ckpt"),

@@ -3,7 +3,7 @@ import torch
 
 from sagl.models.transfer import LABELS, freeze, start_from
 from sagl.settings.errors import UserError
-from tests.tiny import grey_unet
+from tests.tiny import grey_classifier, grey_unet
 
 
 def out_of(network, labels):
@@ -69,3 +69,35 @@ def test_frozen_parameters_are_those_that_match():
 def test_what_freezes_nothing_or_all_is_refused(patterns, said):
     with pytest.raises(UserError, match=said):
         freeze(grey_unet(), patterns)
+
+
+def of_other_weights(network):
+    return {name: tensor + 1 for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_a_classifier_of_other_classes_keeps_its_own_last_layer_alone(pool):
+    network = grey_classifier(num_classes=5, pool=pool)
+    state = of_other_weights(grey_classifier(pool=pool))
+    first = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert start_from(network, state) == (
+        "The checkpoint has 3 classes: the classifier's 5 are new, and its last layer begins anew."
+    )
+    now = network.state_dict()
+    own = [name for name in now if torch.equal(now[name], first[name])]
+    assert len(own) == 2
+    assert all(len(now[name]) == 5 for name in own)
+    assert all(torch.equal(now[name], state[name]) for name in now if name not in own)
+
+
+def test_the_same_classifier_takes_the_weights_as_they_are():
+    network = grey_classifier()
+    state = of_other_weights(network)
+    assert start_from(network, state) is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_classifier_takes_no_network_that_draws_nor_another_width():
+    for state in (grey_unet().state_dict(), grey_classifier(num_channels=64, num_classes=5).state_dict()):
+        with pytest.raises(UserError, match="classes alone"):
+            start_from(grey_classifier(), state)

@@ -12,7 +12,17 @@ from safetensors.torch import save_file
 from sagl.commands.request import parse
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED, RELEASED, described, named_by_file, released, settings_named, settings_of
+from sagl.models.zoo import (
+    EMBEDDED,
+    RELEASED,
+    WITHIN,
+    described,
+    named_by_file,
+    released,
+    settings_named,
+    settings_of,
+    unet_named,
+)
 from sagl.recipe import labels_of, prepare
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
@@ -106,6 +116,20 @@ def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
 def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
     labels = labels_of(parse(["--labels", label]).run, [9], build_network(read_network(EMBEDDED)))
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
+
+
+def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_another_is_named(tmp_path):
+    asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
+    found = [parse([word for pair in flags.items() for word in pair]).classifier.checkpoint for flags in asked]
+    assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
+    other = write_tiny(tmp_path / "other.safetensors")
+    assert parse(["--checkpoint", str(other), "--classifier.scale", "1"]).classifier.checkpoint is None
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
+def test_a_classifier_is_no_network_that_draws(name):
+    with pytest.raises(UserError, match=rf"{name} is a classifier: see --classifier.checkpoint"):
+        unet_named(name)
 
 
 # ---------------------------------------------------------------------------------------- released checkpoints
@@ -214,7 +238,7 @@ def test_settings_are_found_by_name_those_of_classifiers_too(name):
 def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
     with pytest.raises(UserError) as error:
         released(name)
-    assert str(error.value) == f"`model` must be one of {', '.join(['fashion_mnist', *RELEASED])}; got {name!r}.{hint}"
+    assert str(error.value) == f"`model` must be one of {', '.join([*WITHIN, *RELEASED])}; got {name!r}.{hint}"
 
 
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.models.download"])

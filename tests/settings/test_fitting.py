@@ -5,9 +5,9 @@ import pytest
 from sagl.models.zoo import NETWORKS, unet_named
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
-from sagl.settings.fitting import require_fitting, require_labels
+from sagl.settings.fitting import require_fitting, require_guiding, require_labels
 from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
 
 NETWORK = UNetSettings(
@@ -19,6 +19,14 @@ NETWORK = UNetSettings(
     attention_resolutions=(8,),
     num_classes=10,
     null_label=True,
+)
+CLASSIFIER = ClassifierSettings(
+    image_size=16,
+    num_channels=32,
+    channel_mult=(1, 2),
+    num_head_channels=32,
+    attention_resolutions=(8,),
+    num_classes=10,
 )
 PLAIN = replace(NETWORK, num_classes=None, null_label=False)
 NO_NULL = replace(NETWORK, null_label=False)
@@ -92,3 +100,30 @@ def test_labels_that_the_network_does_not_know_are_refused(network, labels, said
     with pytest.raises(UserError) as error:
         require_labels(RunSettings(labels=labels), network)
     assert f"`labels` {said}" in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------- classifiers
+
+
+@pytest.mark.parametrize("network", [NETWORK, PLAIN])
+def test_a_classifier_of_the_network_s_images_classes_and_process_may_guide_it(network):
+    require_guiding(CLASSIFIER, FIXED, network, DiffusionSettings())  # the variance is no concern of a classifier
+
+
+@pytest.mark.parametrize(
+    ("changes", "diffusion", "named"),
+    [
+        (
+            {"image_size": 32, "attention_resolutions": (16,)},
+            FIXED,
+            "3 channels of 16x16 pixels .* is for 3 channels of 32x32 pixels",
+        ),
+        ({"in_channels": 1}, FIXED, "is for 1 channels of 16x16"),
+        ({"num_classes": 4}, FIXED, "4 classes"),
+        ({}, DiffusionSettings(noise_schedule="cosine"), "a linear schedule of 1000 .* a cosine schedule of 1000"),
+        ({}, DiffusionSettings(num_timesteps=400), "a linear schedule of 1000 .* a linear schedule of 400"),
+    ],
+)
+def test_a_classifier_of_something_else_is_refused_with_both(changes, diffusion, named):
+    with pytest.raises(UserError, match=f"`classifier.checkpoint` .*{named}"):
+        require_guiding(replace(CLASSIFIER, **changes), diffusion, NETWORK, FIXED)
