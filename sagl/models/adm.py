@@ -188,6 +188,11 @@ class AttentionBlock(nn.Module):
         return attention_received(query, key).unflatten(-1, side)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """What comes out of a network, for the process is never in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution of width 1 on a feature map in channels_last: (B, C, H, W) -> (B, C', H, W).
 
@@ -308,8 +313,7 @@ class UNet(Encoder):
             h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
             received |= maps
         normalise, _, conv = self.out
-        out = conv(silu(normalise(h)))
-        return UNetOutput(out.to(torch.promote_types(out.dtype, torch.float32)), received)
+        return UNetOutput(at_least_float32(conv(silu(normalise(h)))), received)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         """The timestep's embedding plus the label's, or the null label's where there is none."""
@@ -332,7 +336,7 @@ class Classifier(Encoder):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Image, timesteps: Timestep) -> Tensor:
-        """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32."""
+        """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32, or float64 as the weights."""
         emb = self.embed(timesteps)
         h = self.first_features(x, emb)
         features = [h]
@@ -341,7 +345,7 @@ class Classifier(Encoder):
             features.append(h)
         if self.settings.pool.startswith("spatial"):
             h = torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)
-        return self.out(h).float()
+        return at_least_float32(self.out(h))
 
 
 # ----------------------------------------------------------------------------------- layouts and poolings

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sagl.diffusion.classification import Classified, classified
 from sagl.diffusion.losses import UniformTimesteps
-from sagl.diffusion.noise import normal
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.adm import Classifier
 from sagl.models.transfer import freeze as freeze_parameters
@@ -21,7 +20,10 @@ from sagl.shapes import Image, Labels, Timestep
 
 
 class ClassifierModule(TrainingModule):
-    """ADM's classifier in training (Dhariwal & Nichol 2021, section 4.1): cross-entropy of noisy images."""
+    """ADM's classifier in training (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noised images.
+
+    Weights begin from the seed; noise and timesteps are drawn as for a network that draws.
+    """
 
     network: Classifier
 
@@ -67,20 +69,20 @@ class ClassifierModule(TrainingModule):
             UserError: an image without a label, or of a class too many; too many losses in a row were not finite.
         """
         x_0 = self._images(batch[0])
-        streams, everywhere, _ = self._drawn(len(x_0))
-        seen = self._classified(x_0, batch[1], self._mine(everywhere), normal(streams, x_0.shape[1:]))
+        drawn = self._drawn(x_0)
+        seen = self._classified(x_0, batch[1], drawn.timesteps, drawn.noise)
         loss = seen.loss.mean()
         accuracies = {name: seen.accuracy(most).mean() for name, most in self._accuracies.items()}
-        return loss if self._taught(loss, accuracies) else self._nothing()
+        return loss if self._learns({"loss": loss, **accuracies}) else self._nothing()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy of images, each at a timestep and noise that stay its own, for any number of ranks."""
+        """Loss and accuracy, each image at a timestep and noise of its own, whole and by quarter of the timesteps."""
         x_0 = self._images(batch[0])
         timesteps, noise = self._shown(x_0)
         seen = self._classified(x_0, batch[1], timesteps, noise)
-        self._add("loss", seen.loss, timesteps)
+        self._count("loss", seen.loss, timesteps)
         for name, most in self._accuracies.items():
-            self._add(name, seen.accuracy(most), timesteps)
+            self._count(name, seen.accuracy(most), timesteps)
 
     def _classified(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> Classified:
         self._require_classes(labels)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from sagl.diffusion.losses import (
     training_losses,
     without_bound,
 )
-from sagl.diffusion.noise import Streams, chance, normal
+from sagl.diffusion.noise import Streams, chance
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.blur_aware import degraded_batch
 from sagl.models.adm import UNet
@@ -56,7 +55,10 @@ def _require_fitting(
 
 
 class DiffusionModule(TrainingModule):
-    """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images."""
+    """An ADM network in training (Dhariwal & Nichol 2021, appendix B): the hybrid loss on noised images.
+
+    Weights begin from the seed; what an image is trained with is drawn as for every `TrainingModule`.
+    """
 
     network: UNet
 
@@ -112,15 +114,15 @@ class DiffusionModule(TrainingModule):
         Raises:
             UserError: too many in a row were not.
         """
-        x_0, labels = self._images(batch[0]), batch[1]
-        streams, everywhere, weights = self._drawn(len(x_0))
-        noise, dropped = normal(streams, x_0.shape[1:]), chance(streams, self.label_dropout)
-        losses = self._training_losses(x_0, self._mine(everywhere), noise, self._with_null(labels, dropped), streams)
-        loss = (losses.total * self._mine(weights).to(losses.total)).mean()
-        if not self._taught(loss, {"mse": losses.mse.mean(), "vb": losses.vb.mean()}):
+        x_0 = self._images(batch[0])
+        drawn = self._drawn(x_0)
+        labels = self._with_null(batch[1], chance(drawn.streams, self.label_dropout))
+        losses = self._training_losses(x_0, drawn.timesteps, drawn.noise, labels, drawn.streams)
+        loss = (losses.total * drawn.weights.to(losses.total)).mean()
+        if not self._learns({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vb.mean()}):
             return self._nothing()
         if self.loss_settings.timestep_sampler != "uniform":
-            self.timestep_sampler.update(everywhere, self._of_all_ranks(losses.total.detach()))
+            self.timestep_sampler.update(drawn.everywhere, self._of_all_ranks(losses.total.detach()))
         return loss
 
     def _training_losses(
@@ -137,6 +139,13 @@ class DiffusionModule(TrainingModule):
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
         return without_bound(losses, chosen)
 
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """(B,) of every rank -> (B · ranks,) by place in the whole batch, so that all ranks learn alike."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered: Tensor = self.trainer.strategy.all_gather(values)
+        return gathered.T.flatten()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of images, each at a timestep and noise that stay its own, for any number of ranks.
 
@@ -145,20 +154,10 @@ class DiffusionModule(TrainingModule):
         x_0, labels = self._images(batch[0]), self._labels(batch[1])
         timesteps, noise = self._shown(x_0)
         losses = self._losses(x_0, timesteps, noise, labels)
-        self._add("loss", losses.total, timesteps)
-        self._add("mse", losses.mse, timesteps)
+        self._count("loss", losses.total, timesteps)
+        self._count("mse", losses.mse)
         if self.trainer.state.fn != "fit":
-            self._log_bits(x_0, labels, batch_idx)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the timestep sampler has learned."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["timestep_sampler"] = self.timestep_sampler.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with what it had learned."""
-        super().on_load_checkpoint(checkpoint)
-        self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
+            self._count_bits(x_0, labels, batch_idx)
 
     def _losses(
         self,
@@ -170,8 +169,10 @@ class DiffusionModule(TrainingModule):
         target: Image | None = None,
         degraded: Tensor | None = None,
     ) -> Losses:
-        if degraded is None and self.network_settings.degraded_embedding:  # DDP waits for what no loss reads
-            degraded = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
+        if degraded is None and self.network_settings.degraded_embedding:
+            degraded = torch.zeros(
+                len(x_0), dtype=torch.bool, device=x_0.device
+            )  # DDP waits for a parameter that no loss reads
         return training_losses(
             lambda x_t, t: self.network(x_t, t, labels, degraded=degraded).out,
             x_0,
@@ -192,7 +193,7 @@ class DiffusionModule(TrainingModule):
         classes = self.network_settings.num_classes
         return None if classes is None else torch.where(dropped.to(labels.device) | (labels < 0), classes, labels)
 
-    def _log_bits(self, x_0: Image, labels: Labels | None, batch_idx: int) -> None:
+    def _count_bits(self, x_0: Image, labels: Labels | None, batch_idx: int) -> None:
         """The estimate's mean, and what its error is made of."""
         schedule, size = self.schedule, len(x_0)
         generator = torch.Generator().manual_seed(batch_idx + 1)
@@ -207,5 +208,5 @@ class DiffusionModule(TrainingModule):
             schedule,
             variance=self.diffusion_settings.variance,
         )
-        self.log("val/bits_per_dim", bits.mean(), batch_size=size, sync_dist=True)
-        self.log("val/bits_per_dim_squared", bits.square().mean(), batch_size=size, sync_dist=True)
+        self._count("bits_per_dim", bits)
+        self._count("bits_per_dim_squared", bits.square())

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import AdamW
 
 from sagl.data.pixels import to_float
 from sagl.diffusion.losses import TimestepSampler, spread_timesteps
-from sagl.diffusion.noise import Streams, initial_noise, seed_dropout, timestep_generator, training_streams
+from sagl.diffusion.noise import Streams, initial_noise, normal, seed_dropout, timestep_generator, training_streams
 from sagl.machine import peak_gigabytes
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import require
@@ -39,11 +40,27 @@ def built_from_seed(build: Callable[[], Network], seed: int) -> Network:
         return build()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a training step draws for the images of this rank, and of the timesteps for those of all."""
+
+    timesteps: Timestep
+    """(B,)."""
+    weights: PerSample
+    """(B,): what the losses at these timesteps count."""
+    everywhere: Timestep
+    """(B · ranks,): those of all ranks, by the places of their images in the whole batch."""
+    streams: Streams
+    """For all else, one an image."""
+    noise: Image
+    """(B, C, H, W)."""
+
+
 class TrainingModule(LightningModule):
     """A network in training on noised images. A subclass builds `network` and says what a batch teaches it.
 
-    Weights begin from the seed; what a sample is trained with is drawn from (seed, batch, its place in the batch of all
-    ranks together), so that it is the same for any number of ranks. Dropout alone is drawn from (seed, batch, rank).
+    What an image is trained with is drawn from (seed, batch, its place in the batch of all ranks together), so that it
+    is the same for any number of ranks. Dropout alone is drawn from (seed, batch, rank).
     """
 
     network: nn.Module
@@ -74,23 +91,41 @@ class TrainingModule(LightningModule):
         dtype = next(self.network.parameters()).dtype
         return to_float(images).to(torch.promote_types(dtype, torch.float32))
 
-    def _drawn(self, count: int) -> tuple[Streams, Timestep, PerSample]:
-        """For one batch: a stream for each of this rank's samples, and timesteps and weights of those of all ranks."""
-        rank, ranks, number = self.global_rank, self.trainer.world_size, self.trainer.fit_loop.total_batch_idx
+    def _drawn(self, x_0: Image) -> Drawn:
+        """All for one training step, whose dropout begins anew."""
+        rank, ranks, size = self.global_rank, self.trainer.world_size, len(x_0)
+        number = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
         seed_dropout(self.seed, number, rank)
-        streams = training_streams(self.seed, number, range(rank, count * ranks, ranks))
-        return streams, *self.timestep_sampler.sample(count * ranks, timestep_generator(self.seed, number))
+        streams = training_streams(self.seed, number, range(rank, size * ranks, ranks))
+        everywhere, weights = self.timestep_sampler.sample(size * ranks, timestep_generator(self.seed, number))
+        mine = {"timesteps": everywhere[rank::ranks], "weights": weights[rank::ranks]}
+        return Drawn(**mine, everywhere=everywhere, streams=streams, noise=normal(streams, x_0.shape[1:]))
 
-    def _mine(self, of_all_ranks: Tensor) -> Tensor:
-        """(B · ranks,) by place in the whole batch -> (B,), this rank's."""
-        return of_all_ranks[self.global_rank :: self.trainer.world_size]
+    def _learns(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether the loss, the first of the values, is finite on every rank; the means of all are logged, or skipped.
 
-    def _of_all_ranks(self, values: Tensor) -> Tensor:
-        """(B,) of every rank -> (B · ranks,) by place in the whole batch, so that all ranks learn alike."""
-        if self.trainer.world_size == 1:
-            return values
-        gathered: Tensor = self.trainer.strategy.all_gather(values)
-        return gathered.T.flatten()
+        Raises:
+            UserError: too many in a row were not.
+        """
+        means = self._of_ranks(torch.stack([value.detach() for value in values.values()]), "mean")
+        finite = bool(torch.isfinite(means[0]))
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        require(
+            self.skipped_in_a_row <= self.max_skipped,
+            f"`model.max_skipped` allows {self.max_skipped} batches in a row whose loss is not finite, and there are "
+            "more. Lower model.optimizer.learning_rate, or set trainer.gradient_clip_val, and --resume.",
+        )
+        self.log("train/skipped", float(self.skipped))
+        if finite:
+            self._learned = True
+            self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
+            self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return finite
+
+    def _nothing(self) -> Tensor:
+        """A loss that teaches nothing, for DDP waits for every gradient."""
+        return torch.stack([0 * p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
 
     def _of_ranks(self, values: Tensor, kind: str) -> Tensor:
         """Mean or sum of what every rank has its own of."""
@@ -99,37 +134,6 @@ class TrainingModule(LightningModule):
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op=kind)
         return reduced
 
-    def _taught(self, loss: Tensor, values: Mapping[str, Tensor]) -> bool:
-        """Log the means over ranks of the loss and of other values; whether it is finite, and trains.
-
-        Raises:
-            UserError: too many in a row were not.
-        """
-        means = self._of_ranks(torch.stack([loss, *values.values()]).detach(), "mean")
-        if not self._is_finite(means[0]):
-            return False
-        self._learned = True
-        self.log_dict({f"train/{name}": mean for name, mean in zip(("loss", *values), means, strict=True)})
-        self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return True
-
-    def _nothing(self) -> Tensor:
-        """A loss that trains nothing, on every rank alike."""
-        return torch.stack([0 * p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
-
-    def _is_finite(self, loss: Tensor) -> bool:
-        """Whether the mean loss of all ranks is finite, and so each of them; the skipped are counted."""
-        skipped = not bool(torch.isfinite(loss))
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        require(
-            self.skipped_in_a_row <= self.max_skipped,
-            f"`model.max_skipped` allows {self.max_skipped} batches in a row whose loss is not finite, and there are "
-            "more. Lower model.optimizer.learning_rate, or set trainer.gradient_clip_val, and --resume.",
-        )
-        self.log("train/skipped", float(self.skipped))
-        return not skipped
-
     # ---------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
@@ -137,27 +141,28 @@ class TrainingModule(LightningModule):
         self._validated, self._sums = 0, {}
 
     def _shown(self, x_0: Image) -> tuple[Timestep, Image]:
-        """What validation shows of a batch: each image at a timestep and noise that stay its own for any world size."""
+        """Timesteps and noise that stay an image's own, in batches of any size and on any number of ranks."""
         places = range(self._validated, self._validated + len(x_0))
         ids = [place * self.trainer.world_size + self.global_rank for place in places]
         self._validated += len(x_0)
         return spread_timesteps(ids, self.diffusion_settings.num_timesteps), initial_noise(0, ids, x_0.shape[1:])
 
-    def _add(self, name: str, values: PerSample, timesteps: Timestep) -> None:
-        """(B,) values to the mean val/NAME and to those of the quarters of the timesteps."""
-        sums = self._sums.setdefault(name, torch.zeros(QUARTERS, 2, dtype=torch.float64))
-        rows = torch.stack([torch.ones_like(values), values], dim=1).double().cpu()
-        sums.index_add_(0, timesteps.cpu() * QUARTERS // self.diffusion_settings.num_timesteps, rows)
+    def _count(self, name: str, values: PerSample, timesteps: Timestep | None = None) -> None:
+        """(B,) values, whose mean over all images becomes val/NAME; with timesteps also of each quarter of them."""
+        total = self.diffusion_settings.num_timesteps
+        quarter = torch.zeros(len(values), dtype=torch.int64) if timesteps is None else timesteps * QUARTERS // total
+        sums = self._sums.setdefault(name, torch.zeros(1 if timesteps is None else QUARTERS, 2, dtype=torch.float64))
+        sums.index_add_(0, quarter.cpu(), torch.stack([torch.ones_like(values), values], dim=1).double().cpu())
 
     def on_validation_epoch_end(self) -> None:
-        """Means of all ranks, whole and by quarter of the timesteps (0 the cleanest)."""
-        for name, mine in self._sums.items():
-            sums = self._of_ranks(mine, "sum").cpu()
-            images, total = sums.sum(dim=0).tolist()
+        """Log the means of all ranks, and of the quarters (0 the cleanest) that an image fell into."""
+        for name, sums in self._sums.items():
+            of_all = self._of_ranks(sums, "sum").cpu()
+            images, total = of_all.sum(dim=0).tolist()
             self.log(f"val/{name}", total / images)
-            for q, (inside, of_quarter) in enumerate(sums.tolist()):
-                if inside:
-                    self.log(f"val/{name}_quarter_{q}", of_quarter / inside)
+            for q, (inside, part) in enumerate(of_all.tolist()):
+                if inside and len(sums) > 1:
+                    self.log(f"val/{name}_quarter_{q}", part / inside)
             if name == "loss" and self.trainer.state.fn != "fit":
                 self.log("val/images", images)
 
@@ -202,9 +207,11 @@ class TrainingModule(LightningModule):
     # --------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """How many batches were skipped."""
+        """What the timestep sampler has learned, and how many batches were skipped."""
+        checkpoint["timestep_sampler"] = self.timestep_sampler.state()
         checkpoint["skipped"], checkpoint["skipped_in_a_row"] = self.skipped, self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count on."""
+        """Go on with these."""
+        self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
         self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)

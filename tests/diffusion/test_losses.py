@@ -14,6 +14,7 @@ from sagl.diffusion.losses import (
     estimated_bits_per_dim,
     gaussian_kl,
     prior_bits,
+    spread_timesteps,
     training_losses,
 )
 from sagl.diffusion.process import add_noise
@@ -290,3 +291,10 @@ def test_no_timestep_is_ever_given_up():
 def test_timesteps_are_drawn_from_the_generator_alone(sampler):
     first, again = (sampler.sample(20, torch.Generator().manual_seed(1))[0] for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64, 512])
+def test_the_timesteps_of_the_first_ids_are_evenly_spread(count):
+    timesteps = spread_timesteps(range(count), 1024)
+    assert sorted(timesteps.tolist()) == [k * 1024 // count for k in range(count)]
+    assert spread_timesteps([5, 3], 1000).tolist() == [spread_timesteps([k], 1000).item() for k in (5, 3)]
