@@ -41,6 +41,15 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What to call a picture in a message."""
 
+    def picture(self, index: int) -> Image.Image:
+        """The picture itself; sources that subclass this one have it from `encoded`."""
+        return decoded(self.encoded(index))
+
+
+def decoded(encoded: bytes) -> Image.Image:
+    """A picture of a file's bytes; Pillow reads its pixels when they are asked for."""
+    return Image.open(io.BytesIO(encoded))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -102,7 +111,7 @@ class Pictures(Images):
 
     def _decoded(self, index: int) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self.source.encoded(index))).convert("RGB" if self.cut.channels == 3 else "L")
+            return self.source.picture(index).convert("RGB" if self.cut.channels == 3 else "L")
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"`data` must be pictures that can be read, and {self.source.name(index)} is damaged."
