@@ -130,15 +130,16 @@ def _read_index(shard: Path) -> Index:
 def _members(file: BinaryIO) -> tuple[Members, bool]:
     """The whole members by key, as WebDataset groups them, and whether the shard has its end.
 
-    The last key of a damaged shard is left out if it has fewer members than the first: the others are lost.
+    A key whose members are cut is left out; so is the last of a damaged shard if it has fewer members than the first.
     """
     members: Members = {}
     end, size = 0, os.fstat(file.fileno()).st_size
     for member in _readable(file):
+        key, ending = base_plus_ext(member.name)
         if member.offset_data + member.size > size:
+            members.pop(key, None)
             break
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        key, ending = base_plus_ext(member.name)
         if member.isreg() and key:
             members.setdefault(key, {}).setdefault(f".{ending.lower()}", member)
     if whole := _read(file, end, BLOCK) == bytes(BLOCK):  # the mark of a tar's end
