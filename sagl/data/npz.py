@@ -11,17 +11,16 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image
 
-from sagl.data.pictures import NO_LABEL, PictureData, Source
+from sagl.data.arrays import Array, ArrayPictures
+from sagl.data.pictures import NO_LABEL, PictureData
 from sagl.settings.errors import UserError, require
 
-Array = np.ndarray[Any, np.dtype[Any]]
 LOCAL_HEADER = struct.Struct("<26x2H")
 """The end of what stands before a member's name in a zip: lengths of the name and of the extra field."""
 
 
-class NpzPictures(Source):
+class NpzPictures(ArrayPictures):
     """`arr_0` as pictures and `arr_1` as labels; each process reads the images when it first needs one."""
 
     def __init__(self, file: Path) -> None:
@@ -33,7 +32,6 @@ class NpzPictures(Source):
         require(file.is_file(), f"`data.file` must be an npz file, and there is none at {file}.")
         self.file = file
         images, labels = self.images, _read(file, "arr_1")
-        require(images is not None, f"`data.file` must hold images as arr_0, and {file} does not.")
         require(
             images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3) and len(images) > 0,
             f"`data.file` must hold uint8 images (N, H, W, 3 or 1), and arr_0 of {file} is {images.dtype} "
@@ -55,28 +53,9 @@ class NpzPictures(Source):
         """Without the images, which another process reads for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "images"}
 
-    def __len__(self) -> int:
-        """Images in the file."""
-        return len(self.labels)
-
-    def encoded(self, index: int) -> bytes:
-        """PNG bytes."""
-        file = io.BytesIO()
-        self.picture(index).save(file, "PNG")
-        return file.getvalue()
-
-    def label(self, index: int) -> int:
-        """From `arr_1`."""
-        return int(self.labels[index])
-
     def name(self, index: int) -> str:
         """Its place, and the file."""
         return f"image {index} of {self.file}"
-
-    def picture(self, index: int) -> Image.Image:
-        """RGB, or grey where there is one channel."""
-        pixels = np.array(self.images[index])
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 @dataclass(kw_only=True, eq=False)
