@@ -5,9 +5,10 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from sagl.data.pictures import Source
+from sagl.data.pictures import Pixels, Source
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -40,3 +41,8 @@ class ArrayPictures(Source):
         """RGB, or grey where there is one channel."""
         pixels = np.array(self.images[index])
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def pixels(self, index: int, channels: int) -> Pixels:
+        """The array's, in colour or in grey."""
+        picture = self.picture(index).convert("RGB" if channels == 3 else "L")
+        return torch.from_numpy(np.array(picture).reshape(picture.height, picture.width, channels))

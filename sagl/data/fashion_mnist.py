@@ -10,10 +10,9 @@ from urllib.error import URLError
 
 from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
-from sagl.data.loading import Images, Pair, TrainingLoader, training_loader, validation_loader
+from sagl.data.loading import Images, Loader, Pair, Reading, TrainingLoader, in_order, training_loader
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import cache_folder
 from sagl.shapes import ImageUint8, Labels
@@ -70,13 +69,13 @@ class FashionMNISTData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """The training split, in a new order each epoch."""
         split = PaddedFashionMNIST(self.folder, train=True)
-        return training_loader(split, self.batch_size, self.num_workers, self.seed, self.trainer)
+        return training_loader(split, self._reading, self.seed, self.trainer)
 
-    def val_dataloader(self) -> DataLoader[Pair]:
+    def val_dataloader(self) -> Loader:
         """The first images of the test split, always the same."""
         return self._of_test_split(slice(self.num_validation))
 
-    def test_dataloader(self) -> DataLoader[Pair]:
+    def test_dataloader(self) -> Loader:
         """The rest of the test split.
 
         Raises:
@@ -86,10 +85,14 @@ class FashionMNISTData(LightningDataModule):
         require(len(rest) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
         return rest
 
-    def _of_test_split(self, part: slice) -> DataLoader[Pair]:
+    def _of_test_split(self, part: slice) -> Loader:
         split = PaddedFashionMNIST(self.folder, train=False)
         split.images, split.labels = split.images[part], split.labels[part]
-        return validation_loader(split, self.batch_size, self.num_workers, self.trainer)
+        return in_order(split, self._reading, self.trainer)
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading(batch_size=self.batch_size, num_workers=self.num_workers)
 
 
 def is_there(root: Path) -> bool:

@@ -2,8 +2,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.data import SequentialSampler
 
-from sagl.data.loading import Images, TrainingLoader, TrainingOrder, training_loader
+from sagl.data.loading import (
+    DamagedPictures,
+    Images,
+    Loader,
+    Reading,
+    TrainingLoader,
+    TrainingOrder,
+    training_loader,
+)
 from sagl.settings.errors import UserError
 from tests.tiny import QUIET
 
@@ -23,8 +32,9 @@ class Numbers(Images):
         return torch.full((1, 1, 1), item % self.count), torch.tensor(item)
 
 
-def loader(count=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0):
-    return TrainingLoader(Numbers(count), TrainingOrder(count, seed, rank, world_size), batch_size, num_workers)
+def loader(count=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0, start_method=None, shape=None):
+    reading = Reading(batch_size=batch_size, num_workers=num_workers, start_method=start_method, shape=shape)
+    return TrainingLoader(Numbers(count), TrainingOrder(count, seed, rank, world_size), reading)
 
 
 def batches(loader, epochs=1):
@@ -53,10 +63,11 @@ def test_the_order_is_a_function_of_the_seed():
     assert batches(loader(seed=4)) != first
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "shape"), [(0, None), (2, None), (2, (1, 1, 1))])
 @pytest.mark.parametrize("done", [0, 1, 4, 5, 7, 10])
-def test_a_loader_goes_on_where_another_stopped(done, num_workers):
-    whole, first, second = batches(loader(), 3), loader(num_workers=num_workers), loader(num_workers=num_workers)
+def test_a_loader_goes_on_where_another_stopped(done, num_workers, shape):
+    whole = batches(loader(), 3)
+    first, second = (loader(num_workers=num_workers, shape=shape) for _ in range(2))
     endless = (labels.tolist() for _ in range(3) for _, labels in first)
     assert [next(endless) for _ in range(done)] == whole[:done]
     second.load_state_dict(first.state_dict())
@@ -86,4 +97,57 @@ def test_all_ranks_have_the_same_number_of_batches():
 
 def test_too_few_images_for_a_batch_are_refused():
     with pytest.raises(UserError, match=r"at most 3, .* got 4"):
-        training_loader(Numbers(3), 4, 0, 0, None)
+        training_loader(Numbers(3), Reading(batch_size=4), 0, None)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 1, 1)])
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_workers_of_every_start_method_bring_the_same_batches(start_method, shape):
+    assert batches(loader(num_workers=2, start_method=start_method, shape=shape), 2) == batches(loader(), 2)
+
+
+# ------------------------------------------------------------------------------------------------------ damaged
+
+
+class Holed(Numbers):
+    """Every fifth is damaged, and the next stands in for it."""
+
+    def __getitem__(self, item):
+        place = item % self.count
+        whole = place + (place % 5 == 0)
+        return torch.full((1, 1, 1), whole), torch.tensor(whole), torch.tensor(place if place % 5 == 0 else -1)
+
+
+def holed(damaged, num_workers=0):
+    reading = Reading(batch_size=4, num_workers=num_workers, damaged=damaged, name="picture {}".format)
+    return Loader(Holed(12), SequentialSampler(range(12)), reading)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damaged_pictures_are_counted_once_and_named_in_the_report(tmp_path, num_workers):
+    report = tmp_path / "run" / "damaged.txt"
+    seen = holed(DamagedPictures(report, 3), num_workers)
+    for _ in range(2):
+        assert batches(seen)[0] == [1, 1, 2, 3]
+    assert report.read_text().splitlines() == ["picture 0", "picture 5", "picture 10"]
+
+
+def test_too_many_damaged_pictures_end_the_run_and_say_where_they_are_named(tmp_path):
+    report = tmp_path / "damaged.txt"
+    with pytest.raises(UserError, match=rf"`data.max_damaged` allows 1 pictures .* see {report}\."):
+        batches(holed(DamagedPictures(report, 1)))
+    assert report.read_text().splitlines() == ["picture 0", "picture 5"]
+    with pytest.raises(UserError, match="the last of them picture 5"):
+        batches(holed(DamagedPictures(None, 1)))
+
+
+def test_a_run_that_goes_on_knows_those_of_before(tmp_path):
+    report = tmp_path / "damaged.txt"
+    report.write_text("picture 0\npicture 77\n")
+    with pytest.raises(UserError):
+        batches(holed(DamagedPictures(report, 3)))
+    assert report.read_text().splitlines() == ["picture 0", "picture 77", "picture 5", "picture 10"]
+
+
+def test_images_are_pairs_when_they_are_looked_at_one_by_one():
+    assert [int(label) for _, label in Holed(7)] == [1, 1, 2, 3, 4, 6, 6]

@@ -82,8 +82,22 @@ def test_any_kind_of_worker_process_reads_them(method, tmp_path):
     source.encoded(0)  # the parent has it open
     images = Pictures(source, np.arange(COUNT), Cut(side=8, channels=3))
     loader = DataLoader(images, 3, num_workers=2, multiprocessing_context=method)
-    seen = torch.cat([batch for batch, _ in loader])
+    seen = torch.cat([batch for batch, *_ in loader])
     assert torch.equal(seen, torch.stack([images[i][0] for i in range(COUNT)]))
+
+
+def test_damaged_entries_are_stood_in_for_named_and_counted(tmp_path):
+    environment = lmdb.open(str(write_lsun(tmp_path / "cat", "JPEG")), map_size=1 << 22)
+    with environment.begin(write=True) as transaction:
+        whole = transaction.get(f"{2:040x}".encode())
+        transaction.put(f"{2:040x}".encode(), whole[: len(whole) // 3])
+        transaction.put(f"{7:040x}".encode(), b"")
+    environment.close()
+    data = LSUNData(category="cat", root=str(tmp_path), batch_size=2, num_validation=0, num_workers=0, image_size=8)
+    data.max_damaged = 0.2
+    data.setup("fit")
+    assert sum(len(images) for images, _ in data.train_dataloader()) == COUNT
+    assert data._damaged.names == {f"{place:040x} in {tmp_path / 'cat'}" for place in (2, 7)}
 
 
 @pytest.mark.parametrize("name", ["cat", "cat_lmdb", "cat_train_lmdb"])

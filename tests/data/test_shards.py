@@ -2,7 +2,6 @@ import io
 import os
 import pickle
 import tarfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ from webdataset import TarWriter, WebDataset
 from sagl.data.pictures import Cut, Pictures
 from sagl.data.shards import ShardData, ShardPictures
 from sagl.settings.errors import UserError
-from tests.tiny import QUIET, contents
+from sagl.settings.network import UNetSettings
+from tests.data.test_pictures import OfNetwork
+from tests.tiny import COLOUR, QUIET, contents
 
 pytestmark = QUIET
 
@@ -208,7 +209,9 @@ def test_training_goes_on_in_the_middle_of_an_epoch(done, tmp_path):
 
 def test_two_ranks_share_every_picture_though_the_shards_are_odd(tmp_path):
     write_shards(tmp_path / "shards")
-    ranks = [SimpleNamespace(global_rank=r, world_size=2, num_devices=2, lightning_module=None) for r in range(2)]
+    ranks = [OfNetwork(UNetSettings(**{**COLOUR, "num_classes": 10})) for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        rank.global_rank, rank.world_size = number, 2
     modules = [module(tmp_path / "shards", rank, batch_size=1) for rank in ranks]
     trained = [seen(data.train_dataloader()) for data in modules]
     validated = [seen(data.val_dataloader()) for data in modules]
