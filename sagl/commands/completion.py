@@ -12,6 +12,7 @@ PARSERS = {
     "fit": ("sagl.commands.fit", "fit_parser"),
     "validate": ("sagl.commands.validate", "validate_parser"),
     "test": ("sagl.commands.test", "test_parser"),
+    "shard": ("sagl.commands.shard", "shard_parser"),
     "evaluate": ("sagl.commands.evaluate", "evaluate_parser"),
     "convert": ("sagl.commands.convert", "convert_parser"),
     "export": ("sagl.commands.export", "export_parser"),

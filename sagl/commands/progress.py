@@ -1,4 +1,4 @@
-"""How far a sampling run is: a bar with an inner one for the steps on a terminal, plain lines elsewhere."""
+"""How far a run over images is: a bar, with an inner one for the steps of sampling, or plain lines in a log."""
 
 import time
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ class Bars(Watch):
     def __init__(self, bars: Progress, title: str, total: int) -> None:
         self.bars = bars
         self.outer = bars.add_task(title, total=total)
-        self.inner = bars.add_task("  denoising", total=None, start=False)
+        self.inner = bars.add_task("  denoising", total=None, start=False, visible=False)
 
     def steps(self, chain: Iterator[Any], num_steps: int) -> Iterator[Any]:
         """The chain; every step moves the inner bar."""
-        self.bars.reset(self.inner, total=num_steps)
+        self.bars.reset(self.inner, total=num_steps, visible=True)
         for item in chain:
             self.bars.advance(self.inner)
             yield item

@@ -5,6 +5,7 @@ VERBS = {
     "fit": ("sagl.commands.fit", "train a network"),
     "validate": ("sagl.commands.validate", "loss and bits/dim of a network on validation images"),
     "test": ("sagl.commands.test", "the same on images that neither training nor validation saw"),
+    "shard": ("sagl.commands.shard", "pictures as WebDataset shards, to train on"),
     "evaluate": ("sagl.commands.evaluate", "Fréchet distance of a run from a reference"),
     "convert": ("sagl.commands.convert", "a network as safetensors or for diffusers"),
     "doctor": ("sagl.commands.doctor", "what this machine has, and what is missing"),

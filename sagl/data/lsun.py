@@ -14,7 +14,7 @@ import lmdb
 import numpy as np
 from torchvision.datasets.lsun import LSUNClass
 
-from sagl.data.pictures import NO_LABEL, PictureData
+from sagl.data.pictures import NO_LABEL, PictureData, Source
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import cache_folder, whole_file
 
@@ -24,7 +24,7 @@ _OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
 """Databases by folder, with the process that opened them; lmdb allows each once in a process."""
 
 
-class LSUNPictures(LSUNClass):
+class LSUNPictures(LSUNClass, Source):
     """One category without labels, in the order of its keys."""
 
     num_classes = None

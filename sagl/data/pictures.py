@@ -63,6 +63,10 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What to call a picture in a message."""
 
+    def pixels(self, index: int, channels: int) -> Pixels:
+        """The picture itself, (H, W, channels); sources that subclass this one have it from `encoded`."""
+        return decoded(self.encoded(index), channels)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -158,7 +162,7 @@ class Pictures(Images):
     def _decoded(self, place: int) -> Pixels | None:
         """The picture, whole; None where it cannot be read, which the file system and decoders say in many ways."""
         try:
-            return decoded(self.source.encoded(place), self.cut.channels)
+            return self.source.pixels(place, self.cut.channels)
         except Exception:
             return None
 

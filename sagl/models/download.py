@@ -65,6 +65,7 @@ def download(
     timeout_seconds: float = 30,
     attempts: int = 5,
     pause_seconds: float = 1,
+    folder_argument: str = "SAGL_CACHE",
 ) -> Path:
     """Fetch a file to `target`, unless it is there.
 
@@ -76,6 +77,7 @@ def download(
         timeout_seconds: longest silence of the server.
         attempts: how many in a row may fail without a byte more than before.
         pause_seconds: before the second of them; twice as long before each one after, up to half a minute.
+        folder_argument: what the user calls the folder of `target`.
 
     Returns:
         `target`.
@@ -86,7 +88,13 @@ def download(
     require(urlsplit(url).scheme in ("http", "https"), f"`url` must be an http or https address, got {url!r}.")
     if target.is_file():
         return target
-    transfer = _Transfer(url=url, target=target, on_progress=on_progress, timeout_seconds=timeout_seconds)
+    transfer = _Transfer(
+        url=url,
+        target=target,
+        on_progress=on_progress,
+        timeout_seconds=timeout_seconds,
+        folder_argument=folder_argument,
+    )
     with _disk(transfer):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(transfer):
@@ -125,6 +133,7 @@ class _Transfer:
     target: Path
     on_progress: Progress
     timeout_seconds: float
+    folder_argument: str
 
     @property
     def partial(self) -> Path:
@@ -384,10 +393,10 @@ def _disk(transfer: _Transfer) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        folder = transfer.target.parent
+        folder, argument = transfer.target.parent, transfer.folder_argument
         raise UserError(
-            f"`SAGL_CACHE` must be a folder that can hold {transfer.target.name}, and {folder} cannot: "
-            f"{error.strerror or error}. Make room there, or set SAGL_CACHE to another folder."
+            f"`{argument}` must be a folder that can hold {transfer.target.name}, and {folder} cannot: "
+            f"{error.strerror or error}. Make room there, or set {argument} to another folder."
         ) from error
 
 

@@ -52,6 +52,67 @@ def test_a_folder_that_cannot_be_meant_is_refused_in_one_line(files, labels, sai
     assert "\n" not in str(error.value)
 
 
+def write_csv(path, labels, head="file,label"):
+    path.write_text("\n".join([head, *(f"{file},{label}" for file, label in labels.items())]) + "\n")
+    return str(path)
+
+
+def test_labels_of_a_csv_are_classes_in_the_order_of_their_names(tmp_path):
+    root = write_pictures(tmp_path / "mine")
+    said = dict(zip(FILES, ["wolf", "10", "tom cat", "wolf", '"owl, white"'], strict=True))
+    pictures = FolderPictures(root, write_csv(tmp_path / "labels.csv", said, "\ufefffile,label"))
+    assert pictures.classes == ["10", "owl, white", "tom cat", "wolf"]
+    assert [pictures.label(i) for i in range(5)] == [1, 0, 2, 3, 3]
+
+
+def test_numbers_of_a_csv_are_the_labels_themselves(tmp_path):
+    root = write_pictures(tmp_path / "mine")
+    pictures = FolderPictures(root, write_csv(tmp_path / "labels.csv", dict(zip(FILES, (0, 7, 2, 2, 5), strict=True))))
+    assert [pictures.label(i) for i in range(5)] == [5, 7, 2, 2, 0]
+    assert pictures.num_classes == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"dogs/b.png": None, "dogs/a.bmp": None},
+            r"2 of .*mine are not in .*labels.csv, the first of them dogs/a.bmp",
+        ),
+        ({"z.png": 1, "new/y.png": 1}, r"2 of .*labels.csv are not in .*mine, the first of them new/y.png"),
+        ({"dogs/b.png": ""}, "1 of 5 lines"),
+    ],
+)
+def test_a_csv_of_other_pictures_is_refused_with_the_first_and_the_count(changes, said, tmp_path):
+    labels = {name: label for name, label in (dict.fromkeys(FILES, 0) | changes).items() if label is not None}
+    root = write_pictures(tmp_path / "mine")
+    with pytest.raises(UserError, match=said) as error:
+        FolderPictures(root, write_csv(tmp_path / "labels.csv", labels))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "can be read"),
+        (b"", "header file,label"),
+        (b"name,class\na.png,1\n", "header file,label"),
+        (b"\xff\xfe\x00", "can be read"),
+        (b"file,label\ndogs/b.png,1\ndogs/b.png,2\n", "1 of 2 lines"),
+    ],
+)
+def test_a_csv_that_is_none_is_refused(content, said, tmp_path):
+    if content is not None:
+        (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        FolderPictures(write_pictures(tmp_path / "mine"), str(tmp_path / "labels.csv"))
+
+
+def test_another_kind_of_labels_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"must be folders, none or the name of a .csv file, got 'folder'"):
+        FolderPictures(write_pictures(tmp_path / "mine"), "folder")
+
+
 def test_the_module_gives_labelled_batches(tmp_path):
     root = write_pictures(tmp_path / "mine")
     module = FolderData(root=str(root), labels="folders", batch_size=2, num_workers=0, num_validation=1, image_size=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sagl.data.pictures import NO_LABEL, Cut, PictureData, Pictures, decoded, shrunk
+from sagl.data.pictures import NO_LABEL, Cut, PictureData, Pictures, Source, decoded, shrunk
 from sagl.settings.errors import UserError
 from sagl.settings.network import UNetSettings
 from tests.tiny import COLOUR, GREY, QUIET
@@ -20,7 +20,7 @@ def png_bytes(picture):
     return file.getvalue()
 
 
-class Memory:
+class Memory(Source):
     """A source of encoded pictures held in memory."""
 
     def __init__(self, pictures, num_classes=None):
