@@ -49,6 +49,7 @@ OF_FIT = {
     "preview",
     "seed_everything",
     "average_decay",
+    "further_decays",
     "save_every_steps",
     "save_every_minutes",
     "output",
