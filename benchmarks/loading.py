@@ -22,7 +22,7 @@ from PIL import Image
 
 from sagl.data.loading import TrainingLoader
 from sagl.data.lsun import LSUNData, LSUNPictures
-from sagl.machine import usable_cores
+from sagl.machine import keep_freed_memory, usable_cores
 
 DIFFERENT = 200
 """Different pictures; the database holds each many times, as bytes of its own."""
@@ -98,6 +98,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=3, help="of the measurement of memory")
     p.add_argument("--report", type=Path, default=None)
     a = p.parse_args()
+    keep_freed_memory()  # as sagl fit does, and so for both sides
     cores = usable_cores()
     with tempfile.TemporaryDirectory() as root:
         os.environ["SAGL_CACHE"] = root

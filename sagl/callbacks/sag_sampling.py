@@ -20,6 +20,7 @@ from sagl.modules.diffusion_module import DiffusionModule
 from sagl.recipe import Recipe, collect, labels_of, prepare
 from sagl.settings.errors import UserError
 from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.paths import whole_file
 from sagl.settings.sampling import ChainSettings, RunSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
@@ -124,8 +125,8 @@ class SAGSampling(Callback):
         if trainer.is_global_zero:
             picture = stacked_grid([row.cpu() for row in rows])
             path = self.folder / "previews" / f"step_{trainer.global_step:08d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(picture, path)
+            with whole_file(path) as partial:
+                save_png(picture, partial)
             scales = " ".join(f"{scale:g}" for scale, _ in recipes)
             for logger in trainer.loggers:
                 _show(logger, f"preview/scales {scales}", picture, trainer.global_step)

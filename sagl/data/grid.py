@@ -1,6 +1,5 @@
 """Grids of images: rows of samples, under each other what belongs together."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +47,5 @@ def stacked_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding
 
 
 def save_png(picture: ImageUint8, path: Path) -> None:
-    """(C, H, W) uint8 -> a PNG file, whole or not at all; the bytes are stored as they are."""
-    partial = path.with_name(f"{path.name}.partial")
-    PILImage.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(partial, format="PNG")
-    os.replace(partial, path)
+    """(C, H, W) uint8 -> a PNG file; the bytes are stored as they are. To be called inside `whole_file`."""
+    PILImage.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")

@@ -18,6 +18,7 @@ from sagl.data.pictures import NO_LABEL, PictureData, Source
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import cache_folder, whole_file
 
+ARCHIVES = "http://dl.yf.io/lsun"
 ENDINGS = ("", "_lmdb", "_train_lmdb")
 """What the archives of LSUN's objects and scenes call a category's folder, behind its name."""
 _OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
@@ -92,7 +93,8 @@ def lsun_folder(root: Path, category: str) -> Path:
     require(
         bool(found),
         f"`data.root` must hold LSUN's {category}, and there is no data.mdb in {', '.join(map(str, known))}. "
-        f"Unpack the archive of the category there, or give its folder with --data.root.",
+        f"Fetch {ARCHIVES}/objects/{category}.zip (a scene: {ARCHIVES}/scenes/{category}_train_lmdb.zip), unpack it in "
+        f"{root}, or give the folder that holds it with --data.root.",
     )
     return found[0]
 

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Sampler
 
 Sent = tuple[int, list[int], list[int]]
 """The slot that a batch lies in, its labels, and the places of the damaged pictures in it."""
-PREFETCHED = 2
-"""Batches that each reader has under way, as in torch's DataLoader."""
+PREFETCHED = 4
+"""Batches that each reader has under way: with torch's 2 it waits at times for the main process."""
 
 
 class SharedBatches(Dataset[Any]):

@@ -1,3 +1,5 @@
+import io
+import json
 import os
 import re
 import signal
@@ -6,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import lmdb
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sagl.models.checkpoints import build_network, read_network
@@ -411,3 +415,38 @@ def test_what_a_researcher_watches_is_logged(fitted):
         assert all(value >= 0 for value in values)
     assert max(event.value for event in logs.Scalars("train/gradient_norm")) > 0
     assert [event.value for event in logs.Scalars("train/skipped")] == [0.0] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------- LSUN
+
+TINY_CAT = {"image_size": 32, "num_channels": 32, "num_res_blocks": 2, "channel_mult": [1, 1]}
+TINY_CAT |= {"attention_resolutions": [16], "num_head_channels": 32, "learn_sigma": True}
+
+
+def write_cats(folder, count):
+    """Pictures of many sizes as LSUN packs them."""
+    environment = lmdb.open(str(folder / "cat"), map_size=1 << 26)
+    with environment.begin(write=True) as transaction:
+        for i in range(count):
+            file = io.BytesIO()
+            Image.new("RGB", (40 + i % 9, 36), (i % 256, 9, 200)).save(file, "JPEG")
+            transaction.put(f"{i:040x}".encode(), file.getvalue())
+    environment.close()
+
+
+def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
+    write_cats(tmp_path, 1600)
+    flags = ["--data.root", tmp_path, "--trainer.max_steps", "2", "--model.network", json.dumps(TINY_CAT)]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    assert exit_code("fit", "--config", "configs/lsun_cat.yaml", "--output", tmp_path / "run", *flags, *quiet) == 0
+    assert checkpoint_of(tmp_path / "run")["global_step"] == 2
+
+
+def test_without_lsun_one_line_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):
+    flags = ["--output", tmp_path / "run", "--data.root", tmp_path / "lsun", "--model.network", json.dumps(TINY_CAT)]
+    assert exit_code("fit", "--config", "configs/lsun_cat.yaml", *flags) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.splitlines()[-1].startswith("sagl fit: `data.root` must hold LSUN's cat")
+    assert "objects/cat.zip" in said
+    assert str(tmp_path / "lsun" / "cat") in said
