@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image as PILImage
@@ -154,6 +155,15 @@ def write_fashion_mnist(root, *, train=200, test=40):
         write_idx(raw / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
         write_idx(raw / f"{split}-labels-idx1-ubyte", rng.integers(0, 10, count, dtype=np.uint8))
     return raw
+
+
+def write_config(folder, config, *, batch_size=4):
+    """A configuration of a training, with such data of its own beside it; returns its file."""
+    write_fashion_mnist(folder)
+    init = {"root": str(folder), "batch_size": batch_size, "num_validation": 8}
+    data = {"class_path": "sagl.data.fashion_mnist.FashionMNISTData", "init_args": init}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+    return folder / "tiny.yaml"
 
 
 # ---------------------------------------------------------------------------------------------------- training

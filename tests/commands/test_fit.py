@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sagl.models.checkpoints import build_network, read_network
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_fashion_mnist, write_tiny
+from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_config, write_tiny
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -31,7 +31,6 @@ CONFIG = {
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "label_dropout": 0.1,
     },
-    "data": {"class_path": "sagl.data.fashion_mnist.FashionMNISTData"},
     "trainer": {
         "max_steps": 4,
         "accelerator": "cpu",
@@ -49,20 +48,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A whole configuration, with data of its own beside it."""
-    folder = tmp_path_factory.mktemp("fit")
-    write_fashion_mnist(folder)
-    data = {**CONFIG["data"], "init_args": {"root": str(folder), "batch_size": 4, "num_validation": 8}}
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, "data": data}))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def the_environment_is_left_as_it_was(monkeypatch):
-    """Lightning's seed_everything writes variables."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
+    return write_config(tmp_path_factory.mktemp("fit"), CONFIG)
 
 
 class Watch:

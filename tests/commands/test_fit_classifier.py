@@ -14,7 +14,7 @@ from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.errors import UserError
 from sagl.settings.network import ClassifierSettings
-from tests.tiny import QUIET, QUIET_CLI, exit_code, write_fashion_mnist, write_tiny, write_tiny_classifier
+from tests.tiny import QUIET, QUIET_CLI, exit_code, write_config, write_tiny, write_tiny_classifier
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -27,7 +27,6 @@ CONFIG = {
         "diffusion": {"noise_schedule": "cosine"},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
     },
-    "data": {"class_path": "sagl.data.fashion_mnist.FashionMNISTData"},
     "trainer": {
         "max_steps": 4,
         "accelerator": "cpu",
@@ -43,20 +42,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A whole configuration, with data of its own beside it."""
-    folder = tmp_path_factory.mktemp("fit")
-    write_fashion_mnist(folder)
-    data = {**CONFIG["data"], "init_args": {"root": str(folder), "batch_size": 8, "num_validation": 8}}
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, "data": data}))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def the_environment_is_left_as_it_was(monkeypatch):
-    """Lightning's seed_everything writes variables."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
+    return write_config(tmp_path_factory.mktemp("fit"), CONFIG, batch_size=8)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 import pytest
-import yaml
 
 from tests.commands.test_fit import CONFIG
-from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, write_fashion_mnist
+from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, write_config
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -11,10 +10,7 @@ pytestmark = [*QUIET, *QUIET_CLI]
 def run(tmp_path_factory):
     """A fit of two steps."""
     folder = tmp_path_factory.mktemp("validate")
-    write_fashion_mnist(folder)
-    data = {**CONFIG["data"], "init_args": {"root": str(folder), "batch_size": 4, "num_validation": 8}}
-    config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, "data": data, "trainer": {**CONFIG["trainer"], "max_steps": 2}}))
+    config = write_config(folder, {**CONFIG, "trainer": {**CONFIG["trainer"], "max_steps": 2}})
     assert exit_code("fit", "--config", config, "--output", folder / "run") == 0
     return folder / "run"
 
@@ -72,13 +68,11 @@ def test_what_cannot_be_validated_is_one_line(arguments, line, capsys, tmp_path,
 
 
 def test_a_classifier_is_validated_too(tmp_path, capsys):
-    write_fashion_mnist(tmp_path)
     classifier = {"image_size": 32, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1]}
     classifier |= {"attention_resolutions": [16], "num_head_channels": 32, "num_classes": 10, "pool": "adaptive"}
-    data = {**CONFIG["data"], "init_args": {"root": str(tmp_path), "batch_size": 4, "num_validation": 8}}
-    config = {"model": {"classifier": classifier}, "data": data, "trainer": {**CONFIG["trainer"], "max_steps": 1}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert exit_code("fit", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run") == 0
+    trainer = {**CONFIG["trainer"], "max_steps": 1}
+    config = write_config(tmp_path, {"model": {"classifier": classifier}, "trainer": trainer})
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run") == 0
     found = said(capsys, "validate", tmp_path / "run")
     assert {"loss", "accuracy", "accuracy top 5", "at timesteps 0 to 249"} <= found.keys()
     assert "bits/dim" not in found
