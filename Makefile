@@ -19,7 +19,7 @@ sample: install
 	$(BIN)/sagl sample --compare --num_samples 16 --batch_size 16 --output samples
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .
