@@ -41,11 +41,6 @@ def timestep_embedding(timesteps: Timestep, width: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
 
 
-FUSED_PIXELS = 1024
-"""From so many pixels on, PyTorch's group norm takes half the time of our two functions on a CPU; for fewer up to 9
-times it."""
-
-
 class Norm(nn.GroupNorm):
     """Group normalisation in 32 groups, with the timestep's scale and shift folded into its own gain and offset."""
 
@@ -54,17 +49,11 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
-        half, large = torch.finfo(x.dtype).bits == 16, x[0, 0].numel() >= FUSED_PIXELS
-        fused = (half and large and not torch.is_grad_enabled()) or x.device.type != "cpu"
-        fused = fused or torch.compiler.is_compiling()  # which makes its own kernel, by Welford's method
+        fused = x.device.type != "cpu" or torch.compiler.is_compiling()  # which makes its own kernel
         return self._fused(x, scale, shift) if fused else self._composed(x, scale, shift)
 
     def _fused(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """PyTorch's own; on a CPU in 16 bits and forward alone.
-
-        There, in channels_last, it takes variances as E[x²] - E[x]², which float32 would feel, and its backward pass
-        is slow.
-        """
+        """PyTorch's own. On a CPU its backward pass is slow, and its sums depend on the number of threads."""
         if scale is None or shift is None:
             return F.group_norm(x, 32, self.weight, self.bias, self.eps)
         if len(x) == 1:
@@ -83,6 +72,15 @@ class Norm(nn.GroupNorm):
         if scale is not None and shift is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         return channel_affine(x, gain, offset)
+
+
+class EvenLinear(nn.Linear):
+    """A linear layer that computes whole eights of rows on a CPU: of others the sums' order depends on the threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, C')."""
+        over = -len(x) % 8 if x.device.type == "cpu" else 0
+        return super().forward(F.pad(x, (0, 0, 0, over)))[: len(x)]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -136,9 +134,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.settings, self.resample = s, resample or nn.Identity()
         self.in_layers = nn.Sequential(Norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * s.num_channels, out * (1 + s.use_scale_shift_norm)))
+        self.emb_layers = nn.Sequential(nn.SiLU(), EvenLinear(4 * s.num_channels, out * (1 + s.use_scale_shift_norm)))
         self.out_layers = nn.Sequential(Norm(out), nn.SiLU(), nn.Dropout(s.dropout), zero_conv(out, out))
-        self.skip_connection = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+        self.skip_connection = nn.Identity() if width == out else Pointwise(width, out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C', H', W'); recomputed in the backward pass with `use_checkpoint`."""
@@ -193,14 +191,30 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+NARROW = 8
+"""Pixels of a row up to which a matrix product is the faster one on a CPU too."""
+
+
+class Pointwise(nn.Conv2d):
+    """A convolution of 1×1 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return pointwise(self, x)
+
+
+def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of width 1 on a feature map in channels_last: (B, C, H, W) -> (B, C', H, W).
 
-    A matrix product; but in float32 on a CPU, where PyTorch's convolution took half its time on an AMD processor.
+    A matrix product; but on a CPU PyTorch's convolution, which took half its time in float32 on an AMD processor. That
+    goes row by row: over a whole map it may split its sums by threads, and their number would show in the last digits.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return F.conv2d(x, conv.weight[..., None], conv.bias)
-    return tokenwise(conv, x.flatten(2).mT).mT.unflatten(-1, x.shape[-2:])
+    pixels, weight = x.permute(0, 2, 3, 1), conv.weight.flatten(1)
+    if x.device.type != "cpu" or x.shape[-1] <= NARROW:
+        return F.linear(pixels, weight, conv.bias).permute(0, 3, 1, 2)
+    rows = pixels.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B·H, C, 1, W)
+    out = F.conv2d(rows, weight[..., None, None], conv.bias)
+    return out.permute(0, 2, 3, 1).unflatten(0, (len(x), -1))[:, :, 0].permute(0, 3, 1, 2)
 
 
 def tokenwise(conv: nn.Conv1d, tokens: Tensor) -> Tensor:
@@ -239,7 +253,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.num_channels = s.num_channels
         self.time_embed: nn.Sequential = nn.Sequential(
-            nn.Linear(s.num_channels, 4 * s.num_channels), nn.SiLU(), nn.Linear(4 * s.num_channels, 4 * s.num_channels)
+            EvenLinear(s.num_channels, 4 * s.num_channels),
+            nn.SiLU(),
+            EvenLinear(4 * s.num_channels, 4 * s.num_channels),
         )
         self.input_blocks = _numbered("input", _input_layers(s))
         width = s.widths[-1]

@@ -8,21 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ELEMENTS_AT_ONCE = 2**17
 """Of each thread's part of a tensor: half a megabyte in float32."""
+THREADS_SUMMED_FOR = 4
+"""Sums are taken in parts for so many, however many there are: their last digits must not depend on it."""
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        pixels, dtype = _pixels(x), torch.promote_types(x.dtype, torch.float32)
-        mean = pixels.mean(dim=1, dtype=dtype)
-        squares = torch.zeros_like(mean)
-        for part in pixels.split(_pixels_at_once(x), dim=1):
-            squares += (part - mean[:, None]).square_().sum(dim=1)  # E[x²] - E[x]² would cancel
+        parts = _pixels(x).split(_pixels_at_once(x, THREADS_SUMMED_FOR), dim=1)
+        near = parts[0].mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        total, squares = torch.zeros_like(near), torch.zeros_like(near)
+        for part in parts:
+            off = part - near[:, None]  # small beside x where the mean is large, so that no square cancels
+            total += off.sum(dim=1)
+            squares += off.square_().sum(dim=1)
+        count = x[0, 0].numel()
+        mean = near + total / count
         ctx.save_for_backward(x, mean)
-        return mean, squares / pixels.shape[1]
+        return mean, squares / count - (total / count).square()
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor) -> Tensor:  # noqa: ANN401
@@ -36,12 +43,9 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, gain)
-        y, at_once = torch.empty_like(x), _pixels_at_once(x)
         dtype = torch.promote_types(x.dtype, gain.dtype)  # inside, 16 bits would be too few for a large offset
-        a, b = gain.to(dtype)[:, None], offset.to(dtype)[:, None]
-        for part, out in zip(_pixels(x).split(at_once, dim=1), _pixels(y).split(at_once, dim=1), strict=True):
-            out.copy_(torch.addcmul(b, part.to(dtype), a))
-        return y
+        gain, offset = gain.to(dtype), offset.to(dtype)
+        return _large(x, gain, offset) if x[0].numel() >= ELEMENTS_AT_ONCE else _small(x, gain, offset)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
@@ -60,16 +64,33 @@ def channel_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     return _Affine.apply(x, gain, offset)
 
 
+def _large(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """`channel_affine`, sample by sample: batch normalisation by a mean of 0 and a variance of 1 is one pass of it."""
+    zero, one = torch.zeros_like(gain[0]), torch.ones_like(gain[0])
+    samples = zip(x.split(1), gain, offset, strict=True)
+    each = [F.batch_norm(sample, zero, one, a, b, eps=0.0) for sample, a, b in samples]
+    return torch.cat(each) if len(each) > 1 else each[0]
+
+
+def _small(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """`channel_affine` of all samples together, in parts that fit the caches."""
+    y, at_once = torch.empty_like(x), _pixels_at_once(x, torch.get_num_threads())
+    a, b = gain[:, None], offset[:, None]
+    for part, out in zip(_pixels(x).split(at_once, dim=1), _pixels(y).split(at_once, dim=1), strict=True):
+        out.copy_(torch.addcmul(b, part.to(a.dtype), a))
+    return y
+
+
 def _pixels(x: Tensor) -> Tensor:
     """(B, C, …) -> (B, L, C), a view where x is channels_last."""
     return x.flatten(2).mT if x.dim() > 2 else x[:, None]
 
 
-def _pixels_at_once(x: Tensor) -> int:
+def _pixels_at_once(x: Tensor, threads: int) -> int:
     """So many that what is computed of them stays in the processor's caches; on other devices, and compiled, all."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return max(1, x[0, 0].numel())
-    return max(1, ELEMENTS_AT_ONCE * torch.get_num_threads() // (x.shape[0] * x.shape[1]))
+    return max(1, ELEMENTS_AT_ONCE * threads // (x.shape[0] * x.shape[1]))
 
 
 def _each(value: Tensor, x: Tensor) -> Tensor:
