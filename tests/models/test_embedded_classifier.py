@@ -1,0 +1,84 @@
+"""The classifier that comes with the package: what it is, what it knows, and what guidance by it does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sagl.commands.request import parse
+from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
+from sagl.data.pixels import to_float
+from sagl.diffusion.classification import Classified, classified
+from sagl.diffusion.schedule import make_schedule
+from sagl.models.checkpoints import NetworkFile, build_classifier, build_network
+from sagl.models.loading import load
+from sagl.models.zoo import DEFAULT_CLASSIFIER, WITHIN, classifier_named
+from sagl.recipe import collect, prepare
+from sagl.settings.fitting import require_guiding
+from sagl.settings.guidance import ClassifierGuidance
+from sagl.settings.network import ClassifierSettings
+from sagl.settings.paths import cache_folder
+from sagl.settings.sampling import ChainSettings
+from tests.tiny import exit_code
+
+CONFIG = Path(__file__).parents[2] / "configs" / f"{DEFAULT_CLASSIFIER}.yaml"
+
+
+@pytest.fixture(scope="module")
+def file() -> NetworkFile:
+    return load(DEFAULT_CLASSIFIER)
+
+
+@pytest.fixture(scope="module")
+def seen(file) -> Classified:
+    """1,000 garments of the test split, noised to evenly spread timesteps."""
+    fetch(cache_folder())
+    garments = PaddedFashionMNIST(cache_folder(), train=False)
+    x_0, labels = to_float(garments.images[:1000]), garments.labels[:1000]
+    timesteps = torch.arange(1000) * file.diffusion.num_timesteps // 1000
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return classified(build_classifier(file), x_0, labels, timesteps, noise, make_schedule(file.diffusion))
+
+
+def test_it_is_small_and_the_one_that_the_configuration_trains(file):
+    trained = yaml.safe_load(CONFIG.read_text())["model"]
+    assert WITHIN[DEFAULT_CLASSIFIER].stat().st_size <= 2.7e6
+    assert {tensor.dtype for tensor in file.state.values()} == {torch.float16}
+    assert file.network == ClassifierSettings(**trained["classifier"])
+    assert file.diffusion.noise_schedule == trained["diffusion"]["noise_schedule"]
+    assert classifier_named(DEFAULT_CLASSIFIER) == (file.network, file.diffusion)
+
+
+def test_it_may_guide_the_embedded_network(file):
+    network = load("fashion_mnist")
+    require_guiding(file.network, file.diffusion, network.network, network.diffusion)
+    assert parse(["--classifier.scale", "1"]).classifier.checkpoint == DEFAULT_CLASSIFIER
+
+
+def test_it_knows_garments_and_the_better_the_less_noise_there_is(seen):
+    quarters = [float(right.mean()) for right in seen.accuracy().chunk(4)]
+    assert quarters[0] >= 0.8
+    assert quarters == sorted(quarters, reverse=True)
+    assert quarters[3] >= 0.25  # by chance it would be 0.1
+    assert float(seen.accuracy(5).mean()) >= 0.9
+
+
+def test_guided_images_are_taken_for_their_class_with_more_certainty(file):
+    network, classifier = load("fashion_mnist"), build_classifier(file)
+    chain, labels, ids = ChainSettings(sampler="ddim", respacing="ddim10"), torch.arange(10), range(10)
+    logs = []
+    for scale in (0.0, 2.0):
+        settings = ClassifierGuidance(scale=scale)
+        recipe = prepare(build_network(network), network.diffusion, chain, None, classifier, settings)
+        with torch.inference_mode():
+            x, _ = collect(recipe.chain(0, ids, labels))
+            log_p = classifier(x, torch.zeros(10)).log_softmax(dim=1)
+        logs.append(float(log_p[range(10), labels].mean()))
+    assert logs[1] > logs[0]
+
+
+def test_it_guides_by_its_scale_alone(tmp_path):
+    flags = ["--num_samples", 1, "--respacing", 2, "--output", tmp_path / "run"]
+    assert exit_code("sample", "--classifier.scale", 1, *flags) == 0
