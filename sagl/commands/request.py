@@ -313,6 +313,8 @@ def _device_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
     read = {name: trainer[name] for name in names if trainer.get(name) is not None}
     if str(read.get("precision", "")).endswith("-mixed"):
         del read["precision"]
+    if "devices" in read:
+        read["devices"] = _text(read["devices"])
     return {"trainer": read} if read else {}
 
 

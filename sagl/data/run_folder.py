@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
+from sagl.data.run_lock import LOCK
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import PARTIAL, whole_file
 
@@ -207,7 +208,11 @@ def require_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
     """
     record = read_record(folder)
     if not record:
-        others = [p.name for p in sorted(folder.iterdir()) if not p.name.endswith(PARTIAL)] if folder.is_dir() else []
+        others = (
+            [p.name for p in sorted(folder.iterdir()) if p.name != LOCK and not p.name.endswith(PARTIAL)]
+            if folder.is_dir()
+            else []
+        )
         require(
             not others,
             f"`output` must be a new folder or a run of sagl sample, and {folder} holds {others and others[0]}. "
@@ -248,6 +253,13 @@ def remove_damaged(folder: Path, missing: Sequence[Sequence[int]]) -> None:
     for (first, last), path in shards_of(folder).items():
         overlaps = any(ids[0] <= last and first <= ids[-1] for ids in missing)
         if overlaps and not _holds((first, last), path, (first, last)):
+            path.unlink()
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete files that a process had not finished when it was killed; no other may be at work in the folder."""
+    for place in (folder, folder / SHARDS):
+        for path in place.glob(f"*{PARTIAL}"):
             path.unlink()
 
 

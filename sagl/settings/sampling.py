@@ -105,7 +105,10 @@ class DeviceSettings:
     """auto: a GPU where there is one."""
     precision: Precision = "auto"
     """Of the network's weights; the process itself is always float32. auto: 16 bits where they are fast."""
-
+    devices: str = "auto"
+    """Processes a node, each with a GPU of its own or its share of the cores. auto: one a GPU, or one on CPUs."""
+    num_nodes: int = 1
+    """Machines that share the run, under torchrun or SLURM."""
     compile: bool = False
     """Have torch.compile make kernels for the network first: for GPUs and long runs, see docs/speed.md."""
 
@@ -113,3 +116,9 @@ class DeviceSettings:
         """Refuse unknown names."""
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         one_of("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
+        require(
+            self.devices in ("auto", "-1") or (self.devices.isdecimal() and int(self.devices) >= 1),
+            f"`trainer.devices` must be a number of processes or auto, got {self.devices!r}. Which GPUs they are is "
+            "chosen by CUDA_VISIBLE_DEVICES.",
+        )
+        require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")

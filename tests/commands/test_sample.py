@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 
 from sagl import machine
-from sagl.commands import sample as command
+from sagl.commands import job
 from sagl.commands.request import parse
 from sagl.data.grid import mask_pictures
 from sagl.data.pixels import to_uint8
@@ -396,7 +396,7 @@ def test_a_network_is_compiled_where_that_is_asked_for_and_the_run_says_so(tmp_p
 def test_no_more_images_at_once_than_fit_into_memory(tmp_path, monkeypatch):
     network = write_tiny(tmp_path / "tiny.safetensors")
     weights, each = forward_bytes(read_network(network).network, torch.float32)
-    monkeypatch.setattr(command, "available_bytes", lambda _: (weights + 5 * each) * 4 // 3 + 8)
+    monkeypatch.setattr(job, "available_bytes", lambda _: (weights + 5 * each) * 4 // 3 + 8)
     folder = sample(
         tmp_path / "run", "--num_samples", "9", *CHAIN_FLAGS, "--trainer.precision", "32-true", network=network
     )

@@ -1,0 +1,147 @@
+"""Images of a run, a micro-batch at a time, each on the disk before the next begins."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sagl.commands.job import Job, device_of, read_source
+from sagl.commands.progress import Watch
+from sagl.commands.request import Request
+from sagl.data.run_folder import SAMPLES, Sample, holds_run, png, remove_replaced, write_record, write_shard
+from sagl.settings.errors import UserError, require
+from sagl.settings.fitting import require_guiding
+from sagl.settings.network import UNetSettings
+
+if TYPE_CHECKING:  # torch is imported once the command line has been accepted
+    import torch
+
+    from sagl.models.adm import Classifier
+    from sagl.models.checkpoints import NetworkFile
+    from sagl.recipe import Recipe
+    from sagl.shapes import Image, ImageUint8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all processes of a run are told."""
+
+    job: Job
+    missing: Sequence[Sequence[int]]
+    """Ids wanted of each micro-batch that is to be made."""
+    record: dict[str, Any]
+    """run.json as it is to be when the first images are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """One process's work on a plan."""
+
+    plan: Plan
+    recipe: "Recipe"
+    watch: Watch
+    processes: int = 1
+    """That share the plan."""
+
+    def make(self, wanted: Sequence[int]) -> None:
+        """Make one micro-batch, which is on the disk when this returns.
+
+        Raises:
+            UserError: the images overflowed, or cannot be written.
+        """
+        folder = self.plan.job.folder
+        samples = _micro_batch(self.plan.job, self.recipe, wanted, self.watch)
+        if not holds_run(folder):  # not before there is something to record
+            write_record(folder, self.plan.record)
+        write_shard(folder, samples)
+
+    def lead(self, wanted: Sequence[int]) -> None:
+        """The same, and run.json says how long all processes have worked. For the first process alone.
+
+        Raises:
+            UserError: as above.
+        """
+        started = time.monotonic()
+        self.make(wanted)
+        remove_replaced(self.plan.job.folder)
+        seconds = (time.monotonic() - started) * self.processes
+        self.plan.record["seconds"] = round(self.plan.record["seconds"] + seconds, 2)
+        write_record(self.plan.job.folder, self.plan.record)
+
+
+def recipe_of(job: Job) -> "Recipe":
+    """The weights and settings of a job, put together on this process's device.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    from sagl.models.checkpoints import as_weights, build_network
+    from sagl.recipe import prepare
+
+    request = job.request
+    file, device = read_source(request.source, job.weights), device_of(request)
+    network = as_weights(build_network(file), request.weight_precision, device)
+    if request.device.compile:
+        network.compile(dynamic=False)  # every micro-batch has the same size
+    classifier = _classifier(request, file, device) if request.classifier.scale else None
+    return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)
+
+
+def _classifier(request: Request, guided: "NetworkFile", device: "torch.device") -> "Classifier":
+    from sagl.models.checkpoints import as_weights, build_classifier
+    from sagl.models.loading import load
+
+    assert request.classifier.checkpoint is not None
+    try:
+        file = load(request.classifier.checkpoint)
+        classifier = build_classifier(file)
+    except UserError as error:
+        said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
+        raise UserError(said) from error
+    assert isinstance(guided.network, UNetSettings)
+    require_guiding(classifier.settings, file.diffusion, guided.network, guided.diffusion)
+    return as_weights(classifier, request.weight_precision, device)
+
+
+def _micro_batch(job: Job, recipe: "Recipe", wanted: Sequence[int], watch: Watch) -> list[Sample]:
+    """The samples wanted of one micro-batch, which is always computed at full size."""
+    import torch
+
+    from sagl.data.pixels import to_uint8
+    from sagl.recipe import collect, labels_of
+
+    size = job.run.images_at_once
+    first = wanted[0] - wanted[0] % size
+    ids = list(range(first, first + size))
+    with torch.inference_mode():
+        labels = labels_of(job.run, ids, recipe.network)
+        rows: dict[str, ImageUint8] = {}
+        if job.request.compare:
+            chain = recipe.unguided.chain(job.run.seed, ids, labels)
+            rows["unguided"] = to_uint8(_finite(collect(watch.steps(chain, recipe.schedule.num_steps))[0]))
+        x, share = collect(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
+        rows[SAMPLES] = to_uint8(_finite(x))
+        if job.request.compare and share is not None:
+            rows["masks"] = (share * 255).round().to(torch.uint8)
+    listed = [-1] * size if labels is None else labels.tolist()
+    pictures = {name: _pngs(row, wanted[0] - first, len(wanted)) for name, row in rows.items()}
+    return [
+        Sample(id=i, label=listed[i - first], seed=job.run.seed, pictures={n: p[k] for n, p in pictures.items()})
+        for k, i in enumerate(wanted)
+    ]
+
+
+def _finite(images: "Image") -> "Image":
+    """The images, unless they overflowed: no black or torn ones are kept."""
+    require(
+        bool(images.isfinite().all()),
+        "`sag.scale`, `cfg.scale` and `classifier.scale` must leave the images finite, and here they overflowed. "
+        "Lower them, or give --trainer.precision 32-true.",
+    )
+    return images
+
+
+def _pngs(row: "ImageUint8", start: int, count: int) -> list[bytes]:
+    from sagl.data.pixels import to_rgb
+
+    return [png(image) for image in to_rgb(row[start : start + count]).permute(0, 2, 3, 1).cpu().contiguous().numpy()]

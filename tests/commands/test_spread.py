@@ -1,0 +1,179 @@
+"""Sampling by several processes over gloo on the CPU: whoever makes the images, and whatever kills them, same bytes."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sagl.data.run_folder import samples_of, shards_of
+from sagl.data.run_lock import locked
+from tests.tiny import exit_code, write_tiny
+
+COUNT, BATCH = 90, 3
+FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--views", "npz"]
+FLAGS += ["--sag.scale", 0.5, "--sag.site", "output.0", "--sag.blur_sigma", 1, "--seed", 3]
+FLAGS += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--progress", "lines"]
+PATIENCE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("network") / "tiny.safetensors")
+
+
+@pytest.fixture
+def sampling(network, tmp_path):
+    """Starts the command in a session of its own, with one thread a process; nothing of it outlives the test."""
+    begun = []
+
+    def begin(name, processes, *flags, told=None, **options):
+        command = [sys.executable, "-m", "sagl.cli", "sample", "--checkpoint", network, "--output", tmp_path / name]
+        command += [*FLAGS, "--trainer.devices", processes, *flags]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(told or {})}
+        with (tmp_path / f"{len(begun)}.said").open("w") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command], env=env, stdout=log, stderr=log, start_new_session=True, **options
+            )
+        process.said = tmp_path / f"{len(begun)}.said"
+        begun.append(process)
+        return process
+
+    yield begin
+    for run in begun:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+
+
+@pytest.fixture(scope="module")
+def alone(network, tmp_path_factory):
+    """The run of one process, which nothing disturbs."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert exit_code("sample", "--checkpoint", network, "--output", folder, *FLAGS, "--trainer.devices", 1) == 0
+    return files(folder)
+
+
+def files(folder):
+    """Name -> bytes of shards and npz."""
+    return {path.name: path.read_bytes() for path in sorted([*folder.glob("shards/*"), *folder.glob("*.npz")])}
+
+
+def ends_well(run):
+    run.wait(PATIENCE_SECONDS)
+    assert run.returncode == 0, run.said.read_text()
+    return run.said.read_text()
+
+
+def children(pid):
+    """Processes that this one started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(happened):
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def wait_for_more(folder, run):
+    """Until the run has written a shard that was not there."""
+    before = len(shards_of(folder))
+    wait_for(lambda: len(shards_of(folder)) > before or run.poll() is not None)
+    assert run.poll() is None, "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_bytes_of_one(alone, sampling, tmp_path, processes):
+    said = ends_well(sampling("run", processes))
+    assert files(tmp_path / "run") == alone
+    assert f"{COUNT}/{COUNT} images" in said
+    assert "Traceback" not in said
+    assert "Warning" not in said
+
+
+def test_five_kills_and_other_numbers_of_processes_change_no_byte(alone, sampling, tmp_path):
+    folder, rng = tmp_path / "run", random.Random(0)
+    for processes, victim in ((2, "first"), (3, "all"), (1, "all"), (2, "last"), (3, "all")):
+        run = sampling("run", processes)
+        wait_for_more(folder, run)
+        others = children(run.pid)
+        time.sleep(rng.uniform(0, 0.3))
+        if victim == "all":
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            os.kill(run.pid if victim == "first" else others[-1], signal.SIGKILL)
+        run.wait(PATIENCE_SECONDS)
+        assert run.returncode == -signal.SIGKILL
+        wait_for(lambda others=others: not any(map(is_alive, others)))
+    held = len(shards_of(folder))
+    assert 0 < held < COUNT // BATCH
+    ends_well(sampling("run", 2))
+    assert files(folder) == alone
+    assert [sample.id for sample in samples_of(folder)] == list(range(COUNT))
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_damaged_shard_is_made_again_by_any_number_of_processes(alone, sampling, network, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ends_well(sampling("run", 1))
+    victim = sorted((folder / "shards").iterdir())[4]
+    victim.write_bytes(victim.read_bytes()[:-600])
+    ends_well(sampling("run", 2))
+    assert files(folder) == alone
+
+
+def test_a_run_that_another_command_holds_is_left_alone(sampling, network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sagl.data.run_lock.PATIENCE_SECONDS", 0.2)
+    with locked(tmp_path / "run"):
+        command = ["sample", "--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
+        assert exit_code(*command) == 2
+        said = capsys.readouterr().err
+        assert "in use" in said
+        assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_finds_no_room_ends_all_with_one_line_and_the_run_goes_on_later(alone, sampling, tmp_path):
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    run = sampling("run", 2, told={"PYTHONDONTWRITEBYTECODE": "1"}, preexec_fn=small)
+    run.wait(PATIENCE_SECONDS)
+    said = run.said.read_text()
+    assert run.returncode == 2, said
+    (line,) = [line for line in said.splitlines() if line.startswith("sagl sample:")]
+    assert "Make room" in line
+    assert "Traceback" not in said
+    ends_well(sampling("run", 2))
+    assert files(tmp_path / "run") == alone
+
+
+def test_torchrun_s_processes_share_a_run_and_end_when_nothing_is_left(alone, network, tmp_path):
+    flags = ["--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "sagl.cli"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for said in (f"{COUNT} images in", "already holds this run"):
+        run = subprocess.run(
+            [str(word) for word in [*command, "sample", *flags]],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert said in run.stdout
+    assert files(tmp_path / "run") == alone
