@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Names of glibc's malloc.h."""
-KEPT_BYTES = 2**31 - 1
-"""More than any free end of the heap that is given back: glibc takes an int."""
+NEVER = -1
+"""No free end of the heap is large enough to be given back; 2^31 - 1, the most that an int holds, is less than a
+training step frees, and cost a fifth of it."""
 PAD_BYTES = 64 << 20
 """The heap grows by at least so much."""
 
@@ -35,7 +36,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_TOP_PAD, PAD_BYTES))
+    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, PAD_BYTES))
     taken = [mallopt(what, value) == 1 for what, value in wanted]
     return all(taken)
 

@@ -41,6 +41,16 @@ def test_gradients_of_attention_are_those_of_the_products():
     assert torch.autograd.gradcheck(attention, inputs)
 
 
+def test_gradients_in_16_bits_are_those_of_float64_to_rounding():
+    halves = [x.bfloat16().requires_grad_() for x in heads()]
+    doubles = [x.detach().double().requires_grad_() for x in halves]
+    given = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = torch.autograd.grad(attention(*halves), halves, given)
+    want = torch.autograd.grad(attention(*doubles), doubles, given.double())
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).norm() <= 0.02 * w.norm()
+
+
 def test_attention_received_is_the_map_summed_over_queries():
     query, key, _ = heads()
     want = explicit_map(query, key).sum(dim=-2)
