@@ -45,6 +45,7 @@ SENSIBLE = {
     "classifier.scale": st.just(0.0),
     "classifier.checkpoint": st.none(),
     "trainer.accelerator": st.sampled_from(["auto", "cpu"]),
+    "trainer.devices": st.sampled_from(["auto", "-1", "1"]),
 }
 """Where a type alone says too little of what is allowed, or allows what takes long."""
 

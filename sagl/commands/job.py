@@ -62,6 +62,12 @@ def _refuse_contradictions(request: Request) -> None:
         not request.cfg.scale or request.run.labels != "null",
         "`cfg.scale` needs labels, got null. Give --labels random.",
     )
+    nodes, named = request.device.num_nodes, bool({"MASTER_ADDR", "SLURM_NTASKS"} & set(os.environ))
+    require(
+        nodes == 1 or named,
+        f"`trainer.num_nodes` {nodes} needs processes on each, and nothing says where they are. Start them by "
+        "torchrun or srun, see docs/sampling.md.",
+    )
     if not holds_run(request.output):  # a whole run can be asked for where nothing can be written
         require_writable(request.output)
 

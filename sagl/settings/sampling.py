@@ -11,6 +11,8 @@ MOST = 10_000_000
 """Images of one run."""
 MOST_AT_ONCE = 65_536
 """Images of one micro-batch."""
+MOST_PROCESSES = 256
+"""On one machine."""
 Sampler = Literal["ddpm", "ddim"]
 WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
 Precision = Literal["auto", WeightPrecision]
@@ -116,9 +118,10 @@ class DeviceSettings:
         """Refuse unknown names."""
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         one_of("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
+        count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
-            self.devices in ("auto", "-1") or (self.devices.isdecimal() and int(self.devices) >= 1),
-            f"`trainer.devices` must be a number of processes or auto, got {self.devices!r}. Which GPUs they are is "
-            "chosen by CUDA_VISIBLE_DEVICES.",
+            self.devices in ("auto", "-1") or 1 <= count <= MOST_PROCESSES,
+            f"`trainer.devices` must be auto or a number of processes, 1 … {MOST_PROCESSES}, got {self.devices!r}. "
+            "Which GPUs they are is chosen by CUDA_VISIBLE_DEVICES.",
         )
         require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")

@@ -177,3 +177,9 @@ def test_torchrun_s_processes_share_a_run_and_end_when_nothing_is_left(alone, ne
         assert run.returncode == 0, run.stderr
         assert said in run.stdout
     assert files(tmp_path / "run") == alone
+
+
+def test_several_machines_without_a_launcher_are_refused_and_nothing_waits(network, tmp_path, capsys):
+    assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", "--trainer.num_nodes", 2) == 2
+    assert "torchrun or srun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
 import pytest
 
 from sagl.settings.errors import UserError
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,10 @@ from sagl.settings.sampling import ChainSettings, RunSettings
         (ChainSettings, {"sampler": "ddim", "eta": 1.5}, "eta"),
         (ChainSettings, {"sampler": "ddpm", "eta": 0.5}, "eta"),
         (RunSettings, {"num_samples": 0}, "num_samples"),
+        (DeviceSettings, {"devices": "0"}, "trainer.devices"),
+        (DeviceSettings, {"devices": "257"}, "trainer.devices"),
+        (DeviceSettings, {"devices": "0,1"}, "trainer.devices"),
+        (DeviceSettings, {"num_nodes": 0}, "trainer.num_nodes"),
         (RunSettings, {"batch_size": 0}, "batch_size"),
         (RunSettings, {"first_id": -1}, "first_id"),
         (RunSettings, {"seed": -1}, "seed"),
