@@ -4,6 +4,7 @@ On a CPU, PyTorch's group normalisation of images in channels_last spends most o
 in its backward pass; these two functions, composed in `Norm`, take a fraction of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ THREADS_SUMMED_FOR = 4
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        parts = _pixels(x).split(_pixels_at_once(x, THREADS_SUMMED_FOR), dim=1)
+        parts = _pixels(x).split(_pixels_at_once(x, lambda: THREADS_SUMMED_FOR), dim=1)
         near = parts[0].mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
         total, squares = torch.zeros_like(near), torch.zeros_like(near)
         for part in parts:
@@ -74,7 +75,7 @@ def _large(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
 
 def _small(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     """`channel_affine` of all samples together, in parts that fit the caches."""
-    y, at_once = torch.empty_like(x), _pixels_at_once(x, torch.get_num_threads())
+    y, at_once = torch.empty_like(x), _pixels_at_once(x, torch.get_num_threads)
     a, b = gain[:, None], offset[:, None]
     for part, out in zip(_pixels(x).split(at_once, dim=1), _pixels(y).split(at_once, dim=1), strict=True):
         out.copy_(torch.addcmul(b, part.to(a.dtype), a))
@@ -86,11 +87,11 @@ def _pixels(x: Tensor) -> Tensor:
     return x.flatten(2).mT if x.dim() > 2 else x[:, None]
 
 
-def _pixels_at_once(x: Tensor, threads: int) -> int:
+def _pixels_at_once(x: Tensor, threads: Callable[[], int]) -> int:
     """So many that what is computed of them stays in the processor's caches; on other devices, and compiled, all."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return max(1, x[0, 0].numel())
-    return max(1, ELEMENTS_AT_ONCE * threads // (x.shape[0] * x.shape[1]))
+    return max(1, ELEMENTS_AT_ONCE * threads() // (x.shape[0] * x.shape[1]))
 
 
 def _each(value: Tensor, x: Tensor) -> Tensor:
