@@ -29,7 +29,6 @@ from sagl.machine import keep_freed_memory
 from sagl.metrics.bootstrap import paired_interval
 from sagl.metrics.features import EXTRACTORS, features_of
 from sagl.metrics.frechet import FrechetTo, statistics
-from sagl.metrics.reference import cached_statistics
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import as_weights, build_network, read_network
 from sagl.models.zoo import EMBEDDED
@@ -111,13 +110,10 @@ def main() -> None:
 
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
-    extract = EXTRACTORS[EXTRACTOR]()
+    extract = EXTRACTORS[EXTRACTOR](torch.device("cpu"))
     fetch(cache_folder())
-    reference = cached_statistics(
-        cache_folder() / "statistics" / f"fashion_mnist_test-{EXTRACTOR}.npz",
-        lambda: features_of(PaddedFashionMNIST(cache_folder(), train=False).images, extract),
-    )
-    distance_to_test = FrechetTo(reference)
+    test_split = features_of(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
+    distance_to_test = FrechetTo(statistics(test_split))
     settings = grid(a, chain, run)
     todo = [s for s in settings if s.name not in measured(a.study) or not s.features(a.study).exists()]
     recipes = [recipe_of(setting, chain) for setting in todo]
@@ -125,7 +121,7 @@ def main() -> None:
     print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
     for setting, recipe in zip(todo, recipes, strict=True):
         started = time.monotonic()
-        features = features_of(images_of(recipe, run)[: a.num_samples], extract)
+        features = features_of(images_of(recipe, run)[: a.num_samples], extract).pooled
         save_features(features, setting.features(a.study))
         line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": recipe.nfe}
         line["seconds"] = round(time.monotonic() - started, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sagl.metrics.distance import FrechetDistance, InceptionScore
-from sagl.metrics.features import features_of, maker_of
+from sagl.metrics.features import Features, features_of, maker_of
 from sagl.settings.paths import cache_folder, whole_file
 from sagl.shapes import ImageUint8
 
@@ -19,14 +19,17 @@ class Measures:
 
     def __init__(self, extractor: str, device: torch.device) -> None:
         """With an extractor by its name, under which the sums of real images are kept."""
-        self.extract, self.name, self.device = maker_of(extractor)(), extractor, device
+        self.extract, self.name, self.device = maker_of(extractor)(device), extractor, device
         self._distance: FrechetDistance | None = None
+        self._example: ImageUint8 | None = None
 
     def know_real(self, batches: Iterable[ImageUint8]) -> None:
         """Take in the real images of this process; from the cache where the same ones were taken in before."""
         if self._distance is not None:
             return
         images = list(batches)
+        assert images, "validation has no images"
+        self._example = images[0][:1]
         kept = cache_folder() / "statistics" / f"{self.name}-{_fingerprint(images)}.npz"
         if kept.is_file():
             with np.load(kept) as arrays:
@@ -36,9 +39,9 @@ class Measures:
             return
         for batch in images:
             features = self._features(batch)
-            self._distance = self._distance or FrechetDistance(features.shape[1]).to(self.device)
-            self._distance.update(features, real=True)
-        assert self._distance is not None, "validation has no images"
+            self._distance = self._distance or FrechetDistance(features.pooled.shape[1]).to(self.device)
+            self._distance.update(features.pooled, real=True)
+        assert self._distance is not None
         _keep(self._distance.real, kept)
 
     def of(self, made: Iterable[ImageUint8]) -> dict[str, float]:
@@ -48,28 +51,21 @@ class Measures:
         distance.forget_made()
         for images in made:
             features = self._features(images)
-            distance.update(features, real=False)
-            if score:
-                score.update(self._logits(features))
+            distance.update(features.pooled, real=False)
+            if score and features.logits is not None:
+                score.update(features.logits)
         found = {"frechet": float(distance.compute())}
         return found | ({"inception_score": float(score.compute())} if score else {})
 
     def _score(self) -> InceptionScore | None:
         """In every process, those without images too, since all are summed; None without logits."""
-        assert self._distance is not None
-        if not hasattr(self.extract, "logits"):
-            return None
-        classes = self._logits(self._distance.real["sum"][None].float())
-        score = InceptionScore(classes.shape[1]).to(self.device)
-        score.update(classes[:0])
-        return score
+        assert self._example is not None
+        logits = self._features(self._example).logits
+        return None if logits is None else InceptionScore(logits.shape[1]).to(self.device)
 
-    def _logits(self, features: Tensor) -> Tensor:
-        logits: Tensor = getattr(self.extract, "logits")(features.cpu())  # noqa: B009 (not every extractor has them)
-        return logits.to(self.device)
-
-    def _features(self, images: ImageUint8) -> Tensor:
-        return features_of(images.cpu(), self.extract).to(self.device)
+    def _features(self, images: ImageUint8) -> Features:
+        found = features_of(images.cpu(), self.extract)
+        return Features(*(None if part is None else part.to(self.device) for part in found))
 
 
 def _fingerprint(batches: Iterable[ImageUint8]) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands.job import Job, device_of, read_source
+from sagl.commands.devices import device_of
+from sagl.commands.job import Job, read_source
 from sagl.commands.progress import Watch
 from sagl.commands.request import Request
 from sagl.data.run_folder import SAMPLES, Sample, holds_run, png, remove_replaced, write_record, write_shard
@@ -79,7 +80,7 @@ def recipe_of(job: Job) -> "Recipe":
     from sagl.recipe import prepare
 
     request = job.request
-    file, device = read_source(request.source, job.weights), device_of(request)
+    file, device = read_source(request.source, job.weights), device_of(request.device)
     network = as_weights(build_network(file), request.weight_precision, device)
     if request.device.compile:
         network.compile(dynamic=False)  # every micro-batch has the same size

@@ -1,76 +1,148 @@
-"""`sagl evaluate`: the Fréchet distance of a run's images from a reference."""
+"""`sagl evaluate`: the numbers of a set of images, measured from a reference, on as many processes as there are."""
 
+import csv
+import io
 import json
-import time
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sagl.commands.parser import Parser
-from sagl.machine import keep_freed_memory
-from sagl.settings.paths import cache_folder
-
-DATA_SETS = ("fashion_mnist_train", "fashion_mnist_test")
+from sagl.commands.parser import Parser, fields_of
+from sagl.commands.work import add_work_flags, work_of
+from sagl.machine import end_with_parent, global_rank, keep_freed_memory
+from sagl.settings.errors import require
+from sagl.settings.evaluation import MeasureSettings
+from sagl.settings.paths import whole_file
 
 if TYPE_CHECKING:
-    from sagl.shapes import ImageUint8
+    from sagl.data.evaluations import Evaluation
+
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "fd": "Fréchet distance",
+    "sfd": "Fréchet distance, spatial",
+    "is": "inception score, chunks of 5,000",
+    "is_all": "inception score, all at once",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+    "kd": "kernel distance",
+}
+"""Of the numbers, for people."""
 
 
 def evaluate_parser() -> Parser:
     """The flags."""
-    p = Parser("evaluate", "Fréchet distance of images from a reference.")
-    p.add_argument("run", type=str, help="Run folder, npz of images, or fashion_mnist_train / fashion_mnist_test.")
-    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="What to measure from; as for the run.")
-    extractors = Literal["effnet_lite0_64", "effnet_lite0_224"]
-    p.add_argument("--extractor", type=extractors, default="effnet_lite0_64", help="Which features to compare.")
+    p = Parser("evaluate", "Numbers of images, measured from a reference: FID, sFID, IS, precision, recall, KID.")
+    p.add_argument(
+        "run",
+        type=str,
+        help="A run's folder, an npz, a folder of pictures, LSUN's LMDB, shards, fashion_mnist_train or _test.",
+    )
+    p.add_argument(
+        "--reference",
+        type=str,
+        default="fashion_mnist_test",
+        help="As for the run, or a file of statistics: OpenAI's, EDM's, or of sagl statistics.",
+    )
     p.add_argument("--num_samples", type=int, default=None, help="Only so many of the run's images, the first.")
+    add_work_flags(p)
+    p.add_settings(MeasureSettings)
+    forms = Literal["table", "json", "csv"]
+    p.add_argument("--format", type=forms, default="table", help="What is printed.")
+    p.add_argument("--output", type=str, default=None, help="A .json or .csv file to write as well.")
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Measure: `sagl evaluate RUN [--reference R] [--extractor E] [--num_samples N]`.
+    """Measure: `sagl evaluate RUN [--reference R] [--extractor E] [--num_samples N] [--trainer.devices N]`.
+
+    A run's folder keeps the numbers in evaluation.json, where `sagl compare` finds them.
 
     Raises:
-        UserError: the images, the data or the extractor are not there, or too few.
+        UserError: the images, the reference or the extractor are not there, do not go together, or are too few.
     """
     given = evaluate_parser().parse(arguments)
     keep_freed_memory()
-    from sagl.metrics.features import EXTRACTORS, features_of
-    from sagl.metrics.frechet import frechet_distance, statistics
-    from sagl.metrics.reference import cached_statistics
-    from sagl.settings.errors import require
-
-    started = time.monotonic()
-    images = _images(given.run)
-    wanted = len(images) if given.num_samples is None else given.num_samples
-    require(2 <= wanted <= len(images), f"`num_samples` must be 2 … {len(images)} for {given.run}, got {wanted}.")
-    extract = EXTRACTORS[given.extractor]()
-    measured = statistics(features_of(images[:wanted], extract))
-    if given.reference in DATA_SETS:
-        kept = cache_folder() / "statistics" / f"{given.reference}-{given.extractor}.npz"
-        reference = cached_statistics(kept, lambda: features_of(_images(given.reference), extract))
-    else:
-        others = _images(given.reference)
+    if given.output is not None:
         require(
-            len(others) >= 2, f"`reference` must hold at least 2 images, and {given.reference} holds {len(others)}."
+            Path(given.output).suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {given.output}."
         )
-        reference = statistics(features_of(others, extract))
-    result = {
-        "frechet_distance": round(frechet_distance(measured, reference), 3),
-        "extractor": given.extractor,
-        "run": given.run,
-        "num_samples": wanted,
-        "reference": given.reference,
-        "num_reference": reference.num_samples,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(result))
+    work, settings = work_of(given), fields_of(MeasureSettings, given)
+    if global_rank() > 0:
+        from sagl.commands.measuring import follow
+
+        end_with_parent()
+        follow(work)
+        return
+    from sagl.commands.evaluation import evaluation_of
+
+    made = evaluation_of(given.run, given.reference, given.num_samples, work, settings)
+    _keep(made, Path(given.run))
+    if given.output is not None:
+        with whole_file(Path(given.output)) as partial:
+            partial.write_text(rendered(made, Path(given.output).suffix[1:]))
+    if given.format == "table":
+        show(made)
+    else:
+        print(rendered(made, given.format), end="")
 
 
-def _images(source: str) -> "ImageUint8":
-    from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-    from sagl.data.views import read_samples
+def rendered(made: "Evaluation", form: str) -> str:
+    """The evaluation as text: json, or csv with a line a number."""
+    if form == "json":
+        return json.dumps(made.written, ensure_ascii=False) + "\n"
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    about = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
+    lines.writerow(("metric", "value", "low", "high", "deviation", *about))
+    for name, value in made.numbers.items():
+        ends = made.intervals.get(name, ("", ""))
+        lines.writerow((name, value, *ends, made.deviations.get(name, ""), *(getattr(made, key) for key in about)))
+    return file.getvalue()
 
-    if source not in DATA_SETS:
-        return read_samples(Path(source))
-    fetch(cache_folder())
-    return PaddedFashionMNIST(cache_folder(), train=source.endswith("train")).images
+
+def show(made: "Evaluation") -> None:
+    """The numbers as a table, with what they belong to above and what one must know below."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    count = f"{made.num_reference} images" if made.num_reference else "of a file of statistics"
+    for line in (
+        f"{made.images}: {made.num_samples} images, from {made.reference}: {count}",
+        f"{made.extractor} ({made.resize}), {made.seconds} s",
+    ):
+        console.print(Text(line))
+    table = Table()
+    for name in ("", "value", "95 % interval" if made.intervals else "", "over subsets" if made.deviations else ""):
+        if name or not table.columns:
+            table.add_column(name, justify="right" if name else "left")
+    for name, value in made.numbers.items():
+        table.add_row(NAMES[name], *_cells(made, name, value))
+    console.print(table)
+    for note in made.notes:
+        console.print(Text(note))
+
+
+def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
+    """A row but for its name: the value, and where any number has them its interval and its deviation."""
+    form = "{:.5f}" if name in ("kid", "kd") else "{:.3f}"
+    cells = [form.format(value)]
+    if made.intervals:
+        low_high = made.intervals.get(name)
+        cells.append(" … ".join(form.format(end) for end in low_high) if low_high else "")
+    if made.deviations:
+        cells.append(f"± {form.format(made.deviations[name])}" if name in made.deviations else "")
+    return cells
+
+
+def _keep(made: "Evaluation", run: Path) -> None:
+    """Beside the images, where they are a run whose folder can be written."""
+    from sagl.data.evaluations import keep_evaluation
+    from sagl.data.run_folder import holds_run
+
+    if holds_run(run) and os.access(run, os.W_OK):
+        keep_evaluation(run, made)

@@ -1,11 +1,11 @@
 """What `sagl sample` is to do: a request, checked against the weights, the machine and what its folder holds."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sagl.commands.devices import device_of, processes_of, require_launcher
 from sagl.commands.request import Request, Source
 from sagl.data.run_folder import holds_run, read_record, require_same_run
 from sagl.machine import available_bytes, fast_precision
@@ -62,12 +62,7 @@ def _refuse_contradictions(request: Request) -> None:
         not request.cfg.scale or request.run.labels != "null",
         "`cfg.scale` needs labels, got null. Give --labels random.",
     )
-    nodes, named = request.device.num_nodes, bool({"MASTER_ADDR", "SLURM_NTASKS"} & set(os.environ))
-    require(
-        nodes == 1 or named,
-        f"`trainer.num_nodes` {nodes} needs processes on each, and nothing says where they are. Start them by "
-        "torchrun or srun, see docs/sampling.md.",
-    )
+    require_launcher(request.device)
     if not holds_run(request.output):  # a whole run can be asked for where nothing can be written
         require_writable(request.output)
 
@@ -116,7 +111,7 @@ def _with_precision(request: Request, record: Mapping[str, Any]) -> Request:
     if request.device.precision != "auto":
         return request
     found = record.get("settings", {}).get("precision")
-    return replace(request, device=replace(request.device, precision=found or fast_precision(device_of(request))))
+    return replace(request, device=replace(request.device, precision=found or fast_precision(device_of(request.device))))
 
 
 def _sized(request: Request, network: UNetSettings, record: dict[str, Any]) -> RunSettings:
@@ -134,12 +129,12 @@ def _suiting(request: Request, network: UNetSettings) -> int:
     from sagl.models.checkpoints import DTYPES
     from sagl.models.footprint import forward_bytes
 
-    device = device_of(request)
+    device = device_of(request.device)
     most = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
     available = available_bytes(device)
     if available is not None:
         weights, each = forward_bytes(network, DTYPES[request.weight_precision])
-        share = available // (processes_of(request)[0] if device.type == "cpu" else 1)
+        share = available // (processes_of(request.device)[0] if device.type == "cpu" else 1)
         most = min(most, max(1, (share * 3 // 4 - weights) // each))
     return min(request.run.num_samples, most)
 
@@ -168,34 +163,3 @@ def read_source(source: Source, path: Path) -> "NetworkFile":
     from sagl.models.checkpoints import read_network
 
     return read_network(path, source.weights, source.network, source.diffusion)
-
-
-def device_of(request: Request) -> "torch.device":
-    """Where this process computes.
-
-    Raises:
-        UserError: a GPU was asked for, and there is none.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    require(request.device.accelerator != "gpu" or there, "`trainer.accelerator` gpu needs a GPU, and torch sees none.")
-    return torch.device("cuda" if there and request.device.accelerator != "cpu" else "cpu")
-
-
-def processes_of(request: Request) -> tuple[int, int]:
-    """How many processes draw on this machine, and in all."""
-    s = request.device
-    if s.devices.isdecimal():
-        here = int(s.devices)
-    elif os.environ.get("LOCAL_WORLD_SIZE", "").isdecimal():  # torchrun has started them
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-    else:
-        here = _num_gpus() if device_of(request).type == "cuda" else 1
-    return here, here * s.num_nodes
-
-
-def _num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sagl.commands.drawing import Drawing, Plan, recipe_of
-from sagl.commands.job import Job, job_of, processes_of
+from sagl.commands.devices import others_wait, processes_of
+from sagl.commands.job import Job, job_of
 from sagl.commands.progress import watching
 from sagl.commands.request import Request, parse
 from sagl.data.run_folder import (
@@ -70,7 +71,7 @@ def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) 
     """What is missing of the images, then of the views."""
     missing = missing_batches(job.folder, job.batches)
     record, recipe = _record(job, arguments), None
-    if missing or _others_wait():
+    if missing or others_wait():
         recipe = _draw(asked, job, missing, record, lock)
         record = read_record(job.folder)
     views = _views_to_make(job, record)
@@ -81,11 +82,6 @@ def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) 
         recipe = recipe_of(job)
     _make_views(job, recipe, views, record)
     _report(job, record)
-
-
-def _others_wait() -> bool:
-    """Whether processes that torchrun or SLURM started wait to hear that nothing is left for them."""
-    return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 # ------------------------------------------------------------------------------------------------------- images
@@ -99,7 +95,7 @@ def _say_choices(asked: Request, job: Job, side: int) -> None:
         "trainer.precision": asked.device.precision == "auto" and job.request.device.precision,
         "batch_size": asked.run.batch_size is None and job.run.images_at_once,
     }
-    threads = set_threads(processes_of(asked)[0])
+    threads = set_threads(processes_of(asked.device)[0])
     if shown := [f"--{name} {value}" for name, value in chosen.items() if value]:
         print(" ".join(["Chosen for this machine:", *shown, f"OMP_NUM_THREADS={threads}"]))
 
@@ -114,7 +110,7 @@ def _draw(
     _say_choices(asked, job, recipe.network.settings.image_size)
     remove_partial(job.folder)
     remove_damaged(job.folder, missing)
-    here, processes = processes_of(job.request)
+    here, processes = processes_of(job.request.device)
     plan = Plan(job=job, missing=missing, record=record | {"nfe": recipe.nfe, "views": {}})
     with watching(job.request.progress, "guided" if recipe.guidances else "sampling", sum(map(len, missing))) as watch:
         drawing = Drawing(plan=plan, recipe=recipe, watch=watch, processes=processes)

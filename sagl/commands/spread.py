@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.utils.data import DataLoader
 
 from sagl.commands.drawing import Drawing, recipe_of
-from sagl.commands.job import processes_of
+from sagl.commands.devices import processes_of
 from sagl.commands.progress import Watch
 from sagl.commands.request import Request
 from sagl.data.run_folder import num_held
@@ -123,7 +123,7 @@ def spread(drawing: Drawing, processes: int, lock: RunLock) -> None:
 
 def follow(request: Request) -> None:
     """Do what the first process tells; for all the others."""
-    _run(Share(), request, processes_of(request)[0])
+    _run(Share(), request, processes_of(request.device)[0])
 
 
 def _run(share: Share, request: Request, processes: int) -> None:

@@ -18,6 +18,26 @@ class Interval(NamedTuple):
     high: float
 
 
+def interval(features: Tensor, measure: Callable[[Tensor], float], *, draws: int = 200, seed: int = 0) -> Interval:
+    """What `measure` says of a set, and how far that would move with other samples.
+
+    A Fréchet distance of fewer different samples is larger, and a draw with replacement holds fewer: the draws are
+    moved by their mean's distance from the estimate, which would otherwise lie outside of its own interval.
+
+    Args:
+        features: (N, D).
+        measure: of features (N, D).
+        draws: sets of N samples, drawn with replacement.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    estimate, found = measure(features), torch.empty(draws, dtype=torch.float64)
+    for k in range(draws):
+        found[k] = measure(features[torch.randint(len(features), (len(features),), generator=generator)])
+    low, high = _ends(found - found.mean() + estimate)
+    return Interval(estimate, low, high)
+
+
 def paired_interval(
     first: Tensor, second: Tensor, measure: Callable[[Tensor], float], *, draws: int = 200, seed: int = 0
 ) -> Interval:
@@ -35,5 +55,10 @@ def paired_interval(
     for k in range(draws):
         rows = torch.randint(len(first), (len(first),), generator=generator)
         differences[k] = measure(second[rows]) - measure(first[rows])
-    low, high = torch.quantile(differences, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
-    return Interval(measure(second) - measure(first), float(low), float(high))
+    return Interval(measure(second) - measure(first), *_ends(differences))
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    """Between which `LEVEL` of them lie."""
+    low, high = torch.quantile(values, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
+    return float(low), float(high)

@@ -1,12 +1,11 @@
 """Metrics as torchmetrics has them: fed batch by batch, summed over all processes."""
 
-import math
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from sagl.metrics.frechet import Statistics, frechet_distance
+from sagl.metrics.inception_score import score_of, sums_of
 
 
 class FrechetDistance(Metric):
@@ -62,11 +61,7 @@ class FrechetDistance(Metric):
 
 
 class InceptionScore(Metric):
-    """exp of the mean KL divergence of p(class | image) from its mean over images (Salimans et al. 2016).
-
-    Over all images at once, so that neither their order nor the number of processes matters; the public evaluators
-    take the mean over chunks of them, which comes out a little smaller.
-    """
+    """The inception score of all images at once; see `sagl.metrics.inception_score`."""
 
     def __init__(self, classes: int) -> None:
         """For logits of K = `classes` numbers."""
@@ -80,13 +75,12 @@ class InceptionScore(Metric):
 
     def update(self, logits: Tensor) -> None:
         """Add (N, K) logits."""
-        log_p = logits.double().log_softmax(dim=1)
-        self.probabilities += log_p.exp().sum(dim=0)
-        self.negative_entropy += (log_p.exp() * log_p).sum()
+        probabilities, negative_entropy = sums_of(logits)
+        self.probabilities += probabilities
+        self.negative_entropy += negative_entropy
         self.count += len(logits)
 
     def compute(self) -> Tensor:
         """() float64, from 1 to K."""
-        mean = self.probabilities / self.count
-        entropy = -torch.special.xlogy(mean, mean).sum()
-        return torch.tensor(math.exp(float(self.negative_entropy / self.count + entropy)), dtype=torch.float64)
+        score = score_of(self.probabilities, self.negative_entropy, int(self.count))
+        return torch.tensor(score, dtype=torch.float64)

