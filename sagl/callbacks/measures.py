@@ -64,8 +64,7 @@ class Measures:
         return None if logits is None else InceptionScore(logits.shape[1]).to(self.device)
 
     def _features(self, images: ImageUint8) -> Features:
-        found = features_of(images.cpu(), self.extract)
-        return Features(*(None if part is None else part.to(self.device) for part in found))
+        return features_of(images.cpu(), self.extract).each(lambda part: part.to(self.device))
 
 
 def _fingerprint(batches: Iterable[ImageUint8]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import distributed
 
 from sagl.commands.devices import device_of, processes_of
@@ -50,7 +50,9 @@ class Many(Crew):
     def __init__(self, rank: int, world_size: int) -> None:
         """Of a process group that is there."""
         self.rank, self.world_size = rank, world_size
-        self._group = distributed.new_group(backend="gloo", timeout=LONGEST)
+        group = distributed.new_group(backend="gloo", timeout=LONGEST)
+        assert isinstance(group, distributed.ProcessGroup)
+        self._group = group
 
     def told(self, word: Word | None) -> Word:
         """Broadcast."""

@@ -18,8 +18,6 @@ from sagl.settings.paths import cache_folder, require_writable, sha256
 from sagl.settings.sampling import RunSettings, micro_batches
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
-    import torch
-
     from sagl.models.checkpoints import NetworkFile
 
 
@@ -111,7 +109,9 @@ def _with_precision(request: Request, record: Mapping[str, Any]) -> Request:
     if request.device.precision != "auto":
         return request
     found = record.get("settings", {}).get("precision")
-    return replace(request, device=replace(request.device, precision=found or fast_precision(device_of(request.device))))
+    return replace(
+        request, device=replace(request.device, precision=found or fast_precision(device_of(request.device)))
+    )
 
 
 def _sized(request: Request, network: UNetSettings, record: dict[str, Any]) -> RunSettings:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands.drawing import Drawing, Plan, recipe_of
 from sagl.commands.devices import others_wait, processes_of
+from sagl.commands.drawing import Drawing, Plan, recipe_of
 from sagl.commands.job import Job, job_of
 from sagl.commands.progress import watching
 from sagl.commands.request import Request, parse

@@ -19,8 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.utils.data import DataLoader
 
-from sagl.commands.drawing import Drawing, recipe_of
 from sagl.commands.devices import processes_of
+from sagl.commands.drawing import Drawing, recipe_of
 from sagl.commands.progress import Watch
 from sagl.commands.request import Request
 from sagl.data.run_folder import num_held

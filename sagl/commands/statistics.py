@@ -11,7 +11,9 @@ from sagl.settings.evaluation import MeasureSettings
 
 def statistics_parser() -> Parser:
     """The flags."""
-    p = Parser("statistics", "Write what evaluations need of a reference to a file: sagl evaluate RUN --reference FILE.")
+    p = Parser(
+        "statistics", "Write what evaluations need of a reference to a file: sagl evaluate RUN --reference FILE."
+    )
     p.add_argument("source", type=str, help="Folder of pictures, LSUN's LMDB, shards, npz, run, fashion_mnist_train.")
     p.add_argument("--output", type=str, required=True, help="The .npz file to write.")
     p.add_argument("--num_samples", type=int, default=None, help="Only so many images, the first.")
@@ -39,9 +41,7 @@ def main(arguments: list[str]) -> None:
         follow(work)
         return
     require(output.suffix == ".npz", f"`output` must end in .npz, got {given.output}.")
-    require(
-        given.overwrite or not output.exists(), f"`output` {output} is there. Choose another name, or --overwrite."
-    )
+    require(given.overwrite or not output.exists(), f"`output` {output} is there. Choose another name, or --overwrite.")
     require(given.num_kept >= 2, f"`num_kept` must be at least 2, got {given.num_kept}.")
     from sagl.commands.measuring import Look, Looking, counted, extractor_of
     from sagl.metrics.reference import Reference, write_reference

@@ -14,7 +14,7 @@ import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pictures import Cut, Source
-from sagl.data.run_folder import SAMPLES, Sample, pixels, read_shard, shards_of
+from sagl.data.run_folder import SAMPLES, Pixels, Sample, pixels, read_shard, shards_of
 from sagl.data.sources import source_of
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import cache_folder
@@ -61,7 +61,7 @@ class RunImages(ImageSet):
 
     def images(self, start: int, stop: int) -> ImageUint8:
         """From as many shards as it takes."""
-        found: list[np.ndarray] = []  # type: ignore[type-arg]
+        found: list[Pixels] = []
         place = bisect_right(self._ends, start)
         while len(found) < stop - start:
             samples = _shard(self._paths[place])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sagl.settings.errors import UserError, require
 from sagl.shapes import ImageUint8
 
+
 class Features(NamedTuple):
     """What one pass of an extractor gives."""
 
@@ -21,6 +22,11 @@ class Features(NamedTuple):
     """(B, S) float32, of some channels at every place, for sFID."""
     logits: Tensor | None = None
     """(B, K) float32, of classes, for the inception score."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """All that are there, changed."""
+        spatial, logits = (None if part is None else change(part) for part in self[1:])
+        return Features(change(self.pooled), spatial, logits)
 
 
 Extractor = Callable[[ImageUint8], Features | Tensor]
@@ -102,8 +108,8 @@ def features_of(images_uint8: ImageUint8, extract: Extractor) -> Features:
         UserError: the extractor gives something else.
     """
     parts = [seen(extract(part)) for part in images_uint8.split(IMAGES_AT_ONCE)]
-    joined = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-    return Features(*joined)
+    pooled, spatial, logits = zip(*parts, strict=True)
+    return Features(torch.cat(pooled), *(None if part[0] is None else torch.cat(part) for part in (spatial, logits)))
 
 
 def seen(found: Features | Tensor) -> Features:
@@ -118,7 +124,7 @@ def seen(found: Features | Tensor) -> Features:
         isinstance(pooled, Tensor) and pooled.dim() == 2,
         f"`extractor` must give features (B, D), got {tuple(getattr(pooled, 'shape', ())) or type(pooled).__name__}.",
     )
-    return Features(*(None if part is None else part.float().cpu() for part in features))
+    return features.each(lambda part: part.float().cpu())
 
 
 def resize_of(extract: Extractor) -> str:

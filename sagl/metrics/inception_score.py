@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016): exp of the mean KL divergence of p(class | image) from its mean over images."""
+"""Inception score (Salimans et al. 2016): exp of the mean KL divergence of p(class | image) from its mean."""
 
 import torch
 from torch import Tensor

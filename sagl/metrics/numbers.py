@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sagl.metrics.bootstrap import interval
+from sagl.metrics.checks import require_comparable
 from sagl.metrics.frechet import FrechetTo, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
 from sagl.metrics.kernel_distance import kernel_distance
@@ -40,6 +41,7 @@ def numbers_of(made: Looked, real: Looked, s: MeasureSettings, *, inception: boo
     Raises:
         UserError: features that are not finite, too few samples, or of different widths.
     """
+    require_comparable(made, real, s.neighbours)
     fid, sfid, kid = ("fid", "sfid", "kid") if inception else ("fd", "sfd", "kd")
     distance = FrechetTo(real.pooled)
     values, intervals, deviations = {fid: distance(made.pooled)}, {}, {}
@@ -50,9 +52,7 @@ def numbers_of(made: Looked, real: Looked, s: MeasureSettings, *, inception: boo
     if made.features is not None and real.features is not None:
         shares = precision_recall(made.features, real.features, neighbours=s.neighbours)
         values |= {"precision": shares.precision, "recall": shares.recall}
-        kernel = kernel_distance(
-            made.features, real.features, subsets=s.kd_subsets, size=s.kd_subset_size, seed=s.seed
-        )
+        kernel = kernel_distance(made.features, real.features, subsets=s.kd_subsets, size=s.kd_subset_size, seed=s.seed)
         values[kid], deviations[kid] = kernel.mean, kernel.deviation
     if made.features is not None and s.bootstrap:
         measure: Callable[..., float] = lambda rows: distance(statistics(rows))  # noqa: E731

@@ -13,7 +13,8 @@ DISTANCES_AT_ONCE = 2**24
 SPARE = 4
 """Neighbours beyond the k-th that are measured exactly, so that rounding cannot take one for another."""
 ROUNDING = 1e-5
-"""Of squared distances in float32, of the squared lengths behind them; nearer to a radius they are measured exactly."""
+"""Of squared distances in float32, of the squared lengths behind them, from a common middle; nearer to a radius they
+are measured exactly."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -41,8 +42,8 @@ def precision_recall(made: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS
 def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Squared distance of each sample from its k-th nearest other one: (N, D) -> (N,) float64."""
     wanted = min(neighbours + 1 + SPARE, len(features))
-    found = []
-    for rows, near in _distances(features, features):
+    found, centred = [], features - features.mean(dim=0)
+    for rows, near in _distances(centred, centred):
         nearest = near.topk(wanted, dim=1, largest=False).indices  # one of them is the sample itself, at 0
         exact = torch.stack([_exact(features[rows], features[column]) for column in nearest.T], dim=1)
         found.append(exact.kthvalue(neighbours + 1, dim=1).values)
@@ -51,12 +52,13 @@ def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
 
 def share_inside(points: Tensor, centres: Tensor, reach: Tensor) -> float:
     """Share of points in at least one ball, surface included: (N, D), (M, D), squared radii (M,) -> 0 … 1."""
-    count = 0
-    slack = ROUNDING * centres.square().sum(dim=1).max()
-    for rows, near in _distances(points, centres):
+    middle, count = centres.mean(dim=0), 0
+    near_points, near_centres = points - middle, centres - middle
+    slack = ROUNDING * (near_centres.square().sum(dim=1).max() + near_points.square().sum(dim=1, keepdim=True))
+    for rows, near in _distances(near_points, near_centres):
         margin = near.sub_(reach.to(near.dtype))
-        inside = (margin < -slack).any(dim=1)
-        doubtful = (margin.abs() <= slack).nonzero()
+        inside = (margin < -slack[rows]).any(dim=1)
+        doubtful = (margin.abs() <= slack[rows]).nonzero()
         doubtful = doubtful[~inside[doubtful[:, 0]]]
         for part in doubtful.split(2**14):
             sample, centre = part.T

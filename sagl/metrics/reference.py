@@ -80,7 +80,8 @@ def write_reference(reference: Reference, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    looked, arrays = reference.looked, {}
+    looked = reference.looked
+    arrays: Arrays = {}
     for end, part in (("", looked.pooled), ("_s", looked.spatial)):
         if part is not None:
             arrays |= {f"mu{end}": part.mean.numpy(), f"sigma{end}": part.covariance.numpy()}
@@ -97,7 +98,9 @@ def _statistics(arrays: Arrays, end: str, count: int, path: Path) -> Statistics 
     require(f"sigma{end}" in arrays, f"`reference` must hold sigma{end} beside mu{end}, and {path} does not.")
     mean, covariance = arrays[f"mu{end}"], arrays[f"sigma{end}"]
     require(
-        mean.ndim == 1 and covariance.shape == (len(mean), len(mean)) and mean.dtype.kind == covariance.dtype.kind == "f",
+        mean.ndim == 1
+        and covariance.shape == (len(mean), len(mean))
+        and mean.dtype.kind == covariance.dtype.kind == "f",
         f"`reference` must hold mu{end} (D,) and sigma{end} (D, D) as floats, and those of {path} are {mean.dtype} "
         f"{mean.shape} and {covariance.dtype} {covariance.shape}.",
     )

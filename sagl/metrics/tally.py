@@ -74,7 +74,9 @@ class Tally:
         first = self._sums.count
         places = torch.arange(first, first + len(features.pooled))
         kept = min(self.num_kept, self.total)
-        chosen = (places * kept) // self.total != ((places - 1) * kept) // self.total  # evenly spaced, the first one too
+        chosen = (places * kept) // self.total != (
+            (places - 1) * kept
+        ) // self.total  # evenly spaced, the first one too
         self._kept.append(features.pooled[chosen])
         self._sums.add(features.pooled)
         if features.spatial is not None:

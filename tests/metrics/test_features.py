@@ -78,7 +78,9 @@ def test_features_of_many_images_are_those_of_each(monkeypatch):
 
 
 def test_the_side_is_part_of_the_extractor():
-    assert not torch.allclose(extractor()(images()[:2]).pooled, extractor("effnet_lite0_224")(images()[:2]).pooled, atol=0.05)
+    assert not torch.allclose(
+        extractor()(images()[:2]).pooled, extractor("effnet_lite0_224")(images()[:2]).pooled, atol=0.05
+    )
 
 
 def test_the_distance_grows_with_noise():

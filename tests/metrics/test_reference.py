@@ -3,53 +3,86 @@ import pytest
 import torch
 
 from sagl.metrics.frechet import frechet_distance, statistics
-from sagl.metrics.reference import cached_statistics, read_statistics, write_statistics
+from sagl.metrics.reference import Reference, holds_statistics, read_reference, write_reference
+from sagl.metrics.tally import Looked
+from sagl.settings.errors import UserError
 
-FEATURES = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
-
-
-def equal(a, b):
-    return torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance) and a.num_samples == b.num_samples
-
-
-def test_statistics_come_back_bit_for_bit(tmp_path):
-    s = statistics(FEATURES)
-    write_statistics(s, tmp_path / "deep" / "a.npz")
-    found = read_statistics(tmp_path / "deep" / "a.npz")
-    assert equal(found, s)
-    assert frechet_distance(found, s) == pytest.approx(0, abs=1e-9)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.npz"]
+GENERATOR = torch.Generator().manual_seed(0)
+FEATURES, SPATIAL, OTHERS = (torch.randn(n, d, generator=GENERATOR) for n, d in ((30, 5), (30, 7), (20, 5)))
 
 
-def test_a_file_has_the_names_that_public_tools_use(tmp_path):
-    write_statistics(statistics(FEATURES), tmp_path / "a.npz")
-    with np.load(tmp_path / "a.npz") as arrays:
-        np.testing.assert_allclose(arrays["mu"], FEATURES.double().mean(0))
-        np.testing.assert_allclose(arrays["sigma"], np.cov(FEATURES.double().numpy().T))
+def looked(**changes):
+    whole = {"pooled": statistics(FEATURES), "spatial": statistics(SPATIAL), "features": FEATURES[::3]}
+    return Looked(**whole | changes)
 
 
-def test_features_are_computed_once_and_kept(tmp_path):
-    calls = []
-
-    def features():
-        calls.append(1)
-        return FEATURES
-
-    first = cached_statistics(tmp_path / "a.npz", features)
-    second = cached_statistics(tmp_path / "a.npz", features)
-    assert calls == [1]
-    assert equal(first, second)
-    assert equal(first, statistics(FEATURES))
+def written(path, **changes):
+    write_reference(Reference(looked=looked(**changes), extractor="tiny", source="pictures"), path)
+    return read_reference(path)
 
 
-def test_what_fails_on_the_way_leaves_nothing_that_would_be_read(tmp_path, monkeypatch):
-    def full_disk(file, **_):
-        file.write(b"half")
-        raise OSError("no space left on device")
+def same(a, b):
+    return a.mean.equal(b.mean) and a.covariance.equal(b.covariance) and a.num_samples == b.num_samples
 
-    with monkeypatch.context() as patch:
-        patch.setattr("sagl.metrics.reference.np.savez", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            cached_statistics(tmp_path / "a.npz", lambda: FEATURES)
-    assert not (tmp_path / "a.npz").exists()
-    assert equal(cached_statistics(tmp_path / "a.npz", lambda: FEATURES), statistics(FEATURES))
+
+def test_what_was_written_is_read(tmp_path):
+    found = written(tmp_path / "deep" / "a.npz")
+    assert same(found.looked.pooled, statistics(FEATURES))
+    assert same(found.looked.spatial, statistics(SPATIAL))
+    assert found.looked.features.equal(FEATURES[::3])
+    assert (found.extractor, found.source, found.looked.num_samples) == ("tiny", "pictures", 30)
+    assert holds_statistics(tmp_path / "deep" / "a.npz")
+
+
+def test_what_was_not_seen_is_not_there(tmp_path):
+    found = written(tmp_path / "a.npz", spatial=None, features=None).looked
+    assert (found.spatial, found.features) == (None, None)
+
+
+@pytest.mark.parametrize("form", ["openai", "edm"])
+def test_published_files_belong_to_inception_and_give_the_distance_of_their_images(form, tmp_path):
+    mu, sigma = FEATURES.double().numpy().mean(axis=0), np.cov(FEATURES.double().numpy(), rowvar=False)
+    more = {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 4, 4, 3), dtype=np.uint8)}
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, **(more if form == "openai" else {}))
+    found = read_reference(tmp_path / "ref.npz")
+    assert found.extractor == "inception"
+    assert (found.looked.spatial is not None) == (form == "openai")
+    assert (found.looked.features, found.looked.num_samples) == (None, 0)
+    want = frechet_distance(statistics(OTHERS), statistics(FEATURES))
+    assert frechet_distance(statistics(OTHERS), found.looked.pooled) == pytest.approx(want, rel=1e-10)
+
+
+def test_images_alone_are_no_statistics(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    assert not holds_statistics(tmp_path / "samples.npz")
+    assert not holds_statistics(tmp_path)
+    assert not holds_statistics(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"\(3,\) and float64 \(4, 4\)"),
+        ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"\(3, 1\)"),
+        ({"mu": np.zeros(3, dtype=int), "sigma": np.eye(3)}, "int64"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "finite"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.inf)}, "finite"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2)}, "sigma_s"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 2))}, r"\(n, 3\)"),
+        ({"arr_0": np.zeros(3)}, "mu and sigma"),
+        ({"mu": np.array([{}]), "sigma": np.eye(3)}, "damaged or none"),
+    ],
+)
+def test_files_of_the_wrong_form_are_refused_by_what_is_wrong(arrays, named, tmp_path):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=named):
+        read_reference(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("length", [0, 10, 300])
+def test_a_damaged_file_is_refused(length, tmp_path):
+    np.savez(tmp_path / "whole.npz", mu=np.zeros(30), sigma=np.eye(30))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:length])
+    with pytest.raises(UserError, match="damaged"):
+        holds_statistics(tmp_path / "cut.npz")

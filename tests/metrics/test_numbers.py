@@ -1,0 +1,103 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from sagl.metrics.frechet import frechet_distance, statistics
+from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
+from sagl.metrics.kernel_distance import kernel_distance
+from sagl.metrics.numbers import numbers_of
+from sagl.metrics.precision_recall import precision_recall
+from sagl.metrics.tally import Looked
+from sagl.settings.errors import UserError
+from sagl.settings.evaluation import MeasureSettings
+
+GENERATOR = torch.Generator().manual_seed(0)
+REAL, REAL_SPATIAL = torch.randn(80, 6, generator=GENERATOR), torch.randn(80, 9, generator=GENERATOR)
+MADE, MADE_SPATIAL = 0.8 * torch.randn(60, 6, generator=GENERATOR) + 0.3, torch.randn(60, 9, generator=GENERATOR)
+LOGITS = torch.randn(60, 5, generator=GENERATOR)
+SETTINGS = MeasureSettings(kd_subsets=7, kd_subset_size=40)
+
+
+def made(features=MADE, **changes):
+    whole = {"pooled": statistics(features), "spatial": statistics(MADE_SPATIAL), "features": features}
+    return Looked(**whole | {"logits": LOGITS} | changes)
+
+
+def real(features=REAL, **changes):
+    whole = {"pooled": statistics(features), "spatial": statistics(REAL_SPATIAL), "features": features}
+    return Looked(**whole | changes)
+
+
+def test_all_numbers_under_the_names_of_the_literature():
+    found = numbers_of(made(), real(), SETTINGS, inception=True)
+    shares, kernel = precision_recall(MADE, REAL), kernel_distance(MADE, REAL, subsets=7, size=40)
+    assert found.values == {
+        "fid": pytest.approx(frechet_distance(statistics(MADE), statistics(REAL)), rel=1e-12),
+        "sfid": pytest.approx(frechet_distance(statistics(MADE_SPATIAL), statistics(REAL_SPATIAL)), rel=1e-12),
+        "is": inception_score_in_chunks(LOGITS),
+        "is_all": inception_score(LOGITS),
+        "precision": shares.precision,
+        "recall": shares.recall,
+        "kid": kernel.mean,
+    }
+    assert found.deviations == {"kid": kernel.deviation}
+    assert found.intervals == {}
+
+
+def test_only_inception_s_features_have_a_fid():
+    found = numbers_of(made(), real(), SETTINGS).values
+    assert set(found) == {"fd", "sfd", "is", "is_all", "precision", "recall", "kd"}
+
+
+def test_what_the_reference_does_not_hold_is_left_out():
+    found = numbers_of(made(), replace(real(), spatial=None, features=None), SETTINGS, inception=True).values
+    assert set(found) == {"fid", "is", "is_all"}
+    assert set(numbers_of(made(logits=None, spatial=None), real(), SETTINGS).values) == {
+        "fd",
+        "precision",
+        "recall",
+        "kd",
+    }
+
+
+def test_the_distance_has_an_interval_where_one_is_asked_for():
+    settings = MeasureSettings(kd_subsets=1, kd_subset_size=10, bootstrap=50)
+    found = numbers_of(made(), real(), settings)
+    low, high = found.intervals["fd"]
+    assert low < found.values["fd"] < high
+    assert numbers_of(made(), real(), settings).intervals == found.intervals
+
+
+class Passed(torch.nn.Module):
+    num_features = 6
+
+    def forward(self, x):
+        return x
+
+
+def test_torchmetrics_has_the_same_fid_of_the_same_features():
+    theirs = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
+    theirs.inception.num_features = 6
+    for features, is_real in ((REAL, True), (MADE, False)):
+        theirs.update(features.double(), real=is_real)
+    assert numbers_of(made(), real(), SETTINGS).values["fd"] == pytest.approx(float(theirs.compute()), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["run", "reference"])
+def test_features_that_are_not_finite_are_refused(bad, side):
+    features = (MADE if side == "run" else REAL).clone()
+    features[17, 3] = bad
+    sets = (made(features), real()) if side == "run" else (made(), real(features))
+    with pytest.raises(UserError, match=rf"`{side}` must give finite features"):
+        numbers_of(*sets, SETTINGS)
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    with pytest.raises(UserError, match="as wide as the run's, 6 numbers, and has 5"):
+        numbers_of(made(), real(REAL[:, :5]), SETTINGS)
+    with pytest.raises(UserError, match="`neighbours` must be below .* run has 3 .* got 3"):
+        numbers_of(made(MADE[:3]), real(), SETTINGS)
