@@ -7,6 +7,7 @@ VERBS = {
     "test": ("sagl.commands.test", "the same on images that neither training nor validation saw"),
     "shard": ("sagl.commands.shard", "pictures as WebDataset shards, to train on"),
     "evaluate": ("sagl.commands.evaluate", "Fréchet distance of a run from a reference"),
+    "compare": ("sagl.commands.compare", "runs side by side: settings, numbers, images at equal ids"),
     "convert": ("sagl.commands.convert", "a network as safetensors or for diffusers"),
     "doctor": ("sagl.commands.doctor", "what this machine has, and what is missing"),
     "completion": ("sagl.commands.completion", "completion of verbs and flags for your shell"),
