@@ -37,6 +37,8 @@ WITH_VALUES = ("--output", "--samples")
 """Flags behind which a value stands."""
 NUM_SHOWN = 8
 """Images of a run on a page, unless another number is asked for."""
+MOST = 1e15
+"""Numbers of a record from here on, and nan, are none."""
 HEAD = 200
 """Within so many bytes of its beginning a file of ours says so."""
 
@@ -71,8 +73,11 @@ def main(arguments: list[str]) -> None:
         show(sheet_of(runs))
         print("\nWith their images, at equal ids: --output FILE.html.")
         return
-    gallery = _gallery(runs, folders, given.samples)
-    _write(sheet_of(runs, gallery), output)
+    ids = shared_ids(folders, NUM_SHOWN if given.samples is None else given.samples)
+    if given.samples is not None:
+        _require_shown(runs, ids, given.samples)
+    gallery = _gallery(runs, folders, ids)
+    _write(sheet_of(runs, gallery, shared=bool(ids) or given.samples == 0), output)
     images = f"{len(gallery.ids)} images of each run" if gallery else "no images"
     print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {images}.")
 
@@ -86,8 +91,14 @@ def _runs_first(arguments: Sequence[str]) -> list[str]:
     return runs + flags
 
 
-def sheet_of(runs: Sequence[Run], gallery: Gallery | None = None) -> Sheet:
-    """All that is to be said of some runs."""
+def sheet_of(runs: Sequence[Run], gallery: Gallery | None = None, shared: bool = True) -> Sheet:
+    """All that is to be said of some runs.
+
+    Args:
+        runs: at least one.
+        gallery: their images, if these are to be shown.
+        shared: whether there is an id that all of them hold.
+    """
     differ, alike = split_settings(runs)
     if len(runs) == 1:  # nothing to fold away: its own table
         differ, alike = alike, []
@@ -98,7 +109,7 @@ def sheet_of(runs: Sequence[Run], gallery: Gallery | None = None) -> Sheet:
     heads = tuple(run.name for run in runs)
     return Sheet(
         title=enumerated(heads) if len(runs) == 1 else f"{enumerated(heads)}, side by side",
-        lines=tuple(_remarks(runs)),
+        lines=tuple(_remarks(runs) + ([] if shared else ["There is no id that all runs hold: no images are shown."])),
         tables=(Table(title="Side by side" if runs[1:] else "The run", heads=heads, sections=tuple(sections)),)
         + ((paper,) if paper else ()),
         alike=alike_line(runs, alike),
@@ -113,12 +124,12 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run.num_images < run.num_asked
     ]
-    if other := [name for name in ("seed", "labels") if len({str(run.settings.get(name)) for run in runs}) > 1]:
-        found.append(f"The runs differ in {enumerated(other)}: images of one id do not begin alike.")
+    for name, means in (("seed", "begin from other noise"), ("labels", "may be of other classes")):
+        if len({str(run.settings.get(name)) for run in runs}) > 1:
+            found.append(f"The runs differ in {name}: images of one id {means}.")
     sizes = sorted({run.size for run in runs if run.size})
     if len(sizes) > 1:
-        listed = enumerated([f"{width}×{height}" for width, height in sizes])
-        found.append(f"The images are {listed} pixels large: they are not shown beside each other.")
+        found.append(f"The images have {_listed(sizes)} pixels: they are not shown beside each other.")
     return found
 
 
@@ -173,28 +184,32 @@ def _read(folder: Path, name: str) -> Run:
 
 def _number(record: dict[str, Any], name: str) -> float | None:
     value = record.get(name)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST
+    return value if sound else None
 
 
-def _gallery(runs: Sequence[Run], folders: Sequence[Path], wanted: int | None) -> Gallery | None:
-    """The first images whose ids all runs hold; none of runs that share no id or size, unless they were asked for.
+def _require_shown(runs: Sequence[Run], ids: Sequence[int], wanted: int) -> None:
+    """Refuse images that were asked for and cannot stand beside each other.
 
     Raises:
-        UserError: they were asked for.
+        UserError: too few ids are shared, or the images have several sizes.
     """
-    if wanted == 0:
-        return None
-    sizes = {run.size for run in runs}
-    ids = shared_ids(folders, NUM_SHOWN if wanted is None else wanted)
+    require(len(ids) == wanted, f"`samples` must be at most {len(ids)}, the ids that all runs hold, got {wanted}.")
+    sizes = sorted({run.size for run in runs if run.size})
     require(
-        wanted is None or len(sizes) == 1, "`samples` needs runs whose images have one size. Leave it out, or a run."
+        wanted == 0 or len(sizes) == 1,
+        f"`samples` needs images of one size, got {_listed(sizes)}. Give 0, or leave out a run.",
     )
-    require(
-        wanted is None or len(ids) == wanted,
-        f"`samples` must be at most {len(ids)}, the ids that all runs hold, got {wanted}.",
-    )
+
+
+def _listed(sizes: Sequence[tuple[int, int]]) -> str:
+    return enumerated([f"{width}×{height}" for width, height in sizes])
+
+
+def _gallery(runs: Sequence[Run], folders: Sequence[Path], ids: Sequence[int]) -> Gallery | None:
+    """The images of these ids; none where there is no id, or the images have several sizes."""
     size = runs[0].size
-    if len(sizes) > 1 or not ids or size is None:
+    if not ids or size is None or any(run.size != size for run in runs):
         return None
     rows = [tuple(sample.pictures[SAMPLES] for sample in samples_at(folder, ids)) for folder in folders]
     return Gallery(names=tuple(run.name for run in runs), ids=tuple(ids), rows=tuple(rows), side=size[0])

@@ -95,17 +95,16 @@ def said(value: Any, name: str = "") -> str:  # noqa: ANN401 (what run.json hold
 
 def cost_section(runs: Sequence[Run]) -> Section:
     """Where the runs are, how many images they hold, and what these cost."""
-    kinds: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
-        ("folder", "", lambda run: clean(run.folder)),
-        ("images", "", _images),
-        ("size", "pixels", lambda run: ABSENT if run.size is None else f"{run.size[0]}×{run.size[1]}"),
-        ("network evaluations", "an image", lambda run: ABSENT if run.nfe is None else f"{run.nfe:g}"),
-        ("seconds", "of all processes together", lambda run: ABSENT if not run.seconds else f"{run.seconds:,.1f}"),
-        ("images a second", "of one process", _rate),
-    )
+    kinds: dict[str, Callable[[Run], str]] = {
+        "folder": lambda run: clean(run.folder),
+        "images": _images,
+        "pixels of an image": lambda run: ABSENT if run.size is None else f"{run.size[0]}×{run.size[1]}",
+        "network evaluations an image": lambda run: ABSENT if run.nfe is None else f"{run.nfe:g}",
+        "seconds of all processes": lambda run: ABSENT if not run.seconds else f"{run.seconds:,.1f}",
+        "images a second a process": _rate,
+    }
     rows = (
-        Row(name=Cell(text=what, note=note), cells=tuple(Cell(text=show(run)) for run in runs))
-        for what, note, show in kinds
+        Row(name=Cell(text=what), cells=tuple(Cell(text=show(run)) for run in runs)) for what, show in kinds.items()
     )
     return Section(title="Images and their cost", rows=tuple(rows))
 
@@ -244,25 +243,19 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _beside_paper(run: Run, rows: Sequence[PaperRow]) -> Section:
-    papers = [_line(f"paper, {row.table}", "", row.images, str(row.steps), row.numbers, 2) for row in rows]
-    steps = f"{said(run.settings.get('respacing'))}, {said(run.settings.get('sampler'))}"
+    papers = [_line(f"paper, {row.table}", "", row.images, str(row.steps), row.numbers) for row in rows]
+    respacing, sampler = said(run.settings.get("respacing")), said(run.settings.get("sampler"))
+    steps = respacing if respacing.startswith(sampler) else f"{respacing} ({sampler})"
     own = [
-        _line(run.name, f"against {clean(e.reference)}", e.num_samples, steps, e.numbers, None)
+        _line(run.name, f"against {clean(e.reference)}", e.num_samples, steps, e.numbers)
         for e in run.evaluations
         if e.extractor == INCEPTION
     ]
-    none = _line(run.name, f"no numbers of {INCEPTION} yet", run.num_images, steps, {}, None)
+    none = _line(run.name, f"no numbers of {INCEPTION} yet", run.num_images, steps, {})
     return Section(title=f"{run.name}: {run.model}, {run.guidance}", rows=tuple(papers + (own or [none])))
 
 
-def _line(name: str, note: str, images: int, steps: str, numbers: Mapping[str, float], digits: int | None) -> Row:
-    """A line of the paper's table; its own numbers have two digits behind the point, as it prints them."""
-    texts = [
-        ABSENT
-        if metric not in numbers
-        else f"{numbers[metric]:.{digits}f}"
-        if digits
-        else shown(metric, numbers[metric])
-        for metric in COLUMNS
-    ]
+def _line(name: str, note: str, images: int, steps: str, numbers: Mapping[str, float]) -> Row:
+    """A line of the paper's table; numbers have two digits behind the point, as it prints them."""
+    texts = [f"{numbers[metric]:.2f}" if metric in numbers else ABSENT for metric in COLUMNS]
     return Row(name=Cell(text=name, note=note), cells=tuple(Cell(text=text) for text in (f"{images:,}", steps, *texts)))

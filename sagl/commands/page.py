@@ -16,34 +16,40 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 76rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; font-weight: 650; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; font-weight: 650; margin: 2.5rem 0 .5rem; }
-p { max-width: 46rem; margin: .35rem 0; overflow-wrap: anywhere; }
+p { max-width: 60rem; margin: .35rem 0; overflow-wrap: anywhere; }
 p.alike { max-width: none; color: var(--soft); font-size: .87rem; line-height: 1.6; }
 .note, figcaption { color: var(--soft); font-size: .82rem; font-weight: 400; }
 .scroll { overflow-x: auto; margin-top: .75rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; font-variant-numeric: tabular-nums; }
+col:first-child { width: 18rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .75rem; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; min-width: 6.5rem; }
-th:first-child { padding-left: .5rem; min-width: 12rem; width: 20rem; }
+  overflow-wrap: anywhere; }
+th:first-child { padding-left: .5rem; }
+thead th:first-child, th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 th[scope=row] { font-weight: 400; color: var(--soft); }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 650; vertical-align: bottom; }
 th[scope=rowgroup] { background: var(--band); font-weight: 600; padding-top: .55rem; }
 th[scope=rowgroup] .note::before { content: " · "; }
 td .note, th[scope=row] .note { display: block; line-height: 1.35; }
-table.aligned td, table.aligned thead th + th { text-align: right; min-width: 4.5rem; }
+table.aligned td, table.aligned thead th + th { text-align: right; }
 .best { font-weight: 650; color: var(--best); }
 .best .tag { font-size: .7rem; font-weight: 600; letter-spacing: .02em; background: var(--best-band);
   border-radius: .6rem; padding: .08rem .42rem; margin-left: .35rem; white-space: nowrap; vertical-align: .06em; }
 figure { margin: 1.25rem 0 0; }
-.grid { display: grid; gap: 3px; align-items: center; margin-top: .6rem; }
-.grid .name { padding-right: .75rem; font-size: .87rem; line-height: 1.3; overflow-wrap: anywhere; }
+.grid { display: grid; gap: 3px; align-items: center;
+  grid-template-columns: var(--label) repeat(var(--columns), minmax(2.5rem, var(--width))); }
+.grid .name { padding-right: .75rem; font-size: .87rem; line-height: 1.3; overflow-wrap: anywhere; overflow: hidden;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; }
 .grid .id { color: var(--soft); font-size: .75rem; text-align: center; font-variant-numeric: tabular-nums; }
 .grid img { display: block; width: 100%; height: auto; }
 .grid.small img { image-rendering: pixelated; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .82rem; }
-@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } th:first-child { min-width: 9rem; width: auto; } }
+@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } col:first-child { width: 9.5rem; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --band: #f1f1f1; --best: #000;
   --best-band: #e6e6e6; } body { font-size: 10pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
-  th, td { min-width: 0; } th:first-child { min-width: 0; width: auto; } tr, figure { break-inside: avoid; }
+  table { min-width: 0 !important; } col:first-child { width: 26%; } th[scope=row] { position: static; }
+  .grid { grid-template-columns: var(--label) repeat(var(--columns), minmax(0, var(--width))); }
+  tr, .grid { break-inside: avoid; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
@@ -68,9 +74,11 @@ def _table(table: Table) -> str:
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
     note = f'<p class="note">{escape(table.note)}</p>\n' if table.note else ""
     kind = ' class="aligned"' if table.aligned else ""
+    width = f"{18 + (6 if table.aligned else 9) * len(table.heads)}rem"  # wider tables than the page scroll
     bodies = "\n".join(_section(section, len(table.heads) + 1) for section in table.sections)
     return (
-        f'<h2>{escape(table.title)}</h2>\n{note}<div class="scroll"><table{kind}>\n'
+        f'<h2>{escape(table.title)}</h2>\n{note}<div class="scroll"><table{kind} style="min-width: {width}">\n'
+        f'<colgroup><col><col span="{len(table.heads)}"></colgroup>\n'
         f'<thead><tr><th scope="col"></th>{heads}</tr></thead>\n{bodies}\n</table></div>'
     )
 
@@ -96,21 +104,22 @@ def _gallery(gallery: Gallery) -> str:
     """Images in blocks, a row a run, small ones twice as large."""
     caption = "A row is a run, a column a sample id: with equal seeds and labels, its images begin from the same noise."
     blocks = "\n".join(_block(gallery, places) for places in gallery.blocks)
-    return f"<h2>The same images</h2>\n<figure><figcaption>{caption}</figcaption>\n{blocks}\n</figure>"
+    return f"<h2>Images at equal ids</h2>\n<figure><figcaption>{caption}</figcaption>\n{blocks}\n</figure>"
 
 
 def _block(gallery: Gallery, places: range) -> str:
     small = gallery.side <= SMALL
     width = gallery.side * (2 if small else 1)
+    label = min(11, 2 + max(map(len, gallery.names)) // 2)  # two letters a rem, and the gap
     lines = [
-        f'<div class="grid{" small" if small else ""}" style="grid-template-columns: minmax(6rem, 10rem) '
-        f'repeat({len(places)}, minmax(0, {width}px))">',
+        f'<div class="scroll"><div class="grid{" small" if small else ""}" '
+        f'style="--label: {label}rem; --columns: {len(places)}; --width: {width}px">',
         '<span class="name"></span>' + "".join(f'<span class="id">{gallery.ids[k]}</span>' for k in places),
     ]
     for name, pictures in zip(gallery.names, gallery.rows, strict=True):
         images = "".join(_image(pictures[k], f"{name}, image {gallery.ids[k]}") for k in places)
-        lines.append(f'<span class="name">{escape(name)}</span>{images}')
-    return "\n".join([*lines, "</div>"])
+        lines.append(f'<span class="name" title="{escape(name)}">{escape(name)}</span>{images}')
+    return "\n".join([*lines, "</div></div>"])
 
 
 def _image(picture: bytes, said: str) -> str:

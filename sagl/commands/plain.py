@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WIDTH = 160
 """Columns where the output is no terminal."""
+NAME_WIDTH = 44
+"""Of the column that names the rows, at most."""
 
 # ----------------------------------------------------------------------------------------------------- Markdown
 
@@ -27,7 +29,7 @@ def markdown(sheet: Sheet, picture: str) -> str:
     """
     parts = [f"<!-- {MARK} -->\n# {escaped(sheet.title)}", *map(escaped, sheet.lines)]
     if sheet.gallery:
-        parts.append(f"## The same images\n![{legend(sheet.gallery)}]({quote(picture)})\n\n{legend(sheet.gallery)}")
+        parts.append(f"## Images at equal ids\n![{legend(sheet.gallery)}]({quote(picture)})\n\n{legend(sheet.gallery)}")
     parts += [_markdown_table(table) for table in sheet.tables]
     if sheet.alike:
         parts.append(f"## The same in all runs\n{escaped(sheet.alike)}")
@@ -37,6 +39,7 @@ def markdown(sheet: Sheet, picture: str) -> str:
 def escaped(text: str) -> str:
     """Text that Markdown leaves as it is, within a table too; numbers, dots and dashes need no help."""
     marked = re.sub(r"([\\`*_{}\[\]<>#|~!$])", r"\\\1", text.replace("&", "&amp;"))
+    marked = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", marked)  # no list
     return re.sub(r"(https?|ftp|www)([:.])", r"\1<!-- -->\2", marked)  # GitHub makes links of bare addresses
 
 
@@ -100,12 +103,11 @@ def _rich_table(table: Table) -> "RichTable":
     from rich.text import Text
 
     made = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    made.add_column("", overflow="fold")
+    made.add_column("", overflow="fold", max_width=NAME_WIDTH)
     for head in table.heads:
         made.add_column(Text(head), overflow="fold", justify="right" if table.aligned else "left")
     for section in table.sections:
-        title = f"{section.title} ({section.note})" if section.note else section.title
-        made.add_row(Text(title, style="bold"))
+        made.add_row(Text(section.title, style="bold").append(f"\n{section.note}" if section.note else "", style="dim"))
         for row in section.rows:
             made.add_row(_rich_name(row.name), *map(_rich_cell, row.cells))
         made.add_section()

@@ -45,7 +45,7 @@ def read_evaluations(folder: Path) -> tuple[Evaluation, ...]:
         return ()
     try:
         return tuple(_evaluation(entry) for entry in json.loads(path.read_text())["evaluations"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"`run` must hold a whole {EVALUATIONS}, and {path} is damaged. Delete it; sagl evaluate makes it again."
         ) from error
