@@ -226,7 +226,7 @@ def _require_replaceable(output: Path, overwrite: bool) -> None:
     )
     for path in (output, *([_picture(output)] if ending in MARKDOWN else [])):
         require(
-            overwrite or not path.exists() or _is_ours(path),
+            overwrite or not path.is_file() or _is_ours(path),
             f"`output` must be new or a page of sagl compare, and {path} is another file. "
             "Choose another name, or give --overwrite.",
         )

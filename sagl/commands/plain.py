@@ -39,7 +39,7 @@ def markdown(sheet: Sheet, picture: str) -> str:
 def escaped(text: str) -> str:
     """Text that Markdown leaves as it is, within a table too; numbers, dots and dashes need no help."""
     marked = re.sub(r"([\\`*_{}\[\]<>#|~!$])", r"\\\1", text.replace("&", "&amp;"))
-    marked = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", marked)  # no list
+    marked = re.sub(r"^(\d*)([-+.)])(?=\s|-|$)", r"\1\\\2", marked)  # no list
     return re.sub(r"(https?|ftp|www)([:.])", r"\1<!-- -->\2", marked)  # GitHub makes links of bare addresses
 
 
