@@ -68,7 +68,7 @@ def test_a_number_that_was_not_taken_is_left_out(tmp_path):
 )
 def test_an_entry_of_another_kind_is_damage(change, tmp_path):
     write(tmp_path, entry({"fd": 12.3}) | change)
-    with pytest.raises(UserError, match="evaluation.json is damaged. Delete it; sagl evaluate makes it again"):
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged. Delete it; sagl evaluate makes it again"):
         read_evaluations(tmp_path)
 
 
@@ -77,5 +77,5 @@ def test_an_entry_of_another_kind_is_damage(change, tmp_path):
 )
 def test_a_file_that_is_no_list_of_evaluations_is_damage(text, tmp_path):
     (tmp_path / EVALUATIONS).write_bytes(text)
-    with pytest.raises(UserError, match="`run` must hold a whole evaluation.json"):
+    with pytest.raises(UserError, match=r"`run` must hold a whole evaluation\.json"):
         read_evaluations(tmp_path)

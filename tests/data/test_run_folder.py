@@ -277,11 +277,11 @@ def test_samples_are_found_by_their_ids_in_the_order_asked_for_and_no_other_shar
         write_shard(tmp_path, samples(first, first + 3))
     (tmp_path / "shards" / "000004-000007.tar").write_bytes(b"damaged")
     assert samples_at(tmp_path, [9, 2, 0]) == [samples(i, i)[0] for i in (9, 2, 0)]
-    with pytest.raises(UserError, match="000004-000007.tar is damaged"):
+    with pytest.raises(UserError, match=r"000004-000007\.tar is damaged"):
         samples_at(tmp_path, [5])
 
 
 def test_an_id_that_a_run_does_not_hold_is_named(tmp_path):
     write_shard(tmp_path, samples(0, 3))
-    with pytest.raises(UserError, match="`run` must hold image 4, and .* does not"):
+    with pytest.raises(UserError, match=r"`run` must hold image 4, and .* does not"):
         samples_at(tmp_path, [3, 4])
