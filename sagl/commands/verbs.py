@@ -8,6 +8,7 @@ VERBS = {
     "shard": ("sagl.commands.shard", "pictures as WebDataset shards, to train on"),
     "evaluate": ("sagl.commands.evaluate", "FID, sFID, IS, precision, recall, KID of images"),
     "statistics": ("sagl.commands.statistics", "a file to measure from, of a reference's images"),
+    "compare": ("sagl.commands.compare", "runs side by side: settings, numbers, images at equal ids"),
     "convert": ("sagl.commands.convert", "a network as safetensors or for diffusers"),
     "doctor": ("sagl.commands.doctor", "what this machine has, and what is missing"),
     "completion": ("sagl.commands.completion", "completion of verbs and flags for your shell"),

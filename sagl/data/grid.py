@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -46,6 +47,16 @@ def stacked_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding
     return make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
 
 
-def save_png(picture: ImageUint8, path: Path) -> None:
-    """(C, H, W) uint8 -> a PNG file; the bytes are stored as they are. To be called inside `whole_file`."""
-    PILImage.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")
+def save_png(picture: ImageUint8, path: Path, software: str | None = None) -> None:
+    """(C, H, W) uint8 -> a PNG file; the bytes are stored as they are. To be called inside `whole_file`.
+
+    Args:
+        picture: what to store.
+        path: where.
+        software: what the file says of itself near its beginning, if anything.
+    """
+    about = PngInfo()
+    if software:
+        about.add_text("Software", software)
+    image = PILImage.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image.save(path, format="PNG", pnginfo=about)

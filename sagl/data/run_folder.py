@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,31 @@ def samples_of(folder: Path, num_samples: int | None = None) -> Iterator[Sample]
         yield from samples
 
 
+def shared_ids(folders: Sequence[Path], count: int) -> list[int]:
+    """The first `count` ids that all of these runs hold; fewer where they share fewer."""
+    spans = list(shards_of(folders[0]))
+    for folder in folders[1:]:
+        others = list(shards_of(folder))
+        both = [(max(a, c), min(b, d)) for a, b in spans for c, d in others]
+        spans = [(first, last) for first, last in both if first <= last]
+    return list(islice(chain.from_iterable(range(first, last + 1) for first, last in sorted(spans)), count))
+
+
+def samples_at(folder: Path, ids: Sequence[int]) -> list[Sample]:
+    """A run's samples of these ids, in their order; only the shards that hold them are read.
+
+    Raises:
+        UserError: a shard is damaged, or the run holds no such id.
+    """
+    found: dict[int, Sample] = {}
+    for (first, last), path in shards_of(folder).items():
+        if any(first <= i <= last for i in ids):
+            found |= {sample.id: sample for sample in read_shard(path)}
+    missing = [i for i in ids if i not in found]
+    require(not missing, f"`run` must hold image {missing and missing[0]}, and {folder} does not.")
+    return [found[i] for i in ids]
+
+
 def _tar(samples: Sequence[Sample]) -> bytes:
     """The samples, then the index of what came before it. Owner, mode and time are tarfile's own: root, 0644, 1970."""
     members = [member for sample in samples for member in _members(sample)]
@@ -219,7 +245,7 @@ def require_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
             "Choose another folder.",
         )
         return {}
-    found, asked = _flat(record["settings"]), _flat(json.loads(json.dumps(settings)))
+    found, asked = flat(record["settings"]), flat(json.loads(json.dumps(settings)))
     for name in dict.fromkeys((*asked, *found)):
         require(
             found.get(name) == asked.get(name),
@@ -227,6 +253,14 @@ def require_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
             "Choose another folder, or delete this one.",
         )
     return record
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by full names, in their order: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
+    names: dict[str, Any] = {}
+    for name, value in settings.items():
+        names |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return names
 
 
 def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -274,11 +308,3 @@ def _holds(span: tuple[int, int], path: Path, ids: Sequence[int]) -> bool:
         return [sample.id for sample in read_shard(path)] == list(range(span[0], span[1] + 1))
     except UserError:
         return False
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"sag": {"scale": 1}} -> {"sag.scale": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

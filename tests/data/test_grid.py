@@ -88,3 +88,12 @@ def test_a_png_holds_every_byte_as_it_is(tmp_path):
     picture = torch.cat([picture, picture.flip(1), picture.flip(2)])
     save_png(picture, tmp_path / "a.png")
     assert (read_png(tmp_path / "a.png") == picture.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_png_may_say_near_its_beginning_who_made_it_and_is_otherwise_the_same(tmp_path):
+    picture = flat(1, 40)[0]
+    save_png(picture, tmp_path / "silent.png")
+    save_png(picture, tmp_path / "signed.png", software="of mine")
+    assert b"of mine" in (tmp_path / "signed.png").read_bytes()[:100]
+    assert (read_png(tmp_path / "signed.png") == read_png(tmp_path / "silent.png")).all()
+    assert b"tEXt" not in (tmp_path / "silent.png").read_bytes()

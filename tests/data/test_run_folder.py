@@ -9,6 +9,7 @@ import webdataset
 from sagl.data import run_folder
 from sagl.data.run_folder import (
     Sample,
+    flat,
     missing_batches,
     pixels,
     png,
@@ -17,8 +18,10 @@ from sagl.data.run_folder import (
     remove_damaged,
     remove_replaced,
     require_same_run,
+    samples_at,
     samples_of,
     shards_of,
+    shared_ids,
     write_record,
     write_shard,
 )
@@ -251,3 +254,34 @@ def test_a_folder_of_other_files_is_refused_by_one_of_them(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"`output` must be a new folder or a run of sagl sample, .* holds thesis\.tex"):
         require_same_run(tmp_path, SETTINGS)
+
+
+def test_nested_settings_have_full_names_in_their_order():
+    nested = {"seed": 3, "sag": {"scale": 0.5, "mask": {"site": "middle"}}, "eta": 0}
+    assert list(flat(nested).items()) == [("seed", 3), ("sag.scale", 0.5), ("sag.mask.site", "middle"), ("eta", 0)]
+
+
+def test_the_ids_that_runs_share_are_the_first_of_those_that_all_hold(tmp_path):
+    for name, spans in {"a": [(0, 3), (4, 7), (12, 15)], "b": [(2, 5), (6, 13)], "c": [(0, 2), (5, 20)]}.items():
+        for first, last in spans:
+            write_shard(tmp_path / name, samples(first, last))
+    folders = [tmp_path / name for name in "abc"]
+    assert shared_ids(folders, 100) == [2, 5, 6, 7, 12, 13]
+    assert shared_ids(folders, 3) == [2, 5, 6]
+    assert shared_ids(folders[:1], 6) == [0, 1, 2, 3, 4, 5]
+    assert shared_ids([*folders, tmp_path / "empty"], 3) == []
+
+
+def test_samples_are_found_by_their_ids_in_the_order_asked_for_and_no_other_shard_is_read(tmp_path):
+    for first in (0, 4, 8):
+        write_shard(tmp_path, samples(first, first + 3))
+    (tmp_path / "shards" / "000004-000007.tar").write_bytes(b"damaged")
+    assert samples_at(tmp_path, [9, 2, 0]) == [samples(i, i)[0] for i in (9, 2, 0)]
+    with pytest.raises(UserError, match=r"000004-000007\.tar is damaged"):
+        samples_at(tmp_path, [5])
+
+
+def test_an_id_that_a_run_does_not_hold_is_named(tmp_path):
+    write_shard(tmp_path, samples(0, 3))
+    with pytest.raises(UserError, match=r"`run` must hold image 4, and .* does not"):
+        samples_at(tmp_path, [3, 4])

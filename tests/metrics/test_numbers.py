@@ -99,5 +99,5 @@ def test_features_that_are_not_finite_are_refused(bad, side):
 def test_sets_that_cannot_be_compared_are_refused():
     with pytest.raises(UserError, match="as wide as the run's, 6 numbers, and has 5"):
         numbers_of(made(), real(REAL[:, :5]), SETTINGS)
-    with pytest.raises(UserError, match="`neighbours` must be below .* run has 3 .* got 3"):
+    with pytest.raises(UserError, match=r"`neighbours` must be below .* run has 3 .* got 3"):
         numbers_of(made(MADE[:3]), real(), SETTINGS)
