@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
 from sagl.models.channels import channel_affine, channel_moments
+from sagl.models.winograd import Conv3x3
 from sagl.settings.errors import require
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
 from sagl.shapes import HeadSplit, Image, Labels, Site, Timestep, TokenMap
@@ -98,9 +99,9 @@ def zeroed(layer: Layer) -> Layer:
     return layer
 
 
-def zero_conv(width: int, out: int) -> nn.Conv2d:
+def zero_conv(width: int, out: int) -> Conv3x3:
     """A 3x3 convolution that begins at zero, so that its branch begins as nothing."""
-    return zeroed(nn.Conv2d(width, out, 3, padding=1))
+    return zeroed(Conv3x3(width, out))
 
 
 class Halve(nn.Module):
@@ -120,7 +121,7 @@ class Double(nn.Module):
 
     def __init__(self, width: int, *, learned: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1) if learned else nn.Identity()
+        self.conv = Conv3x3(width, width) if learned else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Twice the side."""
@@ -133,7 +134,7 @@ class ResBlock(nn.Module):
     def __init__(self, s: EncoderSettings, width: int, out: int, resample: nn.Module | None = None) -> None:
         super().__init__()
         self.settings, self.resample = s, resample or nn.Identity()
-        self.in_layers = nn.Sequential(Norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1))
+        self.in_layers = nn.Sequential(Norm(width), nn.SiLU(), Conv3x3(width, out))
         self.emb_layers = nn.Sequential(nn.SiLU(), EvenLinear(4 * s.num_channels, out * (1 + s.use_scale_shift_norm)))
         self.out_layers = nn.Sequential(Norm(out), nn.SiLU(), nn.Dropout(s.dropout), zero_conv(out, out))
         self.skip_connection = nn.Identity() if width == out else Pointwise(width, out, 1)
@@ -387,7 +388,7 @@ def _attention(s: EncoderSettings, width: int, side: int, num_heads: int) -> lis
 def _input_layers(s: EncoderSettings) -> Iterator[Layers]:
     """The way down: a convolution, then for every level its blocks and, but for the last, a halving."""
     width = s.widths[0]
-    yield [nn.Conv2d(s.in_channels, width, 3, padding=1)]
+    yield [Conv3x3(s.in_channels, width)]
     for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
         if level:
             yield [_resample(s, width, Halve)]

@@ -52,12 +52,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 def forward_bytes(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the weights, and the most that one image's forward needs beside them; counted without computing."""
-    with torch.device("meta"), torch.inference_mode():
-        network = UNet(s).to(dtype).eval()
+    """Bytes of the weights, and the most that one image's forward needs beside them; counted without computing.
+
+    To the weights belongs what a first forward leaves behind: on a CPU, those that are kept transformed.
+    """
+    with torch.device("meta"):
+        network = UNet(s).to(dtype).eval().requires_grad_(False)
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
         x = torch.empty(1, s.in_channels, s.image_size, s.image_size)
         labels = None if s.num_classes is None else torch.zeros(1, dtype=torch.long)
-        with LiveBytes() as live:
-            network(x, torch.zeros(1), labels)
-    return weights, live.peak
+        with torch.inference_mode():
+            with LiveBytes() as first:
+                network(x, torch.zeros(1), labels)
+            with LiveBytes() as live:
+                network(x, torch.zeros(1), labels)
+    return weights + first.now, live.peak
