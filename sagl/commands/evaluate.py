@@ -22,8 +22,8 @@ NAMES = {
     "sfid": "sFID",
     "fd": "Fréchet distance",
     "sfd": "Fréchet distance, spatial",
-    "is": "inception score, chunks of 5,000",
-    "is_all": "inception score, all at once",
+    "is": "IS, chunks of 5,000",
+    "is_all": "IS, all at once",
     "precision": "precision",
     "recall": "recall",
     "kid": "KID",
@@ -115,7 +115,7 @@ def show(made: "Evaluation") -> None:
         f"{made.images}: {made.num_samples} images, from {made.reference}: {count}",
         f"{made.extractor} ({made.resize}), {made.seconds} s",
     ):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     table = Table()
     for name in ("", "value", "95 % interval" if made.intervals else "", "over subsets" if made.deviations else ""):
         if name or not table.columns:
