@@ -68,7 +68,14 @@ def effnet_lite0(side: int, device: torch.device) -> Extractor:
     return EffNetLite0(side, _effnet_lite0().to(device))
 
 
+def _inception(device: torch.device) -> Extractor:
+    from sagl.metrics.inception import inception  # which imports this module
+
+    return inception(device)
+
+
 EXTRACTORS: dict[str, Maker] = {
+    "inception": _inception,
     "effnet_lite0_64": lambda device: effnet_lite0(64, device),
     "effnet_lite0_224": lambda device: effnet_lite0(224, device),
 }

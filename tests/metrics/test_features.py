@@ -140,5 +140,5 @@ def test_an_extractor_of_ones_own_is_found_by_its_place():
 
 @pytest.mark.parametrize("name", ["inception_of_mine", "no.such.module.f", f"{__name__}.missing", f"{__name__}.COUNT"])
 def test_an_extractor_that_is_not_there_is_refused_with_those_that_are(name):
-    with pytest.raises(UserError, match=r"`extractor` must be one of effnet_lite0_64, .* got "):
+    with pytest.raises(UserError, match=r"`extractor` must be one of inception, effnet_lite0_64, .* got "):
         maker_of(name)
