@@ -41,10 +41,11 @@ def test_guided_and_unguided_images_and_their_masks_take_ten_lines_of_python():
 
 
 SHORTER = {
-    "sample": ["--num_samples", "2", "--batch_size", "2", "--respacing", "2", "--progress", "off"],
+    "sample": ["--num_samples", "4", "--batch_size", "2", "--respacing", "2", "--progress", "off"],
     "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"],
     "validate": ["--data.num_validation", "32"],
     "test": ["--data.num_validation", "9968"],
+    "statistics": ["--num_samples", "100"],
 }
 """What is added to a command of the README so that it takes seconds; later flags go before earlier ones."""
 
