@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sagl.metrics import precision_recall as module
-from sagl.metrics.precision_recall import precision_recall, radii, share_inside
+from sagl.metrics.precision_recall import precision_recall, radii
 
 
 def drawn(count, width=8, seed=0, mean=0.0):
@@ -50,4 +50,5 @@ def test_a_set_has_precision_and_recall_of_one_with_itself_and_none_with_one_far
 def test_a_radius_reaches_to_the_third_other_sample():
     line = torch.tensor([[0.0], [1.0], [3.0], [6.0], [10.0]])
     assert radii(line).tolist() == [36, 25, 9, 25, 81]
-    assert share_inside(torch.tensor([[19.0], [19.5]]), line, radii(line)) == 0.5
+    points = torch.tensor([[19.0], [19.5], [-6.0], [-6.5]])  # on the surface of the last and first ball, and beyond
+    assert precision_recall(points, line).precision == 0.5

@@ -1,0 +1,180 @@
+"""Metrics of given features beside torchmetrics' and torch-fidelity's: seconds, and memory beside the features.
+
+python benchmarks/metrics.py --report benchmarks/reports/metrics.md
+
+Every measurement is a process of its own, the sides in turn; the features are the same, drawn from a seed. Where a
+library has no public function of features alone, the inner one that its public one calls is called.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from sagl.metrics import frechet
+from sagl.metrics.kernel_distance import kernel_distance
+from sagl.metrics.precision_recall import precision_recall
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.speed import machine
+
+Pair = tuple[Tensor, Tensor]
+
+
+def features(count: int, width: int) -> Pair:
+    """Two sets, float32, of correlated features like a network's: not negative, with a few strong directions."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5 * torch.linspace(2, 0.05, width)[:, None]
+    made, real = (torch.randn(count, width, generator=generator) @ mixing for _ in range(2))
+    return (made + 0.1).relu(), real.relu()
+
+
+def _ours_frechet(made: Tensor, real: Tensor) -> float:
+
+    return frechet.frechet_distance(frechet.statistics(made), frechet.statistics(real))
+
+
+def _fidelity_frechet(made: Tensor, real: Tensor) -> float:
+
+    stats = [fid_features_to_statistics(part) for part in (made, real)]
+    return float(fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"])
+
+
+class Passed(torch.nn.Module):
+    """Features for images."""
+
+    num_features = 2048
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Themselves."""
+        return x
+
+
+def _torchmetrics_frechet(made: Tensor, real: Tensor) -> float:
+
+    metric = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(2048,)).set_dtype(torch.float64)
+    for part, is_real in ((made, False), (real, True)):
+        for batch in part.split(100):
+            metric.update(batch.double(), real=is_real)
+    return float(metric.compute())
+
+
+def _ours_precision(made: Tensor, real: Tensor) -> list[float]:
+
+    return list(precision_recall(made, real))
+
+
+def _fidelity_precision(made: Tensor, real: Tensor, *, save_cpu_ram: bool = False) -> list[float]:
+
+    found = prc_features_to_metric(
+        made, real, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=save_cpu_ram, verbose=False
+    )
+    return [found["precision"], found["recall"]]
+
+
+def _fidelity_precision_sparing(made: Tensor, real: Tensor) -> list[float]:
+    return _fidelity_precision(made, real, save_cpu_ram=True)
+
+
+def _ours_kernel(made: Tensor, real: Tensor) -> float:
+
+    return kernel_distance(made, real).mean
+
+
+def _fidelity_kernel(made: Tensor, real: Tensor) -> float:
+
+    return float(kid_features_to_metric(made, real, verbose=False)["kernel_inception_distance_mean"])
+
+
+def _torchmetrics_kernel(made: Tensor, real: Tensor) -> float:
+
+    metric = KernelInceptionDistance(feature=Passed(), subset_size=1000, normalize=True)
+    metric.update(made, real=False)
+    metric.update(real, real=True)
+    return float(metric.compute()[0])
+
+
+Measure = Callable[[Tensor, Tensor], object]
+COMPARISONS: dict[str, dict[str, Measure]] = {
+    "Fréchet distance": {
+        "sagl": _ours_frechet,
+        "torchmetrics": _torchmetrics_frechet,
+        "torch-fidelity": _fidelity_frechet,
+    },
+    "precision and recall": {
+        "sagl": _ours_precision,
+        "torch-fidelity": _fidelity_precision,
+        "torch-fidelity, save_cpu_ram": _fidelity_precision_sparing,
+    },
+    "kernel distance": {"sagl": _ours_kernel, "torchmetrics": _torchmetrics_kernel, "torch-fidelity": _fidelity_kernel},
+}
+
+
+def measure(name: str, side: str, count: int) -> dict[str, object]:
+    """In this process: seconds, bytes above what was held before, and the value."""
+    made, real = features(count, 2048)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    value = COMPARISONS[name][side](made, real)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "megabytes": (peak - before) * 1024 / 1e6, "value": value}
+
+
+def table(name: str, count: int, rounds: int) -> list[str]:
+    """Sides in turn, each round in new processes."""
+    found: dict[str, list[dict[str, object]]] = {side: [] for side in COMPARISONS[name]}
+    for _ in range(rounds):
+        for side in found:
+            command = [sys.executable, __file__, "--one", name, side, "--count", str(count)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[side].append(json.loads(done.stdout))
+            print(name, side, found[side][-1], flush=True)
+    lines = ["", f"## {name.capitalize()}, {count:,} × 2048 from {count:,} × 2048", ""]
+    lines += ["| side | seconds: median (least … most) | of sagl's | memory beside the features | value |"]
+    lines += ["|---|---|---|---|---|"]
+    own = statistics.median(float(str(one["seconds"])) for one in found["sagl"])
+    for side, ones in found.items():
+        seconds = [float(str(one["seconds"])) for one in ones]
+        lines.append(
+            f"| {side} | {statistics.median(seconds):.2f} ({min(seconds):.2f} … {max(seconds):.2f}) | "
+            f"{statistics.median(seconds) / own:.2f} | {max(float(str(one['megabytes'])) for one in ones):.0f} MB | "
+            f"{ones[0]['value']} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Measure one side, or all in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000, help="samples of each set")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.one:
+        print(json.dumps(measure(*a.one, a.count)))
+        return
+    lines = ["# Metrics", "", *machine(), f"- `python benchmarks/metrics.py {' '.join(sys.argv[1:])}`"]
+    for name in COMPARISONS:
+        lines += table(name, a.count, a.rounds)
+    if a.report:
+        a.report.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
