@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from sagl.data.evaluations import EVALUATIONS, Evaluation, read_evaluations
+from sagl.data.evaluations import EVALUATIONS, Evaluation, keep_evaluation, read_evaluations
 from sagl.settings.errors import UserError
 from tests.sampled import entry
 
@@ -27,6 +28,8 @@ def test_all_that_a_number_depends_on_is_read_with_it_in_the_order_of_the_file(t
         numbers={"fd": 12.3, "is": 4.0},
         intervals={"fd": (12.0, 12.6)},
         settings={"neighbours": 3, "is_chunk": 5000, "kd_subsets": 100, "kd_subset_size": 1000},
+        images="x",
+        seconds=12.1,
     )
     assert (second.extractor, second.numbers) == ("inception", {})
 
@@ -79,3 +82,12 @@ def test_a_file_that_is_no_list_of_evaluations_is_damage(text, tmp_path):
     (tmp_path / EVALUATIONS).write_bytes(text)
     with pytest.raises(UserError, match=r"`run` must hold a whole evaluation\.json"):
         read_evaluations(tmp_path)
+
+
+def test_what_is_kept_is_read_and_replaces_the_same_measurement(tmp_path):
+    about = {"extractor": "tiny", "reference": "r", "num_samples": 9, "images": "run", "notes": ("few",)}
+    first = Evaluation(**about, numbers={"fd": 1.0, "kd": 0.1}, deviations={"kd": 0.01}, intervals={"fd": (0.5, 2.0)})
+    other = replace(first, settings={"seed": 1})
+    for made in (first, other, replace(first, numbers={"fd": 3.0})):
+        keep_evaluation(tmp_path, made)
+    assert read_evaluations(tmp_path) == (other, replace(first, numbers={"fd": 3.0}))
