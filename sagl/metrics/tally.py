@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sagl.metrics.features import Features
-from sagl.metrics.frechet import Statistics
+from sagl.metrics.frechet import Statistics, Sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,35 +26,6 @@ class Looked:
     def num_samples(self) -> int:
         """Images behind the statistics."""
         return self.pooled.num_samples
-
-
-class Sums:
-    """Mean and covariance of features that come in parts; float64, from the first part's mean to keep the digits."""
-
-    def __init__(self) -> None:
-        """Of nothing yet."""
-        self.count, self._parts = 0, 0
-        self._near: Tensor
-        self._total: Tensor
-        self._products: Tensor
-
-    def add(self, features: Tensor) -> None:
-        """Add (n, D) features."""
-        features = features.double()
-        if self.count == 0:
-            self._near = features.mean(dim=0)
-            self._total = torch.zeros_like(self._near)
-            self._products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-        off = features - self._near
-        self._total += off.sum(dim=0)
-        self._products.addmm_(off.T, off)
-        self.count += len(features)
-
-    def statistics(self) -> Statistics:
-        """Of all that was added, at least 2."""
-        mean = self._total / self.count
-        covariance = self._products.sub(mean.outer(mean), alpha=self.count) / (self.count - 1)
-        return Statistics(mean=self._near + mean, covariance=covariance, num_samples=self.count)
 
 
 @dataclass(kw_only=True)

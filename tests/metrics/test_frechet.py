@@ -131,3 +131,12 @@ def test_it_grows_with_the_distance_of_the_means():
     distances = [frechet_distance(a, statistics(features(100, 12, 1, shift=shift))) for shift in (0, 0.1, 0.5, 2)]
     assert distances == sorted(distances)
     assert distances[-1] - distances[0] == pytest.approx(12 * 4, rel=0.3)
+
+
+@pytest.mark.parametrize("width", [700, 512])
+@pytest.mark.parametrize("count", [40, 1300])
+def test_widths_of_several_blocks_lose_nothing(width, count):
+    x, y = features(count, width, 0), features(count + 9, width, 1, shift=0.1)
+    s = statistics(x)
+    np.testing.assert_allclose(s.covariance, np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
+    assert frechet_distance(s, statistics(y)) == pytest.approx(by_nuclear_norm(x, y), rel=1e-6)

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from sagl.metrics.features import Features
-from sagl.metrics.frechet import statistics
-from sagl.metrics.tally import Sums, Tally
+from sagl.metrics.frechet import Sums, statistics
+from sagl.metrics.tally import Tally
 
 GENERATOR = torch.Generator().manual_seed(0)
 POOLED, SPATIAL, LOGITS = (torch.randn(50, d, generator=GENERATOR) for d in (6, 4, 3))
