@@ -43,12 +43,10 @@ def features(count: int, width: int) -> Pair:
 
 
 def _ours_frechet(made: Tensor, real: Tensor) -> float:
-
     return frechet.frechet_distance(frechet.statistics(made), frechet.statistics(real))
 
 
 def _fidelity_frechet(made: Tensor, real: Tensor) -> float:
-
     stats = [fid_features_to_statistics(part) for part in (made, real)]
     return float(fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"])
 
@@ -64,7 +62,6 @@ class Passed(torch.nn.Module):
 
 
 def _torchmetrics_frechet(made: Tensor, real: Tensor) -> float:
-
     metric = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(2048,)).set_dtype(torch.float64)
     for part, is_real in ((made, False), (real, True)):
         for batch in part.split(100):
@@ -73,12 +70,10 @@ def _torchmetrics_frechet(made: Tensor, real: Tensor) -> float:
 
 
 def _ours_precision(made: Tensor, real: Tensor) -> list[float]:
-
     return list(precision_recall(made, real))
 
 
 def _fidelity_precision(made: Tensor, real: Tensor, *, save_cpu_ram: bool = False) -> list[float]:
-
     found = prc_features_to_metric(
         made, real, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=save_cpu_ram, verbose=False
     )
@@ -90,17 +85,14 @@ def _fidelity_precision_sparing(made: Tensor, real: Tensor) -> list[float]:
 
 
 def _ours_kernel(made: Tensor, real: Tensor) -> float:
-
     return kernel_distance(made, real).mean
 
 
 def _fidelity_kernel(made: Tensor, real: Tensor) -> float:
-
     return float(kid_features_to_metric(made, real, verbose=False)["kernel_inception_distance_mean"])
 
 
 def _torchmetrics_kernel(made: Tensor, real: Tensor) -> float:
-
     metric = KernelInceptionDistance(feature=Passed(), subset_size=1000, normalize=True)
     metric.update(made, real=False)
     metric.update(real, real=True)

@@ -306,19 +306,23 @@ def main() -> None:
         "--reference_adm", "--reference-adm", type=_absolute, help="checkout of openai/guided-diffusion"
     )
     parser.add_argument("--reference_sag", "--reference-sag", type=_absolute, help="checkout of the public SAG code")
-    parser.add_argument("--only", nargs="*", help="names of comparisons; also share and two_processes")
+    parser.add_argument("--only", nargs="*", help="names of comparisons, share, two_processes; all unless told")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     a = parser.parse_args()
     command = "python benchmarks/speed.py " + " ".join(sys.argv[1:])
     lines = ["# Speed", "", *machine(), f"- `{command}`"]
-    for name, comparison in comparisons(a.reference_adm, a.reference_sag):
-        if a.only is None or name in a.only:
-            lines += table_of(run(comparison, a.rounds))
+    sides = dict(comparisons(a.reference_adm, a.reference_sag))
+    others = {"share": shares, "two_processes": two_processes}
+    names = [*sides, *others] if a.only is None else a.only
+    if unknown := set(names) - {*sides, *others}:
+        parser.error(f"--only takes {', '.join((*sides, *others))}, got {', '.join(sorted(unknown))}")
+    for name in names:
+        if name in sides:
+            lines += table_of(run(sides[name], a.rounds))
             print(*lines[-4:], sep="\n", flush=True)
-    for name, measure in (("share", shares), ("two_processes", two_processes)):
-        if a.only is None or name in a.only:
-            lines += measure(a.rounds)
+        else:
+            lines += others[name](a.rounds)
     if a.report:
         a.report.parent.mkdir(parents=True, exist_ok=True)
         a.report.write_text("\n".join(lines) + "\n")

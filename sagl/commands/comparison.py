@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sagl.commands.metrics import METRICS, shown
 from sagl.commands.paper import PaperRow, rows_like
 from sagl.commands.sheet import Cell, Row, Section, Table, clean, enumerated
 from sagl.data.evaluations import Evaluation
+from sagl.settings.evaluation import INCEPTION
 
 ABSENT = "–"
 SHORT_SHA = 12
@@ -120,32 +122,6 @@ def _rate(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------ numbers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a number is shown, and which one is better."""
-
-    name: str
-    better: int
-    """-1 the lower one, 1 the higher one."""
-    digits: int
-    """Behind the point; numbers that look alike are not told apart."""
-    settings: tuple[str, ...] = ()
-    """It depends on; of others of the measurement it does not."""
-
-
-_SUBSETS = ("kd_subsets", "kd_subset_size", "kid_subsets", "kid_subset_size")
-METRICS = {
-    "fid": Metric(name="FID", better=-1, digits=2),
-    "sfid": Metric(name="sFID", better=-1, digits=2),
-    "fd": Metric(name="Fréchet distance", better=-1, digits=2),
-    "is": Metric(name="inception score", better=1, digits=2, settings=("is_chunk",)),
-    "is_all": Metric(name="inception score of all at once", better=1, digits=2),
-    "precision": Metric(name="precision", better=1, digits=3, settings=("neighbours",)),
-    "recall": Metric(name="recall", better=1, digits=3, settings=("neighbours",)),
-    "kid": Metric(name="KID", better=-1, digits=5, settings=_SUBSETS),
-    "kd": Metric(name="kernel distance", better=-1, digits=5, settings=_SUBSETS),
-}
-"""By the names in evaluation.json; others are shown too, and none of theirs is marked."""
 Conditions = tuple[str, int | None, str, str, int]
 """Reference, images in it, extractor, resize, images measured: numbers of others never stand in one row."""
 Measure = tuple[str, tuple[tuple[str, str], ...]]
@@ -212,17 +188,8 @@ def best_of(name: str, numbers: Mapping[int, float]) -> set[int]:
     return winners if len(winners) < len(numbers) else set()
 
 
-def shown(name: str, number: float) -> str:
-    """A number of a metric, with the digits that it is shown with."""
-    if name not in METRICS:
-        return f"{number:.5g}"
-    return f"{round(number, METRICS[name].digits) + 0.0:,.{METRICS[name].digits}f}"  # + 0: never -0.00
-
-
 # -------------------------------------------------------------------------------------------------------- paper
 
-INCEPTION = "inception"
-"""The extractor of the paper's numbers."""
 COLUMNS = ("fid", "sfid", "is", "precision", "recall")
 
 

@@ -14,6 +14,7 @@ PARSERS = {
     "test": ("sagl.commands.test", "test_parser"),
     "shard": ("sagl.commands.shard", "shard_parser"),
     "evaluate": ("sagl.commands.evaluate", "evaluate_parser"),
+    "statistics": ("sagl.commands.statistics", "statistics_parser"),
     "compare": ("sagl.commands.compare", "compare_parser"),
     "convert": ("sagl.commands.convert", "convert_parser"),
     "export": ("sagl.commands.export", "export_parser"),

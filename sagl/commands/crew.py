@@ -136,4 +136,4 @@ def _features(images: ImageSet, start: int, stop: int, extract: Extractor) -> Fe
     except UserError as error:
         return str(error)
     with torch.inference_mode():
-        return seen(extract(pictures))
+        return seen(extract(pictures), len(pictures))

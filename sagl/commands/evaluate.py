@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sagl.commands.metrics import METRICS, shown
 from sagl.commands.parser import Parser, fields_of
 from sagl.commands.work import add_work_flags, work_of
 from sagl.machine import end_with_parent, global_rank, keep_freed_memory
@@ -16,20 +17,6 @@ from sagl.settings.paths import whole_file
 
 if TYPE_CHECKING:
     from sagl.data.evaluations import Evaluation
-
-NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "fd": "Fréchet distance",
-    "sfd": "Fréchet distance, spatial",
-    "is": "IS, chunks of 5,000",
-    "is_all": "IS, all at once",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-    "kd": "kernel distance",
-}
-"""Of the numbers, for people."""
 
 
 def evaluate_parser() -> Parser:
@@ -121,7 +108,7 @@ def show(made: "Evaluation") -> None:
         if name or not table.columns:
             table.add_column(name, justify="right" if name else "left")
     for name, value in made.numbers.items():
-        table.add_row(NAMES[name], *_cells(made, name, value))
+        table.add_row(METRICS[name].name, *_cells(made, name, value))
     console.print(table)
     for note in made.notes:
         console.print(Text(note))
@@ -129,13 +116,12 @@ def show(made: "Evaluation") -> None:
 
 def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
     """A row but for its name: the value, and where any number has them its interval and its deviation."""
-    form = "{:.5f}" if name in ("kid", "kd") else "{:.3f}"
-    cells = [form.format(value)]
+    cells = [shown(name, value)]
     if made.intervals:
         low_high = made.intervals.get(name)
-        cells.append(" … ".join(form.format(end) for end in low_high) if low_high else "")
+        cells.append(" … ".join(shown(name, end) for end in low_high) if low_high else "")
     if made.deviations:
-        cells.append(f"± {form.format(made.deviations[name])}" if name in made.deviations else "")
+        cells.append(f"± {shown(name, made.deviations[name])}" if name in made.deviations else "")
     return cells
 
 

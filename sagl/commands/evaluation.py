@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from sagl.commands.measuring import Look, Looking, counted, extractor_of, notes_on, reference_of
 from sagl.commands.work import Work
@@ -10,9 +9,8 @@ from sagl.data.evaluations import Evaluation
 from sagl.metrics.features import resize_of
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.numbers import numbers_of
-from sagl.metrics.reference import PUBLISHED, holds_statistics
 from sagl.settings.errors import require
-from sagl.settings.evaluation import MeasureSettings
+from sagl.settings.evaluation import INCEPTION, MeasureSettings
 
 
 def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work, s: MeasureSettings) -> Evaluation:
@@ -29,8 +27,6 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
         UserError: something is not there, damaged, too small, or does not go together.
     """
     started = time.monotonic()
-    statistics_file = holds_statistics(Path(run))
-    require(not statistics_file or _has_images(run), f"`run` must hold images, and {run} holds statistics alone.")
     images = counted(run, work.image_size, "run")
     wanted = len(images) if num_samples is None else num_samples
     require(2 <= wanted <= len(images), f"`num_samples` must be 2 … {len(images)} for {run}, got {wanted}.")
@@ -40,7 +36,7 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
     place = looking.ask(Look(source=run, image_size=work.image_size, wanted=wanted, num_kept=wanted))
     looking.look()
     made, seen = looking[place], real.looked()
-    numbers = numbers_of(made, seen, s, inception=work.extractor == PUBLISHED)
+    numbers = numbers_of(made, seen, s, inception=work.extractor == INCEPTION)
     return Evaluation(
         images=run,
         num_samples=wanted,
@@ -55,10 +51,3 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
         notes=notes_on(made, real, side, extract),
         seconds=round(time.monotonic() - started, 1),
     )
-
-
-def _has_images(run: str) -> bool:
-    import numpy as np
-
-    with np.load(run) as arrays:
-        return "arr_0" in arrays.files

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from sagl.commands.devices import require_launcher
 from sagl.commands.parser import Parser
 from sagl.settings.errors import require
+from sagl.settings.evaluation import EXTRACTORS, require_extractor
 from sagl.settings.sampling import DeviceSettings
 
 Progress = Literal["auto", "bar", "lines", "off"]
@@ -31,7 +32,7 @@ def add_work_flags(p: Parser) -> None:
         "--extractor",
         type=str,
         default="effnet_lite0_64",
-        help="inception, effnet_lite0_64, effnet_lite0_224, or package.function of yours.",
+        help=f"{', '.join(EXTRACTORS)}, or package.function of yours.",
     )
     p.add_argument("--image_size", type=int, default=None, help="Side of the squares that pictures are cut to.")
     p.add_argument("--batch_size", type=int, default=100, help="Images that a process looks at together.")
@@ -51,6 +52,7 @@ def work_of(given: Namespace) -> Work:
     for name in ("batch_size", "image_size"):
         value = given[name]
         require(value is None or value >= 1, f"`{name}` must be at least 1, got {value}.")
+    require_extractor(given.extractor)
     trainer = given.trainer
     device = DeviceSettings(accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.num_nodes)
     require_launcher(device)

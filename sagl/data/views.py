@@ -12,7 +12,7 @@ import torch
 from numpy.lib import format as npy
 
 from sagl.data.grid import mask_pictures, save_png, stacked_grid
-from sagl.data.run_folder import SAMPLES, Sample, pixels, samples_of, shards_of
+from sagl.data.run_folder import SAMPLES, Sample, pixels, samples_of
 from sagl.settings.errors import UserError, require
 from sagl.settings.paths import whole_file
 from sagl.shapes import ImageUint8
@@ -71,34 +71,6 @@ def write_npz(run: Path, file: Path, num_samples: int) -> None:
         with archive.open(_member("arr_1"), "w") as stream:
             _write_head(stream, np.dtype(np.int64), (num_samples,))
             stream.write(np.asarray(labels, dtype=np.int64).tobytes())
-
-
-def read_samples(source: Path) -> ImageUint8:
-    """Images of a run or an npz: -> (N, 3, H, W) uint8.
-
-    Raises:
-        UserError: there are none.
-    """
-    if source.is_dir() and not shards_of(source):  # of a run whose shards were left behind
-        source = next(iter(sorted(source.glob("samples_*.npz"))), source)
-    if source.suffix != ".npz":
-        images = [pixels(sample.pictures[SAMPLES]) for sample in samples_of(source)]
-        require(bool(images), f"`run` must be an npz file or the folder of a run, got {source}.")
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    require(source.is_file(), f"`run` must be an npz file or the folder of a run, got {source}.")
-    try:
-        with source.open("rb") as file, np.load(file) as arrays:
-            require("arr_0" in arrays, f"`run` must hold images as arr_0, and {source} does not.")
-            images = arrays["arr_0"]
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"`run` must be a whole npz file, and {source} is damaged or none.") from error
-    require(
-        images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3,
-        f"`run` must hold uint8 images (N, H, W, 3), and arr_0 of {source} is {images.dtype} {images.shape}.",
-    )
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def npz_name(run: Path, num_samples: int) -> str:

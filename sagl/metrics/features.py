@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sagl.settings.errors import UserError, require
+from sagl.settings.evaluation import require_extractor
 from sagl.shapes import ImageUint8
 
 
@@ -74,12 +75,12 @@ def _inception(device: torch.device) -> Extractor:
     return inception(device)
 
 
-EXTRACTORS: dict[str, Maker] = {
+MAKERS: dict[str, Maker] = {
     "inception": _inception,
     "effnet_lite0_64": lambda device: effnet_lite0(64, device),
     "effnet_lite0_224": lambda device: effnet_lite0(224, device),
 }
-"""By name; the side that images are resized to is part of it."""
+"""By the names in the settings."""
 
 
 def maker_of(name: str) -> Maker:
@@ -90,17 +91,18 @@ def maker_of(name: str) -> Maker:
     Raises:
         UserError: there is none of this name.
     """
-    if name in EXTRACTORS:
-        return EXTRACTORS[name]
+    if name in MAKERS:
+        return MAKERS[name]
+    require_extractor(name)
     module, _, function = name.rpartition(".")
     try:
-        found = getattr(import_module(module), function) if module else None
+        found = getattr(import_module(module), function)
     except (ImportError, AttributeError):
         found = None
     require(
         callable(found),
-        f"`extractor` must be one of {', '.join(EXTRACTORS)}, or a function of yours that makes one, as "
-        f"package.function, got {name!r}.",
+        f"`extractor` must be one of {', '.join(MAKERS)}, or a function of yours that makes one, and there is no "
+        f"function {name}.",
     )
     assert found is not None
     made: Maker = found
@@ -114,23 +116,24 @@ def features_of(images_uint8: ImageUint8, extract: Extractor) -> Features:
     Raises:
         UserError: the extractor gives something else.
     """
-    parts = [seen(extract(part)) for part in images_uint8.split(IMAGES_AT_ONCE)]
+    parts = [seen(extract(part), len(part)) for part in images_uint8.split(IMAGES_AT_ONCE)]
     pooled, spatial, logits = zip(*parts, strict=True)
     return Features(torch.cat(pooled), *(None if part[0] is None else torch.cat(part) for part in (spatial, logits)))
 
 
-def seen(found: Features | Tensor) -> Features:
-    """What an extractor gave, on the CPU in float32.
+def seen(found: Features | Tensor, count: int) -> Features:
+    """What an extractor gave for `count` images, on the CPU in float32.
 
     Raises:
-        UserError: it is no features (B, D).
+        UserError: it is no features (B, D), a row an image.
     """
     features = found if isinstance(found, Features) else Features(found)
-    pooled = features.pooled
-    require(
-        isinstance(pooled, Tensor) and pooled.dim() == 2,
-        f"`extractor` must give features (B, D), got {tuple(getattr(pooled, 'shape', ())) or type(pooled).__name__}.",
-    )
+    for part in (features.pooled, *(part for part in features[1:] if part is not None)):
+        require(
+            isinstance(part, Tensor) and part.dim() == 2 and len(part) == count,
+            f"`extractor` must give features ({count}, D) of {count} images, got "
+            f"{tuple(getattr(part, 'shape', ())) or type(part).__name__}.",
+        )
     return features.each(lambda part: part.float().cpu())
 
 

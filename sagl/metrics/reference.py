@@ -16,10 +16,8 @@ import torch
 from sagl.metrics.frechet import Statistics
 from sagl.metrics.tally import Looked
 from sagl.settings.errors import UserError, require
+from sagl.settings.evaluation import INCEPTION
 from sagl.settings.paths import whole_file
-
-PUBLISHED = "inception"
-"""The extractor behind statistics files that do not name one."""
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
@@ -32,8 +30,6 @@ class Reference:
     extractor: str
     source: str = ""
     """What it was made from, where the file says so."""
-    counted: bool = True
-    """Whether the file says how many images it was made from; published ones do not."""
 
 
 def holds_statistics(path: Path) -> bool:
@@ -55,8 +51,7 @@ def read_reference(path: Path) -> Reference:
     """
     names = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples", "extractor", "source")
     arrays: Arrays = _open(path, lambda found: {name: found[name] for name in names if name in found.files})
-    counted = "num_samples" in arrays
-    count = int(arrays["num_samples"]) if counted else 0
+    count = int(arrays.get("num_samples", 0))  # published files do not say
     pooled, spatial = _statistics(arrays, "", count, path), _statistics(arrays, "_s", count, path)
     require(pooled is not None, f"`reference` must hold mu and sigma, and {path} does not.")
     assert pooled is not None
@@ -68,9 +63,8 @@ def read_reference(path: Path) -> Reference:
     )
     return Reference(
         looked=Looked(pooled=pooled, spatial=spatial, features=features),
-        extractor=str(arrays.get("extractor", PUBLISHED)),
+        extractor=str(arrays.get("extractor", INCEPTION)),
         source=str(arrays.get("source", "")),
-        counted=counted,
     )
 
 

@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 from sagl.settings.errors import require, require_finite
 
+INCEPTION = "inception"
+"""The extractor of the literature's numbers, and of published files of statistics."""
+EXTRACTORS = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224")
+"""Extractors by name; the side that images are resized to is part of it."""
+
+
+def require_extractor(name: str, argument: str = "extractor") -> None:
+    """One of the names above, or what may be a function of the user's own, as package.function.
+
+    Raises:
+        UserError: it is neither.
+    """
+    own = name.split(".")
+    require(
+        name in EXTRACTORS or (len(own) > 1 and all(part.isidentifier() for part in own)),
+        f"`{argument}` must be one of {', '.join(EXTRACTORS)}, or a function of yours that makes one, as "
+        f"package.function, got {name!r}.",
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:

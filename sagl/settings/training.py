@@ -6,6 +6,7 @@ from typing import Literal
 
 from sagl.settings.diffusion import one_of
 from sagl.settings.errors import require
+from sagl.settings.evaluation import require_extractor
 from sagl.settings.sampling import ChainSettings, Sampler
 
 
@@ -72,6 +73,7 @@ class PreviewSettings:
             self.keep_best == 0 or self.best_scale in self.scales,
             f"`preview.best_scale` must be one of preview.scales {list(self.scales)}, got {self.best_scale}.",
         )
+        require_extractor(self.extractor, "preview.extractor")
         ChainSettings(sampler=self.sampler, respacing=self.respacing)
 
 

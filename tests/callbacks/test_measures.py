@@ -3,7 +3,7 @@ import torch
 
 from sagl.callbacks.measures import Measures
 from sagl.metrics.distance import InceptionScore
-from sagl.metrics.features import EXTRACTORS, Features
+from sagl.metrics.features import MAKERS, Features
 from sagl.metrics.frechet import frechet_distance, statistics
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ class Extractor:
 @pytest.fixture(autouse=True)
 def extractors(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
-    monkeypatch.setitem(EXTRACTORS, "plain", lambda device: lambda images: images.float().flatten(1)[:, :6])
-    monkeypatch.setitem(EXTRACTORS, "classes", Extractor)
+    monkeypatch.setitem(MAKERS, "plain", lambda device: lambda images: images.float().flatten(1)[:, :6])
+    monkeypatch.setitem(MAKERS, "classes", Extractor)
 
 
 def measured(name, real=REAL, made=MADE):
@@ -39,7 +39,7 @@ def measured(name, real=REAL, made=MADE):
 
 
 def test_the_distance_is_that_of_all_images_together():
-    extract = EXTRACTORS["plain"](CPU)
+    extract = MAKERS["plain"](CPU)
     want = frechet_distance(statistics(extract(REAL)), statistics(extract(MADE)))
     assert measured("plain") == {"frechet": pytest.approx(want, rel=1e-9)}
 

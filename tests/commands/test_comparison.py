@@ -133,7 +133,7 @@ def test_numbers_of_one_measurement_stand_side_by_side_with_the_best_one_marked(
         "features of effnet_lite0_64",
     )
     distance, score = section.rows
-    assert (distance.name.text, score.name.text) == ("Fréchet distance ↓", "inception score ↑")
+    assert (distance.name.text, score.name.text) == ("Fréchet distance ↓", "IS, chunks of 5,000 ↑")
     assert [(cell.text, cell.note, cell.best) for cell in distance.cells] == [
         ("12.30", "12.00 … 12.60", True),
         ("14.00", "", False),
@@ -202,7 +202,7 @@ def test_the_papers_row_stands_above_the_runs_own_inception_numbers_with_images_
     assert table.note.startswith(
         "Not like for like: the paper measured 50,000 images of 250 steps each, with Inception"
     )
-    assert table.heads == ("images", "steps", "FID", "sFID", "inception score", "precision", "recall")
+    assert table.heads == ("images", "steps", "FID", "sFID", "IS, chunks of 5,000", "precision", "recall")
     (section,) = table.sections
     assert section.title == "a: imagenet256_uncond, sag.scale 0.5"
     assert texts(section) == {

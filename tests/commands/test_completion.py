@@ -24,6 +24,10 @@ def test_the_first_word_is_a_verb():
     assert completed("nothing") == []
 
 
+def test_every_verb_that_has_flags_has_them_completed():
+    assert set(VERBS) - set(PARSERS) == {"doctor", "completion"}
+
+
 @pytest.mark.parametrize("verb", PARSERS)
 def test_the_flags_of_a_verb_are_those_that_its_help_lists(verb):
     module, function = PARSERS[verb]

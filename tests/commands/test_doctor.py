@@ -66,6 +66,7 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(missing):
     assert line(versions(), "torch") == ("missing", "pip install torch")
     assert line(versions(), "diffusers") == ("not installed", "pip install 'sagl[hub]'")
     assert line(extractors(), "effnet_lite0_64") == ("not usable", "pip install 'sagl[offline-metrics]'")
+    assert line(extractors(), "inception") == ("not usable", "pip install 'sagl[eval]'")
     assert line(mpi(), "mpi4py") == ("not installed, not needed", "")
 
 

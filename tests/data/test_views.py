@@ -7,7 +7,7 @@ import torch
 
 from sagl.data.grid import mask_pictures, stacked_grid
 from sagl.data.run_folder import Sample, png, write_shard
-from sagl.data.views import npz_name, read_samples, write_grid, write_images, write_npz
+from sagl.data.views import npz_name, write_grid, write_images, write_npz
 from sagl.settings.errors import UserError
 from tests.tiny import contents, read_png
 
@@ -117,39 +117,3 @@ def test_images_are_the_pngs_of_the_shards_byte_for_byte_by_their_ids(asked, tmp
     write_images(run_of(tmp_path / "run", {"samples": images, "unguided": images}), tmp_path / "images", asked)
     got = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
     assert got == {f"{i:06d}.png": png(image) for i, image in enumerate(images[:asked])}
-
-
-# ----------------------------------------------------------------------------------------------------- reading
-
-
-def test_a_run_and_its_npz_give_the_same_images(tmp_path):
-    images = pictures(6)
-    run = run_of(tmp_path / "run", {"samples": images, "unguided": pictures(6, seed=1)})
-    write_npz(run, tmp_path / "a.npz", 6)
-    for source in (run, tmp_path / "a.npz"):
-        assert torch.equal(read_samples(source), as_tensor(images))
-
-
-@pytest.mark.parametrize("name", [".", "absent", "absent.npz"])
-def test_a_place_without_images_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match="`run` must be an npz file or the folder of a run"):
-        read_samples(tmp_path / name)
-
-
-def test_an_npz_without_images_is_refused(tmp_path):
-    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(UserError, match="`run` must hold images as arr_0"):
-        read_samples(tmp_path / "statistics.npz")
-
-
-def test_an_npz_whose_arr_0_is_no_images_is_refused(tmp_path):
-    np.savez(tmp_path / "flat.npz", np.zeros(3, dtype=np.uint8))
-    with pytest.raises(UserError, match="`run`"):
-        read_samples(tmp_path / "flat.npz")
-
-
-@pytest.mark.parametrize("data", [b"", b"no zip file", b"PK\x03\x04 and no more"])
-def test_a_damaged_npz_is_refused(data, tmp_path):
-    (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(UserError, match="`run` must be a whole npz file"):
-        read_samples(tmp_path / "a.npz")

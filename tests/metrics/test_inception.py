@@ -8,7 +8,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from sagl.metrics import inception as module
-from sagl.metrics.features import EXTRACTORS, features_of, resize_of
+from sagl.metrics.features import MAKERS, features_of, resize_of
 from sagl.metrics.inception import resized
 from sagl.settings.errors import UserError
 
@@ -42,7 +42,7 @@ def file(tmp_path_factory):
 def extract(file):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAGL_INCEPTION", str(file))
-        return EXTRACTORS["inception"](CPU)
+        return MAKERS["inception"](CPU)
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +170,11 @@ def test_weights_that_are_none_are_refused(content, named, tmp_path, monkeypatch
         torch.save(content, path)
     monkeypatch.setenv("SAGL_INCEPTION", str(path))
     with pytest.raises(UserError, match=named):
-        EXTRACTORS["inception"](CPU)
+        MAKERS["inception"](CPU)
     assert "ran" not in capsys.readouterr().out
 
 
 def test_the_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(UserError, match=r"pip install 'sagl\[eval\]'"):
-        EXTRACTORS["inception"](CPU)
+        MAKERS["inception"](CPU)

@@ -5,7 +5,7 @@ import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pixels import to_float, to_uint8
-from sagl.metrics.features import EXTRACTORS, features_of
+from sagl.metrics.features import MAKERS, features_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED
@@ -71,7 +71,7 @@ def test_backgrounds_are_black_without_speckle(drawn):
 
 
 def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
-    extract = EXTRACTORS["effnet_lite0_64"](torch.device("cpu"))
+    extract = MAKERS["effnet_lite0_64"](torch.device("cpu"))
     real = statistics(features_of(garments.images[:1000], extract).pooled)
     noisy = (
         garments.images[1000 : 1000 + NUM_IMAGES].float()
