@@ -1,5 +1,6 @@
 """Improved precision and recall of generated images (Kynkäänniemi et al. 2019), from their features."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,10 +14,7 @@ DISTANCES_AT_ONCE = 2**24
 PAIRS_AT_ONCE = 2**11
 """Measured in float64: 34 MB of 2,048 features."""
 SPARE = 4
-"""Neighbours beyond the k-th that are measured exactly, so that rounding cannot take one for another."""
-ROUNDING = 1e-5
-"""Of squared distances in float32, of the squared lengths behind them, from a common middle; nearer to a radius they
-are measured exactly."""
+"""Neighbours beyond the k-th that are measured exactly, so that rounding seldom takes one for another."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -38,55 +36,88 @@ def precision_recall(made: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS
     reach_made, reach_real = radii(made, neighbours), radii(real, neighbours)
     middle = real.mean(dim=0)
     near_made, near_real = made - middle, real - middle
-    longest = near_real.square().sum(dim=1).max()
     among_real, among_made = (torch.zeros(len(points), dtype=torch.bool) for points in (made, real))
-    for rows, near in _distances(near_made, near_real):
-        slack = ROUNDING * (near_made[rows].square().sum(dim=1, keepdim=True) + longest)
+    for rows, near, wrong in _distances(near_made, near_real):
         points, reach = made[rows], reach_made[rows]
-        _cover(among_real[rows], near - reach_real.to(near.dtype), slack, points, real, reach_real)
+        _cover(among_real[rows], near - reach_real.to(near.dtype), wrong, points, real, reach_real)
         margin = near.sub_(reach[:, None].to(near.dtype)).T
-        _cover(among_made, margin, slack.T, real, points, reach)
+        _cover(among_made, margin, wrong.T, real, points, reach)
     return PrecisionRecall(*(float(inside.double().mean()) for inside in (among_real, among_made)))
 
 
-def _cover(inside: Tensor, margin: Tensor, slack: Tensor, points: Tensor, centres: Tensor, reach: Tensor) -> None:
+def _cover(inside: Tensor, margin: Tensor, wrong: Tensor, points: Tensor, centres: Tensor, reach: Tensor) -> None:
     """Mark the points in at least one ball, surface included.
 
     Args:
         inside: (n,) bool, to mark.
         margin: (n, m) squared distances from the centres, less their balls' squared radii.
-        slack: by how much these may be wrong.
+        wrong: by how much these may be, (n, 1) or (1, m); nearer to a surface, distances are taken exactly.
         points: (n, D).
         centres: (m, D).
         reach: (m,) squared radii, float64.
     """
-    inside |= (margin < -slack).any(dim=1)
-    doubtful = (margin.abs() <= slack).nonzero()
-    doubtful = doubtful[~inside[doubtful[:, 0]]]
-    for sample, centre in (part.T for part in doubtful.split(PAIRS_AT_ONCE)):
+    inside |= (margin < -wrong).any(dim=1)
+    for pairs in (margin.abs() <= wrong).nonzero().split(PAIRS_AT_ONCE):
+        sample, centre = pairs[~inside[pairs[:, 0]]].T
         held = _exact(points[sample], centres[centre]) <= reach[centre]
         inside[sample[held]] = True
 
 
 def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Squared distance of each sample from its k-th nearest other one: (N, D) -> (N,) float64."""
-    wanted = min(neighbours + 1 + SPARE, len(features))
-    found, centred = [], features - features.mean(dim=0)
-    for rows, near in _distances(centred, centred):
-        nearest = near.topk(wanted, dim=1, largest=False).indices  # one of them is the sample itself, at 0
-        exact = torch.stack([_exact(features[rows], features[column]) for column in nearest.T], dim=1)
-        found.append(exact.kthvalue(neighbours + 1, dim=1).values)
-    return torch.cat(found)
+    result, centred = [], features - features.mean(dim=0)
+    for rows, near, wrong in _distances(centred, centred):
+        reach, beyond = _kth(features[rows], features, near, neighbours)
+        unsure = ((reach > 0) & (beyond - wrong[:, 0] < reach)).nonzero()[:, 0]  # one left out might be nearer
+        if len(unsure):
+            points = features[rows][unsure]
+            again = _distances(centred[rows][unsure].double(), centred.double())
+            reach[unsure] = torch.cat([_kth(points[part], features, near, neighbours)[0] for part, near, _ in again])
+        result.append(reach)
+    return torch.cat(result)
 
 
-def _distances(points: Tensor, centres: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances, some rows at a time: (N, D), (M, D) -> (rows, (n, M) float32), to `ROUNDING`."""
+def _kth(points: Tensor, centres: Tensor, near: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """The k-th smallest squared distance but for a point's own.
+
+    Args:
+        points: (n, D), each one of the centres.
+        centres: (N, D).
+        near: (n, N) squared distances as they are known.
+        neighbours: k.
+
+    Returns:
+        (n,) float64, exact if the nearest few are among the nearest by `near`; and (n,), what the others have there at
+        least.
+    """
+    few = near.topk(min(neighbours + 1 + SPARE, len(centres)), dim=1, largest=False)
+    exact = torch.stack([_exact(points, centres[column]) for column in few.indices.T], dim=1)
+    beyond = few.values[:, -1] if few.values.shape[1] < len(centres) else torch.full((len(points),), math.inf)
+    return exact.kthvalue(neighbours + 1, dim=1).values, beyond  # one of them is the point itself, at 0
+
+
+def _distances(points: Tensor, centres: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Squared distances by one product, some rows at a time.
+
+    What they may be wrong by is (D + 16) * 2 machine epsilons of both squared lengths: sums of D products in any order
+    have an error of at most D / 2 epsilons of the lengths' product (Higham 2002, section 3.1), once in either length
+    and twice in the product between them; the rest is for the differences from a middle and the last additions.
+
+    Args:
+        points: (N, D), from a common middle, so that lengths are short.
+        centres: (M, D).
+
+    Yields:
+        rows; (n, M) in the dtype of the points; (n, 1), what these may be wrong by.
+    """
     squares = centres.square().sum(dim=1)
+    rounding = 2 * (points.shape[1] + 16) * torch.finfo(points.dtype).eps
     at_once = max(1, DISTANCES_AT_ONCE // len(centres))
     for start in range(0, len(points), at_once):
         rows = slice(start, start + at_once)
         lengths = points[rows].square().sum(dim=1, keepdim=True)
-        yield rows, torch.addmm(squares, points[rows], centres.T, alpha=-2).add_(lengths)
+        near = torch.addmm(squares, points[rows], centres.T, alpha=-2).add_(lengths)
+        yield rows, near, rounding * (lengths + squares.max())
 
 
 def _exact(a: Tensor, b: Tensor) -> Tensor:

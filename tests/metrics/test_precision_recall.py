@@ -34,6 +34,15 @@ def test_samples_on_the_surface_and_doubled_ones_are_the_definition_s():
     assert precision_recall(a, b) == pytest.approx(by_definition(a, b), abs=0)
 
 
+@pytest.mark.parametrize("tight", [1e-6, 1e-3, 1.0])
+def test_two_collapsed_modes_far_apart_whose_insides_float32_cannot_tell_are_the_definition_s(tight):
+    modes = torch.tensor([0.0, 3.0]).repeat(40)[:, None]
+    a, b = (modes + tight * drawn(80, width=64, seed=seed) for seed in (1, 2))
+    want = by_definition(a, b)
+    assert 0 < min(want) <= max(want) < 1
+    assert precision_recall(a, b) == pytest.approx(want, abs=0)
+
+
 def test_parts_make_no_difference(monkeypatch):
     a, b = drawn(50, seed=1), drawn(70, seed=2)
     whole = precision_recall(a, b)
