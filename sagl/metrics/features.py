@@ -75,10 +75,17 @@ def _inception(device: torch.device) -> Extractor:
     return inception(device)
 
 
+def _dinov2(device: torch.device) -> Extractor:
+    from sagl.metrics.dinov2 import dinov2
+
+    return dinov2(device)
+
+
 MAKERS: dict[str, Maker] = {
     "inception": _inception,
     "effnet_lite0_64": lambda device: effnet_lite0(64, device),
     "effnet_lite0_224": lambda device: effnet_lite0(224, device),
+    "dinov2": _dinov2,
 }
 """By the names in the settings."""
 

@@ -6,7 +6,7 @@ from sagl.settings.errors import require, require_finite
 
 INCEPTION = "inception"
 """The extractor of the literature's numbers, and of published files of statistics."""
-EXTRACTORS = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224")
+EXTRACTORS = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Extractors by name; the side that images are resized to is part of it."""
 
 
