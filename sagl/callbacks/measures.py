@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sagl.metrics.distance import FrechetDistance, InceptionScore
-from sagl.metrics.features import Features, features_of, maker_of
+from sagl.metrics.extractors import maker_of
+from sagl.metrics.features import Features, features_of
 from sagl.settings.paths import cache_folder, whole_file
 from sagl.shapes import ImageUint8
 

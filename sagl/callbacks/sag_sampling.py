@@ -14,7 +14,7 @@ from torch import Tensor
 from sagl.callbacks.measures import Measures
 from sagl.data.grid import mask_pictures, save_png, stacked_grid
 from sagl.data.pixels import to_uint8
-from sagl.metrics.features import maker_of
+from sagl.metrics.extractors import maker_of
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.recipe import Recipe, collect, labels_of, prepare

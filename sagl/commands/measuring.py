@@ -10,7 +10,8 @@ from sagl.commands.devices import device_of, others_wait
 from sagl.commands.progress import Watch, watching
 from sagl.commands.work import Work
 from sagl.data.image_sets import SPLITS, ImageSet, PictureImages, fingerprint, image_set
-from sagl.metrics.features import Extractor, maker_of, resize_of
+from sagl.metrics.extractors import maker_of
+from sagl.metrics.features import Extractor, resize_of
 from sagl.metrics.reference import Reference, holds_statistics, read_reference, write_reference
 from sagl.metrics.tally import Looked
 from sagl.settings.errors import UserError, require

@@ -3,7 +3,8 @@ import torch
 
 from sagl.callbacks.measures import Measures
 from sagl.metrics.distance import InceptionScore
-from sagl.metrics.features import MAKERS, Features
+from sagl.metrics.extractors import MAKERS
+from sagl.metrics.features import Features
 from sagl.metrics.frechet import frechet_distance, statistics
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from sagl.callbacks.ema import WeightAverage
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.data.grid import mask_pictures, stacked_grid
 from sagl.data.pixels import to_uint8
-from sagl.metrics.features import MAKERS
+from sagl.metrics.extractors import MAKERS
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.recipe import collect, labels_of, prepare

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sagl.data.views import write_images
 from sagl.data.views import write_npz as export_npz
-from sagl.metrics.features import MAKERS, Features
+from sagl.metrics.extractors import MAKERS
+from sagl.metrics.features import Features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
 from sagl.metrics.kernel_distance import kernel_distance

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from sagl.metrics.features import MAKERS, features_of, resize_of
+from sagl.metrics.extractors import MAKERS
+from sagl.metrics.features import features_of, resize_of
 from sagl.settings.errors import UserError
 
 CPU = torch.device("cpu")

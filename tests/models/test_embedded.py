@@ -5,7 +5,8 @@ import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pixels import to_float, to_uint8
-from sagl.metrics.features import MAKERS, features_of
+from sagl.metrics.extractors import MAKERS
+from sagl.metrics.features import features_of
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED

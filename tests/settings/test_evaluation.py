@@ -1,14 +1,9 @@
 import pytest
 
-from sagl.metrics.features import MAKERS
 from sagl.settings.errors import UserError
 from sagl.settings.evaluation import EXTRACTORS, MeasureSettings, require_extractor
 from sagl.settings.training import PreviewSettings
 from tests.tiny import exit_code
-
-
-def test_every_extractor_that_is_named_can_be_made():
-    assert tuple(MAKERS) == EXTRACTORS
 
 
 @pytest.mark.parametrize("name", [*EXTRACTORS, "my_package.features.mine", "mine.of"])
