@@ -27,7 +27,8 @@ from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pixels import to_uint8
 from sagl.machine import keep_freed_memory
 from sagl.metrics.bootstrap import paired_interval
-from sagl.metrics.features import EXTRACTORS, features_of
+from sagl.metrics.extractors import maker_of
+from sagl.metrics.features import features_of
 from sagl.metrics.frechet import FrechetTo, statistics
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import as_weights, build_network, read_network
@@ -110,7 +111,7 @@ def main() -> None:
 
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
-    extract = EXTRACTORS[EXTRACTOR](torch.device("cpu"))
+    extract = maker_of(EXTRACTOR)(torch.device("cpu"))
     fetch(cache_folder())
     test_split = features_of(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
     distance_to_test = FrechetTo(statistics(test_split))

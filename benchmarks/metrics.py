@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ def _fidelity_frechet(made: Tensor, real: Tensor) -> float:
     return float(fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"])
 
 
+SHAPE: Any = (2048,)
+"""Of features, where torchmetrics expects that of images."""
+
+
 class Passed(torch.nn.Module):
     """Features for images."""
 
@@ -62,7 +67,7 @@ class Passed(torch.nn.Module):
 
 
 def _torchmetrics_frechet(made: Tensor, real: Tensor) -> float:
-    metric = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(2048,)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=SHAPE).set_dtype(torch.float64)
     for part, is_real in ((made, False), (real, True)):
         for batch in part.split(100):
             metric.update(batch.double(), real=is_real)
@@ -158,7 +163,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
-        print(json.dumps(measure(*a.one, a.count)))
+        print(json.dumps(measure(a.one[0], a.one[1], a.count)))
         return
     lines = ["# Metrics", "", *machine(), f"- `python benchmarks/metrics.py {' '.join(sys.argv[1:])}`"]
     for name in COMPARISONS:

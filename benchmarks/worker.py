@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from sagl.machine import keep_freed_memory
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import as_weights
-from sagl.models.zoo import RELEASED, unet_named
+from sagl.models.zoo import unet_named
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import ChainSettings, WeightPrecision
 
 NETWORKS: dict[str, UNetSettings] = {
-    "lsun": RELEASED["lsun_cat"].settings,
+    "lsun": unet_named("lsun_cat")[0],
     "embedded": replace(unet_named("fashion_mnist")[0], in_channels=3, num_heads=4),  # theirs cannot guide grey images
-    "adm64": replace(RELEASED["imagenet64"].settings, dropout=0.0, num_classes=None),
+    "adm64": replace(unet_named("imagenet64")[0], dropout=0.0, num_classes=None),
 }
 SITES = {"lsun": 2, "embedded": 5}
 """Output block that guides; its side is one that the public code has in its table."""
