@@ -122,8 +122,9 @@ def _rate(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------ numbers
 
 
-Conditions = tuple[str, int | None, str, str, int]
-"""Reference, images in it, extractor, resize, images measured: numbers of others never stand in one row."""
+Conditions = tuple[str, str, int | None, str, str, str, int]
+"""Reference, its digest, images in it, extractor, resize, cut, images measured: numbers of others never stand in one
+row."""
 Measure = tuple[str, tuple[tuple[str, str], ...]]
 """A metric, and the settings that it depends on."""
 
@@ -131,12 +132,21 @@ Measure = tuple[str, tuple[tuple[str, str], ...]]
 def number_sections(runs: Sequence[Run]) -> list[Section]:
     """One section for all numbers of the same reference, extractor and number of images, a column a run."""
     table: dict[Conditions, dict[Measure, dict[int, tuple[float, str]]]] = {}
+    notes: dict[Conditions, dict[str, None]] = {}
     for place, run in enumerate(runs):
         for e in run.evaluations:
-            section = table.setdefault((e.reference, e.num_reference, e.extractor, e.resize, e.num_samples), {})
+            conditions = _conditions(e)
+            section = table.setdefault(conditions, {})
+            notes.setdefault(conditions, {}).update(dict.fromkeys(e.notes))
             for name in e.numbers:
-                section.setdefault(_measure(e, name), {})[place] = (e.numbers[name], _interval(e, name))
-    return [_numbers(conditions, rows, len(runs)) for conditions, rows in table.items()]
+                section.setdefault(_measure(e, name), {})[place] = (e.numbers[name], _error(e, name))
+    return [_numbers(conditions, rows, len(runs), notes[conditions]) for conditions, rows in table.items()]
+
+
+def _conditions(e: Evaluation) -> Conditions:
+    size = e.settings.get("image_size")
+    cut = f"pictures cut to {size}×{size}" if size else ""
+    return e.reference, e.reference_digest, e.num_reference, e.extractor, e.resize, cut, e.num_samples
 
 
 def _measure(e: Evaluation, name: str) -> Measure:
@@ -144,19 +154,28 @@ def _measure(e: Evaluation, name: str) -> Measure:
     return name, tuple((setting, said(e.settings[setting])) for setting in depends if setting in e.settings)
 
 
-def _interval(e: Evaluation, name: str) -> str:
+def _error(e: Evaluation, name: str) -> str:
+    """The interval, or the deviation over subsets."""
+    if name in e.deviations:
+        return f"± {shown(name, e.deviations[name])}"
     if name not in e.intervals:
         return ""
     low, high = e.intervals[name]
     return f"{shown(name, low)} … {shown(name, high)}"
 
 
-def _numbers(conditions: Conditions, rows: Mapping[Measure, Mapping[int, tuple[float, str]]], count: int) -> Section:
-    reference, num_reference, extractor, resize, num_samples = conditions
+def _numbers(
+    conditions: Conditions,
+    rows: Mapping[Measure, Mapping[int, tuple[float, str]]],
+    count: int,
+    notes: Iterable[str],
+) -> Section:
+    reference, digest, num_reference, extractor, resize, cut, num_samples = conditions
     against = clean(reference) + (f" ({num_reference:,} images)" if num_reference else "")
     made = [_number_row(measure, rows[measure], count) for measure in sorted(rows, key=_order)]
     title = f"{num_samples:,} images against {against}"
-    note = ", ".join(clean(part) for part in (f"features of {extractor}", resize) if part)
+    parts = (f"features of {extractor}", resize, cut, digest and f"reference {digest[:8]}")
+    note = ". ".join(clean(part).rstrip(".") for part in (", ".join(filter(None, parts)), *notes))
     return Section(title=title, note=note, rows=tuple(made))
 
 

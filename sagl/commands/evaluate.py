@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +13,8 @@ from sagl.commands.parser import Parser, fields_of
 from sagl.commands.work import add_work_flags, work_of
 from sagl.machine import end_with_parent, global_rank, keep_freed_memory
 from sagl.settings.errors import require
-from sagl.settings.evaluation import MeasureSettings
-from sagl.settings.paths import whole_file
+from sagl.settings.evaluation import DEFAULT_EXTRACTOR, MeasureSettings
+from sagl.settings.paths import require_new, whole_file
 
 if TYPE_CHECKING:
     from sagl.data.evaluations import Evaluation
@@ -34,11 +35,12 @@ def evaluate_parser() -> Parser:
         help="As for the run, or a file of statistics: OpenAI's, EDM's, or of sagl statistics.",
     )
     p.add_argument("--num_samples", type=int, default=None, help="Only so many of the run's images, the first.")
-    add_work_flags(p)
+    add_work_flags(p, of_reference=True)
     p.add_settings(MeasureSettings)
     forms = Literal["table", "json", "csv"]
     p.add_argument("--format", type=forms, default="table", help="What is printed.")
     p.add_argument("--output", type=str, default=None, help="A .json or .csv file to write as well.")
+    p.add_argument("--overwrite", action="store_true", help="Write over a file that is there.")
     return p
 
 
@@ -52,10 +54,8 @@ def main(arguments: list[str]) -> None:
     """
     given = evaluate_parser().parse(arguments)
     keep_freed_memory()
-    if given.output is not None:
-        require(
-            Path(given.output).suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {given.output}."
-        )
+    if given.extractor is None:
+        given.extractor = _extractor_of(Path(given.reference))
     work, settings = work_of(given), fields_of(MeasureSettings, given)
     if global_rank() > 0:
         from sagl.commands.measuring import follow
@@ -63,17 +63,26 @@ def main(arguments: list[str]) -> None:
         end_with_parent()
         follow(work)
         return
+    output, run = None if given.output is None else Path(given.output), Path(given.run)
+    if output is not None:
+        require(output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {output}.")
+        require_new(output, overwrite=given.overwrite)
     from sagl.commands.evaluation import evaluation_of
+    from sagl.data.evaluations import keep_evaluation, read_evaluations
 
+    kept = _is_kept_in(run)
+    if kept:
+        read_evaluations(run)  # a damaged file is refused before the work
     made = evaluation_of(given.run, given.reference, given.num_samples, work, settings)
-    _keep(made, Path(given.run))
-    if given.output is not None:
-        with whole_file(Path(given.output)) as partial:
-            partial.write_text(rendered(made, Path(given.output).suffix[1:]))
     if given.format == "table":
         show(made)
     else:
-        print(rendered(made, given.format), end="")
+        print(rendered(made, given.format), end="", flush=True)
+    if kept:
+        keep_evaluation(run, made)
+    if output is not None:
+        with whole_file(output) as partial:
+            partial.write_text(rendered(made, output.suffix[1:]))
 
 
 def rendered(made: "Evaluation", form: str) -> str:
@@ -83,10 +92,10 @@ def rendered(made: "Evaluation", form: str) -> str:
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     about = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
-    lines.writerow(("metric", "value", "low", "high", "deviation", *about))
+    lines.writerow(("metric", "value", "low", "high", "deviation", *about, "settings", "notes"))
+    same = (*(getattr(made, key) for key in about), _said(made, "; "), " ".join(made.notes))
     for name, value in made.numbers.items():
-        ends = made.intervals.get(name, ("", ""))
-        lines.writerow((name, value, *ends, made.deviations.get(name, ""), *(getattr(made, key) for key in about)))
+        lines.writerow((name, value, *made.intervals.get(name, ("", "")), made.deviations.get(name, ""), *same))
     return file.getvalue()
 
 
@@ -110,8 +119,13 @@ def show(made: "Evaluation") -> None:
     for name, value in made.numbers.items():
         table.add_row(METRICS[name].name, *_cells(made, name, value))
     console.print(table)
-    for note in made.notes:
+    for note in (_said(made, " · "), *made.notes):
         console.print(Text(note))
+
+
+def _said(made: "Evaluation", between: str) -> str:
+    """The settings behind the numbers, in a line."""
+    return between.join(f"{name} {value}" for name, value in made.settings.items())
 
 
 def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
@@ -125,10 +139,18 @@ def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
     return cells
 
 
-def _keep(made: "Evaluation", run: Path) -> None:
-    """Beside the images, where they are a run whose folder can be written."""
-    from sagl.data.evaluations import keep_evaluation
+def _is_kept_in(run: Path) -> bool:
+    """Whether the numbers are kept beside the images: in a run whose folder can be written."""
     from sagl.data.run_folder import holds_run
 
-    if holds_run(run) and os.access(run, os.W_OK):
-        keep_evaluation(run, made)
+    if holds_run(run) and not os.access(run, os.W_OK):
+        print(f"{run} cannot be written: its numbers are not kept there.", file=sys.stderr)
+        return False
+    return holds_run(run)
+
+
+def _extractor_of(reference: Path) -> str:
+    """The extractor of a file of statistics, else the one that needs no download."""
+    from sagl.metrics.reference import extractor_of_file, holds_statistics
+
+    return extractor_of_file(reference) if holds_statistics(reference) else DEFAULT_EXTRACTOR

@@ -2,14 +2,19 @@
 
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from sagl.commands.measuring import Look, Looking, counted, extractor_of, notes_on, reference_of
 from sagl.commands.work import Work
 from sagl.data.evaluations import Evaluation
+from sagl.data.image_sets import ImageSet, RunImages, identity
+from sagl.data.run_folder import read_record
 from sagl.metrics.features import resize_of
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.numbers import numbers_of
-from sagl.settings.errors import require
+from sagl.metrics.tally import Looked
+from sagl.settings.errors import UserError, require
 from sagl.settings.evaluation import INCEPTION, MeasureSettings
 
 
@@ -28,6 +33,7 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
     """
     started = time.monotonic()
     images = counted(run, work.image_size, "run")
+    about_run = _of_run(Path(run), images)
     wanted = len(images) if num_samples is None else num_samples
     require(2 <= wanted <= len(images), f"`num_samples` must be 2 … {len(images)} for {run}, got {wanted}.")
     extract, side = extractor_of(work), images.side
@@ -41,13 +47,33 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
         images=run,
         num_samples=wanted,
         reference=reference,
+        reference_digest=identity(reference),
         num_reference=seen.num_samples or None,
         extractor=work.extractor,
         resize=resize_of(extract),
         numbers=numbers.values,
         intervals=numbers.intervals,
         deviations=numbers.deviations,
-        settings=asdict(s) | {"is_chunk": CHUNK} | ({"image_size": work.image_size} if work.image_size else {}),
-        notes=notes_on(made, real, side, extract),
+        settings=_used(s, made, seen) | ({"image_size": work.image_size} if work.image_size else {}),
+        notes=(*about_run, *notes_on(made, real, side, extract)),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _used(s: MeasureSettings, made: Looked, seen: Looked) -> dict[str, Any]:
+    """The settings as they were used: of fewer features fewer are kept, and subsets are smaller."""
+    used = asdict(s) | ({} if made.logits is None else {"is_chunk": CHUNK})
+    if seen.features is None:  # a file of mean and covariance gives the Fréchet distance alone
+        return {name: value for name, value in used.items() if name in ("bootstrap", "seed", "is_chunk")}
+    kept = len(seen.features)
+    return used | {"num_kept": kept, "kd_subset_size": min(s.kd_subset_size, made.num_samples, kept)}
+
+
+def _of_run(run: Path, images: ImageSet) -> tuple[str, ...]:
+    """What a reader must know of the images."""
+    try:
+        asked = read_record(run).get("num_samples", 0) if isinstance(images, RunImages) else 0
+    except UserError as error:
+        raise UserError(str(error).replace("`output`", "`run`")) from error
+    unfinished = f"The run holds {len(images)} of {asked} images so far." if len(images) < asked else ""
+    return tuple(note for note in (images.note, unfinished) if note)

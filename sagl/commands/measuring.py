@@ -1,5 +1,6 @@
 """What `sagl evaluate` and `sagl statistics` look at, and the processes that look."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,11 +11,13 @@ from sagl.commands.devices import device_of, others_wait
 from sagl.commands.progress import Watch, watching
 from sagl.commands.work import Work
 from sagl.data.image_sets import SPLITS, ImageSet, PictureImages, fingerprint, image_set
+from sagl.metrics.checks import require_finite_features
 from sagl.metrics.extractors import maker_of
 from sagl.metrics.features import Extractor, resize_of
-from sagl.metrics.reference import Reference, holds_statistics, read_reference, write_reference
+from sagl.metrics.reference import Reference, holds_images, holds_statistics, read_reference, write_reference
 from sagl.metrics.tally import Looked
 from sagl.settings.errors import UserError, require
+from sagl.settings.evaluation import EXTRACTORS
 from sagl.settings.paths import cache_folder
 
 
@@ -127,9 +130,14 @@ class Measured:
             assert self.file is not None
             return self.file.looked
         seen = self.looking[self.place]
+        require_finite_features("reference", seen.pooled)
         if self.kept is not None:
-            reference = Reference(looked=seen, extractor=self.looking.work.extractor, source=self.name)
-            write_reference(reference, self.kept)
+            made = Reference(looked=seen, extractor=self.looking.work.extractor, source=self.name, side=self.side)
+            try:
+                write_reference(made, self.kept, "SAGL_CACHE")
+            except UserError as error:  # the numbers need no cache
+                print(error, file=sys.stderr)
+            self.kept = None
         return seen if self.file is None else replace(self.file.looked, features=seen.features)
 
 
@@ -150,11 +158,12 @@ def reference_of(name: str, looking: Looking, side: tuple[int, int], num_kept: i
     size = looking.work.image_size or (side[0] if side[0] == side[1] else None)
     images = counted(name, size, "reference")
     cut = size if isinstance(images, PictureImages) and images.cut else None
+    notes = (f"{Path(name).name}: {images.note}",) if images.note else ()
     kept = _cache(name, looking, cut, num_kept, isinstance(images, PictureImages))
     if kept is not None and kept.is_file():
-        return Measured(name=name, looking=looking, file=read_reference(kept), side=images.side)
+        return Measured(name=name, looking=looking, file=read_reference(kept), side=images.side, notes=notes)
     place = looking.ask(Look(source=name, image_size=cut, wanted=len(images), num_kept=num_kept))
-    return Measured(name=name, looking=looking, place=place, kept=kept, side=images.side)
+    return Measured(name=name, looking=looking, place=place, kept=kept, side=images.side, notes=notes)
 
 
 def counted(name: str, image_size: int | None, argument: str) -> ImageSet:
@@ -178,7 +187,7 @@ def _of_file(name: str, looking: Looking, num_kept: int) -> Measured:
         "compared with those of another one.",
     )
     if images is None or (found.looked.features is not None and found.extractor == extractor):
-        return Measured(name=name, looking=looking, file=found)
+        return Measured(name=name, looking=looking, file=found, side=found.side)
     place = looking.ask(Look(source=name, image_size=None, wanted=len(images), num_kept=num_kept))
     if found.extractor == extractor:
         return Measured(name=name, looking=looking, file=found, place=place, side=images.side)
@@ -187,15 +196,17 @@ def _of_file(name: str, looking: Looking, num_kept: int) -> Measured:
 
 
 def _images_in(name: str) -> ImageSet | None:
-    """`arr_0` of a statistics file."""
-    try:
-        return counted(name, None, "reference")
-    except UserError:
-        return None
+    """`arr_0` of a statistics file, where it has some."""
+    return counted(name, None, "reference") if holds_images(Path(name)) else None
 
 
 def _cache(name: str, looking: Looking, cut: int | None, num_kept: int, pictures: bool) -> Path | None:
-    """Where a data set's statistics are kept; those of runs and npz files, which come and go, are not."""
+    """Where a data set's statistics are kept; those of runs and npz files, which come and go, are not.
+
+    Nor those of an extractor of one's own, whose code may change.
+    """
+    if looking.work.extractor not in EXTRACTORS:
+        return None
     known = fingerprint(name) if name in SPLITS or (pictures and Path(name).suffix != ".npz") else None
     if known is None:
         return None

@@ -7,6 +7,7 @@ from sagl.commands.work import add_work_flags, work_of
 from sagl.machine import end_with_parent, global_rank, keep_freed_memory
 from sagl.settings.errors import require
 from sagl.settings.evaluation import MeasureSettings
+from sagl.settings.paths import require_new
 
 
 def statistics_parser() -> Parser:
@@ -41,9 +42,10 @@ def main(arguments: list[str]) -> None:
         follow(work)
         return
     require(output.suffix == ".npz", f"`output` must end in .npz, got {given.output}.")
-    require(given.overwrite or not output.exists(), f"`output` {output} is there. Choose another name, or --overwrite.")
+    require_new(output, overwrite=given.overwrite)
     require(given.num_kept >= 2, f"`num_kept` must be at least 2, got {given.num_kept}.")
     from sagl.commands.measuring import Look, Looking, counted, extractor_of
+    from sagl.metrics.checks import require_finite_features
     from sagl.metrics.reference import Reference, write_reference
 
     images = counted(given.source, work.image_size, "source")
@@ -54,5 +56,7 @@ def main(arguments: list[str]) -> None:
         Look(source=given.source, image_size=work.image_size, wanted=wanted, num_kept=min(wanted, given.num_kept))
     )
     looking.look()
-    write_reference(Reference(looked=looking[place], extractor=work.extractor, source=given.source), output)
+    require_finite_features("source", looking[place].pooled)
+    seen = Reference(looked=looking[place], extractor=work.extractor, source=given.source, side=images.side)
+    write_reference(seen, output)
     print(f"{output}: {work.extractor} of {wanted} images. Measure from it: sagl evaluate RUN --reference {output}")

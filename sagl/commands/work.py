@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from sagl.commands.devices import require_launcher
 from sagl.commands.parser import Parser
 from sagl.settings.errors import require
-from sagl.settings.evaluation import EXTRACTORS, require_extractor
+from sagl.settings.evaluation import DEFAULT_EXTRACTOR, EXTRACTORS, require_extractor
 from sagl.settings.sampling import DeviceSettings
 
 Progress = Literal["auto", "bar", "lines", "off"]
@@ -26,13 +26,19 @@ class Work:
     progress: Progress
 
 
-def add_work_flags(p: Parser) -> None:
-    """Those that say how, and on what, images are looked at."""
+def add_work_flags(p: Parser, *, of_reference: bool = False) -> None:
+    """Those that say how, and on what, images are looked at.
+
+    Args:
+        p: the parser.
+        of_reference: whether a file of statistics decides the extractor where none is given.
+    """
+    left_open = f" (default: a file of statistics its own, else {DEFAULT_EXTRACTOR})" if of_reference else ""
     p.add_argument(
         "--extractor",
         type=str,
-        default="effnet_lite0_64",
-        help=f"{', '.join(EXTRACTORS)}, or package.function of yours.",
+        default=None if of_reference else DEFAULT_EXTRACTOR,
+        help=f"{', '.join(EXTRACTORS)}, or package.function of yours{left_open}.",
     )
     p.add_argument("--image_size", type=int, default=None, help="Side of the squares that pictures are cut to.")
     p.add_argument("--batch_size", type=int, default=100, help="Images that a process looks at together.")

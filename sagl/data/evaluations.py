@@ -23,6 +23,8 @@ class Evaluation:
     """What was measured from."""
     num_samples: int
     """Images measured, the run's first."""
+    reference_digest: str = ""
+    """Tells references of one name apart; see `image_sets.identity`."""
     num_reference: int | None = None
     """Images of the reference, where that is known."""
     resize: str = ""
@@ -51,7 +53,7 @@ class Evaluation:
         return all(getattr(self, name) == getattr(other, name) for name in SAME)
 
 
-SAME = ("extractor", "reference", "num_samples", "num_reference", "settings")
+SAME = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
 """What makes two measurements of one run the same."""
 
 
@@ -89,6 +91,7 @@ def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
     return Evaluation(
         extractor=_a(str, entry["extractor"]),
         reference=_a(str, entry["reference"]),
+        reference_digest=_a(str, entry.get("reference_digest") or ""),
         num_samples=_a(int, entry["num_samples"]),
         num_reference=None if num_reference is None else _a(int, num_reference),
         resize=_a(str, resize),

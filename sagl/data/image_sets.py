@@ -14,10 +14,10 @@ import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.data.pictures import Cut, Source
-from sagl.data.run_folder import SAMPLES, Pixels, Sample, pixels, read_shard, shards_of
+from sagl.data.run_folder import SAMPLES, SHARDS, Pixels, Sample, pixels, read_shard, shards_of
 from sagl.data.sources import source_of
 from sagl.settings.errors import UserError, require
-from sagl.settings.paths import cache_folder
+from sagl.settings.paths import cache_folder, sha256
 from sagl.shapes import ImageUint8
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
@@ -27,6 +27,9 @@ RUN = ", a run of sagl sample, an npz, a folder of pictures, LSUN's LMDB or shar
 
 class ImageSet(Protocol):
     """Images of one size."""
+
+    note: str = ""
+    """What was done to them, where that is not nothing."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -98,6 +101,14 @@ class PictureImages(ImageSet):
         """Pictures of the source."""
         return len(self.source)
 
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """Whether pictures are cut, by the size of the first."""
+        whole = self._whole(0)
+        if self.cut is None or whole.shape[:2] == (self.cut.side, self.cut.side):
+            return ""
+        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {self.cut.side}×{self.cut.side}."
+
     def images(self, start: int, stop: int) -> ImageUint8:
         """Decoded and cut."""
         found = [self._image(index) for index in range(start, stop)]
@@ -109,13 +120,17 @@ class PictureImages(ImageSet):
             )
         return torch.stack(found).permute(0, 3, 1, 2)
 
-    def _image(self, index: int) -> torch.Tensor:
+    def _whole(self, index: int) -> torch.Tensor:
         try:
-            whole = self.source.pixels(index, 3)
+            return self.source.pixels(index, 3)
         except Exception as error:  # decoders and file systems say it in many ways
             raise UserError(
-                f"`run` and `reference` must hold whole pictures, and {self.source.name(index)} cannot be read: {error}"
+                f"{self.source.name(index)} cannot be read as a picture, got {type(error).__name__}. Mend it, or "
+                "take it away."
             ) from error
+
+    def _image(self, index: int) -> torch.Tensor:
+        whole = self._whole(index)
         return whole if self.cut is None else self.cut.square(whole, np.random.default_rng(0))
 
 
@@ -170,6 +185,18 @@ def fingerprint(name: str) -> str | None:
         stat = file.stat()
         digest.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     return f"{path.stem}-{digest.hexdigest()[:16]}"
+
+
+def identity(name: str) -> str:
+    """What tells two sets of one name apart, on any machine: sha256 of a file, of a folder's file names and sizes."""
+    path = _npz_of(Path(name))
+    if name in SPLITS or not path.exists():
+        return ""
+    if path.is_file():
+        return sha256(path)[:16]
+    folder = path / SHARDS if shards_of(path) else path
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=2)

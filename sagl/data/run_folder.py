@@ -101,7 +101,11 @@ def shards_of(folder: Path) -> dict[tuple[int, int], Path]:
         first, _, last = path.stem.partition("-")
         if first.isdecimal() and last.isdecimal():
             found[int(first), int(last)] = path
-    return {span: path for span, path in sorted(found.items()) if not any(_within(span, other) for other in found)}
+    held, end = {}, -1
+    for span in sorted(found, key=lambda span: (span[0], -span[1])):
+        if span[1] > end:
+            held[span], end = found[span], span[1]
+    return held
 
 
 def num_held(folder: Path) -> int:
@@ -295,10 +299,6 @@ def remove_partial(folder: Path) -> None:
     for place in (folder, folder / SHARDS):
         for path in place.glob(f"*{PARTIAL}"):
             path.unlink()
-
-
-def _within(span: tuple[int, int], other: tuple[int, int]) -> bool:
-    return span != other and other[0] <= span[0] and span[1] <= other[1]
 
 
 def _holds(span: tuple[int, int], path: Path, ids: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ def require_comparable(made: Looked, real: Looked, neighbours: int) -> None:
         UserError: features that are not finite, of different widths, or of fewer samples than `neighbours` asks for.
     """
     for name, looked in (("run", made), ("reference", real)):
-        _require_finite(name, looked.pooled)
+        require_finite_features(name, looked.pooled)
         if looked.features is not None:
             _require_count(name, looked.features, neighbours)
     widths = len(made.pooled.mean), len(real.pooled.mean)
@@ -26,8 +26,12 @@ def require_comparable(made: Looked, real: Looked, neighbours: int) -> None:
     )
 
 
-def _require_finite(name: str, statistics: Statistics) -> None:
-    """Any feature that is not finite leaves its mark in the covariance."""
+def require_finite_features(name: str, statistics: Statistics) -> None:
+    """Any feature that is not finite leaves its mark in the covariance.
+
+    Raises:
+        UserError: there is one; calls the argument that the images came by by its name.
+    """
     finite = torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.covariance).all()
     require(
         bool(finite),

@@ -1,5 +1,6 @@
 """All numbers of one set of images, by the names that the literature gives them."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from sagl.metrics.inception_score import inception_score, inception_score_in_chu
 from sagl.metrics.kernel_distance import kernel_distance
 from sagl.metrics.precision_recall import precision_recall
 from sagl.metrics.tally import Looked
+from sagl.settings.errors import require
 from sagl.settings.evaluation import MeasureSettings
 
 
@@ -58,4 +60,9 @@ def numbers_of(made: Looked, real: Looked, s: MeasureSettings, *, inception: boo
         measure: Callable[..., float] = lambda rows: distance(statistics(rows))  # noqa: E731
         low, high = interval(made.features, measure, draws=s.bootstrap, seed=s.seed)[1:]
         intervals[fid] = (low, high)
+    for name, value in values.items():
+        require(
+            math.isfinite(value),
+            f"`extractor` must give features whose numbers stay finite, and {name} is {value}: they are too large.",
+        )
     return Numbers(values=values, intervals=intervals, deviations=deviations)

@@ -8,6 +8,7 @@ INCEPTION = "inception"
 """The extractor of the literature's numbers, and of published files of statistics."""
 EXTRACTORS = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Extractors by name; the side that images are resized to is part of it."""
+DEFAULT_EXTRACTOR = "effnet_lite0_64"
 
 
 def require_extractor(name: str, argument: str = "extractor") -> None:

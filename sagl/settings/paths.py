@@ -92,6 +92,17 @@ def require_unused(folder: Path, argument: str = "output") -> None:
     require(not in_use, f"`{argument}` must be a new or an empty folder, and {folder} is in use. Choose another one.")
 
 
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse an `--output` file before the work for it: one that is there, or a name that cannot be written.
+
+    Raises:
+        UserError: says the way out.
+    """
+    require(not path.is_dir(), f"`output` must be a file, and {path} is a folder.")
+    require(overwrite or not path.exists(), f"`output` {path} is there. Choose another name, or --overwrite.")
+    require_writable(path.parent)
+
+
 def require_writable(folder: Path, argument: str = "output", way_out: str = "") -> None:
     """Refuse a folder that is not there and could not be made, or could not be written to.
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sagl.commands.comparison import (
@@ -191,6 +193,38 @@ def test_runs_that_were_not_measured_have_no_numbers():
 
 
 # -------------------------------------------------------------------------------------------------------- paper
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"reference_digest": "b" * 16},
+        {"settings": {"image_size": 32}},
+        {"num_samples": 300},
+        {"resize": "another"},
+    ],
+)
+def test_numbers_from_other_references_or_of_other_images_stand_apart(other):
+    first = measured({"fd": 1.0}, reference_digest="a" * 16)
+    apart = number_sections([run("a", evaluations=[first]), run("b", evaluations=[replace(first, **other)])])
+    assert [row.cells for section in apart for row in section.rows if any(cell.best for cell in row.cells)] == []
+    assert len(apart) == 2
+    assert "reference aaaaaaaa" in apart[0].note
+
+
+@pytest.mark.parametrize(("name", "setting"), [("recall", "num_kept"), ("kd", "num_kept"), ("kd", "seed")])
+def test_numbers_of_other_settings_stand_in_rows_of_their_own(name, setting):
+    runs = [run(k, evaluations=[measured({name: 0.5 + n}, settings={setting: n})]) for n, k in enumerate("ab")]
+    (section,) = number_sections(runs)
+    assert [row.name.note for row in section.rows] == [f"{setting} 0", f"{setting} 1"]
+    assert not any(cell.best for row in section.rows for cell in row.cells)
+
+
+def test_notes_and_deviations_come_with_the_numbers():
+    first = measured({"kd": 0.5}, deviations={"kd": 0.25}, notes=("Too few images.",))
+    (section,) = number_sections([run("a", evaluations=[first]), run("b", evaluations=[replace(first, notes=())])])
+    assert section.rows[0].cells[0].note == "± 0.25000"
+    assert section.note.endswith(". Too few images")
 
 
 def test_the_papers_row_stands_above_the_runs_own_inception_numbers_with_images_and_steps_of_both():

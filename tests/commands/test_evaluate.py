@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
 from sagl.metrics.kernel_distance import kernel_distance
 from sagl.metrics.precision_recall import precision_recall
+from sagl.settings.paths import sha256
 from tests.sampled import write_run
 from tests.tiny import exit_code, write_fashion_mnist
 
 SEEN = []
+OWN = f"{__name__}.make_own"
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +110,13 @@ def test_every_number_comes_with_all_that_it_belongs_to(pair, capsys):
     assert result.pop("seconds") >= 0
     assert result.pop("settings") == {
         "neighbours": 3,
-        "num_kept": 10000,
+        "num_kept": 50,
         "kd_subsets": 5,
         "kd_subset_size": 30,
         "bootstrap": 0,
         "seed": 0,
-        "is_chunk": 5000,
     }
+    assert result.pop("reference_digest") == sha256(reference)[:16]
     assert result == {
         "images": str(run),
         "num_samples": 40,
@@ -257,12 +260,82 @@ def test_statistics_alone_give_the_distance_alone(tmp_path, pair, capsys):
     file = published(tmp_path / "edm.npz", pair[3], arr_0=None, mu_s=None, sigma_s=None)
     found = evaluated(capsys, pair[0], "--reference", file, "--extractor", "inception")["numbers"]
     assert list(found) == ["fid", "is", "is_all"]
-    assert "`extractor` must be inception" in refused(capsys, pair[0], "--reference", file)
+    assert "`extractor` must be inception" in refused(
+        capsys, pair[0], "--reference", file, "--extractor", "effnet_lite0_64"
+    )
     assert "must hold images as arr_0, and" in refused(capsys, file, "--reference", pair[1])
 
 
+def test_a_file_of_statistics_decides_the_extractor_where_none_is_given(tmp_path, pair, capsys):
+    found = evaluated(capsys, pair[0], "--reference", published(tmp_path / "VIRTUAL.npz", pair[3]))
+    assert (found["extractor"], "fid" in found["numbers"]) == ("inception", True)
+    assert exit_code("statistics", pair[1], "--output", tmp_path / "own.npz", "--extractor", OWN) == 0
+    capsys.readouterr()
+    assert evaluated(capsys, pair[0], "--reference", tmp_path / "own.npz")["extractor"] == OWN
+    assert evaluated(capsys, pair[0], "--reference", pair[1])["extractor"] == "effnet_lite0_64"
+
+
+def test_images_of_a_published_file_that_are_none_are_refused(tmp_path, pair, capsys):
+    file = published(tmp_path / "V.npz", pair[3], arr_0=np.zeros((30, 16, 16, 3)))
+    assert "`reference` must hold uint8 images" in refused(capsys, pair[0], "--reference", file)
+
+
+def test_statistics_of_images_of_another_size_are_said(tmp_path, pair, capsys):
+    large, file = write_npz(tmp_path / "large.npz", 50, 1, side=24)[0], tmp_path / "large_statistics.npz"
+    assert exit_code("statistics", large, "--output", file) == 0
+    capsys.readouterr()
+    (note,) = evaluated(capsys, pair[0], "--reference", file)["notes"]
+    assert note == "The images are 16×16, the reference's 24×24; the extractor resizes both: its own."
+
+
+def test_pictures_that_are_cut_are_said_from_the_cache_too(tmp_path, pair, capsys):
+    folder = write_folder(tmp_path / "large", drawn(20, 3, side=24))
+    for _ in range(2):
+        (note,) = evaluated(capsys, pair[0], "--reference", folder)["notes"]
+        assert note == "large: Pictures, the first of them 24×24, are cut and resized to 16×16."
+    same = write_folder(tmp_path / "same", drawn(20, 3))
+    assert evaluated(capsys, pair[0], "--reference", same)["notes"] == []
+
+
+def test_a_reference_whose_features_are_not_finite_is_refused_every_time_and_not_kept(
+    tmp_path, pair, capsys, monkeypatch
+):
+    folder = write_folder(tmp_path / "pictures", drawn(20, 3))
+    monkeypatch.setitem(MAKERS, "effnet_lite0_64", lambda device: lambda images: twelve(images).log().div(0))
+    for _ in range(2):
+        assert "must give finite features" in refused(capsys, pair[0], "--reference", folder)
+    output = tmp_path / "s.npz"
+    assert "must give finite features" in refused(capsys, folder, "--output", output, verb="statistics")
+    assert not output.exists()
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
+def test_a_reference_is_looked_at_again_by_an_extractor_of_ones_own(tmp_path, pair, capsys, monkeypatch):
+    folder = write_folder(tmp_path / "pictures", drawn(20, 3))
+    for extractor, again in (("effnet_lite0_64", 0), (OWN, 20)):
+        evaluated(capsys, pair[0], "--reference", folder, "--extractor", extractor)
+        SEEN.clear()
+        evaluated(capsys, pair[0], "--reference", folder, "--extractor", extractor)
+        assert sum(SEEN) == 40 + again
+
+
+def make_own(device):
+    return twelve
+
+
+def test_a_cache_that_cannot_be_written_costs_no_numbers(tmp_path, pair, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "file"))
+    folder = write_folder(tmp_path / "pictures", drawn(20, 3))
+    assert exit_code("evaluate", pair[0], "--reference", folder, "--format", "json", "--progress", "off") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["num_reference"] == 20
+    assert "`SAGL_CACHE`" in printed.err
+
+
 def test_another_extractor_measures_from_a_published_file_s_images(tmp_path, pair, capsys):
-    found = evaluated(capsys, pair[0], "--reference", published(tmp_path / "V.npz", pair[3]))
+    file = published(tmp_path / "V.npz", pair[3])
+    found = evaluated(capsys, pair[0], "--reference", file, "--extractor", "effnet_lite0_64")
     assert found["num_reference"] == 30
     assert found["numbers"]["fd"] == pytest.approx(distance(pair[2], pair[3][:30]), rel=1e-9)
     assert "belong to inception: measured from its 30 images alone" in found["notes"][0]
@@ -317,8 +390,42 @@ def test_a_run_keeps_its_numbers_one_entry_a_kind_of_measurement(tmp_path, pair,
     again = evaluated(capsys, run, "--reference", pair[1], "--kd_subsets", 5)
     assert kept[1]["numbers"] == again["numbers"]
     (run / "evaluation.json").write_text("{")
+    SEEN.clear()
     assert "evaluation.json is damaged" in refused(capsys, run, "--reference", pair[1])
+    assert SEEN == []  # refused before the work
     assert (run / "evaluation.json").read_text() == "{"
+
+
+def test_references_of_one_name_are_told_apart(tmp_path, pair, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", side=16)
+    for name, seed in (("x", 1), ("y", 2)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write_npz(tmp_path / name / "ref.npz", 30, seed)
+        evaluated(capsys, run, "--reference", "ref.npz")
+    kept = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert [entry["reference"] for entry in kept] == ["ref.npz", "ref.npz"]
+    assert len({entry["reference_digest"] for entry in kept}) == 2
+
+
+def test_a_run_that_is_not_finished_is_measured_and_said_to_be(tmp_path, pair, capsys):
+    run = write_run(tmp_path / "run", side=16, num_samples=1000)
+    (note,) = evaluated(capsys, run, "--reference", pair[1])["notes"][:1]
+    assert re.fullmatch(r"The run holds \d+ of 1000 images so far\.", note)
+    (run / "run.json").write_text("{")
+    assert "`run` must hold a whole run.json" in refused(capsys, run, "--reference", pair[1])
+
+
+def test_a_file_that_is_there_is_left_alone_and_found_before_the_work(tmp_path, pair, capsys):
+    mine = tmp_path / "mine.json"
+    mine.write_text("precious")
+    arguments = (pair[0], "--reference", pair[1], "--output", mine)
+    assert "Choose another name, or --overwrite" in refused(capsys, *arguments)
+    (tmp_path / "folder.json").mkdir()
+    assert "must be a file" in refused(capsys, *arguments[:-1], tmp_path / "folder.json")
+    assert "must be a folder" in refused(capsys, *arguments[:-1], mine / "under.json")
+    assert (mine.read_text(), SEEN) == ("precious", [])
+    assert evaluated(capsys, *arguments, "--overwrite") == json.loads(mine.read_text())
 
 
 def test_a_table_for_people_json_and_csv_for_programs(tmp_path, pair, capsys):
@@ -335,6 +442,8 @@ def test_a_table_for_people_json_and_csv_for_programs(tmp_path, pair, capsys):
     rows = {row["metric"]: row for row in csv.DictReader(io.StringIO(printed))}
     assert float(rows["fd"]["value"]) == written["numbers"]["fd"]
     assert (rows["kd"]["extractor"], rows["kd"]["num_reference"]) == ("effnet_lite0_64", "50")
+    assert "kd_subset_size 40; " in rows["kd"]["settings"]
+    assert "kd_subset_size 40 · " in shown.replace("\n", "")
     assert "`output` must end in .json or .csv" in refused(capsys, run, "--output", "n.txt")
 
 

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import random
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -285,3 +287,23 @@ def test_an_id_that_a_run_does_not_hold_is_named(tmp_path):
     write_shard(tmp_path, samples(0, 3))
     with pytest.raises(UserError, match=r"`run` must hold image 4, and .* does not"):
         samples_at(tmp_path, [3, 4])
+
+
+def test_shards_are_those_that_no_other_one_covers(tmp_path):
+    (tmp_path / "shards").mkdir()
+    numbers = random.Random(0)
+    spans = {(first, first + numbers.randrange(12)) for first in numbers.choices(range(200), k=120)}
+    for first, last in spans:
+        (tmp_path / "shards" / f"{first:06d}-{last:06d}.tar").touch()
+    covered = {s for s in spans for o in spans if o != s and o[0] <= s[0] and s[1] <= o[1]}
+    assert 0 < len(covered) < len(spans)
+    assert list(run_folder.shards_of(tmp_path)) == sorted(spans - covered)
+
+
+def test_thousands_of_shards_are_listed_in_no_time(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for first in range(0, 24_000, 4):
+        (tmp_path / "shards" / f"{first:06d}-{first + 3:06d}.tar").touch()
+    started = time.perf_counter()
+    assert len(run_folder.shards_of(tmp_path)) == 6000
+    assert time.perf_counter() - started < 1.0
