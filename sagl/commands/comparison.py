@@ -175,7 +175,7 @@ def _numbers(
     made = [_number_row(measure, rows[measure], count) for measure in sorted(rows, key=_order)]
     title = f"{num_samples:,} images against {against}"
     parts = (f"features of {extractor}", resize, cut, digest and f"reference {digest[:8]}")
-    note = ". ".join(clean(part).rstrip(".") for part in (", ".join(filter(None, parts)), *notes))
+    note = ". ".join((", ".join(filter(None, parts)), " ".join(notes))) if notes else ", ".join(filter(None, parts))
     return Section(title=title, note=note, rows=tuple(made))
 
 

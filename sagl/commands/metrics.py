@@ -22,7 +22,7 @@ METRICS = {
     "sfid": Metric(name="sFID", better=-1, digits=2),
     "fd": Metric(name="Fréchet distance", better=-1, digits=2),
     "sfd": Metric(name="Fréchet distance, spatial", better=-1, digits=2),
-    "is": Metric(name="IS, chunks of 5,000", better=1, digits=2, settings=("is_chunk",)),
+    "is": Metric(name="IS, chunks of 5,000", better=1, digits=2),
     "is_all": Metric(name="IS, all at once", better=1, digits=2),
     "precision": Metric(name="precision", better=1, digits=3, settings=("neighbours", "num_kept")),
     "recall": Metric(name="recall", better=1, digits=3, settings=("neighbours", "num_kept")),

@@ -63,6 +63,7 @@ def numbers_of(made: Looked, real: Looked, s: MeasureSettings, *, inception: boo
     for name, value in values.items():
         require(
             math.isfinite(value),
-            f"`extractor` must give features whose numbers stay finite, and {name} is {value}: they are too large.",
+            f"`extractor` must give features and logits that make finite numbers, and {name} comes out as {value}: it "
+            "overflows, or its weights are damaged.",
         )
     return Numbers(values=values, intervals=intervals, deviations=deviations)

@@ -224,7 +224,7 @@ def test_notes_and_deviations_come_with_the_numbers():
     first = measured({"kd": 0.5}, deviations={"kd": 0.25}, notes=("Too few images.",))
     (section,) = number_sections([run("a", evaluations=[first]), run("b", evaluations=[replace(first, notes=())])])
     assert section.rows[0].cells[0].note == "± 0.25000"
-    assert section.note.endswith(". Too few images")
+    assert section.note.endswith(". Too few images.")
 
 
 def test_the_papers_row_stands_above_the_runs_own_inception_numbers_with_images_and_steps_of_both():

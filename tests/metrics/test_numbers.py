@@ -96,6 +96,14 @@ def test_features_that_are_not_finite_are_refused(bad, side):
         numbers_of(*sets, SETTINGS)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_make_no_number_are_refused(bad):
+    logits = LOGITS.clone()
+    logits[3, 1] = bad
+    with pytest.raises(UserError, match="`extractor` must give .* is comes out as nan"):
+        numbers_of(made(logits=logits), real(), SETTINGS)
+
+
 def test_sets_that_cannot_be_compared_are_refused():
     with pytest.raises(UserError, match="as wide as the run's, 6 numbers, and has 5"):
         numbers_of(made(), real(REAL[:, :5]), SETTINGS)
