@@ -100,7 +100,7 @@ def test_features_that_are_not_finite_are_refused(bad, side):
 def test_logits_that_make_no_number_are_refused(bad):
     logits = LOGITS.clone()
     logits[3, 1] = bad
-    with pytest.raises(UserError, match="`extractor` must give .* is comes out as nan"):
+    with pytest.raises(UserError, match=r"`extractor` must give .* is comes out as nan"):
         numbers_of(made(logits=logits), real(), SETTINGS)
 
 
