@@ -37,6 +37,8 @@ from sagl.settings.training import PreviewSettings, SavingSettings
 
 OF_DRAWING = {"preview", *names_of(ChainSettings), *GUIDANCES}
 """Top-level settings that a classifier has no use for."""
+UNASKED = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
+"""Beginnings of Lightning's lines that no user of ours can act on."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -271,6 +273,10 @@ def _settings_named(arguments: list[str]) -> Iterator[str]:
             yield flag.removeprefix("--")
 
 
+def _told(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNASKED)
+
+
 def run_lightning(verb: str, arguments: list[str]) -> None:
     """Run one of LightningCLI's verbs, fit, validate or test, on a command line of ours.
 
@@ -283,6 +289,8 @@ def run_lightning(verb: str, arguments: list[str]) -> None:
     # sys.argv must stay as it is, for the launcher of further processes runs it again
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.addFilter(_told)
     FitCLI(
         module_for(arguments),
         LightningDataModule,

@@ -304,6 +304,9 @@ def test_a_polite_end_saves_and_resume_goes_on_from_there(config, watch, tmp_pat
         finally:
             fit.kill()
             fit.wait()
+    lines = (tmp_path / "said").read_text()
+    assert "GPU available" in lines
+    assert not any(word in lines for word in ("litlogger", "TPU", "weights_only"))  # nobody can act on them
     step = checkpoint_of(output)["global_step"]
     assert step > 0
     assert exit_code("fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", step + 1) == 0
