@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from sagl.machine import keep_freed_memory
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED
-from sagl.recipe import labels_of, prepare
+from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.utils.environment import disable_malloc_trim
 
 SCALE = 1e-6
 
@@ -26,9 +26,12 @@ def gaps(checkpoint: Path, chain: ChainSettings, sag: SelfAttentionGuidance, run
     """Timestep -> root mean square of eps - eps_degraded, the noisiest first."""
     file = read_network(checkpoint)
     network = build_network(file)
-    recipe, ids = prepare(network, file.diffusion, chain, sag), range(run.first_id, run.first_id + run.num_samples)
+    recipe, ids = (
+        build_pipeline(network, file.diffusion, chain, sag),
+        range(run.first_id, run.first_id + run.num_samples),
+    )
     result = {}
-    for step, _, prediction in recipe.chain(run.seed, ids, labels_of(run, ids, network)):
+    for step, _, prediction in recipe.chain(run.seed, ids, make_labels(run, ids, network)):
         eps = torch.as_tensor(prediction.directions["sag"].eps) / SCALE
         result[int(recipe.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
     return result
@@ -44,7 +47,7 @@ def main() -> None:
     p.add_argument("--site", default="output.5")
     p.add_argument("--blur_sigma", type=float, default=1.5)
     a = p.parse_args()
-    keep_freed_memory()
+    disable_malloc_trim()
     chain = ChainSettings(sampler="ddim", respacing=a.respacing)
     sag = SelfAttentionGuidance(scale=SCALE, site=a.site, blur_sigma=a.blur_sigma)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-from sagl.data.pixels import to_uint8
-from sagl.machine import keep_freed_memory
 from sagl.metrics.bootstrap import paired_interval
-from sagl.metrics.extractors import maker_of
-from sagl.metrics.features import features_of
-from sagl.metrics.frechet import FrechetTo, statistics
+from sagl.metrics.extractors import get_extractor
+from sagl.metrics.features import extract_features
+from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import as_weights, build_network, read_network
+from sagl.models.checkpoints import build_network, cast_weights, read_network
 from sagl.models.zoo import EMBEDDED
-from sagl.recipe import Recipe, collect, labels_of, prepare
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.paths import cache_folder, sha256
 from sagl.settings.sampling import ChainSettings, RunSettings, WeightPrecision, micro_batches
 from sagl.shapes import ImageUint8
+from sagl.utils.environment import disable_malloc_trim
+from sagl.utils.files import cache_folder, sha256
+from sagl.utils.images import to_uint8
 
 EXTRACTOR = "effnet_lite0_64"
 PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
@@ -106,15 +106,15 @@ def main() -> None:
     p.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32"], help="of the weights")
     p.add_argument("--draws", type=int, default=200, help="of the paired bootstrap; 0: no intervals")
     a = p.parse_args()
-    keep_freed_memory()
+    disable_malloc_trim()
     a.study.parent.mkdir(parents=True, exist_ok=True)
 
     chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
-    extract = maker_of(EXTRACTOR)(torch.device("cpu"))
+    extract = get_extractor(EXTRACTOR)(torch.device("cpu"))
     fetch(cache_folder())
-    test_split = features_of(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
-    distance_to_test = FrechetTo(statistics(test_split))
+    test_split = extract_features(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
+    distance_to_test = FrechetReference(statistics(test_split))
     settings = grid(a, chain, run)
     todo = [s for s in settings if s.name not in measured(a.study) or not s.features(a.study).exists()]
     recipes = [recipe_of(setting, chain) for setting in todo]
@@ -122,7 +122,7 @@ def main() -> None:
     print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
     for setting, recipe in zip(todo, recipes, strict=True):
         started = time.monotonic()
-        features = features_of(images_of(recipe, run)[: a.num_samples], extract).pooled
+        features = extract_features(images_of(recipe, run)[: a.num_samples], extract).pooled
         save_features(features, setting.features(a.study))
         line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": recipe.nfe}
         line["seconds"] = round(time.monotonic() - started, 1)
@@ -136,19 +136,19 @@ def main() -> None:
 def network_of(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
     """A network in a precision, and its process."""
     file = read_network(checkpoint)
-    return as_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
+    return cast_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
 
 
-def recipe_of(setting: Setting, chain: ChainSettings) -> Recipe:
+def recipe_of(setting: Setting, chain: ChainSettings) -> SamplingPipeline:
     """How a setting's images are made."""
     network, diffusion = network_of(setting.checkpoint, setting.dtype)
-    return prepare(network, diffusion, chain, SelfAttentionGuidance(**setting.sag))
+    return build_pipeline(network, diffusion, chain, SelfAttentionGuidance(**setting.sag))
 
 
 @torch.inference_mode()
-def images_of(recipe: Recipe, run: RunSettings) -> ImageUint8:
+def images_of(recipe: SamplingPipeline, run: RunSettings) -> ImageUint8:
     """All images of a run."""
-    made = (collect(recipe.chain(run.seed, i, labels_of(run, i, recipe.network)))[0] for i in micro_batches(run))
+    made = (run_to_end(recipe.chain(run.seed, i, make_labels(run, i, recipe.network)))[0] for i in micro_batches(run))
     return torch.cat([to_uint8(x) for x in made])
 
 

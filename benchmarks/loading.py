@@ -20,9 +20,9 @@ import lmdb
 import numpy as np
 from PIL import Image
 
-from sagl.data.loading import TrainingLoader
-from sagl.data.lsun import LSUNData, LSUNPictures
-from sagl.machine import keep_freed_memory, usable_cores
+from sagl.data.dataloader import ResumableDataLoader
+from sagl.data.lsun import LSUNData, LSUNImageSource
+from sagl.utils.environment import available_cpus, disable_malloc_trim
 
 DIFFERENT = 200
 """Different pictures; the database holds each many times, as bytes of its own."""
@@ -52,7 +52,7 @@ def write(folder: Path, count: int) -> float:
 
 def decode(folder: Path, places: range) -> int:
     """Read and decode some of the pictures; returns a sum, so that nothing is left undone."""
-    source = LSUNPictures(folder)
+    source = LSUNImageSource(folder)
     return sum(int(np.asarray(Image.open(io.BytesIO(source.encoded(i))).convert("RGB"))[0, 0, 0]) for i in places)
 
 
@@ -65,7 +65,7 @@ def decoding_alone(folder: Path, count: int, processes: int) -> float:
         return count / (time.monotonic() - started)
 
 
-def one_epoch(loader: TrainingLoader) -> float:
+def one_epoch(loader: ResumableDataLoader) -> float:
     """Pictures a second, from the first batch on."""
     seen, started = 0, 0.0
     for images, _ in loader:
@@ -98,8 +98,8 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=3, help="of the measurement of memory")
     p.add_argument("--report", type=Path, default=None)
     a = p.parse_args()
-    keep_freed_memory()  # as sagl fit does, and so for both sides
-    cores = usable_cores()
+    disable_malloc_trim()  # as sagl fit does, and so for both sides
+    cores = available_cpus()
     with tempfile.TemporaryDirectory() as root:
         os.environ["SAGL_CACHE"] = root
         size = write(Path(root) / "cat", a.pictures)

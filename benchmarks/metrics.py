@@ -26,7 +26,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sagl.metrics import frechet
-from sagl.metrics.kernel_distance import kernel_distance
+from sagl.metrics.kid import kernel_distance
 from sagl.metrics.precision_recall import precision_recall
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

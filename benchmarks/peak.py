@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sagl.machine import keep_freed_memory
 from sagl.models.adm import UNet
 from sagl.settings.network import UNetSettings
+from sagl.utils.environment import disable_malloc_trim
 
 SHAPES = ((1, 256, 256), (1, 512, 128), (1, 512, 64), (4, 512, 64), (4, 1024, 32))
 """(batch, channels, side) of convolutions as they are in ADM's networks; the fastest counts."""
@@ -16,7 +16,7 @@ SHAPES = ((1, 256, 256), (1, 512, 128), (1, 512, 64), (4, 512, 64), (4, 1024, 32
 
 def convolution_peaks(precision: str, repeats: int = 5) -> float:
     """FLOP/s of the fastest 3x3 convolution in channels_last."""
-    keep_freed_memory()
+    disable_malloc_trim()
     return max(_convolution_rate(*shape, getattr(torch, precision), repeats) for shape in SHAPES)
 
 

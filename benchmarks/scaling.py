@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where sagl is not installed
 
 from benchmarks.peak import forward_flops
-from sagl.models.zoo import unet_named
+from sagl.models.zoo import get_unet_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def hours(num_images: int, batch_size: int, world_size: int, flop_an_image: floa
 
 def rows(a: argparse.Namespace) -> Iterator[str]:
     """The table, line by line."""
-    forward = forward_flops(unet_named(a.model)[0], 1)
+    forward = forward_flops(get_unet_settings(a.model)[0], 1)
     flop_an_image = forward * a.steps * a.passes
     yield f"{a.model}: {forward / 1e12:.2f} TFLOP a forward, {a.steps} steps of {a.passes} passes, "
     yield f"{flop_an_image / 1e15:.2f} PFLOP an image; {a.num_images:,} images; {a.share:.0%} of the peak."

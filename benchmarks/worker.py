@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sagl.machine import keep_freed_memory
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import as_weights
-from sagl.models.zoo import unet_named
+from sagl.models.checkpoints import cast_weights
+from sagl.models.zoo import get_unet_settings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import ChainSettings, WeightPrecision
+from sagl.utils.environment import disable_malloc_trim
 
 NETWORKS: dict[str, UNetSettings] = {
-    "lsun": unet_named("lsun_cat")[0],
-    "embedded": replace(unet_named("fashion_mnist")[0], in_channels=3, num_heads=4),  # theirs cannot guide grey images
-    "adm64": replace(unet_named("imagenet64")[0], dropout=0.0, num_classes=None),
+    "lsun": get_unet_settings("lsun_cat")[0],
+    "embedded": replace(
+        get_unet_settings("fashion_mnist")[0], in_channels=3, num_heads=4
+    ),  # theirs cannot guide grey images
+    "adm64": replace(get_unet_settings("imagenet64")[0], dropout=0.0, num_classes=None),
 }
 SITES = {"lsun": 2, "embedded": 5}
 """Output block that guides; its side is one that the public code has in its table."""
@@ -83,7 +85,7 @@ def _network(side: Side, s: UNetSettings) -> UNet:
         network = UNet(s)
     network.load_state_dict(weights_of(s), assign=True)
     network.to(memory_format=torch.channels_last)
-    return as_weights(network, PRECISIONS[side.precision], torch.device("cpu"))
+    return cast_weights(network, PRECISIONS[side.precision], torch.device("cpu"))
 
 
 def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
@@ -107,9 +109,9 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
             Path(str(side.folder)), s, weights_of(s), depth=depth, blur_sigma=BLUR_SIGMA, scale=SCALE
         )
         return lambda: _seeded(lambda: theirs(x, STEP, labels))
-    from sagl.diffusion.denoiser import Condition
-    from sagl.recipe import prepare
+    from sagl.diffusion.predictor import Condition
     from sagl.samplers.ddpm import ddpm_step
+    from sagl.sampling.pipeline import build_pipeline
     from sagl.settings.diffusion import DiffusionSettings
 
     scale = SCALE if side.work == "guided" else 0.0
@@ -117,7 +119,7 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
         scale=scale, site=f"output.{depth}", blur_sigma=BLUR_SIGMA, kernel_size=31, heads="as_released"
     )
     network = _network(side, s).eval().requires_grad_(False)
-    recipe = prepare(network, DiffusionSettings(), ChainSettings(sampler="ddpm", respacing="250"), sag)
+    recipe = build_pipeline(network, DiffusionSettings(), ChainSettings(sampler="ddpm", respacing="250"), sag)
     denoise, condition = recipe.denoiser, Condition(labels=labels)
 
     def run() -> Tensor:
@@ -193,9 +195,9 @@ def measured(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
 
 def live_bytes(unit: Callable[[], Tensor]) -> dict[str, Any]:
     """The most that one unit holds at one time in tensors of its own."""
-    from sagl.models.footprint import LiveBytes
+    from sagl.models.footprint import MemoryTracker
 
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         unit()
     return {"live_bytes": live.peak}
 
@@ -217,7 +219,7 @@ def main() -> None:
     if side.threads:
         torch.set_num_threads(side.threads)
     if side.code == "ours":
-        keep_freed_memory()
+        disable_malloc_trim()
     unit = unit_of(side)
     result = unit()
     print("ready", flush=True)

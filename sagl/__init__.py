@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sagl.errors import UserError as UserError
     from sagl.models.checkpoints import build_classifier as build_classifier
     from sagl.models.checkpoints import build_network as build_network
     from sagl.models.loading import load as load
-    from sagl.recipe import collect as collect
-    from sagl.recipe import prepare as prepare
-    from sagl.settings.errors import UserError as UserError
+    from sagl.sampling.pipeline import build_pipeline as build_pipeline
+    from sagl.sampling.pipeline import run_to_end as run_to_end
     from sagl.settings.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from sagl.settings.guidance import ClassifierGuidance as ClassifierGuidance
     from sagl.settings.guidance import SelfAttentionGuidance as SelfAttentionGuidance
@@ -21,13 +21,13 @@ PUBLIC = {
     "load": "sagl.models.loading",
     "build_network": "sagl.models.checkpoints",
     "build_classifier": "sagl.models.checkpoints",
-    "prepare": "sagl.recipe",
-    "collect": "sagl.recipe",
+    "prepare": "sagl.sampling.pipeline",
+    "collect": "sagl.sampling.pipeline",
     "ChainSettings": "sagl.settings.sampling",
     "SelfAttentionGuidance": "sagl.settings.guidance",
     "ClassifierFreeGuidance": "sagl.settings.guidance",
     "ClassifierGuidance": "sagl.settings.guidance",
-    "UserError": "sagl.settings.errors",
+    "UserError": "sagl.errors",
 }
 """Public names and where they live; loaded when they are asked for, so that `import sagl` loads no torch."""
 

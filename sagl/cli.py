@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from sagl.commands.verbs import VERBS
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 
 
 def usage() -> str:

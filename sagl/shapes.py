@@ -26,14 +26,14 @@ TokenMap = Tensor
 Mask = Tensor
 """(B, 1, H, W) bool: True where a pixel is degraded."""
 
-HeadSplit = Literal["layer", "as_released"]
+HeadLayout = Literal["layer", "as_released"]
 
 
-class Site(NamedTuple):
+class AttentionSite(NamedTuple):
     """Where attention is read: a block of the network, and how its channels are split into heads.
 
     `heads` is "layer" for the layer's own heads, or "as_released" for the public SAG code's regrouping.
     """
 
     name: str
-    heads: HeadSplit = "layer"
+    heads: HeadLayout = "layer"

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.tiny import contents, exit_code, write_tiny, write_training_checkpoint
+from tests.helpers.tiny import contents, exit_code, write_tiny, write_training_checkpoint
 
 SHORT = ("--respacing", "2", "--num_samples", "2", "--progress", "off")
 GUIDED = ["--sag.scale", "0.5", "--sag.site"]
@@ -202,7 +202,7 @@ def test_a_verb_near_none_is_refused_with_all(refused):
         ("num_sample: 3", ("'num_sample'", "num_samples")),
         ("sag: {scal: 0.5}", ("'sag.scal'", "sag.scale")),
         ("trainer: {precison: bf16-true}", ("trainer.precison", "trainer.precision")),
-        ("averge_decay: 0.9", ("'averge_decay'", "average_decay")),
+        ("averge_decay: 0.9", ("'averge_decay'", "ema_decay")),
         ("model: {netwrok: lsun_cat}", ("model.netwrok", "model.network")),
         ("model: {network: lsun_cats}", ("model", "'lsun_cats'", "Did you mean lsun_cat?")),
         ("model: lsun_cat", ("`model`", "mapping", "'lsun_cat'")),

@@ -6,20 +6,20 @@ from functools import cache
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, as_denoiser
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
+from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
-from sagl.guidance.direction import guided
+from sagl.guidance.base import guided
 from sagl.guidance.sag import sag
 from sagl.models.adm import UNetOutput
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.shapes import Site
-from tests.reference import small_unet
+from sagl.shapes import AttentionSite
+from tests.helpers.reference import small_unet
 
-SHAPE, SITE, THRESHOLD = (3, 16, 16), Site("output.1"), 1.0
+SHAPE, SITE, THRESHOLD = (3, 16, 16), AttentionSite("output.1"), 1.0
 SAMPLERS = {"ddpm": (ddpm, "6"), "ddim": (ddim, "ddim8")}
 
 
@@ -48,7 +48,7 @@ def chain_of_sample(number, *, of, batch_size, sampler):
     sample, respacing = SAMPLERS[sampler]
     schedule = make_schedule(DiffusionSettings(), respacing)
     settings = SelfAttentionGuidance(scale=0.5, site=SITE.name, threshold=THRESHOLD, blur_sigma=1.0)
-    denoise = guided(as_denoiser(net, schedule, "learned_range"), {"sag": sag(settings, schedule)})
+    denoise = guided(make_predictor(net, schedule, "learned_range"), {"sag": sag(settings, schedule)})
     made = {}
     for first in range(0, of, batch_size):
         ids = range(first, first + batch_size)

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from sagl import cli
-from sagl.settings.errors import UserError
-from tests.tiny import contents, exit_code, write_tiny
+from sagl.errors import UserError
+from tests.helpers.tiny import contents, exit_code, write_tiny
 
 LOADED = "sys.exit(100 if {'torch', 'lightning', 'torchvision'} & sys.modules.keys() else code)"
 

@@ -9,15 +9,15 @@ from lightning.pytorch import LightningDataModule
 
 from sagl.commands.request import parse
 from sagl.commands.training import FitCLI, FitParser, module_for
+from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import parameters_of
-from sagl.models.zoo import EMBEDDED, RELEASED, unet_named
+from sagl.models.zoo import EMBEDDED, RELEASED, get_unet_settings
+from sagl.settings.compatibility import check_classifier
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
-from sagl.settings.fitting import require_guiding
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from tests.tiny import QUIET_CLI
+from tests.helpers.tiny import QUIET_CLI
 
 pytestmark = QUIET_CLI
 
@@ -75,7 +75,7 @@ def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
     settings = cli.model.network.settings
     network = said["model"].get("network") or said["model"]["classifier"]
     if isinstance(network, str):
-        assert settings == unet_named(network)[0]
+        assert settings == get_unet_settings(network)[0]
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name
@@ -104,7 +104,7 @@ def test_a_configuration_s_rate_reaches_its_full_height(file, tmp_path):
     cli = built(file, tmp_path)
     s, end = cli.model.optimizer_settings, cli.trainer.max_steps
     assert end == -1 or end > s.warmup_steps + s.decay_steps
-    assert max(s.rate_factor(step, end) for step in range(0, 10_000, 50)) == 1
+    assert max(s.lr_multiplier(step, end) for step in range(0, 10_000, 50)) == 1
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -127,7 +127,7 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
     optimizer, diffusion = cli.model.optimizer_settings, cli.model.diffusion_settings
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0.0)
     assert (diffusion.noise_schedule, diffusion.num_timesteps) == ("linear", 1000)
-    assert cli.config.average_decay == 0.9999
+    assert cli.config.ema_decay == 0.9999
     assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 256
     assert cli.model.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
 
@@ -141,7 +141,7 @@ def test_the_classifier_s_configuration_is_of_the_embedded_network_s_images_and_
     network, classifier = (yaml.safe_load((FILES[0].with_name(f"{name}.yaml")).read_text())["model"] for name in OURS)
     assert classifier["diffusion"] == network["diffusion"]
     settings = ClassifierSettings(**classifier["classifier"])
-    require_guiding(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
+    check_classifier(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
     assert sum(tensor.numel() for tensor in parameters_of(settings).values()) <= 1.3e6
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.runs import (
+from tests.helpers.runs import (
     LOSS_SECOND_MOMENT,
     MODEL,
     OVERFLOWING,

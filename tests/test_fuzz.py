@@ -19,7 +19,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from sagl.settings.guidance import GUIDANCES
 from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
-from tests.tiny import exit_code, write_tiny
+from tests.helpers.tiny import exit_code, write_tiny
 
 GROUPS = {"": (RunSettings, ChainSettings), "trainer": (DeviceSettings,)}
 GROUPS |= {name: (settings_class,) for name, settings_class in GUIDANCES.items()}
@@ -76,7 +76,7 @@ def of_type(kind):
     """Values that a type allows."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return st.one_of([of_type(part) for part in parts])
+        return st.require_choice([of_type(part) for part in parts])
     if origin is Literal:
         return st.sampled_from(parts)
     if origin is tuple:
@@ -145,7 +145,7 @@ def as_yaml(pairs):
     whole = st.just(text)
     cut = st.integers(0, 6).map(lambda sevenths: text[: len(text) * sevenths // 7])
     broken = st.sampled_from(["\t", "{", ": :", "&a *a", "!!python/name:os.system", "\0", "- 1\n", "é"])
-    return st.one_of(whole, whole, whole, whole, st.tuples(broken, whole).map("".join), cut)
+    return st.require_choice(whole, whole, whole, whole, st.tuples(broken, whole).map("".join), cut)
 
 
 def law(count):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.runs import LOSS_SECOND_MOMENT, checkpoint_of, curves, differences, logs, saves, write_config
+from tests.helpers.runs import LOSS_SECOND_MOMENT, checkpoint_of, curves, differences, logs, saves, write_config
 
 STEPS, ACCUMULATED = 60, 2
 

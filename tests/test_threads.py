@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sagl.diffusion.denoiser import Site
+from sagl.diffusion.predictor import AttentionSite
 from sagl.models.adm import Norm, Pointwise
-from sagl.models.checkpoints import as_weights, build_network, read_network
+from sagl.models.checkpoints import build_network, cast_weights, read_network
 from sagl.models.zoo import EMBEDDED
 
 PRECISIONS = ["32-true", "bf16-true"]
@@ -34,9 +34,9 @@ def drawn(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_embedded_network_and_its_attention_are_the_same_with_one_thread_and_with_two(precision, batch):
-    network = as_weights(build_network(read_network(EMBEDDED)), precision, torch.device("cpu"))
+    network = cast_weights(build_network(read_network(EMBEDDED)), precision, torch.device("cpu"))
     x, timesteps, labels = drawn(batch, 1, 32, 32), torch.full((batch,), 500), torch.arange(batch)
-    site = Site("output.5", None)
+    site = AttentionSite("output.5", None)
     one, two = with_one_thread_and_two(lambda: network(x, timesteps, labels, attention_sites=(site,)))
     assert two.out.equal(one.out)
     assert two.attention[site].equal(one.attention[site])

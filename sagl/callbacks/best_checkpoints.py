@@ -13,7 +13,7 @@ class BestCheckpoints(Callback):
     """Keeps checkpoints/best_STEP.ckpt where val/frechet_SCALE of the scale that decides was smallest."""
 
     def __init__(self, folder: Path, settings: PreviewSettings) -> None:
-        """In `folder`, at most `keep_best` of them and `best_gigabytes` together."""
+        """In `folder`, at most `keep_best` of them and `max_checkpoint_gb` together."""
         self.folder, self.settings = folder, settings
         self.best: list[tuple[float, str]] = []
 
@@ -51,4 +51,4 @@ class BestCheckpoints(Callback):
 
     def _too_large(self) -> bool:
         files = (self.folder / name for _, name in self.best)
-        return sum(file.stat().st_size for file in files if file.exists()) > self.settings.best_gigabytes * 1e9
+        return sum(file.stat().st_size for file in files if file.exists()) > self.settings.max_checkpoint_gb * 1e9

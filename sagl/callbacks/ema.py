@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sagl.settings.training import SavingSettings
+from sagl.settings.training import CheckpointSettings
 
 
 def _young(decay: float, updates: int) -> float:
@@ -16,15 +16,15 @@ def _young(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class WeightAverage(WeightAveraging):
+class EMA(WeightAveraging):
     """Average of the weights with one decay; validation sees it, and a checkpoint's `state_dict` holds it.
 
     The raw weights are in the checkpoint's `current_model_state`, and in the module when training ends.
     """
 
-    def __init__(self, settings: SavingSettings = SavingSettings()) -> None:  # noqa: B008 (frozen)
-        """An average that forgets by `settings.average_decay` a step, and faster at first."""
-        self.decay, self._in_place = settings.average_decay, False
+    def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
+        """An average that forgets by `settings.ema_decay` a step, and faster at first."""
+        self.decay, self._in_place = settings.ema_decay, False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
@@ -60,15 +60,15 @@ class WeightAverage(WeightAveraging):
         """Leave the raw weights in place: checkpoints hold both."""
 
 
-class FurtherAverages(Callback):
-    """Averages with other decays, `settings.further_decays`; a checkpoint's `further_averages` holds them, by decay.
+class ExtraEMAs(Callback):
+    """Averages with other decays, `settings.extra_ema_decays`; a checkpoint's `further_averages` holds them, by decay.
 
     They are read as --weights ema:DECAY. Nothing is sampled from them while training.
     """
 
-    def __init__(self, settings: SavingSettings) -> None:
+    def __init__(self, settings: CheckpointSettings) -> None:
         """As many as there are decays."""
-        self.decays, self._updates, self._step = settings.further_decays, 0, 0
+        self.decays, self._updates, self._step = settings.extra_ema_decays, 0, 0
         self._averages: dict[float, dict[str, Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sagl.settings.training import SavingSettings
+from sagl.settings.training import CheckpointSettings
 
 
-class LastCheckpoint(Checkpoint):
+class ResumableCheckpoint(Checkpoint):
     """Saves all that a resume needs, under one name: after so many steps or minutes, at SIGTERM and at the end.
 
     Always right behind an optimiser step, so that no gradient is under way, and behind the validation that is due at
@@ -23,7 +23,7 @@ class LastCheckpoint(Checkpoint):
     whose gradients are accumulated and lets ranks wait for each other.
     """
 
-    def __init__(self, path: Path, settings: SavingSettings = SavingSettings()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, path: Path, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         """Where and how often.
 
         Args:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sagl.modules.training_module import QUARTERS
+from sagl.modules.training_module import NUM_TIMESTEP_BINS
 
 MEANS = ("loss", "mse", "accuracy", "accuracy_top_5")
 Row = tuple[str, str]
@@ -42,9 +42,9 @@ def rows(metrics: Mapping[str, Tensor], num_timesteps: int) -> list[Row]:
 def _mean_rows(metrics: Mapping[str, Tensor], name: str, num_timesteps: int) -> Iterator[Row]:
     """A mean over all images, and over those of each quarter of the timesteps where it was taken."""
     yield name.replace("_", " "), f"{float(metrics[f'val/{name}']):.5f}"
-    for q in range(QUARTERS):
+    for q in range(NUM_TIMESTEP_BINS):
         if (of_quarter := f"val/{name}_quarter_{q}") in metrics:
-            first, last = q * num_timesteps // QUARTERS, (q + 1) * num_timesteps // QUARTERS - 1
+            first, last = q * num_timesteps // NUM_TIMESTEP_BINS, (q + 1) * num_timesteps // NUM_TIMESTEP_BINS - 1
             yield f"  at timesteps {first} to {last}", f"{float(metrics[of_quarter]):.5f}"
 
 

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from sagl.metrics.distance import FrechetDistance, InceptionScore
-from sagl.metrics.extractors import maker_of
-from sagl.metrics.features import Features, features_of
-from sagl.settings.paths import cache_folder, whole_file
+from sagl.metrics.extractors import get_extractor
+from sagl.metrics.features import Features, extract_features
 from sagl.shapes import ImageUint8
+from sagl.utils.files import atomic_file, cache_folder
 
 
-class Measures:
+class PreviewMetrics:
     """One extractor's numbers, summed over all processes; what they are compared with is looked at once and kept."""
 
     def __init__(self, extractor: str, device: torch.device) -> None:
         """With an extractor by its name, under which the sums of real images are kept."""
-        self.extract, self.name, self.device = maker_of(extractor)(device), extractor, device
+        self.extract, self.name, self.device = get_extractor(extractor)(device), extractor, device
         self._distance: FrechetDistance | None = None
         self._example: ImageUint8 | None = None
 
-    def know_real(self, batches: Iterable[ImageUint8]) -> None:
+    def update_real(self, batches: Iterable[ImageUint8]) -> None:
         """Take in the real images of this process; from the cache where the same ones were taken in before."""
         if self._distance is not None:
             return
@@ -65,7 +65,7 @@ class Measures:
         return None if logits is None else InceptionScore(logits.shape[1]).to(self.device)
 
     def _features(self, images: ImageUint8) -> Features:
-        return features_of(images.cpu(), self.extract).each(lambda part: part.to(self.device))
+        return extract_features(images.cpu(), self.extract).each(lambda part: part.to(self.device))
 
 
 def _fingerprint(batches: Iterable[ImageUint8]) -> str:
@@ -77,5 +77,5 @@ def _fingerprint(batches: Iterable[ImageUint8]) -> str:
 
 
 def _keep(sums: dict[str, Tensor], path: Path) -> None:
-    with whole_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+    with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
         np.savez(file, **{name: value.cpu().numpy() for name, value in sums.items()})  # type: ignore[arg-type]

@@ -11,19 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from sagl.callbacks.measures import Measures
-from sagl.data.grid import mask_pictures, save_png, stacked_grid
-from sagl.data.pixels import to_uint8
-from sagl.metrics.extractors import maker_of
+from sagl.callbacks.measures import PreviewMetrics
+from sagl.errors import UserError
+from sagl.metrics.extractors import get_extractor
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.recipe import Recipe, collect, labels_of, prepare
-from sagl.settings.errors import UserError
+from sagl.sampling.grid import colorize_masks, image_grid, save_png
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.paths import whole_file
 from sagl.settings.sampling import ChainSettings, RunSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
+from sagl.utils.files import atomic_file
+from sagl.utils.images import to_uint8
 
 
 class SAGSampling(Callback):
@@ -45,9 +45,9 @@ class SAGSampling(Callback):
         Raises:
             UserError: there is no such extractor.
         """
-        maker_of(settings.extractor)  # refused here, or it is there
+        get_extractor(settings.extractor)  # refused here, or it is there
         self.folder, self.settings, self.sag = folder, settings, sag
-        self._measures: Measures | None = None
+        self._measures: PreviewMetrics | None = None
 
     # ------------------------------------------------------------------------------------------- at validation
 
@@ -83,7 +83,7 @@ class SAGSampling(Callback):
             if self.settings.measured:
                 self._measure(trainer, pl_module, recipes)
 
-    def _announce(self, trainer: Trainer, recipes: Sequence[tuple[float, Recipe]]) -> None:
+    def _announce(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:
         """What each validation will cost, before the first step: a forward of the size in use is timed."""
         images = max(self.settings.samples, 0) + self.settings.measured
         passes = images * sum(recipe.nfe for _, recipe in recipes)
@@ -97,20 +97,23 @@ class SAGSampling(Callback):
 
     # ------------------------------------------------------------------------------------------------- images
 
-    def _recipes(self, module: LightningModule) -> Iterator[tuple[float, Recipe]]:
+    def _recipes(self, module: LightningModule) -> Iterator[tuple[float, SamplingPipeline]]:
         assert isinstance(module, DiffusionModule)
         chain = ChainSettings(sampler=self.settings.sampler, respacing=self.settings.respacing)
         for scale in self.settings.scales:
-            yield scale, prepare(module.network, module.diffusion_settings, chain, replace(self.sag, scale=scale))
+            yield (
+                scale,
+                build_pipeline(module.network, module.diffusion_settings, chain, replace(self.sag, scale=scale)),
+            )
 
-    def _made(self, recipe: Recipe, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
+    def _made(self, recipe: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
         """Images of these ids, and the masked shares; of labels every class in turn."""
         classes = recipe.network.settings.num_classes
         run = RunSettings(num_samples=len(ids), labels="null" if classes is None else "balanced")
-        x, share = collect(recipe.chain(run.seed, ids, labels_of(run, ids, recipe.network)))
+        x, share = run_to_end(recipe.chain(run.seed, ids, make_labels(run, ids, recipe.network)))
         return to_uint8(x), share
 
-    def _draw(self, trainer: Trainer, recipes: Sequence[tuple[float, Recipe]]) -> None:
+    def _draw(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:
         """One grid on rank 0; the other ranks make their share of it."""
         rows: list[ImageUint8] = []
         for _, recipe in recipes:
@@ -121,11 +124,11 @@ class SAGSampling(Callback):
                 shares += [] if share is None else [share]
             rows.append(_of_all(trainer, torch.cat(images))[: self.settings.samples])
             if shares:
-                rows.append(mask_pictures(_of_all(trainer, torch.cat(shares))[: self.settings.samples].cpu()))
+                rows.append(colorize_masks(_of_all(trainer, torch.cat(shares))[: self.settings.samples].cpu()))
         if trainer.is_global_zero:
-            picture = stacked_grid([row.cpu() for row in rows])
+            picture = image_grid([row.cpu() for row in rows])
             path = self.folder / "previews" / f"step_{trainer.global_step:08d}.png"
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 save_png(picture, partial)
             scales = " ".join(f"{scale:g}" for scale, _ in recipes)
             for logger in trainer.loggers:
@@ -139,9 +142,11 @@ class SAGSampling(Callback):
 
     # ------------------------------------------------------------------------------------------------- numbers
 
-    def _measure(self, trainer: Trainer, module: LightningModule, recipes: Sequence[tuple[float, Recipe]]) -> None:
-        self._measures = self._measures or Measures(self.settings.extractor, module.device)
-        self._measures.know_real(_batches(trainer))
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, recipes: Sequence[tuple[float, SamplingPipeline]]
+    ) -> None:
+        self._measures = self._measures or PreviewMetrics(self.settings.extractor, module.device)
+        self._measures.update_real(_batches(trainer))
         for scale, recipe in recipes:
             ids = (i for i in self._shares(trainer, self.settings.measured))
             inside = ([i for i in few if i < self.settings.measured] for few in ids)

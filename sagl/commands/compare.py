@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sagl.commands.comparison import (
+from sagl.commands.parser import Parser
+from sagl.errors import UserError, require
+from sagl.evaluation.comparison import (
     Run,
     alike_line,
     cost_section,
@@ -13,24 +15,22 @@ from sagl.commands.comparison import (
     settings_section,
     split_settings,
 )
-from sagl.commands.page import html_page
-from sagl.commands.parser import Parser
-from sagl.commands.plain import markdown, show
-from sagl.commands.sheet import MARK, Gallery, Sheet, Table, clean, enumerated
-from sagl.data.evaluations import read_evaluations
-from sagl.data.run_folder import (
+from sagl.evaluation.html import html_page
+from sagl.evaluation.report import MARK, Gallery, Sheet, Table, clean, enumerated
+from sagl.evaluation.results import read_evaluations
+from sagl.evaluation.text import markdown, show
+from sagl.sampling.run_folder import (
     SAMPLES,
+    count_images,
     flat,
-    holds_run,
-    num_held,
+    get_samples,
+    is_run,
+    iter_samples,
     pixels,
-    read_record,
-    samples_at,
-    samples_of,
+    read_run_json,
     shared_ids,
 )
-from sagl.settings.errors import UserError, require
-from sagl.settings.paths import whole_file
+from sagl.utils.files import atomic_file
 
 HTML, MARKDOWN = (".html", ".htm"), (".md",)
 WITH_VALUES = ("--output", "--samples")
@@ -144,7 +144,7 @@ def _distinct(given: Sequence[str]) -> list[Path]:
     """
     folders: dict[Path, Path] = {}
     for folder in map(Path, given):
-        require(holds_run(folder), f"`run` must be a folder that sagl sample wrote, and {folder} is none.")
+        require(is_run(folder), f"`run` must be a folder that sagl sample wrote, and {folder} is none.")
         same = folders.setdefault(folder.resolve(), folder)
         require(same is folder, f"`run` must be different folders, and {folder} is {same} again. Leave one out.")
     return list(folders.values())
@@ -158,14 +158,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     try:
-        record = read_record(folder)
+        record = read_run_json(folder)
     except UserError as error:
         raise UserError(str(error).replace("`output`", "`run`")) from error
     except OSError as error:
         raise UserError(f"`run` {folder} cannot be read: {error.strerror}.") from error
-    model, checkpoint, held = record.get("model"), record.get("checkpoint"), num_held(folder)
+    model, checkpoint, held = record.get("model"), record.get("checkpoint"), count_images(folder)
     network = model or (Path(checkpoint).name if isinstance(checkpoint, str) else None)
-    first = next(samples_of(folder, 1), None)
+    first = next(iter_samples(folder, 1), None)
     height, width = (0, 0) if first is None else pixels(first.pictures[SAMPLES]).shape[:2]
     about = {"model": network, **flat(record["settings"]), "batch_size": record.get("batch_size")}
     return Run(
@@ -211,7 +211,7 @@ def _gallery(runs: Sequence[Run], folders: Sequence[Path], ids: Sequence[int]) -
     size = runs[0].size
     if not ids or size is None or any(run.size != size for run in runs):
         return None
-    rows = [tuple(sample.pictures[SAMPLES] for sample in samples_at(folder, ids)) for folder in folders]
+    rows = [tuple(sample.pictures[SAMPLES] for sample in get_samples(folder, ids)) for folder in folders]
     return Gallery(names=tuple(run.name for run in runs), ids=tuple(ids), rows=tuple(rows), side=size[0])
 
 
@@ -248,13 +248,13 @@ def _picture(page: Path) -> Path:
 
 def _write(sheet: Sheet, output: Path) -> None:
     """The page, and the picture of a Markdown page first."""
-    with whole_file(output) as page:
+    with atomic_file(output) as page:
         if output.suffix.lower() in HTML:
             page.write_text(html_page(sheet), encoding="utf-8")
             return
         page.write_text(markdown(sheet, _picture(output).name), encoding="utf-8")
         if sheet.gallery:
-            with whole_file(_picture(output)) as picture:
+            with atomic_file(_picture(output)) as picture:
                 _draw(sheet.gallery, picture)
 
 
@@ -263,7 +263,7 @@ def _draw(gallery: Gallery, path: Path) -> None:
     import numpy as np
     import torch
 
-    from sagl.data.grid import save_png, stacked_grid
+    from sagl.sampling.grid import image_grid, save_png
 
     rows = [torch.from_numpy(np.stack([pixels(p) for p in row])).permute(0, 3, 1, 2) for row in gallery.rows]
-    save_png(stacked_grid(rows), path, software=MARK)
+    save_png(image_grid(rows), path, software=MARK)

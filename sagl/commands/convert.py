@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sagl.commands.parser import Parser
 from sagl.commands.request import advise, model_part, read_config, sample_parser, sampling_part
-from sagl.models.zoo import RELEASED, named_by_file, settings_named
+from sagl.errors import UserError, require
+from sagl.models.zoo import RELEASED, name_from_filename, settings_named
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError, require
 from sagl.settings.network import AnySettings
-from sagl.settings.paths import require_unused, require_writable
+from sagl.utils.files import require_unused, require_writable
 
 if TYPE_CHECKING:
-    from sagl.models.checkpoints import NetworkFile
+    from sagl.models.checkpoints import Checkpoint
 
 ENDING = ".safetensors"
 OF_OTHER_FILES = (".pt", ".ckpt", ".bin")
@@ -45,10 +45,10 @@ def main(arguments: list[str]) -> None:
     target = Path(given.target)
     _require_target(target)
     recommended = None if given.recommended is None else _advice(given.recommended)
-    described = {} if given.config is None else model_part(read_config(given.config))
-    of_config = described.get("network") or described.get("classifier")
-    model = given.model or of_config or named_by_file(Path(given.checkpoint))
-    file = _read(given, model, described.get("diffusion"))
+    read_metadata = {} if given.config is None else model_part(read_config(given.config))
+    of_config = read_metadata.get("network") or read_metadata.get("classifier")
+    model = given.model or of_config or name_from_filename(Path(given.checkpoint))
+    file = _read(given, model, read_metadata.get("diffusion"))
     if recommended is None:
         recommended = dict(file.recommended) or _advice_for(given.checkpoint if model is None else model)
     _write(replace(file, recommended=recommended), target, given.dtype)
@@ -69,16 +69,16 @@ def _require_target(target: Path) -> None:
     require_writable(target.absolute().parent, "target", f"Choose another place than {target}.")
 
 
-def _write(file: "NetworkFile", target: Path, dtype: str | None) -> None:
+def _write(file: "Checkpoint", target: Path, dtype: str | None) -> None:
     import torch
 
-    from sagl.models.checkpoints import in_dtype, parameters_of, require_fit, write_network
+    from sagl.models.checkpoints import check_state_dict, in_dtype, parameters_of, write_network
     from sagl.models.diffusers import write_diffusers
 
     if dtype is not None:
         file = in_dtype(file, getattr(torch, dtype))
     if target.name.endswith(ENDING):
-        require_fit(parameters_of(file.network), file.state)
+        check_state_dict(parameters_of(file.network), file.state)
         write_network(file, target)
     else:
         write_diffusers(file, target)
@@ -88,7 +88,7 @@ def _read(
     given: Any,  # noqa: ANN401 (the parser's namespace)
     model: str | AnySettings | None,
     diffusion: DiffusionSettings | None,
-) -> "NetworkFile":
+) -> "Checkpoint":
     """A folder, a file with what is said of it, or a network by its name."""
     from sagl.models.checkpoints import read_network
     from sagl.models.diffusers import read_diffusers

@@ -16,15 +16,15 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import distributed
 
-from sagl.commands.devices import device_of, processes_of
-from sagl.commands.progress import Watch
 from sagl.commands.spread import LONGEST
-from sagl.data.image_sets import ImageSet
-from sagl.machine import set_threads
+from sagl.errors import UserError
+from sagl.evaluation.image_sets import ImageSet
+from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
 from sagl.metrics.features import Extractor, Features, seen
-from sagl.metrics.tally import Looked, Tally
-from sagl.settings.errors import UserError
 from sagl.settings.sampling import DeviceSettings
+from sagl.utils.devices import num_processes, select_device
+from sagl.utils.environment import set_threads
+from sagl.utils.progress import ProgressReporter
 
 Word = TypeVar("Word")
 
@@ -71,7 +71,7 @@ class Many(Crew):
 @contextmanager
 def crew_of(s: DeviceSettings) -> Iterator[Crew]:
     """The processes of this command, started here or beside this one."""
-    processes, in_all = processes_of(s)
+    processes, in_all = num_processes(s)
     set_threads(processes)
     if in_all == 1:
         yield Crew()
@@ -81,7 +81,7 @@ def crew_of(s: DeviceSettings) -> Iterator[Crew]:
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
     plugins: list[Any] = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     fabric = Fabric(
-        accelerator="gpu" if device_of(s).type == "cuda" else "cpu",
+        accelerator="gpu" if select_device(s).type == "cuda" else "cpu",
         devices=processes,
         num_nodes=s.num_nodes,
         strategy=DDPStrategy(timeout=LONGEST),
@@ -95,8 +95,15 @@ def crew_of(s: DeviceSettings) -> Iterator[Crew]:
 
 
 def looked_at(
-    images: ImageSet, wanted: int, extract: Extractor, crew: Crew, *, batch_size: int, num_kept: int, watch: Watch
-) -> Looked | None:
+    images: ImageSet,
+    wanted: int,
+    extract: Extractor,
+    crew: Crew,
+    *,
+    batch_size: int,
+    num_kept: int,
+    watch: ProgressReporter,
+) -> FeatureStatistics | None:
     """The first `wanted` images of a set, as the extractor sees them; None in all but the first process.
 
     Args:
@@ -111,7 +118,7 @@ def looked_at(
     Raises:
         UserError: an image is damaged; in all processes.
     """
-    tally = Tally(total=wanted, num_kept=num_kept, keep_logits=num_kept >= wanted)
+    tally = FeatureAccumulator(total=wanted, num_kept=num_kept, keep_logits=num_kept >= wanted)
     starts = range(0, wanted, batch_size)
     for first in range(0, len(starts), crew.world_size):
         mine = first + crew.rank

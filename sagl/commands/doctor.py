@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from sagl.commands.parser import Parser
-from sagl.machine import has_fast_bfloat16, usable_cores
 from sagl.settings.evaluation import EXTRACTORS
-from sagl.settings.paths import cache_folder, nearest_existing, packaged_configs
+from sagl.utils.environment import available_cpus, has_fast_bfloat16
+from sagl.utils.files import cache_folder, nearest_existing, packaged_configs
 
 LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
 OPTIONAL = {
@@ -62,7 +62,7 @@ def machine() -> Iterator[Line]:
     except ImportError as error:
         yield "torch", f"cannot be imported: {error}", "pip install torch torchvision"
         return
-    usable = usable_cores()
+    usable = available_cpus()
     threads = torch.get_num_threads()
     too_many = f"export OMP_NUM_THREADS={usable}" if threads > usable else ""
     yield "threads", f"{threads} on {usable} cores", too_many

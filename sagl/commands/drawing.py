@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands.devices import device_of
 from sagl.commands.job import Job, read_source
-from sagl.commands.progress import Watch
 from sagl.commands.request import Request
-from sagl.data.run_folder import SAMPLES, Sample, holds_run, png, remove_replaced, write_record, write_shard
-from sagl.settings.errors import UserError, require
-from sagl.settings.fitting import require_guiding
+from sagl.errors import UserError, require
+from sagl.sampling.run_folder import SAMPLES, Sample, is_run, png, remove_superseded, write_run_json, write_shard
+from sagl.settings.compatibility import check_classifier
 from sagl.settings.network import UNetSettings
+from sagl.utils.devices import select_device
+from sagl.utils.progress import ProgressReporter
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
     import torch
 
     from sagl.models.adm import Classifier
-    from sagl.models.checkpoints import NetworkFile
-    from sagl.recipe import Recipe
+    from sagl.models.checkpoints import Checkpoint
+    from sagl.sampling.pipeline import SamplingPipeline
     from sagl.shapes import Image, ImageUint8
 
 
@@ -39,8 +39,8 @@ class Drawing:
     """One process's work on a plan."""
 
     plan: Plan
-    recipe: "Recipe"
-    watch: Watch
+    recipe: "SamplingPipeline"
+    watch: ProgressReporter
     processes: int = 1
     """That share the plan."""
 
@@ -52,8 +52,8 @@ class Drawing:
         """
         folder = self.plan.job.folder
         samples = _micro_batch(self.plan.job, self.recipe, wanted, self.watch)
-        if not holds_run(folder):  # not before there is something to record
-            write_record(folder, self.plan.record)
+        if not is_run(folder):  # not before there is something to record
+            write_run_json(folder, self.plan.record)
         write_shard(folder, samples)
 
     def lead(self, wanted: Sequence[int]) -> None:
@@ -64,32 +64,34 @@ class Drawing:
         """
         started = time.monotonic()
         self.make(wanted)
-        remove_replaced(self.plan.job.folder)
+        remove_superseded(self.plan.job.folder)
         seconds = (time.monotonic() - started) * self.processes
         self.plan.record["seconds"] = round(self.plan.record["seconds"] + seconds, 2)
-        write_record(self.plan.job.folder, self.plan.record)
+        write_run_json(self.plan.job.folder, self.plan.record)
 
 
-def recipe_of(job: Job) -> "Recipe":
+def recipe_of(job: Job) -> "SamplingPipeline":
     """The weights and settings of a job, put together on this process's device.
 
     Raises:
         UserError: they do not go together.
     """
-    from sagl.models.checkpoints import as_weights, build_network
-    from sagl.recipe import prepare
+    from sagl.models.checkpoints import build_network, cast_weights
+    from sagl.sampling.pipeline import build_pipeline
 
     request = job.request
-    file, device = read_source(request.source, job.weights), device_of(request.device)
-    network = as_weights(build_network(file), request.weight_precision, device)
+    file, device = read_source(request.source, job.weights), select_device(request.device)
+    network = cast_weights(build_network(file), request.weight_precision, device)
     if request.device.compile:
         network.compile(dynamic=False)  # every micro-batch has the same size
     classifier = _classifier(request, file, device) if request.classifier.scale else None
-    return prepare(network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg)
+    return build_pipeline(
+        network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg
+    )
 
 
-def _classifier(request: Request, guided: "NetworkFile", device: "torch.device") -> "Classifier":
-    from sagl.models.checkpoints import as_weights, build_classifier
+def _classifier(request: Request, guided: "Checkpoint", device: "torch.device") -> "Classifier":
+    from sagl.models.checkpoints import build_classifier, cast_weights
     from sagl.models.loading import load
 
     assert request.classifier.checkpoint is not None
@@ -100,27 +102,27 @@ def _classifier(request: Request, guided: "NetworkFile", device: "torch.device")
         said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
         raise UserError(said) from error
     assert isinstance(guided.network, UNetSettings)
-    require_guiding(classifier.settings, file.diffusion, guided.network, guided.diffusion)
-    return as_weights(classifier, request.weight_precision, device)
+    check_classifier(classifier.settings, file.diffusion, guided.network, guided.diffusion)
+    return cast_weights(classifier, request.weight_precision, device)
 
 
-def _micro_batch(job: Job, recipe: "Recipe", wanted: Sequence[int], watch: Watch) -> list[Sample]:
+def _micro_batch(job: Job, recipe: "SamplingPipeline", wanted: Sequence[int], watch: ProgressReporter) -> list[Sample]:
     """The samples wanted of one micro-batch, which is always computed at full size."""
     import torch
 
-    from sagl.data.pixels import to_uint8
-    from sagl.recipe import collect, labels_of
+    from sagl.sampling.pipeline import make_labels, run_to_end
+    from sagl.utils.images import to_uint8
 
-    size = job.run.images_at_once
+    size = job.run.effective_batch_size
     first = wanted[0] - wanted[0] % size
     ids = list(range(first, first + size))
     with torch.inference_mode():
-        labels = labels_of(job.run, ids, recipe.network)
+        labels = make_labels(job.run, ids, recipe.network)
         rows: dict[str, ImageUint8] = {}
         if job.request.compare:
             chain = recipe.unguided.chain(job.run.seed, ids, labels)
-            rows["unguided"] = to_uint8(_finite(collect(watch.steps(chain, recipe.schedule.num_steps))[0]))
-        x, share = collect(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
+            rows["unguided"] = to_uint8(_finite(run_to_end(watch.steps(chain, recipe.schedule.num_steps))[0]))
+        x, share = run_to_end(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
         rows[SAMPLES] = to_uint8(_finite(x))
         if job.request.compare and share is not None:
             rows["masks"] = (share * 255).round().to(torch.uint8)
@@ -143,6 +145,6 @@ def _finite(images: "Image") -> "Image":
 
 
 def _pngs(row: "ImageUint8", start: int, count: int) -> list[bytes]:
-    from sagl.data.pixels import to_rgb
+    from sagl.utils.images import to_rgb
 
     return [png(image) for image in to_rgb(row[start : start + count]).permute(0, 2, 3, 1).cpu().contiguous().numpy()]

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sagl.commands.metrics import METRICS, shown
-from sagl.commands.parser import Parser, fields_of
+from sagl.commands.parser import Parser, from_namespace
 from sagl.commands.work import add_work_flags, work_of
-from sagl.machine import end_with_parent, global_rank, keep_freed_memory
-from sagl.settings.errors import require
-from sagl.settings.evaluation import DEFAULT_EXTRACTOR, MeasureSettings
-from sagl.settings.paths import require_new, whole_file
+from sagl.errors import require
+from sagl.evaluation.metric_info import METRICS, shown
+from sagl.settings.evaluation import DEFAULT_EXTRACTOR, MetricSettings
+from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank
+from sagl.utils.files import atomic_file, require_new
 
 if TYPE_CHECKING:
-    from sagl.data.evaluations import Evaluation
+    from sagl.evaluation.results import Evaluation
 
 
 def evaluate_parser() -> Parser:
@@ -36,7 +36,7 @@ def evaluate_parser() -> Parser:
     )
     p.add_argument("--num_samples", type=int, default=None, help="Only so many of the run's images, the first.")
     add_work_flags(p, of_reference=True)
-    p.add_settings(MeasureSettings)
+    p.add_settings(MetricSettings)
     forms = Literal["table", "json", "csv"]
     p.add_argument("--format", type=forms, default="table", help="What is printed.")
     p.add_argument("--output", type=str, default=None, help="A .json or .csv file to write as well.")
@@ -53,14 +53,14 @@ def main(arguments: list[str]) -> None:
         UserError: the images, the reference or the extractor are not there, do not go together, or are too few.
     """
     given = evaluate_parser().parse(arguments)
-    keep_freed_memory()
+    disable_malloc_trim()
     if given.extractor is None:
         given.extractor = _extractor_of(Path(given.reference))
-    work, settings = work_of(given), fields_of(MeasureSettings, given)
+    work, settings = work_of(given), from_namespace(MetricSettings, given)
     if global_rank() > 0:
         from sagl.commands.measuring import follow
 
-        end_with_parent()
+        exit_when_parent_dies()
         follow(work)
         return
     output, run = None if given.output is None else Path(given.output), Path(given.run)
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         require(output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {output}.")
         require_new(output, overwrite=given.overwrite)
     from sagl.commands.evaluation import evaluation_of
-    from sagl.data.evaluations import keep_evaluation, read_evaluations
+    from sagl.evaluation.results import read_evaluations, save_result
 
     kept = _is_kept_in(run)
     if kept:
@@ -79,9 +79,9 @@ def main(arguments: list[str]) -> None:
     else:
         print(rendered(made, given.format), end="", flush=True)
     if kept:
-        keep_evaluation(run, made)
+        save_result(run, made)
     if output is not None:
-        with whole_file(output) as partial:
+        with atomic_file(output) as partial:
             partial.write_text(rendered(made, output.suffix[1:]))
 
 
@@ -141,12 +141,12 @@ def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
 
 def _is_kept_in(run: Path) -> bool:
     """Whether the numbers are kept beside the images: in a run whose folder can be written."""
-    from sagl.data.run_folder import holds_run
+    from sagl.sampling.run_folder import is_run
 
-    if holds_run(run) and not os.access(run, os.W_OK):
+    if is_run(run) and not os.access(run, os.W_OK):
         print(f"{run} cannot be written: its numbers are not kept there.", file=sys.stderr)
         return False
-    return holds_run(run)
+    return is_run(run)
 
 
 def _extractor_of(reference: Path) -> str:

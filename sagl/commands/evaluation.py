@@ -7,18 +7,18 @@ from typing import Any
 
 from sagl.commands.measuring import Look, Looking, counted, extractor_of, notes_on, reference_of
 from sagl.commands.work import Work
-from sagl.data.evaluations import Evaluation
-from sagl.data.image_sets import ImageSet, RunImages, identity
-from sagl.data.run_folder import read_record
-from sagl.metrics.features import resize_of
+from sagl.errors import UserError, require
+from sagl.evaluation.image_sets import ImageSet, RunImages, identity
+from sagl.evaluation.results import Evaluation
+from sagl.metrics.accumulator import FeatureStatistics
+from sagl.metrics.compute import compute_metrics
+from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
-from sagl.metrics.numbers import numbers_of
-from sagl.metrics.tally import Looked
-from sagl.settings.errors import UserError, require
-from sagl.settings.evaluation import INCEPTION, MeasureSettings
+from sagl.sampling.run_folder import read_run_json
+from sagl.settings.evaluation import INCEPTION, MetricSettings
 
 
-def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work, s: MeasureSettings) -> Evaluation:
+def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work, s: MetricSettings) -> Evaluation:
     """Measure a set of images from a reference, in all processes of this command.
 
     Args:
@@ -42,7 +42,7 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
     place = looking.ask(Look(source=run, image_size=work.image_size, wanted=wanted, num_kept=wanted))
     looking.look()
     made, seen = looking[place], real.looked()
-    numbers = numbers_of(made, seen, s, inception=work.extractor == INCEPTION)
+    numbers = compute_metrics(made, seen, s, inception=work.extractor == INCEPTION)
     return Evaluation(
         images=run,
         num_samples=wanted,
@@ -50,7 +50,7 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
         reference_digest=identity(reference),
         num_reference=seen.num_samples or None,
         extractor=work.extractor,
-        resize=resize_of(extract),
+        resize=describe_resize(extract),
         numbers=numbers.values,
         intervals=numbers.intervals,
         deviations=numbers.deviations,
@@ -60,19 +60,19 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
     )
 
 
-def _used(s: MeasureSettings, made: Looked, seen: Looked) -> dict[str, Any]:
+def _used(s: MetricSettings, made: FeatureStatistics, seen: FeatureStatistics) -> dict[str, Any]:
     """The settings as they were used: of fewer features fewer are kept, and subsets are smaller."""
     used = asdict(s) | ({} if made.logits is None else {"is_chunk": CHUNK})
     if seen.features is None:  # a file of mean and covariance gives the Fréchet distance alone
         return {name: value for name, value in used.items() if name in ("bootstrap", "seed", "is_chunk")}
     kept = len(seen.features)
-    return used | {"num_kept": kept, "kd_subset_size": min(s.kd_subset_size, made.num_samples, kept)}
+    return used | {"num_kept": kept, "kid_subset_size": min(s.kid_subset_size, made.num_samples, kept)}
 
 
 def _of_run(run: Path, images: ImageSet) -> tuple[str, ...]:
     """What a reader must know of the images."""
     try:
-        asked = read_record(run).get("num_samples", 0) if isinstance(images, RunImages) else 0
+        asked = read_run_json(run).get("num_samples", 0) if isinstance(images, RunImages) else 0
     except UserError as error:
         raise UserError(str(error).replace("`output`", "`run`")) from error
     unfinished = f"The run holds {len(images)} of {asked} images so far." if len(images) < asked else ""

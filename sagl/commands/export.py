@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sagl.commands.parser import Parser
-from sagl.data.run_folder import num_held, read_record
-from sagl.settings.errors import UserError, require
+from sagl.errors import UserError, require
+from sagl.sampling.run_folder import count_images, read_run_json
 
 
 def export_parser() -> Parser:
@@ -26,15 +26,15 @@ def main(arguments: list[str]) -> None:
     """
     given = export_parser().parse(arguments)
     run = Path(given.run)
-    require(num_held(run) > 0, f"`run` must be the folder of a run, with images, and {run} is none.")
+    require(count_images(run) > 0, f"`run` must be the folder of a run, with images, and {run} is none.")
     require(bool(given.npz or given.images or given.grid), "`export` needs --npz FILE, --images DIR or --grid FILE.")
-    there = num_held(run)
+    there = count_images(run)
     wanted = there if given.num_samples is None else given.num_samples
     require(1 <= wanted <= there, f"`num_samples` must be 1 … {there} for {run}, got {wanted}.")
-    asked = read_record(run).get("num_samples", there)
+    asked = read_run_json(run).get("num_samples", there)
     if asked > there:
         print(f"{run} holds {there} of {asked} images so far.")
-    from sagl.data.views import write_grid, write_images, write_npz
+    from sagl.sampling.exports import write_grid, write_images, write_npz
 
     for name, write in (("grid", write_grid), ("images", write_images), ("npz", write_npz)):
         if (path := given[name]) is not None:

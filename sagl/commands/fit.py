@@ -2,7 +2,7 @@
 
 from sagl.commands.parser import Parser
 from sagl.settings.diffusion import LossSettings
-from sagl.settings.training import OptimizerSettings, SavingSettings
+from sagl.settings.training import CheckpointSettings, OptimizerSettings
 
 REST = """groups with more flags than fit here; a --config holds them best:
   --model.network NAME        a released network's settings by name, or each: --model.network.num_channels 128 …
@@ -25,7 +25,7 @@ def fit_parser() -> Parser:
     p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
     p.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
     p.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file, or a name.")
-    p.add_settings(SavingSettings)
+    p.add_settings(CheckpointSettings)
     p.add_argument("--model.label_dropout", type=float, default=0.0, help="Share of images with the null label.")
     p.add_argument("--model.seed", type=int, default=0, help="Of first weights, noise, timesteps, dropped labels.")
     p.add_settings(OptimizerSettings, "model.optimizer")

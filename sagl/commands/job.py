@@ -5,20 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands.devices import device_of, processes_of, require_launcher
 from sagl.commands.request import Request, Source
-from sagl.data.run_folder import holds_run, read_record, require_same_run
-from sagl.machine import available_bytes, fast_precision
-from sagl.models.zoo import described, settings_of
+from sagl.errors import require
+from sagl.models.zoo import read_metadata, settings_of
+from sagl.sampling.run_folder import check_same_run, is_run, read_run_json
+from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import require
-from sagl.settings.fitting import require_fitting, require_labels
 from sagl.settings.network import UNetSettings
-from sagl.settings.paths import cache_folder, require_writable, sha256
 from sagl.settings.sampling import RunSettings, micro_batches
+from sagl.utils.devices import num_processes, require_launcher, select_device
+from sagl.utils.environment import available_bytes, default_precision
+from sagl.utils.files import cache_folder, require_writable, sha256
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
-    from sagl.models.checkpoints import NetworkFile
+    from sagl.models.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def _refuse_contradictions(request: Request) -> None:
         "`cfg.scale` needs labels, got null. Give --labels random.",
     )
     require_launcher(request.device)
-    if not holds_run(request.output):  # a whole run can be asked for where nothing can be written
+    if not is_run(request.output):  # a whole run can be asked for where nothing can be written
         require_writable(request.output)
 
 
@@ -73,17 +73,17 @@ def job_of(request: Request) -> Job:
     """
     _refuse_contradictions(request)
     network, diffusion = _known(request.source)
-    require_fitting(network, diffusion, request.sag, request.cfg)
-    require_labels(request.run, network)
+    check_compatible(network, diffusion, request.sag, request.cfg)
+    check_labels(request.run, network)
     from sagl.diffusion.respacing import respaced_timesteps
 
     respaced_timesteps(request.chain.respacing, diffusion.num_timesteps)
     weights = request.source.checkpoint or _fetched(request.source)
-    request = _with_precision(request, read_record(request.output))
+    request = _with_precision(request, read_run_json(request.output))
     settings = {**request.settings, "weights_sha256": _sha256(weights)}
     if request.source.network is not None:  # the file does not say, so the settings came from elsewhere
         settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
-    record = require_same_run(request.output, settings)
+    record = check_same_run(request.output, settings)
     return Job(
         request=request,
         weights=weights,
@@ -98,7 +98,7 @@ def _known(source: Source) -> tuple[Any, Any]:
     if source.network is not None:
         return source.network, source.diffusion or DiffusionSettings()
     assert source.checkpoint is not None
-    if about := described(source.checkpoint):
+    if about := read_metadata(source.checkpoint):
         return settings_of(about, source.checkpoint)
     file = read_source(source, source.checkpoint)
     return file.network, file.diffusion
@@ -110,7 +110,7 @@ def _with_precision(request: Request, record: Mapping[str, Any]) -> Request:
         return request
     found = record.get("settings", {}).get("precision")
     return replace(
-        request, device=replace(request.device, precision=found or fast_precision(device_of(request.device)))
+        request, device=replace(request.device, precision=found or default_precision(select_device(request.device)))
     )
 
 
@@ -127,14 +127,14 @@ def _sized(request: Request, network: UNetSettings, record: dict[str, Any]) -> R
 def _suiting(request: Request, network: UNetSettings) -> int:
     """Up to 64 images at once: on a CPU as many as its caches like, and no more than fit three quarters of memory."""
     from sagl.models.checkpoints import DTYPES
-    from sagl.models.footprint import forward_bytes
+    from sagl.models.footprint import estimate_memory
 
-    device = device_of(request.device)
+    device = select_device(request.device)
     most = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
     available = available_bytes(device)
     if available is not None:
-        weights, each = forward_bytes(network, DTYPES[request.weight_precision])
-        share = available // (processes_of(request.device)[0] if device.type == "cpu" else 1)
+        weights, each = estimate_memory(network, DTYPES[request.weight_precision])
+        share = available // (num_processes(request.device)[0] if device.type == "cpu" else 1)
         most = min(most, max(1, (share * 3 // 4 - weights) // each))
     return min(request.run.num_samples, most)
 
@@ -147,14 +147,14 @@ def _fetched(source: Source) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    from sagl.models.fingerprint import recorded_sha256
+    from sagl.utils.digest_cache import cached_sha256
 
     if path.is_relative_to(cache_folder()):  # large, and read again and again
-        return recorded_sha256(path)
+        return cached_sha256(path)
     return sha256(path)
 
 
-def read_source(source: Source, path: Path) -> "NetworkFile":
+def read_source(source: Source, path: Path) -> "Checkpoint":
     """The weights of a request, with their settings, from the file at hand.
 
     Raises:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sagl.commands.crew import Crew, crew_of, looked_at
-from sagl.commands.devices import device_of, others_wait
-from sagl.commands.progress import Watch, watching
 from sagl.commands.work import Work
-from sagl.data.image_sets import SPLITS, ImageSet, PictureImages, fingerprint, image_set
+from sagl.errors import UserError, require
+from sagl.evaluation.image_sets import SPLITS, ImageSet, SourceImages, fingerprint, image_set
+from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.checks import require_finite_features
-from sagl.metrics.extractors import maker_of
-from sagl.metrics.features import Extractor, resize_of
+from sagl.metrics.extractors import get_extractor
+from sagl.metrics.features import Extractor, describe_resize
 from sagl.metrics.reference import Reference, holds_images, holds_statistics, read_reference, write_reference
-from sagl.metrics.tally import Looked
-from sagl.settings.errors import UserError, require
 from sagl.settings.evaluation import EXTRACTORS
-from sagl.settings.paths import cache_folder
+from sagl.utils.devices import has_peers, select_device
+from sagl.utils.files import cache_folder
+from sagl.utils.progress import ProgressReporter, show_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Looking:
         """With an extractor that is at hand."""
         self.work, self.extract = work, extract
         self._looks: list[Look] = []
-        self._seen: list[Looked] = []
+        self._seen: list[FeatureStatistics] = []
 
     def ask(self, look: Look) -> int:
         """Have a set looked at; -> its place in what was seen."""
@@ -55,15 +55,15 @@ class Looking:
 
     def look(self) -> None:
         """Look at all that was asked for, in all processes of this command."""
-        if self._looks or others_wait():
+        if self._looks or has_peers():
             self._seen = look_together(self.work, self._looks, self.extract)
 
-    def __getitem__(self, place: int) -> Looked:
+    def __getitem__(self, place: int) -> FeatureStatistics:
         """What was seen of a set."""
         return self._seen[place]
 
 
-def look_together(work: Work, looks: Sequence[Look] | None, extract: Extractor) -> list[Looked]:
+def look_together(work: Work, looks: Sequence[Look] | None, extract: Extractor) -> list[FeatureStatistics]:
     """Look at sets of images, in all processes of this command.
 
     Args:
@@ -93,13 +93,17 @@ def extractor_of(work: Work) -> Extractor:
     Raises:
         UserError: there is none of this name, or what it needs is not there.
     """
-    return maker_of(work.extractor)(device_of(work.device))
+    return get_extractor(work.extractor)(select_device(work.device))
 
 
-def _look(work: Work, look: Look, extract: Extractor, crew: Crew) -> Looked | None:
+def _look(work: Work, look: Look, extract: Extractor, crew: Crew) -> FeatureStatistics | None:
     with ExitStack() as stack:
         title = f"{work.extractor} of {Path(look.source).name}"
-        watch = stack.enter_context(watching(work.progress, title, look.wanted)) if crew.rank == 0 else Watch()
+        watch = (
+            stack.enter_context(show_progress(work.progress, title, look.wanted))
+            if crew.rank == 0
+            else ProgressReporter()
+        )
         return looked_at(
             look.images(), look.wanted, extract, crew, batch_size=work.batch_size, num_kept=look.num_kept, watch=watch
         )
@@ -124,7 +128,7 @@ class Measured:
     """(H, W) of its images, where they are looked at or known."""
     notes: tuple[str, ...] = ()
 
-    def looked(self) -> Looked:
+    def looked(self) -> FeatureStatistics:
         """Statistics and features; from the file, from what was seen, or from both."""
         if self.place is None:
             assert self.file is not None
@@ -157,9 +161,9 @@ def reference_of(name: str, looking: Looking, side: tuple[int, int], num_kept: i
         return _of_file(name, looking, num_kept)
     size = looking.work.image_size or (side[0] if side[0] == side[1] else None)
     images = counted(name, size, "reference")
-    cut = size if isinstance(images, PictureImages) and images.cut else None
+    cut = size if isinstance(images, SourceImages) and images.cut else None
     notes = (f"{Path(name).name}: {images.note}",) if images.note else ()
-    kept = _cache(name, looking, cut, num_kept, isinstance(images, PictureImages))
+    kept = _cache(name, looking, cut, num_kept, isinstance(images, SourceImages))
     if kept is not None and kept.is_file():
         return Measured(name=name, looking=looking, file=read_reference(kept), side=images.side, notes=notes)
     place = looking.ask(Look(source=name, image_size=cut, wanted=len(images), num_kept=num_kept))
@@ -214,7 +218,9 @@ def _cache(name: str, looking: Looking, cut: int | None, num_kept: int, pictures
     return cache_folder() / "statistics" / ("-".join(parts) + ".npz")
 
 
-def notes_on(made: Looked, reference: Measured, side: tuple[int, int], extract: Extractor) -> tuple[str, ...]:
+def notes_on(
+    made: FeatureStatistics, reference: Measured, side: tuple[int, int], extract: Extractor
+) -> tuple[str, ...]:
     """What a reader must know before comparing the numbers."""
     notes, width = list(reference.notes), len(made.pooled.mean)
     real = reference.looked()
@@ -227,6 +233,6 @@ def notes_on(made: Looked, reference: Measured, side: tuple[int, int], extract: 
     if reference.side is not None and reference.side != side:
         notes.append(
             f"The images are {side[1]}×{side[0]}, the reference's {reference.side[1]}×{reference.side[0]}; the "
-            f"extractor resizes both: {resize_of(extract)}."
+            f"extractor resizes both: {describe_resize(extract)}."
         )
     return tuple(notes)

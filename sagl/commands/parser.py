@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "NoneType": "null"}
 KINDS |= {"list": "a list like [a,b]"}
@@ -35,7 +35,7 @@ class ShortHelp(DefaultHelpFormatter):
         return re.sub(r" \(default: %\(default\)s\)$", "", text) if action.default in (None, False, "") else text
 
 
-class ReadableErrors(ArgumentParser):
+class UserErrorParser(ArgumentParser):
     """A parser that raises `UserError` in words of ours, and takes no abbreviations for flags."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -44,13 +44,13 @@ class ReadableErrors(ArgumentParser):
         Raises:
             UserError: always.
         """
-        raise UserError(readable(message, self._settings())) from ex
+        raise UserError(format_error(message, self._settings())) from ex
 
     def _settings(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help" and action.help != SUPPRESS]
 
 
-class Parser(ReadableErrors):
+class Parser(UserErrorParser):
     """Parser of one verb."""
 
     def __init__(self, verb: str, description: str, epilog: str = "") -> None:
@@ -91,10 +91,10 @@ class Parser(ReadableErrors):
         Raises:
             UserError: it is not one of this verb's.
         """
-        return self.parse_args(bracketed(arguments))
+        return self.parse_args(parse_interval_arg(arguments))
 
 
-def bracketed(arguments: Iterable[str]) -> list[str]:
+def parse_interval_arg(arguments: Iterable[str]) -> list[str]:
     """Two numbers with a comma between them as a list: --sag.interval 0.5,1 -> --sag.interval [0.5,1]."""
     result: list[str] = []
     for argument in arguments:
@@ -104,7 +104,7 @@ def bracketed(arguments: Iterable[str]) -> list[str]:
     return result
 
 
-def fields_of(kind: type, given: Namespace, group: str = "") -> Any:  # noqa: ANN401 (a settings class -> its instance)
+def from_namespace(kind: type, given: Namespace, group: str = "") -> Any:  # noqa: ANN401 (a settings class -> its instance)
     """The settings class with the values that were parsed for it."""
     return kind(**{field.name: _value(field, given[field.name], group) for field in fields(kind)})
 
@@ -124,12 +124,12 @@ def _value(field: "Field[Any]", value: Any, group: str) -> Any:  # noqa: ANN401
         raise UserError(f"`{name}` must be a number that fits, got one of {value.bit_length()} bits.") from error
 
 
-def names_of(kind: type) -> list[str]:
+def field_names(kind: type) -> list[str]:
     """Names of a settings class's fields."""
     return [field.name for field in fields(kind)]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """A suggestion, " Did you mean …?", or nothing where no name is near."""
     known = list(known)
     short = {full.rsplit(".", 1)[-1]: full for full in known}
@@ -139,7 +139,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def readable(message: str, settings: list[str]) -> str:
+def format_error(message: str, settings: list[str]) -> str:
     """The parser's message in one line of ours: the setting, what is allowed, what came."""
     line = " ".join(message.split())
     if found := re.search(
@@ -152,7 +152,7 @@ def readable(message: str, settings: list[str]) -> str:
         return "there is an empty word on the command line. --help lists all options."
     if found := re.search(r"unrecognized arguments: (\S+)", line):
         flag = found[1].split("=")[0]
-        suggestion = nearest(flag.lstrip("-"), settings).replace("Did you mean ", "Did you mean --")
+        suggestion = suggest(flag.lstrip("-"), settings).replace("Did you mean ", "Did you mean --")
         return f"there is no option {flag!r}.{suggestion} --help lists all."
     if found := re.search(r"Group '(.+?)' does not accept option '(.+?)'", line):
         return _unknown(f"{found[1]}.{found[2]}", settings)
@@ -178,7 +178,7 @@ def readable(message: str, settings: list[str]) -> str:
 
 
 def _unknown(name: str, settings: list[str]) -> str:
-    return f"there is no setting {name!r}.{nearest(name, settings)}"
+    return f"there is no setting {name!r}.{suggest(name, settings)}"
 
 
 def _allowed(name: str, expected: str) -> str:

@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 import yaml
 
-from sagl.commands.parser import Parser, fields_of, names_of, nearest
+from sagl.commands.parser import Parser, field_names, from_namespace, suggest
+from sagl.errors import UserError, require
 from sagl.models.zoo import (
     DEFAULT_CLASSIFIER,
     DEFAULT_MODEL,
     EMBEDDED,
     NETWORKS,
     RELEASED,
-    described,
-    named_by_file,
+    get_unet_settings,
+    name_from_filename,
+    read_metadata,
     require_same,
     settings_of,
-    unet_named,
 )
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.errors import UserError, require
 from sagl.settings.guidance import (
     GUIDANCES,
     ClassifierFreeGuidance,
@@ -31,9 +31,9 @@ from sagl.settings.guidance import (
     SelfAttentionGuidance,
 )
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from sagl.settings.paths import packaged_configs
 from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings, WeightPrecision
 from sagl.settings.training import BlurAwareSettings, OptimizerSettings
+from sagl.utils.files import packaged_configs
 
 VIEWS = ("grid", "images", "npz", "strip")
 ALL_VIEWS_UP_TO = 1000
@@ -48,8 +48,8 @@ OF_FIT = {
     "data",
     "preview",
     "seed_everything",
-    "average_decay",
-    "further_decays",
+    "ema_decay",
+    "extra_ema_decays",
     "save_every_steps",
     "save_every_minutes",
     "output",
@@ -59,7 +59,7 @@ OF_FIT = {
 }
 """Top-level keys of a config that are for `sagl fit`, or read here on their own."""
 OF_MODEL = {"network", "classifier", "diffusion", "loss", "optimizer", "label_dropout", "blur_aware", "freeze"}
-OF_MODEL |= {"max_skipped", "seed"}
+OF_MODEL |= {"max_nonfinite_batches", "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +170,12 @@ def parse(arguments: list[str]) -> Request:
         views=_views(given.views),
         progress=given.progress,
         dry_run=given.dry_run,
-        run=fields_of(RunSettings, given),
-        chain=fields_of(ChainSettings, given),
-        sag=fields_of(SelfAttentionGuidance, given.sag, "sag."),
-        cfg=fields_of(ClassifierFreeGuidance, given.cfg, "cfg."),
-        classifier=_with_embedded(fields_of(ClassifierGuidance, given.classifier, "classifier."), source),
-        device=fields_of(DeviceSettings, given.trainer, "trainer."),
+        run=from_namespace(RunSettings, given),
+        chain=from_namespace(ChainSettings, given),
+        sag=from_namespace(SelfAttentionGuidance, given.sag, "sag."),
+        cfg=from_namespace(ClassifierFreeGuidance, given.cfg, "cfg."),
+        classifier=_with_embedded(from_namespace(ClassifierGuidance, given.classifier, "classifier."), source),
+        device=from_namespace(DeviceSettings, given.trainer, "trainer."),
     )
 
 
@@ -203,7 +203,7 @@ def find_source(
         weights == "ema" or (path is not None and path.suffix == ".ckpt"),
         f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
     )
-    about = {} if path is None else described(path)
+    about = {} if path is None else read_metadata(path)
     if isinstance(model, UNetSettings) and path is None:
         raise UserError(
             "`model.network` says how the network is built, and no weights. Add --checkpoint FILE, "
@@ -214,7 +214,7 @@ def find_source(
     name = model if isinstance(model, str) else DEFAULT_MODEL if model is None and path is None else None
     if name == DEFAULT_MODEL:
         return Source(name=name, checkpoint=path or EMBEDDED, network=None, diffusion=None, weights=weights)
-    network, process = unet_named(name) if name else (model, None)
+    network, process = get_unet_settings(name) if name else (model, None)
     assert not isinstance(network, str)
     if about and network is not None and path is not None:
         require_same(network, settings_of(about, path)[0], path)
@@ -224,7 +224,7 @@ def find_source(
 
 def recommended_by(source: Source) -> dict[str, Any]:
     """Sampling settings that go with a network: those inside its file, or of the released network's config."""
-    if source.checkpoint is not None and (inside := described(source.checkpoint).get("recommended")):
+    if source.checkpoint is not None and (inside := read_metadata(source.checkpoint).get("recommended")):
         return dict(inside)
     config = RELEASED[source.name].config if source.name in RELEASED else None
     return sampling_part(read_config(config)) if config else {}
@@ -234,7 +234,7 @@ def _named_by_file(path: Path) -> str | None:
     """The released network whose file is called so; None for training checkpoints, which carry their settings."""
     if path.suffix != ".pt":
         return None
-    if (named := named_by_file(path)) is None:
+    if (named := name_from_filename(path)) is None:
         raise UserError(
             f"`checkpoint` {path} does not say which network it is for. Add --model with one of "
             f"{', '.join(NETWORKS)}, or --config with a file whose model.network describes it."
@@ -271,7 +271,7 @@ def packaged_config(name: str) -> Path:
     path = Path(name) if Path(name).is_file() or name not in packaged else packaged_configs() / f"{name}.yaml"
     if not path.is_file():
         listed = ", ".join(packaged)
-        raise UserError(f"`config` must be a .yaml file or one of {listed}, got {name}.{nearest(name, packaged)}")
+        raise UserError(f"`config` must be a .yaml file or one of {listed}, got {name}.{suggest(name, packaged)}")
     return path
 
 
@@ -282,7 +282,7 @@ def sampling_part(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: a key that neither `sample` nor `fit` knows.
     """
     for key in config:
-        require(key in OF_SAMPLE | OF_FIT, f"a config has no setting {key!r}.{nearest(str(key), OF_SAMPLE | OF_FIT)}")
+        require(key in OF_SAMPLE | OF_FIT, f"a config has no setting {key!r}.{suggest(str(key), OF_SAMPLE | OF_FIT)}")
     part = {key: value for key, value in config.items() if key in OF_SAMPLE and not (key in GROUPS and value is None)}
     for group in ("trainer", "data", "model"):
         value = {} if config.get(group) is None else config[group]
@@ -303,7 +303,7 @@ def _device_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a key that is nearly one of these.
     """
-    names = names_of(DeviceSettings)
+    names = field_names(DeviceSettings)
     for key in trainer:
         close = get_close_matches(str(key), names, n=1, cutoff=0.8)
         require(
@@ -324,7 +324,7 @@ def model_part(config: Mapping[str, Any]) -> dict[str, Any]:
     require(isinstance(model, dict), f"`model` in a config must be a mapping, got {model!r:.60}.")
     for key in model:
         known = [f"model.{name}" for name in sorted(OF_MODEL)]
-        require(key in OF_MODEL, f"there is no setting 'model.{key}'.{nearest(f'model.{key}', known)}")
+        require(key in OF_MODEL, f"there is no setting 'model.{key}'.{suggest(f'model.{key}', known)}")
     for name, kind in (("loss", LossSettings), ("optimizer", OptimizerSettings), ("blur_aware", BlurAwareSettings)):
         _group(kind, model.get(name) or {}, f"model.{name}")  # not read here, but a wrong one is refused
     part: dict[str, Any] = {}
@@ -346,7 +346,7 @@ def _group(kind: type, values: Any, where: str) -> Any:  # noqa: ANN401 (a mappi
     given = p.parse_object(nested)
     for name in where.split("."):
         given = given[name]
-    return fields_of(kind, given)
+    return from_namespace(kind, given)
 
 
 def _text(value: object) -> str:
@@ -377,9 +377,9 @@ def _as_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
         )
     try:
         given = p.parse_object(values)
-        fields_of(RunSettings, given), fields_of(ChainSettings, given)
+        from_namespace(RunSettings, given), from_namespace(ChainSettings, given)
         for group, kind in GROUPS.items():
-            fields_of(kind, given[group], f"{group}.")
+            from_namespace(kind, given[group], f"{group}.")
     except UserError as error:
         raise UserError(f"{source}: {error}" if source else str(error)) from error
     p.set_defaults(values)

@@ -9,26 +9,26 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands.devices import others_wait, processes_of
 from sagl.commands.drawing import Drawing, Plan, recipe_of
 from sagl.commands.job import Job, job_of
-from sagl.commands.progress import watching
 from sagl.commands.request import Request, parse
-from sagl.data.run_folder import (
+from sagl.sampling.run_folder import (
+    count_images,
     missing_batches,
-    num_held,
-    read_record,
+    read_run_json,
     remove_damaged,
     remove_partial,
-    write_record,
+    write_run_json,
 )
-from sagl.data.run_lock import RunLock, locked
-from sagl.machine import end_with_parent, global_rank, keep_freed_memory, peak_gigabytes, set_threads
-from sagl.settings.guidance import DEFAULT_KERNEL, fitting_kernel
-from sagl.settings.paths import require_writable
+from sagl.settings.guidance import DEFAULT_KERNEL, effective_kernel_size
+from sagl.utils.devices import has_peers, num_processes
+from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank, peak_gigabytes, set_threads
+from sagl.utils.files import require_writable
+from sagl.utils.progress import show_progress
+from sagl.utils.run_lock import RunLock, locked
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
-    from sagl.recipe import Recipe
+    from sagl.sampling.pipeline import SamplingPipeline
 
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
 STRIP_SAMPLES = 4
@@ -42,11 +42,11 @@ def main(arguments: list[str]) -> None:
         UserError: the request cannot be met; nothing has been written.
     """
     request = parse(arguments)
-    keep_freed_memory()
+    disable_malloc_trim()
     if global_rank() > 0:  # the first process decides, and refuses, for all
         from sagl.commands.spread import follow
 
-        end_with_parent()
+        exit_when_parent_dies()
         follow(request)
         return
     job = job_of(request)
@@ -71,9 +71,9 @@ def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) 
     """What is missing of the images, then of the views."""
     missing = missing_batches(job.folder, job.batches)
     record, recipe = _record(job, arguments), None
-    if missing or others_wait():
+    if missing or has_peers():
         recipe = _draw(asked, job, missing, record, lock)
-        record = read_record(job.folder)
+        record = read_run_json(job.folder)
     views = _views_to_make(job, record)
     if not missing and not views:
         print(f"{job.folder} already holds this run.")
@@ -89,20 +89,24 @@ def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) 
 
 def _say_choices(asked: Request, job: Job, side: int) -> None:
     """What was left to this machine and to the size of the images, once, before the work."""
-    if asked.sag.scale and asked.sag.kernel_size is None and (fits := fitting_kernel(None, side)) < DEFAULT_KERNEL:
+    if (
+        asked.sag.scale
+        and asked.sag.kernel_size is None
+        and (fits := effective_kernel_size(None, side)) < DEFAULT_KERNEL
+    ):
         print(f"Blur kernel {fits}: the largest that fits {side}x{side} images.")
     chosen = {
         "trainer.precision": asked.device.precision == "auto" and job.request.device.precision,
-        "batch_size": asked.run.batch_size is None and job.run.images_at_once,
+        "batch_size": asked.run.batch_size is None and job.run.effective_batch_size,
     }
-    threads = set_threads(processes_of(asked.device)[0])
+    threads = set_threads(num_processes(asked.device)[0])
     if shown := [f"--{name} {value}" for name, value in chosen.items() if value]:
         print(" ".join(["Chosen for this machine:", *shown, f"OMP_NUM_THREADS={threads}"]))
 
 
 def _draw(
     asked: Request, job: Job, missing: Sequence[Sequence[int]], record: dict[str, Any], lock: RunLock | None
-) -> "Recipe":
+) -> "SamplingPipeline":
     """Make the missing micro-batches, in this process or in several."""
     require_writable(job.folder)
     assert lock is not None
@@ -110,9 +114,11 @@ def _draw(
     _say_choices(asked, job, recipe.network.settings.image_size)
     remove_partial(job.folder)
     remove_damaged(job.folder, missing)
-    here, processes = processes_of(job.request.device)
+    here, processes = num_processes(job.request.device)
     plan = Plan(job=job, missing=missing, record=record | {"nfe": recipe.nfe, "views": {}})
-    with watching(job.request.progress, "guided" if recipe.guidances else "sampling", sum(map(len, missing))) as watch:
+    with show_progress(
+        job.request.progress, "guided" if recipe.guidances else "sampling", sum(map(len, missing))
+    ) as watch:
         drawing = Drawing(plan=plan, recipe=recipe, watch=watch, processes=processes)
         if processes > 1:
             from sagl.commands.spread import spread
@@ -133,7 +139,7 @@ def _record(job: Job, arguments: list[str]) -> dict[str, Any]:
     return {
         "settings": job.settings,
         "num_samples": max(job.run.num_samples, job.record.get("num_samples", 0)),
-        "batch_size": job.run.images_at_once,
+        "batch_size": job.run.effective_batch_size,
         "model": job.request.source.name,
         "checkpoint": str(job.weights.resolve()),
         "nfe": job.record.get("nfe", 0),
@@ -146,15 +152,15 @@ def _record(job: Job, arguments: list[str]) -> dict[str, Any]:
 
 def _views_to_make(job: Job, record: dict[str, Any]) -> tuple[str, ...]:
     """The views asked for that were not made of all images that the folder holds."""
-    count = num_held(job.folder)
+    count = count_images(job.folder)
     return tuple(view for view in job.request.views_of(count) if record["views"].get(view) != count)
 
 
-def _make_views(job: Job, recipe: "Recipe | None", views: Sequence[str], record: dict[str, Any]) -> None:
+def _make_views(job: Job, recipe: "SamplingPipeline | None", views: Sequence[str], record: dict[str, Any]) -> None:
     """Make the views from the shards, and note in run.json that they are there."""
-    from sagl.data.views import npz_name, write_grid, write_images, write_npz
+    from sagl.sampling.exports import npz_name, write_grid, write_images, write_npz
 
-    count = num_held(job.folder)
+    count = count_images(job.folder)
     for view in views:
         if view == "grid":
             write_grid(job.folder, job.folder / "grid.png")
@@ -167,20 +173,20 @@ def _make_views(job: Job, recipe: "Recipe | None", views: Sequence[str], record:
         elif recipe is not None:
             _write_strip(job, recipe)
         record["views"][view] = count
-        write_record(job.folder, record)
+        write_run_json(job.folder, record)
 
 
-def _write_strip(job: Job, recipe: "Recipe") -> None:
+def _write_strip(job: Job, recipe: "SamplingPipeline") -> None:
     import torch
 
-    from sagl.data.pixels import to_uint8
-    from sagl.data.strip import Frame, kept_steps, write_strip
-    from sagl.recipe import estimates, labels_of
+    from sagl.sampling.pipeline import make_labels, x0_predictions
+    from sagl.sampling.strip import Frame, kept_steps, write_strip
+    from sagl.utils.images import to_uint8
 
     ids = list(range(job.run.first_id, job.run.first_id + min(STRIP_SAMPLES, job.run.num_samples)))
     kept = kept_steps(recipe.schedule.num_steps)
     with torch.inference_mode():
-        chain = estimates(recipe, job.run.seed, ids, labels_of(job.run, ids, recipe.network))
+        chain = x0_predictions(recipe, job.run.seed, ids, make_labels(job.run, ids, recipe.network))
         frames = [
             Frame(step=s, x0_hat=to_uint8(x).cpu(), mask=None if m is None else m.cpu())
             for s, x, m in chain
@@ -191,7 +197,7 @@ def _write_strip(job: Job, recipe: "Recipe") -> None:
 
 def _report(job: Job, record: dict[str, Any]) -> None:
     cost = f"{record['seconds']:.1f} s, {record['nfe']} network evaluations each"
-    print(f"{num_held(job.folder)} images in {job.folder}, {cost}.")
+    print(f"{count_images(job.folder)} images in {job.folder}, {cost}.")
     made = record["views"]
     files = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
     shown = ", ".join(files[view] for view in made) or "shards/ only"
@@ -202,14 +208,14 @@ def _print_cost(asked: Request, job: Job) -> None:
     """Time one micro-batch's step, and say what the run would cost."""
     import torch
 
-    from sagl.recipe import labels_of
+    from sagl.sampling.pipeline import make_labels
 
     recipe = recipe_of(job)
     _say_choices(asked, job, recipe.network.settings.image_size)
-    ids = list(range(job.run.images_at_once))
+    ids = list(range(job.run.effective_batch_size))
     steps_done: list[float] = [time.monotonic()]
     with torch.inference_mode():
-        for _ in recipe.unguided.chain(job.run.seed, ids, labels_of(job.run, ids, recipe.network)):
+        for _ in recipe.unguided.chain(job.run.seed, ids, make_labels(job.run, ids, recipe.network)):
             steps_done.append(time.monotonic())
             if len(steps_done) == 3:
                 break

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Literal
 
 from sagl.commands.parser import Parser
-from sagl.commands.progress import watching
-from sagl.settings.errors import require
-from sagl.settings.paths import require_writable
+from sagl.errors import require
+from sagl.utils.files import require_writable
+from sagl.utils.progress import show_progress
 
 
 def shard_parser() -> Parser:
     """The flags."""
-    p = Parser("shard", "Write pictures as WebDataset shards, to train on with sagl.data.shards.ShardData.")
+    p = Parser("shard", "Write pictures as WebDataset shards, to train on with sagl.data.webdataset.ShardData.")
     p.add_argument("source", type=str, help="LSUN's LMDB, a folder, an npz, shards, or fashion_mnist.")
     p.add_argument("--output", type=str, required=True, help="Folder for NAME-000000.tar … and shards.json.")
     p.add_argument("--name", type=str, default=None, help="First part of the files' names; default: the source's.")
@@ -33,15 +33,15 @@ def main(arguments: list[str]) -> None:
     require(given.shard_size >= 1, f"`shard_size` must be at least 1, got {given.shard_size}.")
     require("/" not in name, f"`name` must be the first part of a file's name, got {name!r}.")
     require_writable(output)
-    from sagl.data.shard_writer import planned, write_shards
-    from sagl.data.sources import source_of
+    from sagl.data.registry import open_image_source
+    from sagl.data.webdataset_writer import planned, write_shards
 
-    source = source_of(given.source, given.labels)
+    source = open_image_source(given.source, given.labels)
     shards = planned(output, name, len(source), given.shard_size)
-    with watching(given.progress, name, len(source)) as watch:
+    with show_progress(given.progress, name, len(source)) as watch:
         kept = write_shards(source, shards, watch.images)
     print(f"{output}: {len(source)} pictures in {len(shards)} shards{f', {kept} of them kept' if kept else ''}.")
-    print(f"Train on them: --data sagl.data.shards.ShardData --data.shards {output}")
+    print(f"Train on them: --data sagl.data.webdataset.ShardData --data.shards {output}")
 
 
 def _name(source: str) -> str:

@@ -19,14 +19,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.utils.data import DataLoader
 
-from sagl.commands.devices import processes_of
 from sagl.commands.drawing import Drawing, recipe_of
-from sagl.commands.progress import Watch
 from sagl.commands.request import Request
-from sagl.data.run_folder import num_held
-from sagl.data.run_lock import RunLock, sharing
-from sagl.machine import set_threads
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
+from sagl.sampling.run_folder import count_images
+from sagl.utils.devices import num_processes
+from sagl.utils.environment import set_threads
+from sagl.utils.progress import ProgressReporter
+from sagl.utils.run_lock import RunLock, sharing
 
 LONGEST = timedelta(days=30)
 """That one process may wait for another: the launcher notices when one has died."""
@@ -53,8 +53,8 @@ class Share(LightningModule):
         if self.drawing is None:
             self._held.enter_context(sharing(plan.job.folder))
             processes = self.trainer.world_size
-            self.drawing = Drawing(plan=plan, recipe=recipe_of(plan.job), watch=Watch(), processes=processes)
-        self._before = num_held(plan.job.folder)
+            self.drawing = Drawing(plan=plan, recipe=recipe_of(plan.job), watch=ProgressReporter(), processes=processes)
+        self._before = count_images(plan.job.folder)
 
     def predict_dataloader(self) -> DataLoader[list[int]]:
         """Ids wanted of each micro-batch of this rank."""
@@ -98,7 +98,7 @@ class Share(LightningModule):
         """Move the bar by what all processes have put on the disk."""
         if self.lock is None or self.drawing is None:
             return
-        held = num_held(self.drawing.plan.job.folder)
+        held = count_images(self.drawing.plan.job.folder)
         if held > self._before:
             self.drawing.watch.images(held - self._before)
             self._before = held
@@ -123,7 +123,7 @@ def spread(drawing: Drawing, processes: int, lock: RunLock) -> None:
 
 def follow(request: Request) -> None:
     """Do what the first process tells; for all the others."""
-    _run(Share(), request, processes_of(request.device)[0])
+    _run(Share(), request, num_processes(request.device)[0])
 
 
 def _run(share: Share, request: Request, processes: int) -> None:

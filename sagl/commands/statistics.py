@@ -4,10 +4,10 @@ from pathlib import Path
 
 from sagl.commands.parser import Parser
 from sagl.commands.work import add_work_flags, work_of
-from sagl.machine import end_with_parent, global_rank, keep_freed_memory
-from sagl.settings.errors import require
-from sagl.settings.evaluation import MeasureSettings
-from sagl.settings.paths import require_new
+from sagl.errors import require
+from sagl.settings.evaluation import MetricSettings
+from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank
+from sagl.utils.files import require_new
 
 
 def statistics_parser() -> Parser:
@@ -19,7 +19,7 @@ def statistics_parser() -> Parser:
     p.add_argument("--output", type=str, required=True, help="The .npz file to write.")
     p.add_argument("--num_samples", type=int, default=None, help="Only so many images, the first.")
     p.add_argument(
-        "--num_kept", type=int, default=MeasureSettings.num_kept, help="Features kept for precision, recall, KID."
+        "--num_kept", type=int, default=MetricSettings.num_kept, help="Features kept for precision, recall, KID."
     )
     p.add_argument("--overwrite", action="store_true", help="Write over a file that is there.")
     add_work_flags(p)
@@ -33,12 +33,12 @@ def main(arguments: list[str]) -> None:
         UserError: the images or the extractor are not there, or the file is.
     """
     given = statistics_parser().parse(arguments)
-    keep_freed_memory()
+    disable_malloc_trim()
     work, output = work_of(given), Path(given.output)
     if global_rank() > 0:
         from sagl.commands.measuring import follow
 
-        end_with_parent()
+        exit_when_parent_dies()
         follow(work)
         return
     require(output.suffix == ".npz", f"`output` must end in .npz, got {given.output}.")

@@ -16,26 +16,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.best_checkpoints import BestCheckpoints
-from sagl.callbacks.ema import FurtherAverages, WeightAverage
-from sagl.callbacks.last_checkpoint import LastCheckpoint
+from sagl.callbacks.ema import EMA, ExtraEMAs
+from sagl.callbacks.last_checkpoint import ResumableCheckpoint
 from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.rank_order import RankOrder
 from sagl.callbacks.sag_sampling import SAGSampling
-from sagl.commands.parser import ReadableErrors, bracketed, names_of
+from sagl.commands.parser import UserErrorParser, field_names, parse_interval_arg
 from sagl.commands.request import packaged_config, read_config
-from sagl.machine import keep_freed_memory, set_threads
+from sagl.errors import UserError, require
 from sagl.models.checkpoints import load_training_checkpoint, read_state
 from sagl.models.loading import load
-from sagl.models.transfer import start_from
+from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.training_module import TrainingModule
-from sagl.settings.errors import UserError, require
 from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings
-from sagl.settings.training import PreviewSettings, SavingSettings
+from sagl.settings.training import CheckpointSettings, PreviewSettings
+from sagl.utils.environment import disable_malloc_trim, set_threads
 
-OF_DRAWING = {"preview", *names_of(ChainSettings), *GUIDANCES}
+OF_DRAWING = {"preview", *field_names(ChainSettings), *GUIDANCES}
 """Top-level settings that a classifier has no use for."""
 UNASKED = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Beginnings of Lightning's lines that no user of ours can act on."""
@@ -54,7 +54,7 @@ class SaveConfig(SaveConfigCallback):
         os.replace(partial, path)
 
 
-class FitParser(ReadableErrors, LightningArgumentParser):
+class FitParser(UserErrorParser, LightningArgumentParser):
     """Lightning's parser, whose refusals are one line."""
 
 
@@ -71,7 +71,7 @@ class FitCLI(LightningCLI):
         parser.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
         parser.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file or a name.")
         parser.add_argument("--weights", type=str, default="ema", help="Of a .ckpt: ema, ema:DECAY or raw.")
-        parser.add_class_arguments(SavingSettings, as_group=True)
+        parser.add_class_arguments(CheckpointSettings, as_group=True)
         if not self.draws:
             return
         parser.add_class_arguments(PreviewSettings, "preview")
@@ -152,12 +152,12 @@ class FitCLI(LightningCLI):
 
     def _sampling(self) -> dict[str, Any]:
         """The sampling settings of the config, as `sagl sample` advises them."""
-        chain = {name: self._get(self.config, name) for name in names_of(ChainSettings)}
+        chain = {name: self._get(self.config, name) for name in field_names(ChainSettings)}
         return chain | {group: self._group(group, kind) for group, kind in GUIDANCES.items()}
 
     def _callbacks(self) -> list[Any]:
-        s = SavingSettings(**{name: self._get(self.config, name) for name in names_of(SavingSettings)})
-        kept = [RankOrder(), WeightAverage(s), FurtherAverages(s), LastCheckpoint(self.last_checkpoint, s)]
+        s = CheckpointSettings(**{name: self._get(self.config, name) for name in field_names(CheckpointSettings)})
+        kept = [RankOrder(), EMA(s), ExtraEMAs(s), ResumableCheckpoint(self.last_checkpoint, s)]
         if not self.draws:
             return kept
         return [self._drawing(), BestCheckpoints(self.last_checkpoint.parent, self._previews), *kept]
@@ -175,11 +175,11 @@ class FitCLI(LightningCLI):
 
     def _group(self, group: str, kind: type) -> dict[str, Any]:
         """The settings of one group of the config."""
-        return {name: self._get(self.config, f"{group}.{name}") for name in names_of(kind)}
+        return {name: self._get(self.config, f"{group}.{name}") for name in field_names(kind)}
 
     def before_fit(self) -> None:
         """Resume where there is something to resume; checkpoints say how their network is best sampled from."""
-        self.model.hparams["average_decay"] = self._get(self.config, "average_decay")
+        self.model.hparams["ema_decay"] = self._get(self.config, "ema_decay")
         self.model.hparams["recommended"] = self._sampling() if self.draws else {}
         resumed = self._get(self.config, "resume") and self.last_checkpoint.exists()
         checkpoint = self._get(self.config, "checkpoint")
@@ -214,14 +214,14 @@ class FitCLI(LightningCLI):
         path, weights = Path(checkpoint), self._get(self.config, "weights")
         named = path.suffix not in (".pt", ".ckpt", ".safetensors") and not path.is_file()
         state = load(checkpoint, weights).state if named else read_state(path, weights)
-        if said := start_from(self.model.network, state):
+        if said := load_pretrained_weights(self.model.network, state):
             print(said)
 
 
 def with_packaged(arguments: list[str]) -> list[str]:
     """The command line with names of packaged configs as their paths: --config lsun_cat."""
     named = [str(packaged_config(a)) if before == "--config" else a for before, a in pairwise(["", *arguments])]
-    return bracketed(named)
+    return parse_interval_arg(named)
 
 
 def of_run(arguments: list[str]) -> list[str]:
@@ -283,7 +283,7 @@ def run_lightning(verb: str, arguments: list[str]) -> None:
     Raises:
         UserError, ArgumentError: the settings cannot be met; nothing has been written.
     """
-    keep_freed_memory()
+    disable_malloc_trim()
     set_threads()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # sys.argv must stay as it is, for the launcher of further processes runs it again

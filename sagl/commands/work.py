@@ -5,11 +5,11 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from sagl.commands.devices import require_launcher
 from sagl.commands.parser import Parser
-from sagl.settings.errors import require
+from sagl.errors import require
 from sagl.settings.evaluation import DEFAULT_EXTRACTOR, EXTRACTORS, require_extractor
 from sagl.settings.sampling import DeviceSettings
+from sagl.utils.devices import require_launcher
 
 Progress = Literal["auto", "bar", "lines", "off"]
 

@@ -12,10 +12,10 @@ from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-from sagl.data.loading import Images, Loader, Pair, Reading, TrainingLoader, in_order, training_loader
-from sagl.settings.errors import UserError, require
-from sagl.settings.paths import cache_folder
+from sagl.data.dataloader import Images, Loader, LoaderSettings, Pair, ResumableDataLoader, eval_loader, training_loader
+from sagl.errors import UserError, require
 from sagl.shapes import ImageUint8, Labels
+from sagl.utils.files import cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files, gzipped."""
@@ -66,7 +66,7 @@ class FashionMNISTData(LightningDataModule):
         """Find, unpack or download the files, once a machine."""
         fetch(self.folder)
 
-    def train_dataloader(self) -> TrainingLoader:
+    def train_dataloader(self) -> ResumableDataLoader:
         """The training split, in a new order each epoch."""
         split = PaddedFashionMNIST(self.folder, train=True)
         return training_loader(split, self._reading, self.seed, self.trainer)
@@ -88,11 +88,11 @@ class FashionMNISTData(LightningDataModule):
     def _of_test_split(self, part: slice) -> Loader:
         split = PaddedFashionMNIST(self.folder, train=False)
         split.images, split.labels = split.images[part], split.labels[part]
-        return in_order(split, self._reading, self.trainer)
+        return eval_loader(split, self._reading, self.trainer)
 
     @property
-    def _reading(self) -> Reading:
-        return Reading(batch_size=self.batch_size, num_workers=self.num_workers)
+    def _reading(self) -> LoaderSettings:
+        return LoaderSettings(batch_size=self.batch_size, num_workers=self.num_workers)
 
 
 def is_there(root: Path) -> bool:

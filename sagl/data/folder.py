@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sagl.data.pictures import NO_LABEL, PictureData, Source
-from sagl.settings.errors import UserError, require
+from sagl.data.image_data import NO_LABEL, ImageDataModule, Source
+from sagl.errors import UserError, require
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 """Of the files that are taken for pictures, in either case."""
 
 
-class FolderPictures(Source):
+class FolderImageSource(Source):
     """All pictures under a folder, in the order of their names."""
 
     def __init__(self, root: Path, labels: str = "none") -> None:
@@ -48,7 +48,7 @@ class FolderPictures(Source):
 
 
 @dataclass(kw_only=True, eq=False)
-class FolderData(PictureData):
+class FolderData(ImageDataModule):
     """Pictures under a folder."""
 
     root: str
@@ -56,9 +56,9 @@ class FolderData(PictureData):
     labels: str = "none"
     """folders: the first level of sub-folders are the classes; none: no classes; or a .csv file: file,label."""
 
-    def source(self) -> FolderPictures:
+    def source(self) -> FolderImageSource:
         """The folder's pictures."""
-        return FolderPictures(Path(self.root), self.labels)
+        return FolderImageSource(Path(self.root), self.labels)
 
 
 def _names(root: Path, files: Sequence[str], labels: str) -> list[str] | list[int]:

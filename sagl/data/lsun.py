@@ -14,9 +14,9 @@ import lmdb
 import numpy as np
 from torchvision.datasets.lsun import LSUNClass
 
-from sagl.data.pictures import NO_LABEL, PictureData, Source
-from sagl.settings.errors import UserError, require
-from sagl.settings.paths import cache_folder, whole_file
+from sagl.data.image_data import NO_LABEL, ImageDataModule, Source
+from sagl.errors import UserError, require
+from sagl.utils.files import atomic_file, cache_folder
 
 ARCHIVES = "http://dl.yf.io/lsun"
 ENDINGS = ("", "_lmdb", "_train_lmdb")
@@ -25,7 +25,7 @@ _OPEN: dict[str, tuple[int, lmdb.Environment]] = {}
 """Databases by folder, with the process that opened them; lmdb allows each once in a process."""
 
 
-class LSUNPictures(LSUNClass, Source):
+class LSUNImageSource(LSUNClass, Source):
     """One category without labels, in the order of its keys."""
 
     num_classes = None
@@ -65,7 +65,7 @@ class LSUNPictures(LSUNClass, Source):
 
 
 @dataclass(kw_only=True, eq=False)
-class LSUNData(PictureData):
+class LSUNData(ImageDataModule):
     """A category of LSUN, objects (cat, horse, …) and scenes (bedroom, …) alike."""
 
     category: str
@@ -73,13 +73,13 @@ class LSUNData(PictureData):
     root: str = "lsun"
     """Folder with CATEGORY, CATEGORY_lmdb or CATEGORY_train_lmdb in it, or one of these itself."""
 
-    def source(self) -> LSUNPictures:
+    def source(self) -> LSUNImageSource:
         """The category's pictures.
 
         Raises:
             UserError: its folder is not there.
         """
-        return LSUNPictures(lsun_folder(Path(self.root), self.category))
+        return LSUNImageSource(lsun_folder(Path(self.root), self.category))
 
 
 def lsun_folder(root: Path, category: str) -> Path:
@@ -118,7 +118,7 @@ def _keys(folder: Path) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
     if not kept.is_file():
         with _opened(str(folder)).begin() as transaction:
             keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=np.bytes_)
-        with whole_file(kept, "SAGL_CACHE") as partial, partial.open("wb") as file:
+        with atomic_file(kept, "SAGL_CACHE") as partial, partial.open("wb") as file:
             np.save(file, keys)
     loaded: np.ndarray[tuple[int], np.dtype[np.bytes_]] = np.load(kept, mmap_mode="r")
     return loaded

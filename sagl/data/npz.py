@@ -12,15 +12,15 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from sagl.data.arrays import Array, ArrayPictures
-from sagl.data.pictures import NO_LABEL, PictureData
-from sagl.settings.errors import UserError, require
+from sagl.data.array_source import Array, ArrayImageSource
+from sagl.data.image_data import NO_LABEL, ImageDataModule
+from sagl.errors import UserError, require
 
 LOCAL_HEADER = struct.Struct("<26x2H")
 """The end of what stands before a member's name in a zip: lengths of the name and of the extra field."""
 
 
-class NpzPictures(ArrayPictures):
+class NpzImageSource(ArrayImageSource):
     """`arr_0` as pictures and `arr_1` as labels; each process reads the images when it first needs one."""
 
     def __init__(self, file: Path) -> None:
@@ -59,15 +59,15 @@ class NpzPictures(ArrayPictures):
 
 
 @dataclass(kw_only=True, eq=False)
-class NpzData(PictureData):
+class NpzData(ImageDataModule):
     """Images of an npz file."""
 
     file: str
     """With arr_0 (N, H, W, 3 or 1) uint8 and, if there are labels, arr_1 (N,)."""
 
-    def source(self) -> NpzPictures:
+    def source(self) -> NpzImageSource:
         """The file's images."""
-        return NpzPictures(Path(self.file))
+        return NpzImageSource(Path(self.file))
 
 
 def _require_labels(labels: Array, count: int, file: Path) -> None:

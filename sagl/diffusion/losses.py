@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sagl.diffusion.denoiser import Condition, Denoiser, split_prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, split_eps_and_variance
 from sagl.diffusion.process import add_noise, clip, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import Loss, Variance
@@ -43,7 +43,7 @@ def training_losses(
     *,
     kind: Loss,
     variance: Variance,
-    max_weight: float = 1.0,
+    max_snr_weight: float = 1.0,
     target: Image | None = None,
 ) -> Losses:
     """Losses of one batch, each sample at its own timestep of the whole process.
@@ -56,30 +56,30 @@ def training_losses(
         schedule: the whole process, not a respaced one.
         kind: hybrid trains the mean by L_simple and the variance alone by the bound.
         variance: the reverse step's.
-        max_weight: L_simple counts 1 / alpha_bar times, at most so often. 1: everywhere alike, as in ADM.
+        max_snr_weight: L_simple counts 1 / alpha_bar times, at most so often. 1: everywhere alike, as in ADM.
         target: (B, C, H, W), the eps that L_simple asks for; None: the noise.
     """
     alpha_bar = schedule.alpha_bar(timesteps)
     x_t = add_noise(x_0, noise, alpha_bar)
     out = predict(x_t, timesteps).to(x_0.dtype)
-    eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
+    eps, log_variance = split_eps_and_variance(out, x_0.shape[1], schedule, timesteps, variance)
     mse = mean_flat(((noise if target is None else target) - eps) ** 2)
-    weighted = mse * (1 / alpha_bar).clamp(max=max_weight).flatten().to(mse)
+    weighted = mse * (1 / alpha_bar).clamp(max=max_snr_weight).flatten().to(mse)
     if kind == "simple" or (kind == "hybrid" and variance != "learned_range"):  # a fixed variance has nothing to learn
         return Losses(total=weighted, mse=mse, vb=torch.zeros_like(mse))
     bound_eps = eps.detach() if kind == "hybrid" else eps
     scale = schedule.num_steps / (1000 if kind == "hybrid" else 1)
-    vb = scale * bound_term(x_0, x_t, bound_eps, log_variance, schedule, timesteps, clip_x0=False)
+    vb = scale * vlb_term(x_0, x_t, bound_eps, log_variance, schedule, timesteps, clip_x0=False)
     return Losses(total=vb if kind == "vlb" else weighted + vb, mse=mse, vb=vb)
 
 
-def without_bound(losses: Losses, where: Tensor) -> Losses:
+def mask_vlb(losses: Losses, where: Tensor) -> Losses:
     """The losses, of which the bound is left out for the samples of `where`, (B,) bool."""
     vb = torch.where(where, 0.0, losses.vb)
     return Losses(total=losses.total - losses.vb + vb, mse=losses.mse, vb=vb)
 
 
-def bound_term(
+def vlb_term(
     x_0: Image, x_t: Image, eps: Image, log_variance: Tensor, schedule: Schedule, steps: Tensor, *, clip_x0: bool
 ) -> PerSample:
     """One term of the variational bound, in bits a dimension: KL, or at step 0 the decoder's likelihood."""
@@ -107,7 +107,7 @@ class BitsPerDim:
 
 @torch.no_grad()
 def bits_per_dim(
-    denoise: Denoiser,
+    denoise: NoisePredictor,
     x_0: Image,
     schedule: Schedule,
     noise: Callable[[int], Image],
@@ -121,13 +121,13 @@ def bits_per_dim(
         x_t = add_noise(x_0, noise(step), schedule.alpha_bar(step))
         p = denoise(x_t, step, condition or Condition())
         steps = torch.full((len(x_0),), step, device=x_0.device)
-        terms.append(bound_term(x_0, x_t, p.eps, p.log_variance, schedule, steps, clip_x0=clip_x0))
+        terms.append(vlb_term(x_0, x_t, p.eps, p.log_variance, schedule, steps, clip_x0=clip_x0))
     vb = torch.stack(terms, dim=1)
     prior = prior_bits(x_0, schedule)
     return BitsPerDim(total=vb.sum(dim=1) + prior, vb=vb, prior=prior)
 
 
-def bound_timesteps(batch: int, num_timesteps: int, generator: torch.Generator) -> tuple[Tensor, PerSample]:
+def sample_vlb_timesteps(batch: int, num_timesteps: int, generator: torch.Generator) -> tuple[Tensor, PerSample]:
     """One timestep a sample, to estimate the whole bound from: (B,) int64 and the weights 1 / p, (B,) float32.
 
     Half of the draws are even, half in proportion to 1 / (t + 1): the terms are large where t is small.
@@ -149,7 +149,7 @@ def estimated_bits_per_dim(
     *,
     variance: Variance,
 ) -> PerSample:
-    """The whole bound from one of its terms a sample, which `bound_timesteps` chose: its mean is `bits_per_dim`'s.
+    """The whole bound from one of its terms a sample, which `sample_vlb_timesteps` chose: its mean is `bits_per_dim`'s.
 
     Takes one pass of the network in place of one a timestep; a single sample's number says little.
 
@@ -164,8 +164,8 @@ def estimated_bits_per_dim(
     """
     x_t = add_noise(x_0, noise, schedule.alpha_bar(timesteps))
     out = predict(x_t, timesteps).to(x_0.dtype)
-    eps, log_variance = split_prediction(out, x_0.shape[1], schedule, timesteps, variance)
-    term = bound_term(x_0, x_t, eps, log_variance, schedule, timesteps, clip_x0=True)
+    eps, log_variance = split_eps_and_variance(out, x_0.shape[1], schedule, timesteps, variance)
+    term = vlb_term(x_0, x_t, eps, log_variance, schedule, timesteps, clip_x0=True)
     return weights.to(term) * term + prior_bits(x_0, schedule)
 
 
@@ -208,7 +208,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ timestep samplers
 
 
-def spread_timesteps(ids: Sequence[int], num_timesteps: int) -> Tensor:
+def van_der_corput_timesteps(ids: Sequence[int], num_timesteps: int) -> Tensor:
     """A timestep for each id, always the same, of which those of ids 0 … 2^k - 1 are evenly spread: -> (B,) int64.
 
     The binary digits of an id in reverse, as van der Corput has it.

@@ -18,7 +18,7 @@ INITIAL = 0
 SAMPLE, TIMESTEPS, DROPOUT = 2, 3, 4
 """Keys of what training draws; never 0, with which a short key is filled up."""
 
-Streams = Sequence[np.random.Generator]
+SampleRngs = Sequence[np.random.Generator]
 """A stream of random numbers for each sample of a batch."""
 
 StepNoise = Callable[[int], Image]
@@ -42,14 +42,14 @@ def random_labels(seed: int, ids: Sequence[int], num_classes: int) -> list[int]:
 
 def _draw(seed: int, ids: Sequence[int], key: int, shape: Sequence[int]) -> Image:
     """Sample i draws from SeedSequence([seed, i, 0]), a stream a key (128 bits; a torch.Generator keeps 32)."""
-    streams = (np.random.SeedSequence([seed, i, 0], spawn_key=(key,)) for i in ids)
-    return normal([np.random.default_rng(stream) for stream in streams], shape)
+    rngs = (np.random.SeedSequence([seed, i, 0], spawn_key=(key,)) for i in ids)
+    return normal([np.random.default_rng(stream) for stream in rngs], shape)
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def training_streams(seed: int, batch: int, places: Iterable[int]) -> Streams:
+def batch_rngs(seed: int, batch: int, places: Iterable[int]) -> SampleRngs:
     """A stream for each sample of a training batch, by its place in the batch of all ranks together."""
     return [np.random.default_rng([seed, batch, place, SAMPLE]) for place in places]
 
@@ -64,14 +64,14 @@ def seed_dropout(seed: int, batch: int, rank: int) -> None:
     torch.manual_seed(_word([seed, batch, rank, DROPOUT]))
 
 
-def normal(streams: Streams, shape: Sequence[int]) -> Image:
+def normal(rngs: SampleRngs, shape: Sequence[int]) -> Image:
     """Standard normal, each sample from its stream: -> (B, *shape) float32 on the CPU."""
-    return torch.from_numpy(np.stack([rng.standard_normal(tuple(shape), dtype=np.float32) for rng in streams]))
+    return torch.from_numpy(np.stack([rng.standard_normal(tuple(shape), dtype=np.float32) for rng in rngs]))
 
 
-def chance(streams: Streams, probability: float) -> Tensor:
+def chance(rngs: SampleRngs, probability: float) -> Tensor:
     """Which samples something happens to: -> (B,) bool."""
-    return torch.tensor([bool(rng.random() < probability) for rng in streams])
+    return torch.tensor([bool(rng.random() < probability) for rng in rngs])
 
 
 def _word(key: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """Which timesteps of the original process a shorter chain keeps: step index <-> timestep."""
 
-from sagl.settings.errors import UserError, require
+from sagl.errors import UserError, require
 
 
 def respaced_timesteps(spec: str, num_timesteps: int) -> list[int]:

@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sagl.diffusion.denoiser import Network
-from sagl.diffusion.noise import Streams
+from sagl.diffusion.noise import SampleRngs
+from sagl.diffusion.predictor import Network
 from sagl.diffusion.process import add_noise
 from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.degrade import degraded_content
 from sagl.guidance.mask import attention_mask
-from sagl.settings.guidance import fitting_kernel
+from sagl.settings.guidance import effective_kernel_size
 from sagl.settings.training import BlurAwareSettings
-from sagl.shapes import AlphaBar, Image, Labels, Mask, Site, Timestep
+from sagl.shapes import AlphaBar, AttentionSite, Image, Labels, Mask, Timestep
 
 BLOCKS = 16
 """A random mask is drawn on so many blocks a side, as if they were tokens."""
@@ -25,43 +25,43 @@ def training_mask(
     x_t: Image,
     timesteps: Timestep,
     labels: Labels | None,
-    streams: Streams,
+    rngs: SampleRngs,
 ) -> Mask:
     """What is to be blurred: (B, C, H, W), noised but not degraded -> (B, 1, H, W) bool. No gradient is kept."""
     batch, size = len(x_t), (x_t.shape[-2], x_t.shape[-1])
     if settings.mask == "attention":
-        site = Site(settings.site)
+        site = AttentionSite(settings.site)
         with torch.no_grad():
             received = network(x_t, timesteps, labels, attention_sites=(site,)).attention[site]
         return attention_mask(received, settings.threshold, size)
     if settings.mask == "random":
-        drawn = np.stack([rng.random((1, BLOCKS, BLOCKS)) for rng in streams])
+        drawn = np.stack([rng.random((1, BLOCKS, BLOCKS)) for rng in rngs])
         blocks = torch.from_numpy(drawn) < settings.share
         return F.interpolate(blocks.float(), size=size, mode="nearest").bool().to(x_t.device)
     if settings.mask == "square":
-        return _squares(settings.share, size, streams).to(x_t.device)
+        return _squares(settings.share, size, rngs).to(x_t.device)
     return torch.ones(batch, 1, *size, dtype=torch.bool, device=x_t.device)
 
 
-def _squares(share: float, size: tuple[int, int], streams: Streams) -> Mask:
+def _squares(share: float, size: tuple[int, int], rngs: SampleRngs) -> Mask:
     """A rectangle of the image's proportions, `share` of its area, anywhere inside."""
-    inside = torch.ones(len(streams), 1, *size, dtype=torch.bool)
+    inside = torch.ones(len(rngs), 1, *size, dtype=torch.bool)
     for axis, length in zip((2, 3), size, strict=True):
         side = round(length * share**0.5)
-        first = torch.tensor([[int(rng.integers(length - side + 1))] for rng in streams])
+        first = torch.tensor([[int(rng.integers(length - side + 1))] for rng in rngs])
         at = torch.arange(length)
         line = (at >= first) & (at < first + side)
         inside &= line[:, None, :, None] if axis == 2 else line[:, None, None, :]
     return inside
 
 
-def blurred(x_0: Image, settings: BlurAwareSettings, streams: Streams) -> Image:
+def blurred(x_0: Image, settings: BlurAwareSettings, rngs: SampleRngs) -> Image:
     """Each image blurred by a sigma of its own: (B, C, H, W) -> the same."""
     least, largest = settings.blur_sigma
-    kernel = fitting_kernel(None, min(x_0.shape[-2:]))
+    kernel = effective_kernel_size(None, min(x_0.shape[-2:]))
     if least == largest:
         return gaussian_blur(x_0, kernel, least)
-    sigmas = [rng.uniform(least, largest) for rng in streams]
+    sigmas = [rng.uniform(least, largest) for rng in rngs]
     return torch.cat([gaussian_blur(x, kernel, sigma) for x, sigma in zip(x_0.split(1), sigmas, strict=True)])
 
 
@@ -74,7 +74,7 @@ def degraded_batch(
     timesteps: Timestep,
     labels: Labels | None,
     chosen: Tensor,
-    streams: Streams,
+    rngs: SampleRngs,
 ) -> tuple[Image, Image]:
     """A batch of which the `chosen` samples, (B,) bool, are degraded; only they pay for a mask.
 
@@ -86,7 +86,7 @@ def degraded_batch(
     rows, content = chosen.nonzero()[:, 0], x_0.clone()
     if len(rows):
         x_t, few = add_noise(x_0, noise, alpha_bar)[rows], None if labels is None else labels[rows]
-        own = [streams[row] for row in rows.tolist()]
+        own = [rngs[row] for row in rows.tolist()]
         mask = training_mask(settings, network, x_t, timesteps[rows], few, own)
         content[rows] = degraded_content(x_0[rows], blurred(x_0[rows], settings, own), mask)
     if settings.target == "noise":

@@ -5,24 +5,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
+from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
-from sagl.guidance.direction import Guidance
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
+from sagl.guidance.base import Guidance
 from sagl.settings.guidance import ClassifierGuidance
 from sagl.shapes import Image, Timestep
 
-Logits = Callable[[Image, Timestep], Tensor]
+NoisyClassifier = Callable[[Image, Timestep], Tensor]
 """A classifier of noisy images: ((B, C, H, W), (B,) timesteps) -> (B, classes)."""
 
 
-def classifier_guidance(settings: ClassifierGuidance, classifier: Logits, schedule: Schedule) -> Guidance:
+def classifier_guidance(settings: ClassifierGuidance, classifier: NoisyClassifier, schedule: Schedule) -> Guidance:
     """Towards x_t that the classifier takes for the condition's labels: score = scale · grad log p(y | x_t).
 
     Costs no pass of the UNet; the labels must be given.
     """
 
-    def direction(_: Denoiser, x_t: Image, step: int, condition: Condition, __: Prediction) -> Direction:
+    def direction(_: NoisePredictor, x_t: Image, step: int, condition: Condition, __: Prediction) -> GuidanceTerm:
         """Scale · grad log p(y | x_t), eq. 9."""
         if condition.labels is None:
             raise UserError("`labels` must be given for classifier guidance, got none.")
@@ -31,6 +31,6 @@ def classifier_guidance(settings: ClassifierGuidance, classifier: Logits, schedu
             x = x_t.detach().clone().requires_grad_()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             chosen = log_p.gather(1, condition.labels.clone()[:, None]).sum()
-            return Direction(score=settings.scale * torch.autograd.grad(chosen, x)[0])
+            return GuidanceTerm(score=settings.scale * torch.autograd.grad(chosen, x)[0])
 
     return Guidance(direction=direction, when=lambda _: settings.scale != 0, passes=0)

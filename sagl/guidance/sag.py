@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from sagl.diffusion.denoiser import Condition, Denoiser, Direction, Prediction
+from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.process import clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
+from sagl.guidance.base import Guidance, extrapolate, within
 from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.degrade import degrade
-from sagl.guidance.direction import Guidance, away_from, within
 from sagl.guidance.mask import attention_mask
-from sagl.settings.guidance import SelfAttentionGuidance, fitting_kernel
-from sagl.shapes import Image, Mask, Site
+from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
+from sagl.shapes import AttentionSite, Image, Mask
 
 
 def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
@@ -19,21 +19,23 @@ def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
     Costs one more pass a guided step; none at scale 0 or outside the interval. The mask, (B, 1, H, W) bool, is in
     the direction's notes.
     """
-    site = Site(settings.site, settings.heads)
+    site = AttentionSite(settings.site, settings.heads)
 
     def weakened(x_t: Image, step: int, plain: Prediction) -> tuple[Image, Mask]:
         """x_t_degraded (eq. 16) and what is masked of it."""
         alpha_bar, size = schedule.alpha_bar(step), (x_t.shape[-2], x_t.shape[-1])
         mask = attention_mask(plain.attention[site], settings.threshold, size)
         x0_hat = clip(x0_hat_from_eps(x_t, plain.eps, alpha_bar), settings.clip_x0)
-        x0_blurred = gaussian_blur(x0_hat, fitting_kernel(settings.kernel_size, min(size)), settings.blur_sigma)
+        x0_blurred = gaussian_blur(x0_hat, effective_kernel_size(settings.kernel_size, min(size)), settings.blur_sigma)
         return degrade(x0_hat, x0_blurred, mask, plain.eps, alpha_bar), mask
 
-    def direction(denoise: Denoiser, x_t: Image, step: int, condition: Condition, plain: Prediction) -> Direction:
+    def direction(
+        denoise: NoisePredictor, x_t: Image, step: int, condition: Condition, plain: Prediction
+    ) -> GuidanceTerm:
         """S · (eps - eps of x_t_degraded), eq. 17."""
         x_t_degraded, mask = weakened(x_t, step, plain)  # and nothing else lives through the second pass
         weak = denoise(x_t_degraded, step, replace(condition, degraded=True))
-        return replace(away_from(weak, plain, settings.scale), notes={"mask": mask})
+        return replace(extrapolate(weak, plain, settings.scale), notes={"mask": mask})
 
     def ask(condition: Condition) -> Condition:
         return replace(condition, attention_sites=(*condition.attention_sites, site))

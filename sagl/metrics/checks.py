@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from sagl.errors import require
+from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import Statistics
-from sagl.metrics.tally import Looked
-from sagl.settings.errors import require
 
 
-def require_comparable(made: Looked, real: Looked, neighbours: int) -> None:
+def require_comparable(made: FeatureStatistics, real: FeatureStatistics, neighbours: int) -> None:
     """Two sets that can be measured from each other.
 
     Raises:

@@ -8,10 +8,10 @@ import fcntl
 import torch
 from torch import nn
 
+from sagl.errors import UserError
 from sagl.metrics.features import Features
-from sagl.settings.errors import UserError
-from sagl.settings.paths import cache_folder
 from sagl.shapes import ImageUint8
+from sagl.utils.files import cache_folder
 
 NAME = "dinov2-vit-l-14"
 """torch-fidelity's; 1024 features."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sagl.errors import UserError
 from sagl.metrics.features import Features
-from sagl.settings.errors import UserError
 from sagl.shapes import ImageUint8
 
 

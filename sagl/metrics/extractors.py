@@ -5,11 +5,11 @@ from importlib import import_module
 
 import torch
 
+from sagl.errors import require
 from sagl.metrics.dinov2 import dinov2
 from sagl.metrics.effnet import effnet_lite0
 from sagl.metrics.features import Extractor
 from sagl.metrics.inception import inception
-from sagl.settings.errors import require
 from sagl.settings.evaluation import require_extractor
 
 Maker = Callable[[torch.device], Extractor]
@@ -22,7 +22,7 @@ MAKERS: dict[str, Maker] = {
 """By the names in the settings."""
 
 
-def maker_of(name: str) -> Maker:
+def get_extractor(name: str) -> Maker:
     """What makes an extractor: by one of the names above, or one's own function, as package.function.
 
     One's own gets the device, and returns what takes images and gives features.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sagl.settings.errors import require
+from sagl.errors import require
 from sagl.shapes import ImageUint8
 
 
@@ -33,7 +33,7 @@ IMAGES_AT_ONCE = 100
 
 
 @torch.inference_mode()
-def features_of(images_uint8: ImageUint8, extract: Extractor) -> Features:
+def extract_features(images_uint8: ImageUint8, extract: Extractor) -> Features:
     """Features of many images, a few at a time: (N, 1 or 3, H, W) uint8 -> on the CPU, float32.
 
     Raises:
@@ -60,6 +60,6 @@ def seen(found: Features | Tensor, count: int) -> Features:
     return features.each(lambda part: part.float().cpu())
 
 
-def resize_of(extract: Extractor) -> str:
+def describe_resize(extract: Extractor) -> str:
     """How images come to the extractor's size, in words."""
     return str(getattr(extract, "resize", "its own"))

@@ -26,13 +26,13 @@ class Statistics:
 
 def statistics(features: Tensor) -> Statistics:
     """(N, D) -> mean and unbiased covariance, in float64. N is at least 2."""
-    sums = Sums()
+    sums = CovarianceAccumulator()
     for rows in features.split(ROWS_AT_ONCE):
         sums.add(rows)
     return sums.statistics()
 
 
-class Sums:
+class CovarianceAccumulator:
     """Mean and covariance of features that come in parts; float64, from the first part's mean to keep the digits."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Sums:
         return Statistics(mean=self._near + mean, covariance=covariance, num_samples=self.count)
 
 
-class FrechetTo:
+class FrechetReference:
     """Distances to one Gaussian, whose root is taken once."""
 
     def __init__(self, reference: Statistics) -> None:
@@ -87,8 +87,8 @@ class FrechetTo:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Distance between two Gaussians; see `FrechetTo`."""
-    return FrechetTo(a)(b)
+    """Distance between two Gaussians; see `FrechetReference`."""
+    return FrechetReference(a)(b)
 
 
 def _root(covariance: Tensor) -> Tensor:

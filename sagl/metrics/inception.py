@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sagl.errors import UserError, require
 from sagl.metrics.features import Features
-from sagl.models.download import download
-from sagl.models.download_progress import progress_bar
-from sagl.settings.errors import UserError, require
-from sagl.settings.paths import cache_folder, sha256
 from sagl.shapes import ImageUint8
+from sagl.utils.download import download
+from sagl.utils.download_progress import progress_bar
+from sagl.utils.files import cache_folder, sha256
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from sagl.errors import UserError, require
+from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import Statistics
-from sagl.metrics.tally import Looked
-from sagl.settings.errors import UserError, require
 from sagl.settings.evaluation import INCEPTION
-from sagl.settings.paths import whole_file
+from sagl.utils.files import atomic_file
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
@@ -26,7 +26,7 @@ Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 class Reference:
     """A statistics file."""
 
-    looked: Looked
+    looked: FeatureStatistics
     extractor: str
     source: str = ""
     """What it was made from, where the file says so."""
@@ -68,7 +68,7 @@ def read_reference(path: Path) -> Reference:
     assert pooled is not None
     side = arrays.get("side")
     return Reference(
-        looked=Looked(pooled=pooled, spatial=spatial, features=_features(arrays, len(pooled.mean), path)),
+        looked=FeatureStatistics(pooled=pooled, spatial=spatial, features=_features(arrays, len(pooled.mean), path)),
         extractor=str(arrays.get("extractor", INCEPTION)),
         source=str(arrays.get("source", "")),
         side=None if side is None or side.shape != (2,) else (int(side[0]), int(side[1])),
@@ -109,7 +109,7 @@ def write_reference(reference: Reference, path: Path, argument: str = "output") 
     }
     if reference.side is not None:
         words["side"] = reference.side
-    with whole_file(path, argument) as partial, partial.open("wb") as file:
+    with atomic_file(path, argument) as partial, partial.open("wb") as file:
         np.savez(file, **arrays, **{name: np.array(word) for name, word in words.items()})  # type: ignore[arg-type]
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
+from sagl.errors import require
+from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
 from sagl.models.channels import channel_affine, channel_moments
 from sagl.models.winograd import Conv3x3
-from sagl.settings.errors import require
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
-from sagl.shapes import HeadSplit, Image, Labels, Site, Timestep, TokenMap
+from sagl.shapes import AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
 
 
 class UNetOutput(NamedTuple):
@@ -27,7 +27,7 @@ class UNetOutput(NamedTuple):
 
     out: Tensor
     """(B, C or 2C, H, W) float32: eps, then the variance's channels where the network learns them."""
-    attention: Mapping[Site, TokenMap]
+    attention: Mapping[AttentionSite, TokenMap]
     """Attention received at each site that was asked for, (B, head, H, W), mean 1."""
 
 
@@ -92,7 +92,7 @@ def silu(x: Tensor) -> Tensor:
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def zeroed(layer: Layer) -> Layer:
+def zero_module(layer: Layer) -> Layer:
     """The layer with its parameters at zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -101,10 +101,10 @@ def zeroed(layer: Layer) -> Layer:
 
 def zero_conv(width: int, out: int) -> Conv3x3:
     """A 3x3 convolution that begins at zero, so that its branch begins as nothing."""
-    return zeroed(Conv3x3(width, out))
+    return zero_module(Conv3x3(width, out))
 
 
-class Halve(nn.Module):
+class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2): a strided convolution, or the average of 2x2 pixels."""
 
     def __init__(self, width: int, *, learned: bool) -> None:
@@ -116,7 +116,7 @@ class Halve(nn.Module):
         return self.op(x)
 
 
-class Double(nn.Module):
+class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W): each pixel four times, with a convolution after it or not."""
 
     def __init__(self, width: int, *, learned: bool) -> None:
@@ -162,27 +162,27 @@ class AttentionBlock(nn.Module):
     def __init__(self, s: EncoderSettings, width: int, num_heads: int) -> None:
         super().__init__()
         self.settings, self.num_heads = s, num_heads
-        self.split = split_before_heads if s.use_new_attention_order else split_after_heads
+        self.split = split_qkv if s.use_new_attention_order else split_qkv_legacy
         self.norm = Norm(width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
-        self.proj_out = zeroed(nn.Conv1d(width, width, 1))
+        self.proj_out = zero_module(nn.Conv1d(width, width, 1))
 
-    def forward(self, x: Tensor, asked: tuple[HeadSplit, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
+    def forward(self, x: Tensor, asked: tuple[HeadLayout, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
         """(B, C, H, W) -> the same shape, and the attention received for each head split asked for."""
         if self.settings.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, asked, use_reentrant=False)
         return self._forward(x, asked)
 
-    def _forward(self, x: Tensor, asked: tuple[HeadSplit, ...]) -> tuple[Tensor, list[TokenMap]]:
+    def _forward(self, x: Tensor, asked: tuple[HeadLayout, ...]) -> tuple[Tensor, list[TokenMap]]:
         qkv = pointwise(self.qkv, self.norm(x)).flatten(2).mT
         attended = attention(*self.split(qkv, self.num_heads)).transpose(1, 2).flatten(2)
         out = pointwise(self.proj_out, attended.mT.unflatten(-1, x.shape[-2:]))
         return x + out, [self._received(qkv, heads, x.shape[-2:]) for heads in asked]
 
-    def _received(self, qkv: Tensor, heads: HeadSplit, side: torch.Size) -> TokenMap:
+    def _received(self, qkv: Tensor, heads: HeadLayout, side: torch.Size) -> TokenMap:
         """As the layer splits its heads, or as the released SAG code does: `num_heads` of them, always legacy order."""
         released = heads == "as_released"
-        split, num_heads = (split_after_heads, self.settings.num_heads) if released else (self.split, self.num_heads)
+        split, num_heads = (split_qkv_legacy, self.settings.num_heads) if released else (self.split, self.num_heads)
         query, key, _ = split(qkv, num_heads)
         return attention_received(query, key).unflatten(-1, side)
 
@@ -230,7 +230,9 @@ class Stage(nn.ModuleList):
         super().__init__(layers)
         self.name = name
 
-    def forward(self, x: Tensor, emb: Tensor, sites: Sequence[Site] = ()) -> tuple[Tensor, dict[Site, TokenMap]]:
+    def forward(
+        self, x: Tensor, emb: Tensor, sites: Sequence[AttentionSite] = ()
+    ) -> tuple[Tensor, dict[AttentionSite, TokenMap]]:
         """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of the sites that are here."""
         here = [site for site in sites if site.name == self.name]
         received: list[TokenMap] = []
@@ -297,7 +299,7 @@ class UNet(Encoder):
         timesteps: Timestep,
         labels: Labels | None = None,
         *,
-        attention_sites: Sequence[Site] = (),
+        attention_sites: Sequence[AttentionSite] = (),
         degraded: Tensor | None = None,
     ) -> UNetOutput:
         """One pass.
@@ -317,7 +319,7 @@ class UNet(Encoder):
         emb = self._add_label(self.embed(timesteps), labels)
         if degraded is not None and self.settings.degraded_embedding:
             emb = emb + degraded[:, None] * self.degraded_emb
-        received: dict[Site, TokenMap] = {}
+        received: dict[AttentionSite, TokenMap] = {}
         h = self.first_features(x, emb)
         skips = [h]
         for stage in self.input_blocks[1:]:
@@ -375,7 +377,7 @@ def _numbered(prefix: str, blocks: Iterator[Layers]) -> nn.ModuleList:
     return nn.ModuleList(Stage(f"{prefix}.{k}", layers) for k, layers in enumerate(blocks))
 
 
-def _resample(s: EncoderSettings, width: int, kind: type[Halve] | type[Double]) -> nn.Module:
+def _resample(s: EncoderSettings, width: int, kind: type[Downsample] | type[Upsample]) -> nn.Module:
     """The end of a level: a residual block that resamples, or a plain convolution."""
     return ResBlock(s, width, width, kind(width, learned=False)) if s.resblock_updown else kind(width, learned=True)
 
@@ -391,7 +393,7 @@ def _input_layers(s: EncoderSettings) -> Iterator[Layers]:
     yield [Conv3x3(s.in_channels, width)]
     for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
         if level:
-            yield [_resample(s, width, Halve)]
+            yield [_resample(s, width, Downsample)]
         for _ in range(s.num_res_blocks):
             yield [ResBlock(s, width, out), *_attention(s, out, side, s.heads_of(out))]
             width = out
@@ -412,7 +414,7 @@ def _output_layers(s: UNetSettings) -> Iterator[Layers]:
         for block in range(s.num_res_blocks + 1):
             layers = [ResBlock(s, width + skips.pop(), out), *_attention(s, out, side, heads)]
             if level and block == s.num_res_blocks:
-                layers.append(_resample(s, out, Double))
+                layers.append(_resample(s, out, Upsample))
             yield layers
             width = out
 
@@ -432,7 +434,7 @@ class AttentionPool(nn.Module):
         """The mean token's answer."""
         tokens = x.flatten(2).mT
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.mT
-        qkv = split_before_heads(tokenwise(self.qkv_proj, tokens), self.num_heads)
+        qkv = split_qkv(tokenwise(self.qkv_proj, tokens), self.num_heads)
         attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
         return tokenwise(self.c_proj, attended[:, :1])[:, 0]
 
@@ -443,7 +445,7 @@ def _pool(s: ClassifierSettings) -> nn.Module:
     if s.pool == "attention":
         return nn.Sequential(Norm(width), nn.SiLU(), AttentionPool(s))
     if s.pool == "adaptive":
-        conv = zeroed(nn.Conv2d(width, s.num_classes, 1))
+        conv = zero_module(nn.Conv2d(width, s.num_classes, 1))
         return nn.Sequential(Norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
     hidden = [nn.ReLU()] if s.pool == "spatial" else [Norm(2048), nn.SiLU()]
     return nn.Sequential(nn.Linear(means, 2048), *hidden, nn.Linear(2048, s.num_classes))

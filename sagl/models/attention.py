@@ -16,13 +16,13 @@ PLAIN_TOKENS_TRAINED = 256
 """Up to so many, in more bits too, where a gradient will be taken."""
 
 
-def split_after_heads(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
+def split_qkv_legacy(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
     """Channels ordered head, then q | k | v (ADM's legacy order): (B, L, 3·head·d) -> 3 of (B, head, L, d)."""
     query, key, value = qkv.unflatten(-1, (num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
     return query, key, value
 
 
-def split_before_heads(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
     """Channels ordered q | k | v, then head (ADM's new order): (B, L, 3·head·d) -> 3 of (B, head, L, d)."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value

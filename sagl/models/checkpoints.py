@@ -16,19 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sagl.errors import UserError, require
 from sagl.models.adm import Classifier, UNet
-from sagl.models.zoo import KINDS, METADATA_KEY, described, require_advice, require_same, settings_of
+from sagl.models.zoo import KINDS, METADATA_KEY, read_metadata, require_recommended, require_same, settings_of
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError, require
 from sagl.settings.network import AnySettings, UNetSettings
-from sagl.settings.paths import whole_file
 from sagl.settings.sampling import WeightPrecision
+from sagl.utils.files import atomic_file
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkFile:
+class Checkpoint:
     """A network's weights, with all that is needed to use them."""
 
     network: AnySettings
@@ -40,7 +40,7 @@ class NetworkFile:
 
 def read_network(
     path: Path, weights: str = "ema", settings: AnySettings | None = None, diffusion: DiffusionSettings | None = None
-) -> NetworkFile:
+) -> Checkpoint:
     """Weights and settings of a .safetensors file, a training checkpoint (.ckpt) or a plain state dict (.pt).
 
     Tensors are mapped from the disk (`build_network` lays out 3x3 kernels anew), and nothing in the file is run.
@@ -60,7 +60,7 @@ def read_network(
             raise UserError(
                 f"`checkpoint` {path} does not say which network it is for. Add --model NAME, or --config FILE."
             )
-        return NetworkFile(network=settings, diffusion=diffusion or DiffusionSettings(), state=_plain(tensors, path))
+        return Checkpoint(network=settings, diffusion=diffusion or DiffusionSettings(), state=_plain(tensors, path))
     file = _network_file(about, tensors, path, weights)
     if settings is not None:
         require_same(settings, file.network, path)
@@ -77,12 +77,12 @@ def read_state(path: Path, weights: str = "ema") -> Mapping[str, Tensor]:
     return _plain(tensors, path) if about is None else _network_file(about, tensors, path, weights).state
 
 
-def in_dtype(file: NetworkFile, dtype: torch.dtype) -> NetworkFile:
+def in_dtype(file: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The same network with its weights in `dtype`."""
     return replace(file, state={name: tensor.to(dtype) for name, tensor in file.state.items()})
 
 
-def write_network(file: NetworkFile, path: Path) -> None:
+def write_network(file: Checkpoint, path: Path) -> None:
     """Write safetensors with the settings inside, whole or not at all.
 
     Raises:
@@ -93,12 +93,12 @@ def write_network(file: NetworkFile, path: Path) -> None:
         "diffusion": asdict(file.diffusion),
         "recommended": dict(file.recommended),
     }
-    with whole_file(path, "target") as partial:
+    with atomic_file(path, "target") as partial:
         save_tensors(file.state, partial, {METADATA_KEY: json.dumps(about)})
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write safetensors; to be called inside `whole_file` or `whole_folder`.
+    """Write safetensors; to be called inside `atomic_file` or `atomic_folder`.
 
     Raises:
         OSError: the system's own, which safetensors wraps.
@@ -110,7 +110,7 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
 
 
-def build_network(file: NetworkFile) -> UNet:
+def build_network(file: Checkpoint) -> UNet:
     """The UNet in evaluation mode and float32, strictly loaded; float32 tensors are shared, but for 3x3 kernels.
 
     Raises:
@@ -122,7 +122,7 @@ def build_network(file: NetworkFile) -> UNet:
     return _loaded(network, file.state)
 
 
-def build_classifier(file: NetworkFile) -> Classifier:
+def build_classifier(file: Checkpoint) -> Classifier:
     """The classifier in evaluation mode and float32, strictly loaded.
 
     Raises:
@@ -139,7 +139,7 @@ def parameters_of(settings: AnySettings) -> dict[str, Tensor]:
     return _hollow(settings).state_dict()
 
 
-def require_fit(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], way_out: str = "") -> None:
+def check_state_dict(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], way_out: str = "") -> None:
     """Refuse weights whose names or shapes are not those of a network's parameters.
 
     Args:
@@ -164,7 +164,7 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torc
 """Of weights, by their precision."""
 
 
-def as_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.device) -> AnyNetwork:
+def cast_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.device) -> AnyNetwork:
     """The network on a device, its weights in the precision; the arithmetic around it stays float32.
 
     So does the first convolution: in 16 bits, x_t would be rounded by as much as the noise in it at the last steps.
@@ -239,7 +239,7 @@ def _read_pickle(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] | Non
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    about = described(path)
+    about = read_metadata(path)
     try:
         return load_file(path), about or None
     except (SafetensorError, OSError) as error:
@@ -260,16 +260,16 @@ def _plain(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Path, weights: str) -> NetworkFile:
+def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Path, weights: str) -> Checkpoint:
     network, diffusion = settings_of(about, path)
-    require_advice(about, path)
+    require_recommended(about, path)
     state = _averaged(content, weights, path) if "state_dict" in content else _plain(content, path)
-    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=about.get("recommended") or {})
+    return Checkpoint(network=network, diffusion=diffusion, state=state, recommended=about.get("recommended") or {})
 
 
 def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
     """The weights asked for, of those that a training checkpoint holds."""
-    decay = checkpoint["hyper_parameters"].get("average_decay")
+    decay = checkpoint["hyper_parameters"].get("ema_decay")
     held = {"ema": checkpoint["state_dict"], f"ema:{decay}": checkpoint["state_dict"]}
     held |= {f"ema:{other}": state for other, state in checkpoint.get("further_averages", {}).items()}
     held |= {"raw": checkpoint["current_model_state"]} if "current_model_state" in checkpoint else {}
@@ -287,6 +287,6 @@ def _hollow(settings: AnySettings) -> UNet | Classifier:
 
 
 def _loaded(network: AnyNetwork, state: Mapping[str, Tensor]) -> AnyNetwork:
-    require_fit(network.state_dict(), state)
+    check_state_dict(network.state_dict(), state)
     network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)

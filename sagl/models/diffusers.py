@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sagl.models.checkpoints import NetworkFile, parameters_of, require_fit, save_tensors
-from sagl.models.zoo import require_advice, settings_from
+from sagl.errors import UserError, require
+from sagl.models.checkpoints import Checkpoint, check_state_dict, parameters_of, save_tensors
+from sagl.models.zoo import require_recommended, settings_from
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError, require
 from sagl.settings.network import UNetSettings
-from sagl.settings.paths import whole_folder
+from sagl.utils.files import atomic_folder
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """The files of a folder, as `UNet2DModel` reads and writes them."""
@@ -77,7 +77,7 @@ def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[d
         UserError: a `UNet2DModel` cannot express the settings; names or shapes do not fit them.
     """
     config = _config(settings)
-    require_fit(parameters_of(settings), state)
+    check_state_dict(parameters_of(settings), state)
     return config | {OWN_KEY: {"network": asdict(settings)}}, _renamed(settings, state)
 
 
@@ -93,13 +93,13 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     settings = _noted(config, _settings(config))
     ours = parameters_of(settings)
     way_out = " If an older diffusers wrote it, load and save it with a current one."
-    require_fit(_renamed(settings, ours), state, way_out)
+    check_state_dict(_renamed(settings, ours), state, way_out)
     names = _names(settings, ours)
     found = {name: _joined(settings, [state[part] for part in theirs]) for name, theirs in names.items()}
     return settings, {name: tensor.reshape(ours[name].shape) for name, tensor in found.items()}
 
 
-def write_diffusers(file: NetworkFile, folder: Path) -> None:
+def write_diffusers(file: Checkpoint, folder: Path) -> None:
     """Write the folder that `UNet2DModel.from_pretrained` loads, whole or not at all.
 
     Args:
@@ -113,12 +113,12 @@ def write_diffusers(file: NetworkFile, folder: Path) -> None:
         raise UserError("`checkpoint` must be a network that draws to go to diffusers, and this one is a classifier.")
     config, state = to_diffusers(file.network, file.state)
     config[OWN_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
-    with whole_folder(folder.resolve(), "target") as partial:
+    with atomic_folder(folder.resolve(), "target") as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_tensors(state, partial / WEIGHTS, {"format": "pt"})
 
 
-def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> NetworkFile:
+def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> Checkpoint:
     """A folder that `UNet2DModel.save_pretrained` wrote, or `write_diffusers`.
 
     Args:
@@ -141,13 +141,13 @@ def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> 
         raise UserError(f"`checkpoint` must be a folder with whole files, and one in {folder} is damaged.") from error
     network, state = from_diffusers(config, state)
     noted = config.get(OWN_KEY, {})
-    require_advice(noted, folder / CONFIG)
+    require_recommended(noted, folder / CONFIG)
     told = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
     try:
         diffusion = settings_from(DiffusionSettings, noted.get("diffusion", asdict(diffusion or told)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
-    return NetworkFile(network=network, diffusion=diffusion, state=state, recommended=noted.get("recommended") or {})
+    return Checkpoint(network=network, diffusion=diffusion, state=state, recommended=noted.get("recommended") or {})
 
 
 # -------------------------------------------------------------------------------------------- configurations

@@ -12,7 +12,7 @@ from sagl.models.adm import UNet
 from sagl.settings.network import UNetSettings
 
 
-class LiveBytes(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of the tensors made inside the block: those that live now, and the most at one time.
 
     Counted at allocation, whatever the allocator does with it; what an operation holds inside itself is not seen.
@@ -51,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
-def forward_bytes(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
+def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the weights, and the most that one image's forward needs beside them; counted without computing.
 
     To the weights belongs what a first forward leaves behind: on a CPU, those that are kept transformed.
@@ -62,8 +62,8 @@ def forward_bytes(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
         x = torch.empty(1, s.in_channels, s.image_size, s.image_size)
         labels = None if s.num_classes is None else torch.zeros(1, dtype=torch.long)
         with torch.inference_mode():
-            with LiveBytes() as first:
+            with MemoryTracker() as first:
                 network(x, torch.zeros(1), labels)
-            with LiveBytes() as live:
+            with MemoryTracker() as live:
                 network(x, torch.zeros(1), labels)
     return weights + first.now, live.peak

@@ -9,10 +9,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
+from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import NetworkFile, build_network, require_fit
+from sagl.models.checkpoints import Checkpoint, build_network, check_state_dict
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import UNetSettings
 
 CARD = """---
@@ -58,7 +58,7 @@ class HubUNet(UNet, PyTorchModelHubMixin):
         self.diffusion, self.recommended = diffusion, recommended or {}
 
     @classmethod
-    def of(cls, file: NetworkFile) -> "HubUNet":
+    def of(cls, file: Checkpoint) -> "HubUNet":
         """The network of a file, to be pushed.
 
         Raises:
@@ -70,9 +70,9 @@ class HubUNet(UNet, PyTorchModelHubMixin):
         return network.eval()
 
     @property
-    def file(self) -> NetworkFile:
-        """What `sagl.recipe` and `sagl convert` work with."""
-        return NetworkFile(
+    def file(self) -> Checkpoint:
+        """What `sagl.sampling.pipeline` and `sagl convert` work with."""
+        return Checkpoint(
             network=self.settings, diffusion=self.diffusion, state=self.state_dict(), recommended=self.recommended
         )
 
@@ -90,7 +90,7 @@ class HubUNet(UNet, PyTorchModelHubMixin):
             state = load_file(model_file, device=map_location)
         except SafetensorError as error:
             raise UserError(f"`checkpoint` must be a whole .safetensors file, and {model_file} is damaged.") from error
-        require_fit(model.state_dict(), state)
+        check_state_dict(model.state_dict(), state)
         model.load_state_dict(state, strict=True)
         return model.eval()
 

@@ -5,14 +5,14 @@ import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
-from sagl.models.checkpoints import NetworkFile, parameters_of, read_network, require_fit
-from sagl.models.download import fetch_released
-from sagl.models.fingerprint import recorded_sha256
-from sagl.models.zoo import WITHIN, named_by_file, released
-from sagl.settings.errors import UserError, require
+from sagl.errors import UserError, require
+from sagl.models.checkpoints import Checkpoint, check_state_dict, parameters_of, read_network
+from sagl.models.zoo import WITHIN, name_from_filename, released
+from sagl.utils.digest_cache import cached_sha256
+from sagl.utils.download import fetch_released
 
 
-def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
+def load(name_or_file: str | Path, weights: str = "ema") -> Checkpoint:
     """A network's weights and settings.
 
     Args:
@@ -25,7 +25,7 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkFile:
     """
     path = Path(name_or_file)
     if path.is_file():
-        if (known := named_by_file(path)) is None:
+        if (known := name_from_filename(path)) is None:
             return read_network(path, weights)
         return read_network(path, weights, released(known).settings, released(known).diffusion)
     if path.suffix in (".pt", ".ckpt", ".safetensors"):
@@ -48,10 +48,10 @@ def fetch(name: str) -> Path:
 
     def check(path: Path) -> None:
         _require_whole(path)
-        require_fit(parameters_of(settings), read_network(path, settings=settings).state)
+        check_state_dict(parameters_of(settings), read_network(path, settings=settings).state)
 
     path = fetch_released(name, check)
-    recorded_sha256(path)
+    cached_sha256(path)
     return path
 
 

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from sagl.errors import require
 from sagl.models.adm import Classifier, UNet
-from sagl.models.checkpoints import require_fit
-from sagl.settings.errors import require
+from sagl.models.checkpoints import check_state_dict
 from sagl.settings.network import UNetSettings
 
 LABELS = "label_emb.weight"
@@ -18,7 +18,7 @@ DEGRADED = "degraded_emb"
 """(width,): what a network is told when x_t was degraded."""
 
 
-def start_from(network: UNet | Classifier, state: Mapping[str, Tensor]) -> str | None:
+def load_pretrained_weights(network: UNet | Classifier, state: Mapping[str, Tensor]) -> str | None:
     """Load weights into a network of the same shape, or one that differs in its classes alone.
 
     Other classes begin as the mean of the old ones; in a network that had none, as zeros, which leave what it does
@@ -33,7 +33,7 @@ def start_from(network: UNet | Classifier, state: Mapping[str, Tensor]) -> str |
     """
     own, given = network.state_dict(), dict(state)
     said = _fit_logits(own, given) if isinstance(network, Classifier) else _fit_labels(network.settings, own, given)
-    require_fit(own, given, " A checkpoint may differ from the network in its classes alone.")
+    check_state_dict(own, given, " A checkpoint may differ from the network in its classes alone.")
     network.load_state_dict(given)
     return said
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError, require
 from sagl.settings.network import AnySettings, ClassifierSettings, UNetSettings
 
 Kind = TypeVar("Kind")
@@ -37,7 +37,7 @@ OF_TRAINING = ("dropout", "use_checkpoint")
 """Settings of a network that change nothing in what it computes once it is trained."""
 
 
-def described(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What a safetensors file says of itself: network, diffusion, recommended; empty for other files.
 
     Raises:
@@ -55,7 +55,7 @@ def described(path: Path) -> dict[str, Any]:
         about = dict(json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}")))
     except (struct.error, ValueError, AttributeError, TypeError, LookupError) as error:
         raise UserError(f"`checkpoint` must be a whole .safetensors file, and {path} is damaged.") from error
-    require_advice(about, path)
+    require_recommended(about, path)
     return about
 
 
@@ -91,7 +91,7 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
         raise TypeError(str(error)) from error
 
 
-def require_advice(about: Mapping[str, Any], path: Path) -> None:
+def require_recommended(about: Mapping[str, Any], path: Path) -> None:
     """Refuse a file whose recommended settings are no settings.
 
     Raises:
@@ -234,7 +234,7 @@ def released(name: str) -> Released:
     return RELEASED[name]
 
 
-def named_by_file(path: Path) -> str | None:
+def name_from_filename(path: Path) -> str | None:
     """The released checkpoint whose file is called so, wherever it lies."""
     return next((name for name, entry in RELEASED.items() if entry.file == path.name), None)
 
@@ -246,12 +246,12 @@ def settings_named(name: str) -> tuple[AnySettings, DiffusionSettings]:
         UserError: there is none of that name; names all, and the nearest.
     """
     if name in WITHIN:
-        return settings_of(described(WITHIN[name]), WITHIN[name])
+        return settings_of(read_metadata(WITHIN[name]), WITHIN[name])
     entry = released(name)
     return entry.settings, entry.diffusion
 
 
-def unet_named(name: str) -> tuple[UNetSettings, DiffusionSettings]:
+def get_unet_settings(name: str) -> tuple[UNetSettings, DiffusionSettings]:
     """Settings of a network that draws, and of its process: the embedded or a released one.
 
     Raises:
@@ -284,6 +284,6 @@ def classifier_named(name: str) -> tuple[ClassifierSettings, DiffusionSettings]:
 def _unknown(name: str, known: tuple[str, ...], argument: str = "model") -> UserError:
     asked = name.lower()
     longer = [other for other in known if asked and other.startswith(asked)]
-    nearest = longer or difflib.get_close_matches(asked, known, n=1)
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    suggest = longer or difflib.get_close_matches(asked, known, n=1)
+    hint = f" Did you mean {' or '.join(suggest)}?" if suggest else ""
     return UserError(f"`{argument}` must be one of {', '.join(known)}; got {name!r}.{hint}")

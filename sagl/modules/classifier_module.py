@@ -5,15 +5,15 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from sagl.diffusion.classification import Classified, classified
+from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.losses import UniformTimesteps
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import require
 from sagl.models.adm import Classifier
 from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import classifier_named
-from sagl.modules.training_module import Batch, TrainingModule, built_from_seed
+from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import require
 from sagl.settings.network import ClassifierSettings
 from sagl.settings.training import OptimizerSettings
 from sagl.shapes import Image, Labels, Timestep
@@ -33,7 +33,7 @@ class ClassifierModule(TrainingModule):
         diffusion: DiffusionSettings | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-4, weight_decay=0.05),  # noqa: B008 (frozen)
         freeze: Sequence[str] = (),
-        max_skipped: int = 10,
+        max_nonfinite_batches: int = 10,
         seed: int = 0,
     ) -> None:
         """Build the classifier.
@@ -43,21 +43,21 @@ class ClassifierModule(TrainingModule):
             diffusion: the process of the network that it will guide; left out, the released classifier's, or ADM's.
             optimizer: AdamW and its rate; left out, as ADM trained its classifiers.
             freeze: parameters that stay as they are, by patterns of their names: input_blocks.*, time_embed.*.
-            max_skipped: a batch whose loss is not finite is skipped; after so many in a row the training ends.
+            max_nonfinite_batches: a batch whose loss is not finite is skipped; after so many in a row the training ends.
             seed: of first weights, noise and timesteps.
 
         Raises:
             UserError: settings that cannot be met.
         """
-        super().__init__(optimizer, max_skipped, seed)
+        super().__init__(optimizer, max_nonfinite_batches, seed)
         named, of_name = (
             classifier_named(classifier) if isinstance(classifier, str) else (classifier, DiffusionSettings())
         )
         self.diffusion_settings = diffusion or of_name
         settings = {"classifier": asdict(named), "diffusion": asdict(self.diffusion_settings)}
-        more = {"freeze": list(freeze), "max_skipped": max_skipped, "seed": seed}
+        more = {"freeze": list(freeze), "max_nonfinite_batches": max_nonfinite_batches, "seed": seed}
         self.save_hyperparameters({**settings, "optimizer": asdict(optimizer), **more})
-        self.network = built_from_seed(lambda: Classifier(named), seed)
+        self.network = seeded_init(lambda: Classifier(named), seed)
         freeze_parameters(self.network, freeze)
         self.schedule = make_schedule(self.diffusion_settings)
         self.timestep_sampler = UniformTimesteps(num_timesteps=self.diffusion_settings.num_timesteps)
@@ -84,10 +84,10 @@ class ClassifierModule(TrainingModule):
         for name, most in self._accuracies.items():
             self._count(name, seen.accuracy(most), timesteps)
 
-    def _classified(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> Classified:
+    def _classified(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> ClassifierLoss:
         self._require_classes(labels)
         there = timesteps.to(x_0.device), noise.to(x_0)
-        return classified(self.network, x_0, labels, *there, self.schedule)
+        return classifier_loss(self.network, x_0, labels, *there, self.schedule)
 
     def _require_classes(self, labels: Labels) -> None:
         """Refuse labels that the classifier has no logit for.

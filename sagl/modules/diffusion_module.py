@@ -11,20 +11,20 @@ from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     TimestepSampler,
     UniformTimesteps,
-    bound_timesteps,
     estimated_bits_per_dim,
+    mask_vlb,
+    sample_vlb_timesteps,
     training_losses,
-    without_bound,
 )
-from sagl.diffusion.noise import Streams, chance
+from sagl.diffusion.noise import SampleRngs, chance
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import require
 from sagl.guidance.blur_aware import degraded_batch
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze as freeze_parameters
-from sagl.models.zoo import unet_named
-from sagl.modules.training_module import Batch, TrainingModule, built_from_seed
+from sagl.models.zoo import get_unet_settings
+from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.errors import require
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import BlurAwareSettings, OptimizerSettings
 from sagl.shapes import Image, Labels
@@ -71,7 +71,7 @@ class DiffusionModule(TrainingModule):
         label_dropout: float = 0.0,
         blur_aware: BlurAwareSettings = BlurAwareSettings(),  # noqa: B008
         freeze: Sequence[str] = (),
-        max_skipped: int = 10,
+        max_nonfinite_batches: int = 10,
         seed: int = 0,
     ) -> None:
         """Build the network.
@@ -84,23 +84,23 @@ class DiffusionModule(TrainingModule):
             label_dropout: share of training samples that see the null label instead of their own.
             blur_aware: images that are degraded as guidance degrades them.
             freeze: parameters that stay as they are, by patterns of their names: input_blocks.*, time_embed.*.
-            max_skipped: a batch whose loss is not finite is skipped; after so many in a row the training ends.
+            max_nonfinite_batches: a batch whose loss is not finite is skipped; after so many in a row the training ends.
             seed: of first weights, noise, timesteps and dropped labels.
 
         Raises:
             UserError: settings that contradict each other.
         """
-        super().__init__(optimizer, max_skipped, seed)
-        named, of_name = unet_named(network) if isinstance(network, str) else (network, DiffusionSettings())
+        super().__init__(optimizer, max_nonfinite_batches, seed)
+        named, of_name = get_unet_settings(network) if isinstance(network, str) else (network, DiffusionSettings())
         network, diffusion = named, diffusion or of_name
         _require_fitting(network, diffusion, label_dropout, blur_aware)
         settings = {"network": asdict(network), "diffusion": asdict(diffusion), "loss": asdict(loss)}
         settings |= {"optimizer": asdict(optimizer), "blur_aware": asdict(blur_aware)}
-        more = {"freeze": list(freeze), "max_skipped": max_skipped}
+        more = {"freeze": list(freeze), "max_nonfinite_batches": max_nonfinite_batches}
         self.save_hyperparameters({**settings, "label_dropout": label_dropout, **more, "seed": seed})
         self.network_settings, self.diffusion_settings = network, diffusion
         self.loss_settings, self.label_dropout, self.blur_aware = loss, label_dropout, blur_aware
-        self.network = built_from_seed(lambda: UNet(network), seed)
+        self.network = seeded_init(lambda: UNet(network), seed)
         freeze_parameters(self.network, freeze)
         self.schedule = make_schedule(diffusion)
         self.timestep_sampler: TimestepSampler = {
@@ -116,8 +116,8 @@ class DiffusionModule(TrainingModule):
         """
         x_0 = self._images(batch[0])
         drawn = self._drawn(x_0)
-        labels = self._with_null(batch[1], chance(drawn.streams, self.label_dropout))
-        losses = self._training_losses(x_0, drawn.timesteps, drawn.noise, labels, drawn.streams)
+        labels = self._with_null(batch[1], chance(drawn.rngs, self.label_dropout))
+        losses = self._training_losses(x_0, drawn.timesteps, drawn.noise, labels, drawn.rngs)
         loss = (losses.total * drawn.weights.to(losses.total)).mean()
         if not self._learns({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vb.mean()}):
             return self._nothing()
@@ -126,18 +126,18 @@ class DiffusionModule(TrainingModule):
         return loss
 
     def _training_losses(
-        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, streams: Streams
+        self, x_0: Image, timesteps: Tensor, noise: Image, labels: Labels | None, rngs: SampleRngs
     ) -> Losses:
         """Of a batch, some of whose images are degraded where the training is blur-aware."""
         if self.blur_aware.probability == 0:
             return self._losses(x_0, timesteps, noise, labels)
-        chosen = chance(streams, self.blur_aware.probability).to(x_0.device)
+        chosen = chance(rngs, self.blur_aware.probability).to(x_0.device)
         there, noise = timesteps.to(x_0.device), noise.to(x_0)
         alpha_bar = self.schedule.alpha_bar(there)
         settings = self.blur_aware
-        content, target = degraded_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, streams)
+        content, target = degraded_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, rngs)
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
-        return without_bound(losses, chosen)
+        return mask_vlb(losses, chosen)
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         """(B,) of every rank -> (B · ranks,) by place in the whole batch, so that all ranks learn alike."""
@@ -181,7 +181,7 @@ class DiffusionModule(TrainingModule):
             self.schedule,
             kind=self.loss_settings.kind,
             variance=self.diffusion_settings.variance,
-            max_weight=self.loss_settings.max_weight,
+            max_snr_weight=self.loss_settings.max_snr_weight,
             target=target,
         )
 
@@ -197,7 +197,7 @@ class DiffusionModule(TrainingModule):
         """The estimate's mean, and what its error is made of."""
         schedule, size = self.schedule, len(x_0)
         generator = torch.Generator().manual_seed(batch_idx + 1)
-        timesteps, weights = bound_timesteps(size, schedule.num_steps, generator)
+        timesteps, weights = sample_vlb_timesteps(size, schedule.num_steps, generator)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
         bits = estimated_bits_per_dim(
             lambda x_t, t: self.network(x_t, t, labels).out,

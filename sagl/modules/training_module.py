@@ -10,18 +10,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from sagl.data.pixels import to_float
-from sagl.diffusion.losses import TimestepSampler, spread_timesteps
-from sagl.diffusion.noise import Streams, initial_noise, normal, seed_dropout, timestep_generator, training_streams
-from sagl.machine import peak_gigabytes
+from sagl.diffusion.losses import TimestepSampler, van_der_corput_timesteps
+from sagl.diffusion.noise import SampleRngs, batch_rngs, initial_noise, normal, seed_dropout, timestep_generator
+from sagl.errors import require
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import require
 from sagl.settings.training import OptimizerSettings
 from sagl.shapes import Image, ImageUint8, Labels, PerSample, Timestep
+from sagl.utils.environment import peak_gigabytes
+from sagl.utils.images import to_float
 
 Batch = tuple[ImageUint8, Labels]
 Network = TypeVar("Network", bound=nn.Module)
-QUARTERS = 4
+NUM_TIMESTEP_BINS = 4
 """Validation reports its loss in so many equal parts of the timesteps."""
 
 
@@ -33,7 +33,7 @@ def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> Ad
     return optimizer
 
 
-def built_from_seed(build: Callable[[], Network], seed: int) -> Network:
+def seeded_init(build: Callable[[], Network], seed: int) -> Network:
     """A network whose first weights are drawn from the seed alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ class Drawn:
     """(B,): what the losses at these timesteps count."""
     everywhere: Timestep
     """(B · ranks,): those of all ranks, by the places of their images in the whole batch."""
-    streams: Streams
+    rngs: SampleRngs
     """For all else, one an image."""
     noise: Image
     """(B, C, H, W)."""
@@ -67,22 +67,22 @@ class TrainingModule(LightningModule):
     diffusion_settings: DiffusionSettings
     timestep_sampler: TimestepSampler
 
-    def __init__(self, optimizer: OptimizerSettings, max_skipped: int, seed: int) -> None:
+    def __init__(self, optimizer: OptimizerSettings, max_nonfinite_batches: int, seed: int) -> None:
         """What does not depend on the network.
 
         Args:
             optimizer: AdamW and its rate.
-            max_skipped: a batch whose loss is not finite is skipped; after so many in a row the training ends.
+            max_nonfinite_batches: a batch whose loss is not finite is skipped; after so many in a row the training ends.
             seed: of all that is drawn.
 
         Raises:
-            UserError: `max_skipped` is below 0.
+            UserError: `max_nonfinite_batches` is below 0.
         """
         super().__init__()
-        require(max_skipped >= 0, f"`max_skipped` must be at least 0, got {max_skipped}.")
+        require(max_nonfinite_batches >= 0, f"`max_nonfinite_batches` must be at least 0, got {max_nonfinite_batches}.")
         self.optimizer_settings, self.seed = optimizer, seed
         self._batch_ended: float | None = None
-        self.max_skipped, self.skipped, self.skipped_in_a_row = max_skipped, 0, 0
+        self.max_nonfinite_batches, self.skipped, self.skipped_in_a_row = max_nonfinite_batches, 0, 0
         self._learned, self._validated = False, 0
         self._sums: dict[str, Tensor] = {}
 
@@ -96,10 +96,10 @@ class TrainingModule(LightningModule):
         rank, ranks, size = self.global_rank, self.trainer.world_size, len(x_0)
         number = self.trainer.fit_loop.total_batch_idx  # over all epochs, and a resumed run counts on
         seed_dropout(self.seed, number, rank)
-        streams = training_streams(self.seed, number, range(rank, size * ranks, ranks))
+        rngs = batch_rngs(self.seed, number, range(rank, size * ranks, ranks))
         everywhere, weights = self.timestep_sampler.sample(size * ranks, timestep_generator(self.seed, number))
         mine = {"timesteps": everywhere[rank::ranks], "weights": weights[rank::ranks]}
-        return Drawn(**mine, everywhere=everywhere, streams=streams, noise=normal(streams, x_0.shape[1:]))
+        return Drawn(**mine, everywhere=everywhere, rngs=rngs, noise=normal(rngs, x_0.shape[1:]))
 
     def _learns(self, values: Mapping[str, Tensor]) -> bool:
         """Whether the loss, the first of the values, is finite on every rank; the means of all are logged, or skipped.
@@ -112,8 +112,8 @@ class TrainingModule(LightningModule):
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         require(
-            self.skipped_in_a_row <= self.max_skipped,
-            f"`model.max_skipped` allows {self.max_skipped} batches in a row whose loss is not finite, and there are "
+            self.skipped_in_a_row <= self.max_nonfinite_batches,
+            f"`model.max_nonfinite_batches` allows {self.max_nonfinite_batches} batches in a row whose loss is not finite, and there are "
             "more. Lower model.optimizer.learning_rate, or set trainer.gradient_clip_val, and --resume.",
         )
         self.log("train/skipped", float(self.skipped))
@@ -145,13 +145,19 @@ class TrainingModule(LightningModule):
         places = range(self._validated, self._validated + len(x_0))
         ids = [place * self.trainer.world_size + self.global_rank for place in places]
         self._validated += len(x_0)
-        return spread_timesteps(ids, self.diffusion_settings.num_timesteps), initial_noise(0, ids, x_0.shape[1:])
+        return van_der_corput_timesteps(ids, self.diffusion_settings.num_timesteps), initial_noise(
+            0, ids, x_0.shape[1:]
+        )
 
     def _count(self, name: str, values: PerSample, timesteps: Timestep | None = None) -> None:
         """(B,) values, whose mean over all images becomes val/NAME; with timesteps also of each quarter of them."""
         total = self.diffusion_settings.num_timesteps
-        quarter = torch.zeros(len(values), dtype=torch.int64) if timesteps is None else timesteps * QUARTERS // total
-        sums = self._sums.setdefault(name, torch.zeros(1 if timesteps is None else QUARTERS, 2, dtype=torch.float64))
+        quarter = (
+            torch.zeros(len(values), dtype=torch.int64) if timesteps is None else timesteps * NUM_TIMESTEP_BINS // total
+        )
+        sums = self._sums.setdefault(
+            name, torch.zeros(1 if timesteps is None else NUM_TIMESTEP_BINS, 2, dtype=torch.float64)
+        )
         sums.index_add_(0, quarter.cpu(), torch.stack([torch.ones_like(values), values], dim=1).double().cpu())
 
     def on_validation_epoch_end(self) -> None:
@@ -173,11 +179,11 @@ class TrainingModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own union)
-        """AdamW; the rate as `OptimizerSettings.rate_factor` has it, step by step."""
+        """AdamW; the rate as `OptimizerSettings.lr_multiplier` has it, step by step."""
         s = self.optimizer_settings
         optimizer = adamw((p for p in self.network.parameters() if p.requires_grad), s)
         max_steps = self.trainer.max_steps
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.rate_factor(step, max_steps))
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: s.lr_multiplier(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     # ---------------------------------------------------------------------------------------------------- logs

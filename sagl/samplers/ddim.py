@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from sagl.diffusion.denoiser import Condition, Denoiser, Prediction
 from sagl.diffusion.noise import StepNoise
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
 from sagl.diffusion.process import clip, eps_from_x0_hat, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
@@ -34,7 +34,7 @@ def ddim_step(
 
 
 def ddim(
-    denoise: Denoiser,
+    denoise: NoisePredictor,
     x: Image,
     condition: Condition,
     schedule: Schedule,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from sagl.diffusion.denoiser import Condition, Denoiser, Prediction
 from sagl.diffusion.noise import StepNoise
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
 from sagl.diffusion.process import clip, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
@@ -23,7 +23,13 @@ def ddpm_step(
 
 
 def ddpm(
-    denoise: Denoiser, x: Image, condition: Condition, schedule: Schedule, noise: StepNoise, *, clip_x0: bool = True
+    denoise: NoisePredictor,
+    x: Image,
+    condition: Condition,
+    schedule: Schedule,
+    noise: StepNoise,
+    *,
+    clip_x0: bool = True,
 ) -> Iterator[tuple[int, Image, Prediction]]:
     """The chain from x_T: yields (step, x after it, the prediction behind it), the noisiest step first.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.settings.errors import require
+from sagl.errors import require
 
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
@@ -11,7 +11,7 @@ Loss = Literal["hybrid", "simple", "vlb"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
 
 
-def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Refuse `value` unless it is among `allowed`.
 
     Raises:
@@ -33,8 +33,8 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         """Refuse what has no process."""
-        one_of("noise_schedule", self.noise_schedule, ("linear", "cosine"))
-        one_of("variance", self.variance, ("learned_range", "fixed_small", "fixed_large"))
+        require_choice("noise_schedule", self.noise_schedule, ("linear", "cosine"))
+        require_choice("variance", self.variance, ("learned_range", "fixed_small", "fixed_large"))
         least = 21 if self.noise_schedule == "linear" else 1  # linear betas reach 20 / num_timesteps
         require(
             self.num_timesteps >= least,
@@ -48,7 +48,7 @@ class LossSettings:
 
     kind: Loss = "hybrid"
     """hybrid: L_simple plus the bound for the variance alone (ADM); simple: L_simple; vlb: the bound."""
-    max_weight: float = 1.0
+    max_snr_weight: float = 1.0
     """L_simple counts 1 / alpha_bar times (the error of v; Salimans & Ho 2022), at most so often; 1: alike, as in ADM.
 
     A short training learns x0_hat at high noise with a limit near 100: an error of eps is 1 / alpha_bar times as
@@ -58,6 +58,6 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         """Refuse unknown names."""
-        one_of("kind", self.kind, ("hybrid", "simple", "vlb"))
-        require(self.max_weight >= 1, f"`max_weight` must be at least 1, got {self.max_weight}.")
-        one_of("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))
+        require_choice("kind", self.kind, ("hybrid", "simple", "vlb"))
+        require(self.max_snr_weight >= 1, f"`max_snr_weight` must be at least 1, got {self.max_snr_weight}.")
+        require_choice("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sagl.settings.errors import require, require_finite
+from sagl.errors import require, require_finite
 
 INCEPTION = "inception"
 """The extractor of the literature's numbers, and of published files of statistics."""
@@ -26,16 +26,16 @@ def require_extractor(name: str, argument: str = "extractor") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
+class MetricSettings:
     """How the numbers are taken from the features."""
 
     neighbours: int = 3
     """k of precision and recall: a ball reaches to the k-th nearest other sample. The literature's is 3."""
     num_kept: int = 10_000
     """Features kept of a reference, evenly spaced, for precision, recall and kernel distance."""
-    kd_subsets: int = 100
+    kid_subsets: int = 100
     """Random subsets of the kernel distance; their mean is reported, and their deviation."""
-    kd_subset_size: int = 1000
+    kid_subset_size: int = 1000
     """Samples of each."""
     bootstrap: int = 0
     """Draws behind a 95 % interval of the Fréchet distance; 0 is off, 200 is usual."""
@@ -45,7 +45,7 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
         require_finite(self)
-        for name, least in (("neighbours", 1), ("num_kept", 2), ("kd_subsets", 1), ("kd_subset_size", 2)):
+        for name, least in (("neighbours", 1), ("num_kept", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
             require(getattr(self, name) >= least, f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         require(
             self.bootstrap == 0 or self.bootstrap >= 20,

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.settings.diffusion import one_of
-from sagl.settings.errors import require, require_finite
+from sagl.errors import require, require_finite
+from sagl.settings.diffusion import require_choice
 
 DEFAULT_KERNEL = 31
 """The paper's blur kernel (table 9)."""
 
 
-def fitting_kernel(kernel_size: int | None, image_size: int) -> int:
+def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:
     """The kernel that is used on images of a size: the one asked for, or the paper's 31 as far as it fits.
 
     Raises:
@@ -59,7 +59,7 @@ class SelfAttentionGuidance:
         require(
             0 <= start <= end <= 1, f"`sag.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}."
         )
-        one_of("sag.heads", self.heads, ("layer", "as_released"))
+        require_choice("sag.heads", self.heads, ("layer", "as_released"))
 
 
 @dataclass(frozen=True, kw_only=True)

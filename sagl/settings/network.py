@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.settings.errors import require
+from sagl.errors import require
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 POOLS: tuple[Pool, ...] = ("attention", "adaptive", "spatial", "spatial_v2")

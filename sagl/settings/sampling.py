@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.settings.diffusion import one_of
-from sagl.settings.errors import UserError, require, require_finite
+from sagl.errors import UserError, require, require_finite
+from sagl.settings.diffusion import require_choice
 
 MOST = 10_000_000
 """Images of one run."""
@@ -35,7 +35,7 @@ class ChainSettings:
     def __post_init__(self) -> None:
         """Refuse what has no chain."""
         require_finite(self)
-        one_of("sampler", self.sampler, ("ddpm", "ddim"))
+        require_choice("sampler", self.sampler, ("ddpm", "ddim"))
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,
@@ -62,9 +62,10 @@ class RunSettings:
         """Refuse empty runs and labels that are no numbers."""
         require(self.num_samples >= 1, f"`num_samples` must be at least 1, got {self.num_samples}.")
         require(self.num_samples <= MOST, f"`num_samples` must be at most {MOST:,}, got {self.num_samples}.")
-        require(self.images_at_once >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
+        require(self.effective_batch_size >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
         require(
-            self.images_at_once <= MOST_AT_ONCE, f"`batch_size` must be at most {MOST_AT_ONCE}, got {self.batch_size}."
+            self.effective_batch_size <= MOST_AT_ONCE,
+            f"`batch_size` must be at most {MOST_AT_ONCE}, got {self.batch_size}.",
         )
         for name in ("seed", "first_id"):
             value = getattr(self, name)
@@ -72,15 +73,15 @@ class RunSettings:
         last = self.first_id + self.num_samples - 1
         require(last < 2**32, f"`first_id` must leave room for {self.num_samples} ids below 2³², got {self.first_id}.")
         if self.labels not in ("random", "balanced", "null"):
-            _ = self.listed_labels
+            _ = self.label_list
 
     @property
-    def images_at_once(self) -> int:
+    def effective_batch_size(self) -> int:
         """batch_size, or where it is left open all images, up to 64."""
         return min(self.num_samples, 64) if self.batch_size is None else self.batch_size
 
     @property
-    def listed_labels(self) -> list[int]:
+    def label_list(self) -> list[int]:
         """The classes of a list.
 
         Raises:
@@ -94,7 +95,7 @@ class RunSettings:
 
 def micro_batches(run: RunSettings) -> Iterator[list[int]]:
     """Sample ids in groups of exactly the batch size, which start at multiples of it; the last may go over the end."""
-    size = run.images_at_once
+    size = run.effective_batch_size
     for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
         yield list(range(start, start + size))
 
@@ -116,8 +117,8 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         """Refuse unknown names."""
-        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        one_of("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
+        require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        require_choice("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
         count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
             self.devices in ("auto", "-1") or 1 <= count <= MOST_PROCESSES,

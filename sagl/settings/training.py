@@ -4,19 +4,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.settings.diffusion import one_of
-from sagl.settings.errors import require
+from sagl.errors import require
+from sagl.settings.diffusion import require_choice
 from sagl.settings.evaluation import require_extractor
 from sagl.settings.sampling import ChainSettings, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavingSettings:
+class CheckpointSettings:
     """What is averaged, and how often it is saved."""
 
-    average_decay: float = 0.9999
+    ema_decay: float = 0.9999
     """Of the average of the weights, a step."""
-    further_decays: tuple[float, ...] = ()
+    extra_ema_decays: tuple[float, ...] = ()
     """Of further averages, which cost memory for a copy of the weights each; read as --weights ema:DECAY."""
     save_every_steps: int = 1000
     """Steps between two checkpoints."""
@@ -25,9 +25,9 @@ class SavingSettings:
 
     def __post_init__(self) -> None:
         """Refuse what would never save, or never learn."""
-        require(0 <= self.average_decay < 1, f"`average_decay` must be in [0, 1), got {self.average_decay}.")
-        for decay in self.further_decays:
-            require(0 <= decay < 1, f"`further_decays` must be in [0, 1), got {decay}.")
+        require(0 <= self.ema_decay < 1, f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        for decay in self.extra_ema_decays:
+            require(0 <= decay < 1, f"`extra_ema_decays` must be in [0, 1), got {decay}.")
         for name in ("save_every_steps", "save_every_minutes"):
             require(getattr(self, name) > 0, f"`{name}` must be above 0, got {getattr(self, name)}.")
 
@@ -52,7 +52,7 @@ class PreviewSettings:
     """Features that it is taken in: by name, or a function of yours that makes them, as package.function."""
     keep_best: int = 0
     """So many checkpoints with the smallest distances are kept beside last.ckpt."""
-    best_gigabytes: float = 50.0
+    max_checkpoint_gb: float = 50.0
     """They are fewer where together they would take more; the best one always stays."""
     best_scale: float = 0.0
     """The scale whose distance decides."""
@@ -62,7 +62,9 @@ class PreviewSettings:
         for name in ("samples", "measured", "keep_best"):
             require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
         require(self.measured != 1, "`preview.measured` must be 0 or at least 2, got 1.")
-        require(self.best_gigabytes > 0, f"`preview.best_gigabytes` must be above 0, got {self.best_gigabytes}.")
+        require(
+            self.max_checkpoint_gb > 0, f"`preview.max_checkpoint_gb` must be above 0, got {self.max_checkpoint_gb}."
+        )
         require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
         require(len(self.scales) > 0, "`preview.scales` must name a scale, got none. Set samples and measured to 0.")
         require(
@@ -98,8 +100,8 @@ class BlurAwareSettings:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        one_of("blur_aware.mask", self.mask, ("attention", "random", "square", "global"))
-        one_of("blur_aware.target", self.target, ("noise", "clean"))
+        require_choice("blur_aware.mask", self.mask, ("attention", "random", "square", "global"))
+        require_choice("blur_aware.target", self.target, ("noise", "clean"))
         for name in ("probability", "share"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"`blur_aware.{name}` must be in [0, 1], got {value}.")
@@ -129,13 +131,13 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse rates and lengths that make no sense."""
-        one_of("decay", self.decay, ("linear", "cosine"))
+        require_choice("decay", self.decay, ("linear", "cosine"))
         require(self.learning_rate > 0, f"`learning_rate` must be above 0, got {self.learning_rate}.")
         require(self.weight_decay >= 0, f"`weight_decay` must be at least 0, got {self.weight_decay}.")
         for name in ("warmup_steps", "decay_steps"):
             require(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
-    def rate_factor(self, step: int, max_steps: int) -> float:
+    def lr_multiplier(self, step: int, max_steps: int) -> float:
         """The rate at a step as a share of `learning_rate`; `max_steps` -1 is no end."""
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         left = (max_steps - step) / self.decay_steps if self.decay_steps and max_steps > 0 else 1.0

@@ -4,7 +4,7 @@ from lightning.pytorch import Callback
 
 from sagl.callbacks.best_checkpoints import BestCheckpoints
 from sagl.settings.training import PreviewSettings
-from tests.tiny import QUIET, fit_line
+from tests.helpers.tiny import QUIET, fit_line
 
 pytestmark = QUIET
 
@@ -49,7 +49,7 @@ def test_a_resumed_run_goes_on_with_those_that_are_still_there(tmp_path):
 
 
 def test_they_are_fewer_where_the_disk_budget_is_small_but_the_best_stays(tmp_path):
-    fitted(tmp_path, [5.0, 3.0, 4.0], best_gigabytes=1e-9)
+    fitted(tmp_path, [5.0, 3.0, 4.0], max_checkpoint_gb=1e-9)
     assert names(tmp_path) == ["best_00000004.ckpt"]
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from sagl.callbacks.ema import FurtherAverages, WeightAverage
-from sagl.callbacks.last_checkpoint import LastCheckpoint
-from sagl.settings.training import SavingSettings
-from tests.tiny import QUIET, fit_line
+from sagl.callbacks.ema import EMA, ExtraEMAs
+from sagl.callbacks.last_checkpoint import ResumableCheckpoint
+from sagl.settings.training import CheckpointSettings
+from tests.helpers.tiny import QUIET, fit_line
 
 RESUMED = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before"
@@ -34,13 +34,13 @@ def fitted(callback, steps, **options):
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.9999])
 def test_the_average_is_its_plain_derivation(decay):
-    callback = WeightAverage(SavingSettings(average_decay=decay))
+    callback = EMA(CheckpointSettings(ema_decay=decay))
     _, weights = fitted(callback, 30)
     torch.testing.assert_close(averaged(callback), derived(weights, decay)[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_young_average_forgets_faster_than_its_decay():
-    callback = WeightAverage(SavingSettings(average_decay=0.9999))
+    callback = EMA(CheckpointSettings(ema_decay=0.9999))
     _, weights = fitted(callback, 20)
     lingering = 0.9999**19 * weights[0] + sum(1e-4 * 0.9999 ** (19 - n) * weights[n] for n in range(1, 20))
     last = weights[-1]
@@ -48,7 +48,7 @@ def test_a_young_average_forgets_faster_than_its_decay():
 
 
 def test_the_average_counts_optimiser_steps_not_batches():
-    callback = WeightAverage(SavingSettings(average_decay=0.5))
+    callback = EMA(CheckpointSettings(ema_decay=0.5))
     line, _ = fit_line(callbacks=[callback], max_steps=4, accumulate_grad_batches=3)
     after = [*line.seen["train"][3::3], line.weight.detach()]
     torch.testing.assert_close(averaged(callback), derived(after, 0.5)[-1], rtol=1e-5, atol=1e-6)
@@ -56,7 +56,7 @@ def test_the_average_counts_optimiser_steps_not_batches():
 
 def test_validation_sees_the_average_and_training_the_raw_weights():
     options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    callback = WeightAverage(SavingSettings(average_decay=0.5))
+    callback = EMA(CheckpointSettings(ema_decay=0.5))
     line, weights = fitted(callback, 9, **options)
     averages = derived(weights, 0.5)
     seen = line.seen["validation"]
@@ -68,14 +68,14 @@ def test_validation_sees_the_average_and_training_the_raw_weights():
 
 
 def test_the_raw_weights_are_in_place_when_training_ends():
-    line, _ = fitted(WeightAverage(SavingSettings(average_decay=0.9)), 5)
+    line, _ = fitted(EMA(CheckpointSettings(ema_decay=0.9)), 5)
     without, _ = fit_line(callbacks=[], max_steps=5)
     assert torch.equal(line.weight, without.weight)
 
 
 def test_a_checkpoint_holds_the_average_as_state_dict_and_the_raw_weights_beside_it(tmp_path):
-    callback = WeightAverage(SavingSettings(average_decay=0.5))
-    line, run = fit_line(callbacks=[callback, LastCheckpoint(tmp_path / "last.ckpt")], max_steps=6)
+    callback = EMA(CheckpointSettings(ema_decay=0.5))
+    line, run = fit_line(callbacks=[callback, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=6)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(saved["state_dict"]["weight"], averaged(callback))
     assert torch.equal(saved["current_model_state"]["weight"], line.weight)
@@ -84,9 +84,9 @@ def test_a_checkpoint_holds_the_average_as_state_dict_and_the_raw_weights_beside
 
 
 def test_a_resumed_average_goes_on_as_if_it_had_never_stopped(tmp_path):
-    whole, first, second = (WeightAverage(SavingSettings(average_decay=0.5)) for _ in range(3))
+    whole, first, second = (EMA(CheckpointSettings(ema_decay=0.5)) for _ in range(3))
     line, _ = fit_line(callbacks=[whole], max_steps=9)
-    fit_line(callbacks=[first, LastCheckpoint(tmp_path / "last.ckpt")], max_steps=5)
+    fit_line(callbacks=[first, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=5)
     resumed, _ = fit_line(callbacks=[second], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
     torch.testing.assert_close(resumed.weight, line.weight)
     torch.testing.assert_close(averaged(second), averaged(whole))
@@ -96,7 +96,7 @@ DECAYS = (0.25, 0.9)
 
 
 def further():
-    return FurtherAverages(SavingSettings(further_decays=DECAYS))
+    return ExtraEMAs(CheckpointSettings(extra_ema_decays=DECAYS))
 
 
 def test_further_averages_are_what_the_average_would_be_with_their_decay(tmp_path):
@@ -110,7 +110,7 @@ def test_further_averages_are_what_the_average_would_be_with_their_decay(tmp_pat
 
 
 def saved_by(folder, callbacks, steps, **options):
-    return fit_line(callbacks=[*callbacks, LastCheckpoint(folder / "last.ckpt")], max_steps=steps, **options)
+    return fit_line(callbacks=[*callbacks, ResumableCheckpoint(folder / "last.ckpt")], max_steps=steps, **options)
 
 
 def test_further_averages_count_steps_of_the_optimiser_and_go_on_after_a_resume(tmp_path):
@@ -134,5 +134,5 @@ def test_a_decay_that_is_new_at_a_resume_begins_from_the_weights(tmp_path):
 
 
 def test_without_further_decays_a_checkpoint_has_nothing_of_them(tmp_path):
-    saved_by(tmp_path, [FurtherAverages(SavingSettings())], 2)
+    saved_by(tmp_path, [ExtraEMAs(CheckpointSettings())], 2)
     assert "further_averages" not in torch.load(tmp_path / "last.ckpt", weights_only=True)

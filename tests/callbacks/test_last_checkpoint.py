@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch import Callback
 
 from sagl.callbacks import last_checkpoint
-from sagl.callbacks.ema import WeightAverage
-from sagl.callbacks.last_checkpoint import LastCheckpoint
-from sagl.settings.training import SavingSettings
-from tests.tiny import QUIET, fit_line
+from sagl.callbacks.ema import EMA
+from sagl.callbacks.last_checkpoint import ResumableCheckpoint
+from sagl.settings.training import CheckpointSettings
+from tests.helpers.tiny import QUIET, fit_line
 
 RESUMED = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before"
@@ -35,7 +35,7 @@ class Ticks(Callback):
         self.clock.seconds += self.seconds
 
 
-class Saved(LastCheckpoint):
+class Saved(ResumableCheckpoint):
     """Remembers the steps at which it saved."""
 
     def __init__(self, *args, **kwargs):
@@ -49,7 +49,7 @@ class Saved(LastCheckpoint):
 
 def saves(path, clock, *, seconds=0, steps=10, **options):
     """At which steps a run of so many saved."""
-    callback = Saved(path, SavingSettings(**options))
+    callback = Saved(path, CheckpointSettings(**options))
     fit_line(callbacks=[callback, Ticks(clock, seconds)], max_steps=steps)
     return callback.steps
 
@@ -79,7 +79,7 @@ def test_it_saves_after_so_many_steps_or_minutes_since_the_last_time_and_once_at
 
 def test_a_resumed_run_counts_from_the_step_it_goes_on_from(tmp_path, clock):
     saves(tmp_path / "last.ckpt", clock, steps=3)
-    callback = Saved(tmp_path / "last.ckpt", SavingSettings(save_every_steps=4))
+    callback = Saved(tmp_path / "last.ckpt", CheckpointSettings(save_every_steps=4))
     fit_line(callbacks=[callback], max_steps=12, ckpt_path=tmp_path / "last.ckpt")
     assert callback.steps == [7, 11, 12]
 
@@ -90,7 +90,7 @@ def test_what_was_saved_on_the_way_goes_on_to_the_same_weights(tmp_path, clock):
             if trainer.global_step == 7:
                 raise RuntimeError("power cut")
 
-    callbacks = [LastCheckpoint(tmp_path / "last.ckpt", SavingSettings(save_every_steps=5)), Stop()]
+    callbacks = [ResumableCheckpoint(tmp_path / "last.ckpt", CheckpointSettings(save_every_steps=5)), Stop()]
     with pytest.raises(RuntimeError, match="power cut"):
         fit_line(callbacks=callbacks, max_steps=12)
     resumed, _ = fit_line(callbacks=[], max_steps=12, ckpt_path=tmp_path / "last.ckpt")
@@ -105,7 +105,7 @@ def test_what_was_saved_on_the_way_goes_on_to_the_same_weights(tmp_path, clock):
 def test_a_save_that_fails_leaves_the_last_whole_file(tmp_path, clock, monkeypatch):
     path = tmp_path / "checkpoints" / "last.ckpt"
 
-    class Breaks(LastCheckpoint):
+    class Breaks(ResumableCheckpoint):
         def _save(self, trainer):
             if trainer.global_step == 6:
                 monkeypatch.setattr(trainer, "save_checkpoint", half)
@@ -116,7 +116,7 @@ def test_a_save_that_fails_leaves_the_last_whole_file(tmp_path, clock, monkeypat
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        fit_line(callbacks=[Breaks(path, SavingSettings(save_every_steps=3))], max_steps=9)
+        fit_line(callbacks=[Breaks(path, CheckpointSettings(save_every_steps=3))], max_steps=9)
     assert torch.load(path, weights_only=True)["global_step"] == 3
 
 
@@ -151,7 +151,7 @@ class Ends(Callback):
 
 def test_a_polite_end_is_saved_after_the_step_it_falls_into(tmp_path, clock):
     with pytest.raises(SystemExit):
-        fit_line(callbacks=[LastCheckpoint(tmp_path / "last.ckpt"), Ends(3)], max_steps=9)
+        fit_line(callbacks=[ResumableCheckpoint(tmp_path / "last.ckpt"), Ends(3)], max_steps=9)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     whole, _ = fit_line(callbacks=[], max_steps=4)
     assert saved["global_step"] == 4
@@ -162,7 +162,10 @@ def test_a_polite_end_is_saved_after_the_step_it_falls_into(tmp_path, clock):
 def test_any_other_end_leaves_the_file_as_it_was(exception, tmp_path, clock):
     with pytest.raises(type(exception)):
         fit_line(
-            callbacks=[LastCheckpoint(tmp_path / "last.ckpt", SavingSettings(save_every_steps=2)), Ends(3, exception)],
+            callbacks=[
+                ResumableCheckpoint(tmp_path / "last.ckpt", CheckpointSettings(save_every_steps=2)),
+                Ends(3, exception),
+            ],
             max_steps=9,
         )
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
@@ -170,15 +173,15 @@ def test_any_other_end_leaves_the_file_as_it_was(exception, tmp_path, clock):
 
 def test_a_polite_end_during_validation_saves_average_and_raw_weights_each_in_its_place(tmp_path, clock):
     validation = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    average = WeightAverage(SavingSettings(average_decay=0.5))
+    average = EMA(CheckpointSettings(ema_decay=0.5))
     with pytest.raises(SystemExit):
         fit_line(
-            callbacks=[average, LastCheckpoint(tmp_path / "last.ckpt"), Ends(6, in_validation=True)],
+            callbacks=[average, ResumableCheckpoint(tmp_path / "last.ckpt"), Ends(6, in_validation=True)],
             max_steps=9,
             **validation,
         )
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    whole, _ = fit_line(callbacks=[again := WeightAverage(SavingSettings(average_decay=0.5))], max_steps=6)
+    whole, _ = fit_line(callbacks=[again := EMA(CheckpointSettings(ema_decay=0.5))], max_steps=6)
     assert saved["global_step"] == 6
     torch.testing.assert_close(saved["current_model_state"]["weight"], whole.weight.detach())
     torch.testing.assert_close(saved["state_dict"]["weight"], again._average_model.module.weight.detach())
@@ -187,7 +190,7 @@ def test_a_polite_end_during_validation_saves_average_and_raw_weights_each_in_it
 def test_a_polite_end_waits_until_accumulated_gradients_have_been_stepped(tmp_path, clock):
     path, options = tmp_path / "last.ckpt", {"max_steps": 9, "accumulate_grad_batches": 3}
     with pytest.raises(SystemExit) as ended:
-        fit_line(callbacks=[LastCheckpoint(path), Ends(4)], **options)
+        fit_line(callbacks=[ResumableCheckpoint(path), Ends(4)], **options)
     assert ended.value.code in (None, 0)
     assert torch.load(path, weights_only=True)["global_step"] == 5
     resumed, _ = fit_line(callbacks=[], ckpt_path=path, **options)
@@ -197,7 +200,7 @@ def test_a_polite_end_waits_until_accumulated_gradients_have_been_stepped(tmp_pa
 
 def test_the_handler_of_before_is_back_after_a_run(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    fit_line(callbacks=[LastCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
+    fit_line(callbacks=[ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -226,7 +229,7 @@ def counted(path, stops, **options):
     """What was counted over runs to each of these steps in turn, each resumed from the one before."""
     counts = Counts()
     for k, stop in enumerate(stops):
-        callbacks = [counts, LastCheckpoint(path, SavingSettings(save_every_steps=1))]
+        callbacks = [counts, ResumableCheckpoint(path, CheckpointSettings(save_every_steps=1))]
         fit_line(callbacks=callbacks, max_steps=stop, ckpt_path=path if k else None, **SIX_AN_EPOCH, **options)
     return counts
 
@@ -243,16 +246,20 @@ def test_a_resumed_run_counts_batches_steps_and_epochs_as_if_it_had_never_stoppe
 def test_a_run_stopped_before_a_due_validation_validates_when_it_is_resumed(tmp_path, clock):
     validation = {"val_check_interval": 4, "check_val_every_n_epoch": None}
     path, first = tmp_path / "last.ckpt", Counts()
-    cut = [first, LastCheckpoint(path, SavingSettings(save_every_steps=1)), Ends(4, MemoryError(), in_validation=True)]
+    cut = [
+        first,
+        ResumableCheckpoint(path, CheckpointSettings(save_every_steps=1)),
+        Ends(4, MemoryError(), in_validation=True),
+    ]
     with pytest.raises(MemoryError):
         fit_line(callbacks=cut, max_steps=12, **SIX_AN_EPOCH, **validation)
     assert torch.load(path, weights_only=True)["global_step"] == 3
     again = Counts()
-    fit_line(callbacks=[again, LastCheckpoint(path)], max_steps=12, ckpt_path=path, **SIX_AN_EPOCH, **validation)
+    fit_line(callbacks=[again, ResumableCheckpoint(path)], max_steps=12, ckpt_path=path, **SIX_AN_EPOCH, **validation)
     assert again.validations == [4, 6, 8, 10, 12]
 
 
 def test_what_a_killed_run_had_begun_to_write_is_cleared_away(tmp_path):
     (tmp_path / "best_00000001.ckpt.partial").write_bytes(b"half")
-    fit_line(callbacks=[LastCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
+    fit_line(callbacks=[ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=2)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sagl.callbacks.measures import Measures
+from sagl.callbacks.measures import PreviewMetrics
 from sagl.metrics.distance import InceptionScore
 from sagl.metrics.extractors import MAKERS
 from sagl.metrics.features import Features
@@ -34,8 +34,8 @@ def extractors(tmp_path, monkeypatch):
 
 
 def measured(name, real=REAL, made=MADE):
-    measures = Measures(name, CPU)
-    measures.know_real(real.split(8))
+    measures = PreviewMetrics(name, CPU)
+    measures.update_real(real.split(8))
     return measures.of(made.split(5))
 
 
@@ -64,9 +64,9 @@ def test_real_images_are_looked_at_once_for_all_runs_and_others_again():
 
 
 def test_numbers_begin_anew_each_time():
-    measures = Measures("classes", CPU)
-    measures.know_real([REAL])
+    measures = PreviewMetrics("classes", CPU)
+    measures.update_real([REAL])
     first = measures.of([MADE])
     measures.of([MADE[:4] // 2])
-    measures.know_real([REAL[:3]])  # known already
+    measures.update_real([REAL[:3]])  # known already
     assert measures.of([MADE]) == first

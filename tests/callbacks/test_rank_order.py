@@ -10,14 +10,14 @@ from sagl.callbacks.rank_order import mean_in_rank_order
 RANKS = 3
 
 
-def gradients(rank, bucket_megabytes, *, in_order):
+def gradients(rank, bucket_megabytes, *, eval_loader):
     """Of one batch, with buckets of a size, in a group of processes."""
     generator = torch.Generator().manual_seed(rank)
     model = torch.nn.Sequential(*(torch.nn.Linear(300, 300, bias=False) for _ in range(5)))
     for k, parameter in enumerate(model.parameters()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(100 + k))
     model = DistributedDataParallel(model, bucket_cap_mb=bucket_megabytes)
-    if in_order:
+    if eval_loader:
         model.register_comm_hook(None, mean_in_rank_order)
     model(torch.randn(4, 300, generator=generator)).square().mean().backward()
     return torch.stack([parameter.grad for parameter in model.parameters()])
@@ -27,8 +27,8 @@ def compare(rank, port, folder):
     """Write down what of it depends on the size of buckets."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    ordered = [gradients(rank, size, in_order=True) for size in (0.1, 25)]
-    free = [gradients(rank, size, in_order=False) for size in (0.1, 25)]
+    ordered = [gradients(rank, size, eval_loader=True) for size in (0.1, 25)]
+    free = [gradients(rank, size, eval_loader=False) for size in (0.1, 25)]
     torch.save({"ordered": ordered, "free": free}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

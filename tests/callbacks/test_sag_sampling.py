@@ -5,21 +5,21 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sagl.callbacks import sag_sampling
-from sagl.callbacks.ema import WeightAverage
+from sagl.callbacks.ema import EMA
 from sagl.callbacks.sag_sampling import SAGSampling
-from sagl.data.grid import mask_pictures, stacked_grid
-from sagl.data.pixels import to_uint8
+from sagl.errors import UserError
 from sagl.metrics.extractors import MAKERS
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.recipe import collect, labels_of, prepare
-from sagl.settings.errors import UserError
+from sagl.sampling.grid import colorize_masks, image_grid
+from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import ChainSettings, RunSettings
-from sagl.settings.training import OptimizerSettings, PreviewSettings, SavingSettings
-from tests.reference import draw_weights
-from tests.tiny import GREY, QUIET, read_png, trainer
+from sagl.settings.training import CheckpointSettings, OptimizerSettings, PreviewSettings
+from sagl.utils.images import to_uint8
+from tests.helpers.reference import draw_weights
+from tests.helpers.tiny import GREY, QUIET, read_png, trainer
 
 pytestmark = QUIET
 
@@ -51,7 +51,7 @@ def preview(folder, **settings):
 
 
 def made(network, ids, scale):
-    recipe = prepare(
+    recipe = build_pipeline(
         network,
         DiffusionModule(network.settings).diffusion_settings,
         ChainSettings(sampler="ddim", respacing="3"),
@@ -59,7 +59,7 @@ def made(network, ids, scale):
     )
     run = RunSettings(num_samples=len(ids), labels="balanced")
     with torch.inference_mode():
-        x, share = collect(recipe.chain(0, ids, labels_of(run, ids, network)))
+        x, share = run_to_end(recipe.chain(0, ids, make_labels(run, ids, network)))
     return to_uint8(x), share
 
 
@@ -74,8 +74,8 @@ def test_a_grid_a_validation_unguided_and_each_scale_over_its_masks(tmp_path):
     rows = [made(network, list(range(5)), 0.0)[0]]
     for scale in (0.5, 2.0):
         images, share = made(network, list(range(5)), scale)
-        rows += [images, mask_pictures(share)]
-    want = stacked_grid(rows).permute(1, 2, 0).numpy()
+        rows += [images, colorize_masks(share)]
+    want = image_grid(rows).permute(1, 2, 0).numpy()
     got = read_png(tmp_path / "previews" / "step_00000004.png")
     assert got.shape == want.shape
     assert abs(got.astype(int) - want).mean() < 1  # drawn two at a time here, and five at a time there
@@ -95,7 +95,7 @@ def test_the_averages_are_what_is_drawn(tmp_path):
         def _draw(self, trainer, recipes):
             networks.append(recipes[0][1].network.out[2].weight.clone())
 
-    average = WeightAverage(SavingSettings(average_decay=0.9))
+    average = EMA(CheckpointSettings(ema_decay=0.9))
     module = module_of(rate=1e-2)
     fit(module, [Peeping(tmp_path, PreviewSettings(respacing="3"), SAG), average])
     held = average._average_model.module.network.out[2].weight
@@ -161,7 +161,7 @@ def test_scales_that_the_network_cannot_have_are_refused_before_the_first_step(t
         ({"keep_best": 2}, "preview.measured"),
         ({"keep_best": 2, "measured": 9, "best_scale": 0.2}, "preview.best_scale"),
         ({"sampler": "euler"}, "sampler"),
-        ({"best_gigabytes": 0.0}, "preview.best_gigabytes"),
+        ({"max_checkpoint_gb": 0.0}, "preview.max_checkpoint_gb"),
     ],
 )
 def test_previews_that_make_no_sense_are_refused(settings, said):

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from sagl.data.run_folder import SAMPLES, pixels, png, samples_of
-from tests.sampled import entry, picture, write_run
-from tests.tiny import contents, exit_code, read_png, write_tiny
+from sagl.sampling.run_folder import SAMPLES, iter_samples, pixels, png
+from tests.helpers.sampled import entry, picture, write_run
+from tests.helpers.tiny import contents, exit_code, read_png, write_tiny
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_runs_that_sample_made_are_compared(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "page.html").read_text()
     assert re.search(r"sag\.scale</th><td>0\.0</td><td>0\.5</td>", page)
     assert re.search(r"network evaluations an image</th><td>2</td><td>4</td>", page)
-    want = [sample.pictures[SAMPLES] for name in ("plain", "guided") for sample in samples_of(tmp_path / name)]
+    want = [sample.pictures[SAMPLES] for name in ("plain", "guided") for sample in iter_samples(tmp_path / name)]
     assert images_in(tmp_path / "page.html") == want
     capsys.readouterr()
 

@@ -6,7 +6,7 @@ import pytest
 
 from sagl.commands.completion import PARSERS, main, script
 from sagl.commands.verbs import VERBS
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 
 
 def completed(*words, cwd="/"):

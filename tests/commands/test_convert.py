@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from sagl.commands.request import read_config, sampling_part
 from sagl.models.checkpoints import build_network, in_dtype, read_network, write_network
-from sagl.models.zoo import EMBEDDED, RELEASED, described
+from sagl.models.zoo import EMBEDDED, RELEASED, read_metadata
 from sagl.settings.diffusion import DiffusionSettings
-from tests.tiny import (
+from tests.helpers.tiny import (
     GREY,
     contents,
     exit_code,
@@ -59,7 +59,7 @@ def test_recommended_settings_are_written_and_said(tmp_path, capsys):
     target, advice = tmp_path / "network.safetensors", {"respacing": "5", "sag": {"scale": 0.2, "site": "middle"}}
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("convert", checkpoint, target, "--recommended", json.dumps(advice)) == 0
-    assert described(target)["recommended"] == advice
+    assert read_metadata(target)["recommended"] == advice
     assert json.dumps(advice) in capsys.readouterr().out
 
 
@@ -75,9 +75,9 @@ def test_advice_given_to_convert_is_followed_by_sample(tmp_path):
 def test_a_file_of_sagl_keeps_its_advice_unless_it_is_given_anew(tmp_path):
     first = write_tiny(tmp_path / "first.safetensors", recommended={"respacing": "5"})
     assert exit_code("convert", first, tmp_path / "kept.safetensors", "--dtype", "float16") == 0
-    assert described(tmp_path / "kept.safetensors")["recommended"] == {"respacing": "5"}
+    assert read_metadata(tmp_path / "kept.safetensors")["recommended"] == {"respacing": "5"}
     assert exit_code("convert", first, tmp_path / "new.safetensors", "--recommended", '{"respacing": "7"}') == 0
-    assert described(tmp_path / "new.safetensors")["recommended"] == {"respacing": "7"}
+    assert read_metadata(tmp_path / "new.safetensors")["recommended"] == {"respacing": "7"}
     assert torch.equal(build_network(read_network(first)).out[2].weight, network_file().state["out.2.weight"])
 
 
@@ -167,7 +167,7 @@ def test_the_paper_s_settings_go_with_a_released_network(how, cat, tmp_path):
         "config": [renamed, "--config", tmp_path / "mine.yaml"],
     }
     assert exit_code("convert", source[how][0], tmp_path / "cat.safetensors", *source[how][1:]) == 0
-    about = described(tmp_path / "cat.safetensors")
+    about = read_metadata(tmp_path / "cat.safetensors")
     assert about["recommended"] == sampling_part(read_config("lsun_cat"))
     assert about["recommended"]["sag"]["scale"] == 0.05
 
@@ -176,7 +176,7 @@ def test_advice_that_is_given_goes_before_the_paper_s(cat, tmp_path):
     for advice in ({}, {"respacing": "5"}):
         target = tmp_path / "cat.safetensors"
         assert exit_code("convert", cat, target, "--recommended", json.dumps(advice)) == 0
-        assert described(target)["recommended"] == advice
+        assert read_metadata(target)["recommended"] == advice
 
 
 def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_model_that_is_not_known_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("recommended", [[1], "abc"])
 def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path, capsys):
     source = write_tiny(tmp_path / "tiny.safetensors")
-    about = {"sagl": json.dumps(described(source) | {"recommended": recommended})}
+    about = {"sagl": json.dumps(read_metadata(source) | {"recommended": recommended})}
     save_file(load_file(source), tmp_path / "other.safetensors", metadata=about)
     for verb in (["convert"], ["sample", "--output", tmp_path / "run", "--checkpoint"]):
         target = [tmp_path / "new.safetensors"] if verb == ["convert"] else []
@@ -221,7 +221,7 @@ def test_a_folder_for_diffusers_comes_back_with_settings_advice_and_weights(tmp_
     source = write_tiny(tmp_path / "tiny.safetensors", recommended={"respacing": "5"})
     assert exit_code("convert", source, tmp_path / "folder") == 0
     assert exit_code("convert", tmp_path / "folder", tmp_path / "back.safetensors") == 0
-    assert described(tmp_path / "back.safetensors") == described(source)
+    assert read_metadata(tmp_path / "back.safetensors") == read_metadata(source)
     was, back = load_file(source), load_file(tmp_path / "back.safetensors")
     assert was.keys() == back.keys()
     assert all(torch.equal(was[name], back[name]) for name in was)

@@ -11,8 +11,8 @@ import torch
 
 from sagl.commands import doctor
 from sagl.commands.doctor import extractors, folders, machine, mpi, versions
-from sagl.settings.errors import UserError
-from tests.tiny import contents, exit_code, write_fashion_mnist
+from sagl.errors import UserError
+from tests.helpers.tiny import contents, exit_code, write_fashion_mnist
 
 
 def line(lines, what):

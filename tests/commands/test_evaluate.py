@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sagl.data.views import write_images
-from sagl.data.views import write_npz as export_npz
 from sagl.metrics.extractors import MAKERS
 from sagl.metrics.features import Features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
-from sagl.metrics.kernel_distance import kernel_distance
+from sagl.metrics.kid import kernel_distance
 from sagl.metrics.precision_recall import precision_recall
-from sagl.settings.paths import sha256
-from tests.sampled import write_run
-from tests.tiny import exit_code, write_fashion_mnist
+from sagl.sampling.exports import write_images
+from sagl.sampling.exports import write_npz as export_npz
+from sagl.utils.files import sha256
+from tests.helpers.sampled import write_run
+from tests.helpers.tiny import exit_code, write_fashion_mnist
 
 SEEN = []
 OWN = f"{__name__}.make_own"
@@ -97,7 +97,7 @@ def distance(a, b):
 
 def test_every_number_comes_with_all_that_it_belongs_to(pair, capsys):
     run, reference, images, others = pair
-    result = evaluated(capsys, run, "--reference", reference, "--kd_subsets", 5, "--kd_subset_size", 30)
+    result = evaluated(capsys, run, "--reference", reference, "--kid_subsets", 5, "--kid_subset_size", 30)
     shares = precision_recall(twelve(images), twelve(others))
     kernel = kernel_distance(twelve(images), twelve(others), subsets=5, size=30)
     assert result.pop("numbers") == {
@@ -111,8 +111,8 @@ def test_every_number_comes_with_all_that_it_belongs_to(pair, capsys):
     assert result.pop("settings") == {
         "neighbours": 3,
         "num_kept": 50,
-        "kd_subsets": 5,
-        "kd_subset_size": 30,
+        "kid_subsets": 5,
+        "kid_subset_size": 30,
         "bootstrap": 0,
         "seed": 0,
     }
@@ -384,10 +384,10 @@ def test_statistics_that_cannot_be_made_are_refused(arguments, named, pair, tmp_
 def test_a_run_keeps_its_numbers_one_entry_a_kind_of_measurement(tmp_path, pair, capsys):
     run = write_run(tmp_path / "run", side=16)
     for subsets in (5, 6, 5):
-        evaluated(capsys, run, "--reference", pair[1], "--kd_subsets", subsets)
+        evaluated(capsys, run, "--reference", pair[1], "--kid_subsets", subsets)
     kept = json.loads((run / "evaluation.json").read_text())["evaluations"]
-    assert [entry["settings"]["kd_subsets"] for entry in kept] == [6, 5]
-    again = evaluated(capsys, run, "--reference", pair[1], "--kd_subsets", 5)
+    assert [entry["settings"]["kid_subsets"] for entry in kept] == [6, 5]
+    again = evaluated(capsys, run, "--reference", pair[1], "--kid_subsets", 5)
     assert kept[1]["numbers"] == again["numbers"]
     (run / "evaluation.json").write_text("{")
     SEEN.clear()
@@ -442,8 +442,8 @@ def test_a_table_for_people_json_and_csv_for_programs(tmp_path, pair, capsys):
     rows = {row["metric"]: row for row in csv.DictReader(io.StringIO(printed))}
     assert float(rows["fd"]["value"]) == written["numbers"]["fd"]
     assert (rows["kd"]["extractor"], rows["kd"]["num_reference"]) == ("effnet_lite0_64", "50")
-    assert "kd_subset_size 40; " in rows["kd"]["settings"]
-    assert "kd_subset_size 40 · " in shown.replace("\n", "")
+    assert "kid_subset_size 40; " in rows["kd"]["settings"]
+    assert "kid_subset_size 40 · " in shown.replace("\n", "")
     assert "`output` must end in .json or .csv" in refused(capsys, run, "--output", "n.txt")
 
 

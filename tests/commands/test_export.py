@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.tiny import contents, exit_code, write_tiny
+from tests.helpers.tiny import contents, exit_code, write_tiny
 
 FLAGS = ["--num_samples", "6", "--batch_size", "4", "--sampler", "ddim", "--respacing", "2", "--compare"]
 FLAGS += ["--sag.scale", "0.5", "--sag.site", "output.0", "--sag.kernel_size", "5"]

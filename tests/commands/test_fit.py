@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sagl.models.checkpoints import build_network, read_network
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_config, write_tiny
+from tests.helpers.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_config, write_tiny
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -40,7 +40,7 @@ CONFIG = {
         "val_check_interval": 2,
         "check_val_every_n_epoch": None,
     },
-    "average_decay": 0.9,
+    "ema_decay": 0.9,
     "preview": {"samples": 0},
 }
 
@@ -51,7 +51,7 @@ def config(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("fit"), CONFIG)
 
 
-class Watch:
+class ProgressReporter:
     """What the training steps of a fit began with, and its module."""
 
     def __init__(self, monkeypatch):
@@ -72,7 +72,7 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch):
-    return Watch(monkeypatch)
+    return ProgressReporter(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_configuration_that_is_written_says_what_was_asked_and_what_was_left
     assert {name: written["model"]["network"][name] for name in NETWORK} == NETWORK
     assert written["model"]["optimizer"]["warmup_steps"] == 2
     assert written["model"]["diffusion"]["num_timesteps"] == 1000
-    assert written["average_decay"] == 0.9
+    assert written["ema_decay"] == 0.9
     assert written["save_every_minutes"] == 5.0
 
 
@@ -154,7 +154,7 @@ def test_resume_goes_on_from_the_step_weights_averages_and_optimiser_that_were_s
     output = copy_of(fitted, tmp_path / "run")
     saved, averages = checkpoint_of(output), []
     monkeypatch.setattr(
-        "sagl.callbacks.ema.WeightAverage.on_train_start",
+        "sagl.callbacks.ema.EMA.on_train_start",
         lambda callback, *_: averages.append({k: v.clone() for k, v in callback._average_model.state_dict().items()}),
     )
     command = ["fit", "--config", config, "--output", output, "--resume"]
@@ -239,7 +239,7 @@ def test_a_last_checkpoint_that_wants_to_run_code_is_refused_and_the_code_not_ru
         (["--model.label_dropout", "2"], "`label_dropout` must be in [0, 1], got 2.0"),
         (["--model.network.null_label", "false"], "`label_dropout` needs a network with null_label"),
         (["--model.diffusion.variance", "fixed_small"], "`variance`"),
-        (["--average_decay", "1"], "decay` must be in [0, 1), got 1.0"),
+        (["--ema_decay", "1"], "decay` must be in [0, 1), got 1.0"),
         (["--save_every_steps", "0"], "`save_every_steps` must be above 0, got 0"),
         (["--save_every_minutes", "-1"], "`save_every_minutes` must be above 0, got -1.0"),
     ],

@@ -8,13 +8,13 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sagl.commands.training import module_for
+from sagl.errors import UserError
 from sagl.models.checkpoints import build_classifier, read_network
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import ClassifierSettings
-from tests.tiny import QUIET, QUIET_CLI, exit_code, write_config, write_tiny, write_tiny_classifier
+from tests.helpers.tiny import QUIET, QUIET_CLI, exit_code, write_config, write_tiny, write_tiny_classifier
 
 pytestmark = [*QUIET, *QUIET_CLI]
 
@@ -35,7 +35,7 @@ CONFIG = {
         "val_check_interval": 2,
         "check_val_every_n_epoch": None,
     },
-    "average_decay": 0.9,
+    "ema_decay": 0.9,
 }
 
 
@@ -164,7 +164,7 @@ def test_a_classifier_s_config_draws_nothing_and_a_state_dict_is_converted_by_it
         (["--model.classifier.pool", "best"], "`pool` must be one of attention, adaptive, spatial, spatial_v2"),
         (["--model.classifier.num_channels", "33"], "`num_channels` times each of `channel_mult`"),
         (["--model.classifier", "imagenet64"], "`model.classifier` must be one of fashion_mnist_classifier"),
-        (["--model.max_skipped", "-1"], "`max_skipped` must be at least 0"),
+        (["--model.max_nonfinite_batches", "-1"], "`max_nonfinite_batches` must be at least 0"),
         (["--checkpoint", "fashion_mnist"], "A checkpoint may differ from the network in its classes alone"),
     ],
 )

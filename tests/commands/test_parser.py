@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from sagl.commands.parser import Parser, bracketed, fields_of, names_of, nearest
+from sagl.commands.parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
 from sagl.commands.request import sample_parser
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
 
@@ -35,18 +35,18 @@ def test_the_fields_of_a_settings_class_are_flags_alone_or_in_a_group():
     p.add_settings(Hat)
     p.add_settings(Hat, "other")
     given = p.parse(["--size", "60", "--other.colour=red"])
-    assert fields_of(Hat, given) == Hat(size=60)
-    assert fields_of(Hat, given.other) == Hat(colour="red")
-    assert names_of(Hat) == ["size", "colour"]
+    assert from_namespace(Hat, given) == Hat(size=60)
+    assert from_namespace(Hat, given.other) == Hat(colour="red")
+    assert field_names(Hat) == ["size", "colour"]
     assert set(p.options) == {"-h", "--help", "--size", "--colour", "--other.size", "--other.colour"}
 
 
 def test_without_flags_every_setting_has_the_default_of_its_field():
     given = sample_parser().parse([])
     for kind in (RunSettings, ChainSettings):
-        assert fields_of(kind, given) == kind()
+        assert from_namespace(kind, given) == kind()
     for group, kind in {**GUIDANCES, "trainer": DeviceSettings}.items():
-        assert fields_of(kind, given[group]) == kind()
+        assert from_namespace(kind, given[group]) == kind()
 
 
 @pytest.mark.parametrize("labels", ["random", "null", "3", "0,7,9", "0, 7"])
@@ -67,7 +67,7 @@ def test_a_text_is_taken_as_it_is_whatever_it_looks_like(labels):
 )
 def test_an_interval_is_two_numbers_with_brackets_or_without(flags):
     given = sample_parser().parse(flags)
-    assert fields_of(SelfAttentionGuidance, given.sag).interval == (0.5, 1.0)
+    assert from_namespace(SelfAttentionGuidance, given.sag).interval == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_an_interval_is_two_numbers_with_brackets_or_without(flags):
     ],
 )
 def test_nothing_but_an_interval_of_two_is_put_in_brackets(arguments):
-    assert bracketed(arguments) == arguments
+    assert parse_interval_arg(arguments) == arguments
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
@@ -172,8 +172,8 @@ def test_a_flag_that_is_suggested_is_one_that_help_lists(flag):
     ],
 )
 def test_the_nearest_name_is_suggested_or_none(name, want):
-    assert nearest(name, iter(["lsun_cat", "lsun_horse", "run.seed"])) == want
-    assert nearest(name, []) == ""
+    assert suggest(name, iter(["lsun_cat", "lsun_horse", "run.seed"])) == want
+    assert suggest(name, []) == ""
 
 
 # --------------------------------------------------------------------------------------------------------- help

@@ -8,18 +8,18 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from sagl import machine
 from sagl.commands import job
 from sagl.commands.request import parse
-from sagl.data.grid import mask_pictures
-from sagl.data.pixels import to_uint8
 from sagl.models.checkpoints import build_network, read_network, write_network
-from sagl.models.footprint import forward_bytes
-from sagl.recipe import collect, labels_of, prepare
+from sagl.models.footprint import estimate_memory
+from sagl.sampling.grid import colorize_masks
+from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
-from tests.tiny import (
+from sagl.utils import environment
+from sagl.utils.images import to_uint8
+from tests.helpers.tiny import (
     contents,
     exit_code,
     network_file,
@@ -57,9 +57,9 @@ def record_of(folder):
 def made_by_hand(network_path, ids, **sag):
     """Grey images, (N, 1, H, W) uint8, and masked shares, straight from the recipe."""
     file = read_network(network_path)
-    recipe = prepare(build_network(file), file.diffusion, CHAIN, SelfAttentionGuidance(**sag))
+    recipe = build_pipeline(build_network(file), file.diffusion, CHAIN, SelfAttentionGuidance(**sag))
     with torch.inference_mode():
-        x, share = collect(recipe.chain(2, ids, labels_of(RunSettings(seed=2), ids, recipe.network)))
+        x, share = run_to_end(recipe.chain(2, ids, make_labels(RunSettings(seed=2), ids, recipe.network)))
     return to_uint8(x), share
 
 
@@ -89,7 +89,7 @@ def test_arrays_are_what_public_evaluators_read(compared):
     assert (images.dtype, images.shape) == (np.uint8, (6, 8, 8, 3))
     assert (labels.dtype, labels.shape) == (np.int64, (6,))
     network = build_network(read_network(compared.parent / "tiny.safetensors"))
-    assert labels.tolist() == labels_of(RunSettings(seed=2), range(6), network).tolist()
+    assert labels.tolist() == make_labels(RunSettings(seed=2), range(6), network).tolist()
 
 
 def test_grey_images_are_written_as_rgb_with_three_equal_channels(compared):
@@ -138,7 +138,7 @@ def test_compare_makes_three_rows_unguided_guided_and_masks(compared):
         assert (cell(picture, 0, column) == unguided[column, 0, ..., None].numpy()).all()
         assert (cell(picture, 1, column) == guided[column, 0, ..., None].numpy()).all()
         stored = (share * 255).round() / 255
-        assert (cell(picture, 2, column) == mask_pictures(stored)[column].permute(1, 2, 0).numpy()).all()
+        assert (cell(picture, 2, column) == colorize_masks(stored)[column].permute(1, 2, 0).numpy()).all()
 
 
 def test_without_compare_the_grid_is_one_row(tmp_path):
@@ -231,7 +231,7 @@ def test_a_run_that_ended_before_its_grid_is_not_taken_for_complete(tmp_path, mo
 
     command = ["sample", "--checkpoint", write_tiny(tmp_path / "tiny.safetensors"), "--output", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("sagl.data.views.save_png", full_disk)
+        patch.setattr("sagl.sampling.exports.save_png", full_disk)
         assert exit_code(*command, *TWO) == 2
     assert "No space left on device. Make room, then give the same command again" in capsys.readouterr().err
     assert not (tmp_path / "run" / "grid.png").exists()
@@ -358,13 +358,13 @@ def test_half_precision_gives_nearly_the_same_images(precision, compared, tmp_pa
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-true"), (False, "32-true")])
 def test_choices_are_said_once_and_kept_by_the_folder(fast, precision, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(environment, "has_fast_bfloat16", lambda: fast)
     folder = sample(tmp_path / "run", "--num_samples", "3", *CHAIN_FLAGS)
     record, said = record_of(folder), capsys.readouterr().out
     assert (record["settings"]["precision"], record["batch_size"]) == (precision, 3)
     assert said.count("Chosen for this machine") == 1
     assert f"--trainer.precision {precision} --batch_size 3 OMP_NUM_THREADS={torch.get_num_threads()}\n" in said
-    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: not fast)
+    monkeypatch.setattr(environment, "has_fast_bfloat16", lambda: not fast)
     network = tmp_path / "tiny.safetensors"
     assert exit_code("sample", "--checkpoint", network, "--output", folder, "--num_samples", "5", *CHAIN_FLAGS) == 0
     assert record_of(folder)["settings"]["precision"] == precision
@@ -395,7 +395,7 @@ def test_a_network_is_compiled_where_that_is_asked_for_and_the_run_says_so(tmp_p
 
 def test_no_more_images_at_once_than_fit_into_memory(tmp_path, monkeypatch):
     network = write_tiny(tmp_path / "tiny.safetensors")
-    weights, each = forward_bytes(read_network(network).network, torch.float32)
+    weights, each = estimate_memory(read_network(network).network, torch.float32)
     monkeypatch.setattr(job, "available_bytes", lambda _: (weights + 5 * each) * 4 // 3 + 8)
     folder = sample(
         tmp_path / "run", "--num_samples", "9", *CHAIN_FLAGS, "--trainer.precision", "32-true", network=network

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sagl.data import sources
-from sagl.data.lsun import LSUNPictures
-from sagl.data.shards import ShardPictures
+from sagl.data import registry
+from sagl.data.lsun import LSUNImageSource
+from sagl.data.webdataset import ShardImageSource
 from tests.data.test_folder import FILES, write_csv, write_pictures
 from tests.data.test_lsun import write_lsun
 from tests.data.test_npz import IMAGES, LABELS, write_npz
-from tests.tiny import contents, exit_code, write_fashion_mnist
+from tests.helpers.tiny import contents, exit_code, write_fashion_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def cache(monkeypatch, tmp_path):
 def sharded(tmp_path, source, *flags, output="out"):
     """The pictures of what the command wrote."""
     assert exit_code("shard", source, "--output", tmp_path / output, "--progress", "off", *flags) == 0
-    return ShardPictures(sorted((tmp_path / output).glob("*.tar")))
+    return ShardImageSource(sorted((tmp_path / output).glob("*.tar")))
 
 
 def files(folder):
@@ -47,7 +47,7 @@ def all_of(source):
 def test_bytes_of_an_lsun_database_pass_through_unchanged(kind, ending, tmp_path):
     folder = write_lsun(tmp_path / "cat", kind)
     pictures = sharded(tmp_path, folder, "--shard_size", "4")
-    assert all_of(pictures) == all_of(LSUNPictures(folder))
+    assert all_of(pictures) == all_of(LSUNImageSource(folder))
     assert [shard.name for shard in pictures.shards] == [f"cat-{n:06d}.tar" for n in range(3)]
     assert pictures.name(4) == f"000000004.{ending} in {pictures.shards[1]}"
 
@@ -72,8 +72,8 @@ def test_an_npz_is_sharded_without_loss(tmp_path):
 def test_fashion_mnist_is_sharded_as_it_was_published(tmp_path, cache):
     write_fashion_mnist(cache)
     pictures = sharded(tmp_path, "fashion_mnist", "--shard_size", "150")
-    assert [len(ShardPictures([shard])) for shard in pictures.shards] == [150, 50]
-    split = sources.FashionMNIST(cache, train=True)
+    assert [len(ShardImageSource([shard])) for shard in pictures.shards] == [150, 50]
+    split = registry.FashionMNIST(cache, train=True)
     assert np.array_equal(decoded(pictures), split.data.numpy())
     assert [pictures.label(i) for i in range(200)] == split.targets.tolist()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sagl.data.run_folder import samples_of, shards_of
-from sagl.data.run_lock import locked
-from tests.tiny import exit_code, write_tiny
+from sagl.sampling.run_folder import iter_samples, shards_of
+from sagl.utils.run_lock import locked
+from tests.helpers.tiny import exit_code, write_tiny
 
 COUNT, BATCH = 90, 3
 FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--views", "npz"]
@@ -123,7 +123,7 @@ def test_five_kills_and_other_numbers_of_processes_change_no_byte(alone, samplin
     assert 0 < held < COUNT // BATCH
     ends_well(sampling("run", 2))
     assert files(folder) == alone
-    assert [sample.id for sample in samples_of(folder)] == list(range(COUNT))
+    assert [sample.id for sample in iter_samples(folder)] == list(range(COUNT))
     assert not list(folder.rglob("*.partial"))
 
 
@@ -138,7 +138,7 @@ def test_a_damaged_shard_is_made_again_by_any_number_of_processes(alone, samplin
 
 
 def test_a_run_that_another_command_holds_is_left_alone(sampling, network, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sagl.data.run_lock.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("sagl.utils.run_lock.PATIENCE_SECONDS", 0.2)
     with locked(tmp_path / "run"):
         command = ["sample", "--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
         assert exit_code(*command) == 2

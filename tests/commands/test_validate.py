@@ -1,7 +1,7 @@
 import pytest
 
 from tests.commands.test_fit import CONFIG
-from tests.tiny import QUIET, QUIET_CLI, contents, exit_code, write_config
+from tests.helpers.tiny import QUIET, QUIET_CLI, contents, exit_code, write_config
 
 pytestmark = [*QUIET, *QUIET_CLI]
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sagl.data.folder import FolderData, FolderPictures
-from sagl.settings.errors import UserError
-from tests.tiny import QUIET
+from sagl.data.folder import FolderData, FolderImageSource
+from sagl.errors import UserError
+from tests.helpers.tiny import QUIET
 
 pytestmark = QUIET
 
@@ -21,7 +21,7 @@ def write_pictures(root, files=FILES):
 def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path):
     root = write_pictures(tmp_path / "mine")
     (root / "notes.txt").write_text("no picture")
-    pictures = FolderPictures(root)
+    pictures = FolderImageSource(root)
     assert pictures.files == sorted(FILES)
     assert (len(pictures), pictures.num_classes, pictures.label(0)) == (5, None, -1)
     assert pictures.encoded(1) == (root / "cats" / "1.JPG").read_bytes()
@@ -29,7 +29,7 @@ def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path):
 
 
 def test_sub_folders_are_classes_numbered_by_their_names(tmp_path):
-    pictures = FolderPictures(write_pictures(tmp_path / "mine"), "folders")
+    pictures = FolderImageSource(write_pictures(tmp_path / "mine"), "folders")
     assert pictures.classes == ["birds", "cats", "dogs"]
     assert [pictures.label(i) for i in range(5)] == [0, 1, 1, 2, 2]
 
@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_meant_is_refused_in_one_line(files, labels, sai
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     with pytest.raises(UserError, match=said) as error:
-        FolderPictures(root, labels)
+        FolderImageSource(root, labels)
     assert "\n" not in str(error.value)
 
 
@@ -60,14 +60,16 @@ def write_csv(path, labels, head="file,label"):
 def test_labels_of_a_csv_are_classes_in_the_order_of_their_names(tmp_path):
     root = write_pictures(tmp_path / "mine")
     said = dict(zip(FILES, ["wolf", "10", "tom cat", "wolf", '"owl, white"'], strict=True))
-    pictures = FolderPictures(root, write_csv(tmp_path / "labels.csv", said, "\ufefffile,label"))
+    pictures = FolderImageSource(root, write_csv(tmp_path / "labels.csv", said, "\ufefffile,label"))
     assert pictures.classes == ["10", "owl, white", "tom cat", "wolf"]
     assert [pictures.label(i) for i in range(5)] == [1, 0, 2, 3, 3]
 
 
 def test_numbers_of_a_csv_are_the_labels_themselves(tmp_path):
     root = write_pictures(tmp_path / "mine")
-    pictures = FolderPictures(root, write_csv(tmp_path / "labels.csv", dict(zip(FILES, (0, 7, 2, 2, 5), strict=True))))
+    pictures = FolderImageSource(
+        root, write_csv(tmp_path / "labels.csv", dict(zip(FILES, (0, 7, 2, 2, 5), strict=True)))
+    )
     assert [pictures.label(i) for i in range(5)] == [5, 7, 2, 2, 0]
     assert pictures.num_classes == 8
 
@@ -87,7 +89,7 @@ def test_a_csv_of_other_pictures_is_refused_with_the_first_and_the_count(changes
     labels = {name: label for name, label in (dict.fromkeys(FILES, 0) | changes).items() if label is not None}
     root = write_pictures(tmp_path / "mine")
     with pytest.raises(UserError, match=said) as error:
-        FolderPictures(root, write_csv(tmp_path / "labels.csv", labels))
+        FolderImageSource(root, write_csv(tmp_path / "labels.csv", labels))
     assert "\n" not in str(error.value)
 
 
@@ -105,12 +107,12 @@ def test_a_csv_that_is_none_is_refused(content, said, tmp_path):
     if content is not None:
         (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(UserError, match=said):
-        FolderPictures(write_pictures(tmp_path / "mine"), str(tmp_path / "labels.csv"))
+        FolderImageSource(write_pictures(tmp_path / "mine"), str(tmp_path / "labels.csv"))
 
 
 def test_another_kind_of_labels_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"must be folders, none or the name of a .csv file, got 'folder'"):
-        FolderPictures(write_pictures(tmp_path / "mine"), "folder")
+        FolderImageSource(write_pictures(tmp_path / "mine"), "folder")
 
 
 def test_the_module_gives_labelled_batches(tmp_path):

@@ -11,10 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.lsun import LSUNClass
 
-from sagl.data.lsun import LSUNData, LSUNPictures, lsun_folder
-from sagl.data.pictures import Cut, Pictures
-from sagl.settings.errors import UserError
-from tests.tiny import QUIET, contents
+from sagl.data.image_data import Cut, Pictures
+from sagl.data.lsun import LSUNData, LSUNImageSource, lsun_folder
+from sagl.errors import UserError
+from tests.helpers.tiny import QUIET, contents
 
 pytestmark = QUIET
 
@@ -47,14 +47,14 @@ def test_pictures_are_those_that_torchvision_reads_in_the_same_order(kind, tmp_p
         "np.save('theirs.npy', np.stack([np.array(image) for image, _ in LSUNClass(sys.argv[1])]))"
     )  # on its own: one process opens a database once
     subprocess.run([sys.executable, "-c", in_process, str(folder)], cwd=tmp_path, check=True)
-    ours = LSUNPictures(folder)
+    ours = LSUNImageSource(folder)
     assert len(ours) == COUNT
     decoded = np.stack([np.array(Image.open(io.BytesIO(ours.encoded(i))).convert("RGB")) for i in range(COUNT)])
     assert np.array_equal(decoded, np.load(tmp_path / "theirs.npy"))
 
 
 def test_it_is_torchvision_s_class_and_its_items_work(tmp_path):
-    pictures = LSUNPictures(write_lsun(tmp_path / "cat"))
+    pictures = LSUNImageSource(write_lsun(tmp_path / "cat"))
     assert isinstance(pictures, LSUNClass)
     assert pictures[3][0].size == (20, 16)
 
@@ -64,21 +64,21 @@ def test_keys_are_listed_once_as_plain_data_in_the_cache_and_nowhere_else(tmp_pa
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = contents(folder)
-    LSUNPictures(folder)
+    LSUNImageSource(folder)
     assert list((tmp_path / "here").iterdir()) == []
     assert contents(folder) == before
     (kept,) = (cache / "lsun").iterdir()
     keys = np.load(kept, allow_pickle=False)
     assert keys.tolist() == [f"{i:040x}".encode() for i in range(COUNT)]
     np.save(kept, keys[:4])
-    assert len(LSUNPictures(folder)) == 4  # the record was read
+    assert len(LSUNImageSource(folder)) == 4  # the record was read
     os.utime(folder / "data.mdb", ns=(1, 1))
-    assert len(LSUNPictures(folder)) == COUNT  # another database
+    assert len(LSUNImageSource(folder)) == COUNT  # another database
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_any_kind_of_worker_process_reads_them(method, tmp_path):
-    source = LSUNPictures(write_lsun(tmp_path / "cat", "JPEG"))
+    source = LSUNImageSource(write_lsun(tmp_path / "cat", "JPEG"))
     source.encoded(0)  # the parent has it open
     images = Pictures(source, np.arange(COUNT), Cut(side=8, channels=3))
     loader = DataLoader(images, 3, num_workers=2, multiprocessing_context=method)
@@ -94,7 +94,7 @@ def test_damaged_entries_are_stood_in_for_named_and_counted(tmp_path):
         transaction.put(f"{7:040x}".encode(), b"")
     environment.close()
     data = LSUNData(category="cat", root=str(tmp_path), batch_size=2, num_validation=0, num_workers=0, image_size=8)
-    data.max_damaged = 0.2
+    data.max_corrupt_fraction = 0.2
     data.setup("fit")
     assert sum(len(images) for images, _ in data.train_dataloader()) == COUNT
     assert data._damaged.names == {f"{place:040x} in {tmp_path / 'cat'}" for place in (2, 7)}
@@ -117,7 +117,7 @@ def test_a_damaged_database_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match="damaged"):
-        LSUNPictures(tmp_path / "cat")
+        LSUNImageSource(tmp_path / "cat")
 
 
 def test_the_module_gives_batches_for_training_and_for_validation(tmp_path):

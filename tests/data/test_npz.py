@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sagl.data.npz import NpzData, NpzPictures
-from sagl.data.pictures import Cut, Pictures
-from sagl.settings.errors import UserError
-from tests.tiny import QUIET
+from sagl.data.image_data import Cut, Pictures
+from sagl.data.npz import NpzData, NpzImageSource
+from sagl.errors import UserError
+from tests.helpers.tiny import QUIET
 
 pytestmark = QUIET
 
@@ -26,7 +26,7 @@ def write_npz(path, images=IMAGES, labels=LABELS, save=np.savez):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("images", [IMAGES, IMAGES[..., :1], np.asfortranarray(IMAGES)])
 def test_pictures_are_the_arrays_stored_or_compressed(save, images, tmp_path):
-    pictures = NpzPictures(write_npz(tmp_path / "a.npz", images, save=save))
+    pictures = NpzImageSource(write_npz(tmp_path / "a.npz", images, save=save))
     assert (len(pictures), pictures.num_classes, pictures.label(5)) == (10, 4, 1)
     for index in range(10):
         for picture in (pictures.picture(index), Image.open(io.BytesIO(pictures.encoded(index)))):
@@ -34,23 +34,23 @@ def test_pictures_are_the_arrays_stored_or_compressed(save, images, tmp_path):
 
 
 def test_stored_images_stay_on_the_disk_and_compressed_ones_are_read_once(tmp_path):
-    stored = NpzPictures(write_npz(tmp_path / "a.npz"))
+    stored = NpzImageSource(write_npz(tmp_path / "a.npz"))
     assert isinstance(stored.images, np.memmap)
-    packed = NpzPictures(write_npz(tmp_path / "b.npz", save=np.savez_compressed))
+    packed = NpzImageSource(write_npz(tmp_path / "b.npz", save=np.savez_compressed))
     assert packed.images is packed.images
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_another_process_gets_the_name_of_the_file_rather_than_its_images(save, tmp_path):
     images = np.zeros((1000, 32, 32, 3), dtype=np.uint8)
-    pictures = NpzPictures(write_npz(tmp_path / "a.npz", images, None, save))
+    pictures = NpzImageSource(write_npz(tmp_path / "a.npz", images, None, save))
     sent = pickle.dumps(pictures)
     assert len(sent) < 20_000
     assert pickle.loads(sent).encoded(3) == pictures.encoded(3)
 
 
 def test_spawned_workers_read_them(tmp_path):
-    source = NpzPictures(write_npz(tmp_path / "a.npz"))
+    source = NpzImageSource(write_npz(tmp_path / "a.npz"))
     images = Pictures(source, np.arange(10), Cut(side=8, channels=3))
     loader = DataLoader(images, 5, num_workers=2, multiprocessing_context="spawn")
     seen = torch.cat([batch[0] for batch in loader])
@@ -59,7 +59,7 @@ def test_spawned_workers_read_them(tmp_path):
 
 @pytest.mark.parametrize("labels", [None, np.full(10, -1)])
 def test_without_labels_there_are_no_classes(labels, tmp_path):
-    pictures = NpzPictures(write_npz(tmp_path / "a.npz", labels=labels))
+    pictures = NpzImageSource(write_npz(tmp_path / "a.npz", labels=labels))
     assert (pictures.num_classes, pictures.label(0)) == (None, -1)
 
 
@@ -79,7 +79,7 @@ def test_without_labels_there_are_no_classes(labels, tmp_path):
 def test_arrays_that_are_no_images_or_no_labels_are_refused_in_one_line(arrays, said, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=said) as error:
-        NpzPictures(tmp_path / "a.npz")
+        NpzImageSource(tmp_path / "a.npz")
     assert "\n" not in str(error.value)
 
 
@@ -89,7 +89,7 @@ def test_half_a_file_and_no_file_are_refused(save, tmp_path):
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     for name, said in (("half.npz", "damaged or none"), ("absent.npz", "there is none at")):
         with pytest.raises(UserError, match=said):
-            NpzPictures(tmp_path / name)
+            NpzImageSource(tmp_path / name)
 
 
 def test_the_module_gives_labelled_batches(tmp_path):

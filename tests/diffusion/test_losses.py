@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
 from sagl.diffusion.losses import (
     LossSecondMomentTimesteps,
     UniformTimesteps,
     bits_per_dim,
-    bound_timesteps,
     discretized_log_likelihood,
     estimated_bits_per_dim,
     gaussian_kl,
     prior_bits,
-    spread_timesteps,
+    sample_vlb_timesteps,
     training_losses,
+    van_der_corput_timesteps,
 )
+from sagl.diffusion.predictor import Condition, Prediction, make_predictor
 from sagl.diffusion.process import add_noise
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests import oracle
-from tests.reference import generator, network, schedule_of, values
-from tests.toys import toy_network
+from tests.helpers import oracle
+from tests.helpers.reference import generator, network, schedule_of, values
+from tests.helpers.toys import toy_network
 
 LABELS = {"adm_a": None, "adm_b": torch.tensor([4, 500, 999])}
 TIMESTEPS = torch.tensor([0, 250, 999])
@@ -66,7 +66,7 @@ def test_training_losses_are_the_references(name):
 def test_bits_per_dim_are_the_references(name):
     x_0, _ = reference_draws()
     schedule, g = schedule_of(name, "20"), generator(78)
-    denoise = as_denoiser(network(name), schedule, "learned_range")
+    denoise = make_predictor(network(name), schedule, "learned_range")
     noise = {step: torch.randn(3, 3, 32, 32, generator=g) for step in reversed(range(20))}
     got = bits_per_dim(denoise, x_0, schedule, noise.__getitem__, Condition(labels=LABELS[name]))
     want = {field: values("losses")[f"{name}.bpd.{field}"] for field in ("total", "vb", "prior")}
@@ -107,7 +107,7 @@ def test_bits_per_dim_of_other_settings_are_those_of_a_second_derivation(clip_x0
     chain = oracle.Chain("cosine", schedule.timesteps.tolist())
     x_0 = images()
     noise = {step: torch.randn(3, 3, 6, 6, generator=generator(step)).double() for step in range(10)}
-    denoise = as_denoiser(toy_network, schedule, variance)
+    denoise = make_predictor(toy_network, schedule, variance)
     got = bits_per_dim(denoise, x_0, schedule, noise.__getitem__, clip_x0=clip_x0)
     for column, step in enumerate(reversed(range(10))):
         x = math.sqrt(chain.bar[step]) * x_0 + math.sqrt(1 - chain.bar[step]) * noise[step]
@@ -154,7 +154,7 @@ def test_the_true_noise_with_the_posteriors_variance_costs_nothing_but_the_first
 def test_the_estimates_of_all_timesteps_together_are_the_whole_bound(variance):
     schedule, x_0 = make_schedule(DiffusionSettings(num_timesteps=40)), images()
     noise = {step: torch.randn(3, 3, 6, 6, generator=generator(step)).double() for step in range(40)}
-    want = bits_per_dim(as_denoiser(toy_network, schedule, variance), x_0, schedule, noise.__getitem__)
+    want = bits_per_dim(make_predictor(toy_network, schedule, variance), x_0, schedule, noise.__getitem__)
     prior, one = prior_bits(x_0, schedule), torch.ones(3)
     terms = [
         estimated_bits_per_dim(predict, x_0, torch.full((3,), step), 5 * one, noise[step], schedule, variance=variance)
@@ -165,7 +165,7 @@ def test_the_estimates_of_all_timesteps_together_are_the_whole_bound(variance):
 
 
 def test_timesteps_of_the_estimate_are_drawn_as_their_weights_say():
-    timesteps, weights = bound_timesteps(40_000, 20, generator(0))
+    timesteps, weights = sample_vlb_timesteps(40_000, 20, generator(0))
     share = torch.bincount(timesteps, minlength=20) / len(timesteps)
     expected = torch.stack([1 / weights[timesteps == t][0] for t in range(20)])
     assert float(expected.sum()) == pytest.approx(1)
@@ -295,6 +295,8 @@ def test_timesteps_are_drawn_from_the_generator_alone(sampler):
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64, 512])
 def test_the_timesteps_of_the_first_ids_are_evenly_spread(count):
-    timesteps = spread_timesteps(range(count), 1024)
+    timesteps = van_der_corput_timesteps(range(count), 1024)
     assert sorted(timesteps.tolist()) == [k * 1024 // count for k in range(count)]
-    assert spread_timesteps([5, 3], 1000).tolist() == [spread_timesteps([k], 1000).item() for k in (5, 3)]
+    assert van_der_corput_timesteps([5, 3], 1000).tolist() == [
+        van_der_corput_timesteps([k], 1000).item() for k in (5, 3)
+    ]

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from sagl.diffusion.noise import (
+    batch_rngs,
     chance,
     initial_noise,
     normal,
@@ -10,7 +11,6 @@ from sagl.diffusion.noise import (
     seed_dropout,
     step_noise,
     timestep_generator,
-    training_streams,
 )
 
 SHAPE = (3, 4, 5)
@@ -102,20 +102,20 @@ def test_the_noise_of_a_sample_is_this_for_ever():
 
 
 def test_a_training_sample_draws_by_seed_batch_and_its_place_alone():
-    whole = normal(training_streams(3, 10, range(8)), SHAPE)
-    assert torch.equal(normal(training_streams(3, 10, range(1, 8, 2)), SHAPE), whole[1::2])
+    whole = normal(batch_rngs(3, 10, range(8)), SHAPE)
+    assert torch.equal(normal(batch_rngs(3, 10, range(1, 8, 2)), SHAPE), whole[1::2])
     keys = [(seed, batch, place) for seed in (0, 1, 2) for batch in (0, 1, 2) for place in (0, 1, 2)]
-    drawn = [normal(training_streams(seed, batch, [place]), SHAPE) for seed, batch, place in keys]
+    drawn = [normal(batch_rngs(seed, batch, [place]), SHAPE) for seed, batch, place in keys]
     drawn += [initial_noise(seed, [i], SHAPE) for seed in (0, 1, 2) for i in (0, 1, 2)]
     assert len({noise.numpy().tobytes() for noise in drawn}) == len(drawn)
 
 
 def test_a_chance_is_its_share_of_the_samples():
-    happened = chance(training_streams(0, 0, range(2000)), 0.3)
+    happened = chance(batch_rngs(0, 0, range(2000)), 0.3)
     assert (happened.dtype, tuple(happened.shape)) == (torch.bool, (2000,))
     assert abs(float(happened.float().mean()) - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
-    assert not chance(training_streams(0, 0, range(100)), 0.0).any()
-    assert chance(training_streams(0, 0, range(100)), 1.0).all()
+    assert not chance(batch_rngs(0, 0, range(100)), 0.0).any()
+    assert chance(batch_rngs(0, 0, range(100)), 1.0).all()
 
 
 def test_timesteps_are_drawn_alike_on_all_ranks_and_dropout_on_none():

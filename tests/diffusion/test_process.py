@@ -12,7 +12,7 @@ from sagl.diffusion.process import (
 )
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests import oracle
+from tests.helpers import oracle
 
 STEPS = [0, 1, 7, 19]
 

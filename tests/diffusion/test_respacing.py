@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from sagl.diffusion.respacing import respaced_timesteps
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 
 
 @pytest.mark.parametrize(

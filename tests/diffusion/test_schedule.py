@@ -4,8 +4,8 @@ import torch
 
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests import oracle
-from tests.reference import values
+from tests.helpers import oracle
+from tests.helpers.reference import values
 
 WHOLE = [key for key in values("schedules") if key.count(".") == 1]
 RESPACED = [key.removesuffix(".betas") for key in values("schedules") if ".respaced." in key and key.endswith(".betas")]

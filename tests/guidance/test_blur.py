@@ -3,7 +3,7 @@ import torch
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
 from sagl.guidance.blur import gaussian_blur, gaussian_kernel
-from sagl.settings.guidance import fitting_kernel
+from sagl.settings.guidance import effective_kernel_size
 
 
 def images(*shape, dtype=torch.float32):
@@ -59,4 +59,4 @@ def test_blur_keeps_shape_and_dtype_whatever_the_memory_format(dtype):
 @pytest.mark.parametrize("side", [256, 16, 15, 8, 1])
 def test_the_default_kernel_can_blur_images_of_every_size(side):
     x = images(1, 1, side, side)
-    assert gaussian_blur(x, fitting_kernel(None, side), 3.0).shape == x.shape
+    assert gaussian_blur(x, effective_kernel_size(None, side), 3.0).shape == x.shape

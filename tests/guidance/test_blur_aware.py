@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from sagl.diffusion.noise import training_streams
+from sagl.diffusion.noise import batch_rngs
 from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import UserError
 from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.blur_aware import blurred, degraded_batch, training_mask
 from sagl.guidance.degrade import degrade
 from sagl.guidance.mask import attention_mask
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.training import BlurAwareSettings
-from sagl.shapes import Site
-from tests.tiny import calm_unet, count_calls
+from sagl.shapes import AttentionSite
+from tests.helpers.tiny import calm_unet, count_calls
 
 SCHEDULE = make_schedule(DiffusionSettings())
 TIMESTEPS = torch.tensor([30, 200, 600, 900])
@@ -24,8 +24,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def streams(seed=0, count=4):
-    return training_streams(seed, 0, range(count))
+def rngs(seed=0, count=4):
+    return batch_rngs(seed, 0, range(count))
 
 
 def images(seed):
@@ -46,14 +46,14 @@ def batch(s, chosen, network=None):
         TIMESTEPS,
         LABELS,
         torch.tensor(chosen),
-        streams(),
+        rngs(),
     )
 
 
 def test_what_the_network_sees_is_what_guidance_would_have_made_of_the_true_image():
     network, x_0, noise, alpha_bar = calm_unet(), images(0), images(1), SCHEDULE.alpha_bar(TIMESTEPS)
     content, target = batch(settings(), [True] * 4, network)
-    site, x_t = Site(SITE), add_noise(x_0, noise, alpha_bar)
+    site, x_t = AttentionSite(SITE), add_noise(x_0, noise, alpha_bar)
     received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
     mask = attention_mask(received, 1.0, (16, 16))
     want = degrade(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
@@ -83,7 +83,7 @@ def test_the_plain_pass_for_the_mask_keeps_no_gradient_and_other_masks_need_none
     x = images(0)
     for kind, passes in (("attention", 1), ("random", 0), ("square", 0), ("global", 0)):
         calls = count_calls(network)
-        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, streams())
+        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, rngs())
         assert len(calls) == passes
         assert (mask.dtype, tuple(mask.shape), mask.requires_grad) == (torch.bool, (4, 1, 16, 16), False)
 
@@ -94,7 +94,7 @@ def test_an_image_is_degraded_alike_whichever_images_are_beside_it(mask):
     alpha_bar, all_chosen = SCHEDULE.alpha_bar(TIMESTEPS), torch.ones(4, dtype=torch.bool)
 
     def made(at):
-        own = [streams()[k] for k in range(4)[at]]
+        own = [rngs()[k] for k in range(4)[at]]
         told = (x[at], noise[at], alpha_bar[at], TIMESTEPS[at], LABELS[at], all_chosen[at])
         return degraded_batch(s, network, *told, own)[0]
 
@@ -106,7 +106,7 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
     x = torch.zeros(200, 3, 32, 32)
 
     def draw(seed):
-        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, streams(seed, 200))
+        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200))
 
     assert float(draw(0).float().mean()) == pytest.approx(0.4, abs=0.02)
     assert torch.equal(draw(0), draw(0))
@@ -115,7 +115,7 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
 
 
 def test_a_square_is_one_block_without_holes():
-    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, streams())
+    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs())
     for one in mask[:, 0]:
         rows, columns = one.any(dim=1), one.any(dim=0)
         assert (int(rows.sum()), int(columns.sum())) == (8, 8)
@@ -124,8 +124,8 @@ def test_a_square_is_one_block_without_holes():
 
 def test_the_blur_of_every_image_is_drawn_from_the_range():
     x = images(0)
-    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), streams(3))
-    sigmas = [rng.uniform(0.5, 4.0) for rng in streams(3)]
+    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), rngs(3))
+    sigmas = [rng.uniform(0.5, 4.0) for rng in rngs(3)]
     want = torch.cat([gaussian_blur(x[i : i + 1], 31, sigmas[i]) for i in range(4)])
     torch.testing.assert_close(got, want)
     assert max(sigmas) - min(sigmas) > 0.5

@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, as_denoiser
 from sagl.diffusion.noise import initial_noise, step_noise
+from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import UserError
+from sagl.guidance.base import guided
 from sagl.guidance.classifier import classifier_guidance
-from sagl.guidance.direction import guided
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.guidance import ClassifierGuidance
-from tests.reference import small_classifier
-from tests.toys import NOTHING, Recorder, plain, toy_network
+from tests.helpers.reference import small_classifier
+from tests.helpers.toys import NOTHING, Recorder, plain, toy_network
 
 SCHEDULE = make_schedule(DiffusionSettings(), "ddim4")
 LABELS = torch.tensor([1, 4])
@@ -103,7 +103,7 @@ def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):
 
 
 def chain(net, sample):
-    denoise = as_denoiser(toy_network, SCHEDULE, "learned_range")
+    denoise = make_predictor(toy_network, SCHEDULE, "learned_range")
     denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=2.0), net, SCHEDULE)})
     noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
     x = initial_noise(0, range(2), SHAPE)
@@ -116,7 +116,7 @@ def test_guidance_makes_the_class_likelier():
     timesteps = torch.zeros(2, dtype=torch.int64)
 
     def log_p(scale):
-        denoise = as_denoiser(toy_network, SCHEDULE, "fixed_small")
+        denoise = make_predictor(toy_network, SCHEDULE, "fixed_small")
         denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=scale), net, SCHEDULE)})
         noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
         *_, (_, x, _) = ddpm(denoise, initial_noise(0, range(2), SHAPE), Condition(labels=LABELS), SCHEDULE, noise)

@@ -2,24 +2,24 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, as_denoiser
 from sagl.diffusion.noise import initial_noise, step_noise
+from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import UserError
+from sagl.guidance.base import guided
 from sagl.guidance.classifier import classifier_guidance
-from sagl.guidance.direction import guided
 from sagl.guidance.sag import sag
-from sagl.models.footprint import LiveBytes
+from sagl.models.footprint import MemoryTracker
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
-from sagl.shapes import Site
-from tests import oracle
-from tests.reference import relative_error, small_classifier, small_unet
-from tests.tiny import calm_unet
-from tests.toys import NOTHING, Recorder, forbidden_noise, toy_network
-from tests.transformer import transformer
+from sagl.shapes import AttentionSite
+from tests.helpers import oracle
+from tests.helpers.reference import relative_error, small_classifier, small_unet
+from tests.helpers.tiny import calm_unet
+from tests.helpers.toys import NOTHING, Recorder, forbidden_noise, toy_network
+from tests.helpers.transformer import transformer
 
 SCHEDULE = make_schedule(DiffusionSettings(), "6")
 SHAPE = (3, 16, 16)
@@ -34,7 +34,7 @@ def guidance(schedule=SCHEDULE, **settings):
 
 
 def denoiser(network, guidances, schedule=SCHEDULE):
-    return guided(as_denoiser(network, schedule, "learned_range"), guidances)
+    return guided(make_predictor(network, schedule, "learned_range"), guidances)
 
 
 def run(denoise, sample=ddpm, schedule=SCHEDULE, condition=NOTHING, batch=2, **options):
@@ -286,7 +286,7 @@ def test_the_mask_is_brought_back_for_every_guided_step(unet):
 
 
 def test_attention_asked_for_from_outside_is_the_plain_passes(unet):
-    site = Site("output.1")
+    site = AttentionSite("output.1")
     condition = Condition(attention_sites=(site,))
     with torch.no_grad():
         got = denoiser(unet, {"sag": guidance()})(images(), 4, condition).attention
@@ -300,7 +300,7 @@ def test_the_second_pass_adds_three_images_and_the_tokens_to_the_memory():
     condition = Condition(labels=torch.zeros(4, dtype=torch.long))
 
     def peak(guidances):
-        with torch.inference_mode(), LiveBytes() as live:
+        with torch.inference_mode(), MemoryTracker() as live:
             denoiser(network, guidances)(x_t, 3, condition)
         return live.peak
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
+from sagl.errors import UserError
 from sagl.metrics.extractors import MAKERS
-from sagl.metrics.features import features_of, resize_of
-from sagl.settings.errors import UserError
+from sagl.metrics.features import describe_resize, extract_features
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -40,8 +40,8 @@ def hub(monkeypatch, tmp_path):
 def test_features_are_those_of_the_port(hub):
     extract = MAKERS["dinov2"](CPU)
     assert hub == [("facebookresearch/dinov2", "dinov2_vitl14")]
-    assert resize_of(extract) == "bilinear to 224×224, as TensorFlow 1 does, no antialias"
-    found = features_of(IMAGES, extract)
+    assert describe_resize(extract) == "bilinear to 224×224, as TensorFlow 1 does, no antialias"
+    found = extract_features(IMAGES, extract)
     assert (found.spatial, found.logits) == (None, None)
     want = FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])(IMAGES)[0]
     assert torch.equal(found.pooled, want)
@@ -50,7 +50,9 @@ def test_features_are_those_of_the_port(hub):
 
 def test_an_image_of_one_channel_is_grey(hub):
     extract, grey = MAKERS["dinov2"](CPU), IMAGES[:, :1]
-    assert torch.equal(features_of(grey, extract).pooled, features_of(grey.expand(-1, 3, -1, -1), extract).pooled)
+    assert torch.equal(
+        extract_features(grey, extract).pooled, extract_features(grey.expand(-1, 3, -1, -1), extract).pooled
+    )
 
 
 @pytest.mark.parametrize(

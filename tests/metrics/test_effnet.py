@@ -4,12 +4,12 @@ from functools import cache
 import pytest
 import torch
 
-from sagl.data.pixels import to_float, to_uint8
+from sagl.errors import UserError
 from sagl.guidance.blur import gaussian_blur
 from sagl.metrics.extractors import MAKERS
-from sagl.metrics.features import features_of, resize_of
+from sagl.metrics.features import describe_resize, extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
-from sagl.settings.errors import UserError
+from sagl.utils.images import to_float, to_uint8
 
 COUNT = 60
 CPU = torch.device("cpu")
@@ -38,11 +38,11 @@ def images(seed=0):
 
 @cache
 def reference():
-    return statistics(features_of(images(), extractor()).pooled)
+    return statistics(extract_features(images(), extractor()).pooled)
 
 
 def distance(changed):
-    return frechet_distance(statistics(features_of(changed, extractor()).pooled), reference())
+    return frechet_distance(statistics(extract_features(changed, extractor()).pooled), reference())
 
 
 def noisy(amount):
@@ -57,7 +57,7 @@ def blurred(sigma):
 @pytest.mark.parametrize("shape", [(3, 1, 32, 32), (3, 3, 48, 40)])
 def test_effnet_lite0_gives_1280_features_of_grey_and_of_coloured_images(shape):
     picture = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = features_of(picture, extractor()).pooled
+    found = extract_features(picture, extractor()).pooled
     assert (found.shape, found.dtype) == ((3, 1280), torch.float32)
     assert bool(found.isfinite().all())
     assert float(found.std()) > 0.01
@@ -71,7 +71,7 @@ def test_grey_images_have_the_features_of_three_equal_channels():
 def test_features_of_many_images_are_those_of_each(monkeypatch):
     alone = [extractor()(image[None]) for image in images()[:7]]
     monkeypatch.setattr("sagl.metrics.features.IMAGES_AT_ONCE", 3)
-    found = features_of(images()[:7], extractor())
+    found = extract_features(images()[:7], extractor())
     for name in ("pooled", "logits"):
         together = torch.cat([getattr(one, name) for one in alone])
         torch.testing.assert_close(getattr(found, name), together, rtol=1e-4, atol=1e-4)
@@ -113,4 +113,4 @@ def test_the_logits_are_those_of_the_network_whole():
 
 
 def test_it_says_how_it_resizes():
-    assert resize_of(extractor()) == "bilinear to 64×64"
+    assert describe_resize(extractor()) == "bilinear to 64×64"

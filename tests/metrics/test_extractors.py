@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sagl.metrics.extractors import MAKERS, maker_of
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
+from sagl.metrics.extractors import MAKERS, get_extractor
 from sagl.settings.evaluation import EXTRACTORS
 
 CPU = torch.device("cpu")
@@ -18,8 +18,8 @@ def brightness(device):
 
 
 def test_an_extractor_of_ones_own_is_found_by_its_place():
-    assert maker_of("effnet_lite0_64") is MAKERS["effnet_lite0_64"]
-    made = maker_of(f"{__name__}.brightness")(CPU)
+    assert get_extractor("effnet_lite0_64") is MAKERS["effnet_lite0_64"]
+    made = get_extractor(f"{__name__}.brightness")(CPU)
     assert made(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).flatten().tolist() == [7.0, 7.0]
 
 
@@ -28,4 +28,4 @@ def test_an_extractor_that_is_not_there_is_refused_with_those_that_are(name):
     with pytest.raises(
         UserError, match=r"`extractor` must be one of inception, effnet_lite0_64, .* (got|no function) "
     ):
-        maker_of(name)
+        get_extractor(name)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from sagl.errors import UserError
 from sagl.metrics import inception as module
 from sagl.metrics.extractors import MAKERS
-from sagl.metrics.features import features_of, resize_of
+from sagl.metrics.features import describe_resize, extract_features
 from sagl.metrics.inception import resized
-from sagl.settings.errors import UserError
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def extract(file):
 
 @pytest.fixture(scope="module")
 def found(extract):
-    return features_of(IMAGES, extract)
+    return extract_features(IMAGES, extract)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_images_are_resized_as_tensorflow_1_does(shape):
 def test_grey_images_are_three_equal_channels(extract):
     grey = IMAGES[:1, :1]
     assert torch.equal(extract(grey).pooled, extract(grey.expand(-1, 3, -1, -1)).pooled)
-    assert "as TensorFlow 1 does" in resize_of(extract)
+    assert "as TensorFlow 1 does" in describe_resize(extract)
 
 
 def test_the_file_is_found_in_our_cache_and_in_torch_hub_s(file, tmp_path, monkeypatch):

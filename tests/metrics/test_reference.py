@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from sagl.errors import UserError
+from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.reference import Reference, holds_statistics, read_reference, write_reference
-from sagl.metrics.tally import Looked
-from sagl.settings.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES, SPATIAL, OTHERS = (torch.randn(n, d, generator=GENERATOR) for n, d in ((30, 5), (30, 7), (20, 5)))
@@ -13,7 +13,7 @@ FEATURES, SPATIAL, OTHERS = (torch.randn(n, d, generator=GENERATOR) for n, d in 
 
 def looked(**changes):
     whole = {"pooled": statistics(FEATURES), "spatial": statistics(SPATIAL), "features": FEATURES[::3]}
-    return Looked(**whole | changes)
+    return FeatureStatistics(**whole | changes)
 
 
 def written(path, **changes):

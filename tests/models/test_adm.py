@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
+from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet, timestep_embedding
-from sagl.settings.errors import UserError
 from sagl.settings.network import POOLS, ClassifierSettings, UNetSettings
-from sagl.shapes import Site
-from tests import oracle
-from tests.reference import (
+from sagl.shapes import AttentionSite
+from tests.helpers import oracle
+from tests.helpers.reference import (
     KEY_LISTS,
     classifier,
     generator,
@@ -18,7 +18,7 @@ from tests.reference import (
     small_unet,
     values,
 )
-from tests.tiny import grey_unet
+from tests.helpers.tiny import grey_unet
 
 TIMESTEPS = torch.tensor([0, 371, 999])
 LABELS = {"adm_a": None, "adm_a8": None, "adm_b": torch.tensor([0, 7, 999])}
@@ -84,7 +84,7 @@ def test_forward_is_the_references(name):
 def test_attention_received_is_the_references(key):
     name, _, place = key.partition(".")
     kind, _, block = place.removeprefix("attention_received").partition(".")
-    site = Site(block, "as_released" if kind == "_as_released" else "layer")
+    site = AttentionSite(block, "as_released" if kind == "_as_released" else "layer")
     with torch.no_grad():
         received = network(name)(reference_images(), TIMESTEPS, LABELS[name], attention_sites=[site]).attention
     assert list(received) == [site]
@@ -124,7 +124,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivatio
     s = net.settings
     x, timesteps = images(channels=s.in_channels), torch.tensor([3, 777])
     labels = torch.tensor([6, 2]) if s.num_classes else None
-    sites = [Site(site, heads) for site in net.settings.sites for heads in ("layer", "as_released")]
+    sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "as_released")]
     with torch.no_grad():
         got = net(x, timesteps, labels, attention_sites=sites)
         want, maps = oracle.adm(net, x, timesteps, labels)
@@ -149,9 +149,9 @@ def test_timestep_embedding_is_cosines_then_sines(width):
 def test_the_way_in_and_out_takes_images_that_are_not_square():
     net = small_unet()
     with torch.no_grad():
-        got = net(images(height=16, width=24), torch.tensor([1, 2]), attention_sites=[Site("middle")])
+        got = net(images(height=16, width=24), torch.tensor([1, 2]), attention_sites=[AttentionSite("middle")])
     assert got.out.shape == (2, 6, 16, 24)
-    assert got.attention[Site("middle")].shape == (2, 4, 8, 12)
+    assert got.attention[AttentionSite("middle")].shape == (2, 4, 8, 12)
 
 
 def test_a_fresh_network_predicts_zero():
@@ -208,7 +208,7 @@ def test_asking_for_attention_at_any_site_changes_no_value(name):
         plain = net(x, TIMESTEPS, labels)
         assert plain.attention == {}
         for site in net.settings.sites:
-            asked = net(x, TIMESTEPS, labels, attention_sites=[Site(site)])
+            asked = net(x, TIMESTEPS, labels, attention_sites=[AttentionSite(site)])
             torch.testing.assert_close(asked.out, plain.out, rtol=0, atol=1e-6)
 
 
@@ -216,7 +216,7 @@ def test_asking_for_attention_at_any_site_changes_no_value(name):
 def test_every_site_brings_back_a_map_of_its_side_with_mean_one(name):
     net = network(name)
     with torch.no_grad():
-        asked = [Site(site) for site in net.settings.sites]
+        asked = [AttentionSite(site) for site in net.settings.sites]
         attention = net(reference_images(), TIMESTEPS, LABELS[name], attention_sites=asked).attention
     assert list(attention) == asked
     for site, received in attention.items():
@@ -225,12 +225,12 @@ def test_every_site_brings_back_a_map_of_its_side_with_mean_one(name):
 
 
 def test_the_same_site_may_be_asked_for_twice_and_under_both_head_splits():
-    net, released = small_unet(num_head_channels=8), Site("output.1", "as_released")
+    net, released = small_unet(num_head_channels=8), AttentionSite("output.1", "as_released")
     with torch.no_grad():
-        asked = [Site("output.1"), released, Site("output.1")]
+        asked = [AttentionSite("output.1"), released, AttentionSite("output.1")]
         attention = net(images(), torch.tensor([5, 600]), attention_sites=asked).attention
-    assert set(attention) == {Site("output.1"), released}
-    assert attention[Site("output.1")].shape[1] == 8
+    assert set(attention) == {AttentionSite("output.1"), released}
+    assert attention[AttentionSite("output.1")].shape[1] == 8
     assert attention[released].shape[1] == 4
 
 
@@ -238,7 +238,7 @@ def test_the_same_site_may_be_asked_for_twice_and_under_both_head_splits():
 def test_a_site_without_attention_is_refused_with_the_sites_that_have_it(site):
     net = small_unet(attention_resolutions=(8,))
     with pytest.raises(UserError) as error:
-        net(images(), torch.tensor([5, 600]), attention_sites=[Site(site)])
+        net(images(), torch.tensor([5, 600]), attention_sites=[AttentionSite(site)])
     assert "input.3 (8x8), middle (8x8), output.0 (8x8), output.1 (8x8);" in str(error.value)
     assert repr(site) in str(error.value)
 

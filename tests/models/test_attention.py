@@ -5,8 +5,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sagl.models import attention as module
-from sagl.models.attention import attention, attention_received, split_after_heads, split_before_heads
-from tests import oracle
+from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
+from tests.helpers import oracle
 
 
 def heads(tokens=300, batch=2, num_heads=3, channels=5, seed=0):
@@ -18,7 +18,7 @@ def explicit_map(query, key):
     return torch.einsum("bhid,bhjd->bhij", query.double(), key.double()).div(math.sqrt(query.shape[-1])).softmax(dim=-1)
 
 
-@pytest.mark.parametrize(("split", "order"), [(split_after_heads, "legacy"), (split_before_heads, "new")])
+@pytest.mark.parametrize(("split", "order"), [(split_qkv_legacy, "legacy"), (split_qkv, "new")])
 @pytest.mark.parametrize("num_heads", [1, 2, 6])
 def test_channels_are_split_into_heads_in_the_order_of_the_name(split, order, num_heads):
     qkv = torch.randn(2, 36, 7, generator=torch.Generator().manual_seed(0))

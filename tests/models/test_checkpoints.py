@@ -6,20 +6,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import (
-    as_weights,
     build_classifier,
     build_network,
+    cast_weights,
     in_dtype,
     load_training_checkpoint,
     read_network,
     write_network,
 )
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
-from tests.reference import draw_weights
-from tests.tiny import grey_unet, network_file, write_tiny, write_tiny_classifier, write_training_checkpoint
+from tests.helpers.reference import draw_weights
+from tests.helpers.tiny import grey_unet, network_file, write_tiny, write_tiny_classifier, write_training_checkpoint
 
 FIXED = DiffusionSettings(noise_schedule="cosine", variance="learned_range", num_timesteps=400)
 
@@ -312,7 +312,7 @@ def test_settings_that_contradict_those_in_the_file_are_refused(tmp_path):
 def test_an_average_can_be_asked_for_by_its_decay(tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt")
     content = torch.load(path, weights_only=True)
-    content["hyper_parameters"]["average_decay"] = 0.999
+    content["hyper_parameters"]["ema_decay"] = 0.999
     torch.save(content, path)
     assert read_network(path, "ema:0.999").state.keys() == read_network(path, "ema").state.keys()
     with pytest.raises(UserError, match=r"must be one of ema, ema:0\.999, raw for .*, got 'ema:0\.5'"):
@@ -353,7 +353,7 @@ def test_a_classifier_comes_back_bit_for_bit_and_is_no_network_that_draws(tmp_pa
 )
 def test_weights_have_the_precision_asked_for_and_outputs_are_float32(precision, dtype, tmp_path):
     network = build_network(read_network(write_tiny(tmp_path / "a.safetensors")))
-    cast = as_weights(network, precision, torch.device("cpu"))
+    cast = cast_weights(network, precision, torch.device("cpu"))
     dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
     first = {"input_blocks.0.0.weight", "input_blocks.0.0.bias"}
     assert {dtypes[name] for name in first} == {torch.float32}
@@ -362,7 +362,7 @@ def test_weights_have_the_precision_asked_for_and_outputs_are_float32(precision,
 
 
 def test_the_noise_of_the_last_steps_is_not_rounded_away_in_half_precision(tmp_path):
-    network = as_weights(
+    network = cast_weights(
         build_network(read_network(write_tiny(tmp_path / "a.safetensors"))), "bf16-true", torch.device("cpu")
     )
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,9 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import NetworkFile, build_network, write_network
+from sagl.models.checkpoints import Checkpoint, build_network, write_network
 from sagl.models.diffusers import (
     CONFIG,
     FIXED,
@@ -25,10 +26,9 @@ from sagl.models.diffusers import (
     write_diffusers,
 )
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import UNetSettings
+from tests.helpers.reference import KEY_LISTS, draw_weights, relative_error, small_classifier
 from tests.models.test_adm import RELEASED
-from tests.reference import KEY_LISTS, draw_weights, relative_error, small_classifier
 
 EXACT = 1e-13
 """Of the largest value: the rounding of ADM's answer to float32."""
@@ -110,7 +110,7 @@ def equal(found, want):
 
 
 def network_file(net, **options):
-    return NetworkFile(
+    return Checkpoint(
         network=net.settings, diffusion=options.pop("diffusion", DiffusionSettings()), state=net.state_dict(), **options
     )
 
@@ -135,7 +135,7 @@ def test_without_sagls_note_the_function_comes_back_in_the_new_order(name):
     config, state = to_diffusers(net.settings, net.state_dict())
     settings, back = from_diffusers({key: config[key] for key in config if key != OWN_KEY}, state)
     assert settings.use_new_attention_order
-    built = build_network(NetworkFile(network=settings, diffusion=DiffusionSettings(), state=back))
+    built = build_network(Checkpoint(network=settings, diffusion=DiffusionSettings(), state=back))
     assert relative_error(outputs(built, settings), outputs(net, net.settings)) < EXACT
     assert equal(back, net.state_dict()) == (name in ("new_order", "one_head", "much"))  # one head: the orders agree
     assert equal(to_diffusers(settings, back)[1], state)
@@ -356,7 +356,7 @@ def test_diffusers_says_nothing_of_sagls_note(tmp_path, caplog):
 
 def test_a_classifier_is_refused(tmp_path):
     net = small_classifier()
-    file = NetworkFile(network=net.settings, diffusion=DiffusionSettings(), state=net.state_dict())
+    file = Checkpoint(network=net.settings, diffusion=DiffusionSettings(), state=net.state_dict())
     with pytest.raises(UserError, match="this one is a classifier"):
         write_diffusers(file, tmp_path / "a")
 

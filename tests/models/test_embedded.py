@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-from sagl.data.pixels import to_float, to_uint8
 from sagl.metrics.extractors import MAKERS
-from sagl.metrics.features import features_of
+from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import EMBEDDED
-from sagl.recipe import collect, labels_of, prepare
+from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.paths import cache_folder
 from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.utils.files import cache_folder
+from sagl.utils.images import to_float, to_uint8
 
 NUM_IMAGES = 100
 
@@ -29,10 +29,12 @@ def drawn() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, ten of each class, and their labels."""
     file = read_network(EMBEDDED)
     chain = ChainSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
-    recipe = prepare(build_network(file), file.diffusion, chain, SelfAttentionGuidance(**file.recommended["sag"]))
-    labels = labels_of(RunSettings(labels="balanced"), range(NUM_IMAGES), recipe.network)
+    recipe = build_pipeline(
+        build_network(file), file.diffusion, chain, SelfAttentionGuidance(**file.recommended["sag"])
+    )
+    labels = make_labels(RunSettings(labels="balanced"), range(NUM_IMAGES), recipe.network)
     with torch.inference_mode():
-        x, _ = collect(recipe.chain(0, range(NUM_IMAGES), labels))
+        x, _ = run_to_end(recipe.chain(0, range(NUM_IMAGES), labels))
     return to_uint8(x), labels
 
 
@@ -59,8 +61,8 @@ def test_images_are_of_the_class_that_was_asked_for(drawn, garments):
     """Of ten classes, the nearest mean image of real garments is the right one for most drawn images."""
     images, labels = drawn
     means = torch.stack([to_float(garments.images[garments.labels == c]).mean(dim=0) for c in range(10)])
-    nearest = torch.cdist(to_float(images).flatten(1), means.flatten(1)).argmin(dim=1)
-    assert (nearest == labels).float().mean() >= 0.5
+    suggest = torch.cdist(to_float(images).flatten(1), means.flatten(1)).argmin(dim=1)
+    assert (suggest == labels).float().mean() >= 0.5
 
 
 def test_backgrounds_are_black_without_speckle(drawn):
@@ -73,10 +75,10 @@ def test_backgrounds_are_black_without_speckle(drawn):
 
 def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
     extract = MAKERS["effnet_lite0_64"](torch.device("cpu"))
-    real = statistics(features_of(garments.images[:1000], extract).pooled)
+    real = statistics(extract_features(garments.images[:1000], extract).pooled)
     noisy = (
         garments.images[1000 : 1000 + NUM_IMAGES].float()
         + 40 * torch.randn(NUM_IMAGES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     ).clamp(0, 255)
-    distance = frechet_distance(statistics(features_of(drawn[0], extract).pooled), real)
-    assert distance < frechet_distance(statistics(features_of(noisy.to(torch.uint8), extract).pooled), real)
+    distance = frechet_distance(statistics(extract_features(drawn[0], extract).pooled), real)
+    assert distance < frechet_distance(statistics(extract_features(noisy.to(torch.uint8), extract).pooled), real)

@@ -8,30 +8,30 @@ import yaml
 
 from sagl.commands.request import parse
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-from sagl.data.pixels import to_float
-from sagl.diffusion.classification import Classified, classified
+from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
-from sagl.models.checkpoints import NetworkFile, build_classifier, build_network
+from sagl.models.checkpoints import Checkpoint, build_classifier, build_network
 from sagl.models.loading import load
 from sagl.models.zoo import DEFAULT_CLASSIFIER, WITHIN, classifier_named
-from sagl.recipe import collect, prepare
-from sagl.settings.fitting import require_guiding
+from sagl.sampling.pipeline import build_pipeline, run_to_end
+from sagl.settings.compatibility import check_classifier
 from sagl.settings.guidance import ClassifierGuidance
 from sagl.settings.network import ClassifierSettings
-from sagl.settings.paths import cache_folder
 from sagl.settings.sampling import ChainSettings
-from tests.tiny import exit_code
+from sagl.utils.files import cache_folder
+from sagl.utils.images import to_float
+from tests.helpers.tiny import exit_code
 
 CONFIG = Path(__file__).parents[2] / "configs" / f"{DEFAULT_CLASSIFIER}.yaml"
 
 
 @pytest.fixture(scope="module")
-def file() -> NetworkFile:
+def file() -> Checkpoint:
     return load(DEFAULT_CLASSIFIER)
 
 
 @pytest.fixture(scope="module")
-def seen(file) -> Classified:
+def seen(file) -> ClassifierLoss:
     """1,000 garments of the test split, noised to evenly spread timesteps."""
     fetch(cache_folder())
     garments = PaddedFashionMNIST(cache_folder(), train=False)
@@ -39,7 +39,7 @@ def seen(file) -> Classified:
     timesteps = torch.arange(1000) * file.diffusion.num_timesteps // 1000
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return classified(build_classifier(file), x_0, labels, timesteps, noise, make_schedule(file.diffusion))
+        return classifier_loss(build_classifier(file), x_0, labels, timesteps, noise, make_schedule(file.diffusion))
 
 
 def test_it_is_small_and_the_one_that_the_configuration_trains(file):
@@ -53,7 +53,7 @@ def test_it_is_small_and_the_one_that_the_configuration_trains(file):
 
 def test_it_may_guide_the_embedded_network(file):
     network = load("fashion_mnist")
-    require_guiding(file.network, file.diffusion, network.network, network.diffusion)
+    check_classifier(file.network, file.diffusion, network.network, network.diffusion)
     assert parse(["--classifier.scale", "1"]).classifier.checkpoint == DEFAULT_CLASSIFIER
 
 
@@ -71,9 +71,9 @@ def test_guided_images_are_taken_for_their_class_with_more_certainty(file):
     logs = []
     for scale in (0.0, 2.0):
         settings = ClassifierGuidance(scale=scale)
-        recipe = prepare(build_network(network), network.diffusion, chain, None, classifier, settings)
+        recipe = build_pipeline(build_network(network), network.diffusion, chain, None, classifier, settings)
         with torch.inference_mode():
-            x, _ = collect(recipe.chain(0, ids, labels))
+            x, _ = run_to_end(recipe.chain(0, ids, labels))
             log_p = classifier(x, torch.zeros(10)).log_softmax(dim=1)
         logs.append(float(log_p[range(10), labels].mean()))
     assert logs[1] > logs[0]

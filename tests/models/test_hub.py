@@ -7,10 +7,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from sagl.errors import UserError
 from sagl.models.hub import HubUNet
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
-from tests.tiny import grey_unet, network_file
+from tests.helpers.tiny import grey_unet, network_file
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@ import json
 import pytest
 import torch
 
+from sagl.errors import UserError
 from sagl.models import loading
 from sagl.models.checkpoints import build_network
 from sagl.models.loading import fetch, load
-from sagl.models.zoo import EMBEDDED, RELEASED, Released, described, settings_of
+from sagl.models.zoo import EMBEDDED, RELEASED, Released, read_metadata, settings_of
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
-from sagl.settings.paths import sha256
-from tests.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
+from sagl.utils.files import sha256
+from tests.helpers.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
 
 COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
 
@@ -66,7 +66,7 @@ def test_of_a_training_checkpoint_the_weights_asked_for_are_read(tmp_path):
 
 def test_the_embedded_network_goes_by_its_name():
     file = load("fashion_mnist")
-    assert (file.network, file.diffusion) == settings_of(described(EMBEDDED), EMBEDDED)
+    assert (file.network, file.diffusion) == settings_of(read_metadata(EMBEDDED), EMBEDDED)
     assert build_network(file).settings.num_classes == 10
 
 

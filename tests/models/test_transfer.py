@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sagl.models.transfer import LABELS, freeze, start_from
-from sagl.settings.errors import UserError
-from tests.tiny import grey_classifier, grey_unet
+from sagl.errors import UserError
+from sagl.models.transfer import LABELS, freeze, load_pretrained_weights
+from tests.helpers.tiny import grey_classifier, grey_unet
 
 
 def out_of(network, labels):
@@ -15,20 +15,20 @@ def out_of(network, labels):
 def test_the_same_network_takes_the_weights_as_they_are():
     old, new = grey_unet(), grey_unet()
     state = {name: tensor + 1 for name, tensor in old.state_dict().items()}
-    assert start_from(new, state) is None
+    assert load_pretrained_weights(new, state) is None
     assert all(torch.equal(tensor, state[name]) for name, tensor in new.state_dict().items())
 
 
 def test_labels_on_an_unconditional_network_change_nothing_at_first():
     old, new = grey_unet(num_classes=None, null_label=False), grey_unet(num_classes=7)
-    said = start_from(new, old.state_dict())
+    said = load_pretrained_weights(new, old.state_dict())
     assert said == "The checkpoint has no labels: the network's 8 begin as zeros."
     torch.testing.assert_close(out_of(new, torch.tensor([0, 6])), out_of(old, None), rtol=0, atol=0)
 
 
 def test_other_classes_begin_as_the_mean_of_the_old():
     old, new = grey_unet(num_classes=3), grey_unet(num_classes=5)
-    said = start_from(new, old.state_dict())
+    said = load_pretrained_weights(new, old.state_dict())
     assert "has 4 labels: the network's 6 are new" in said
     torch.testing.assert_close(new.state_dict()[LABELS][4], old.state_dict()[LABELS].mean(dim=0))
 
@@ -36,7 +36,7 @@ def test_other_classes_begin_as_the_mean_of_the_old():
 @pytest.mark.parametrize("had_null", [False, True])
 def test_a_null_label_that_is_new_or_gone_leaves_the_classes_as_they_were(had_null):
     old, new = grey_unet(num_classes=3, null_label=had_null), grey_unet(num_classes=3, null_label=not had_null)
-    said = start_from(new, old.state_dict())
+    said = load_pretrained_weights(new, old.state_dict())
     assert said.startswith(
         "The checkpoint's 3 classes are kept; the null label " + ("is dropped" if had_null else "begins")
     )
@@ -47,13 +47,13 @@ def test_a_null_label_that_is_new_or_gone_leaves_the_classes_as_they_were(had_nu
 
 def test_labels_that_the_network_has_no_use_for_are_dropped_aloud():
     old, new = grey_unet(num_classes=3), grey_unet(num_classes=None, null_label=False)
-    assert "dropped" in start_from(new, old.state_dict())
+    assert "dropped" in load_pretrained_weights(new, old.state_dict())
     assert torch.equal(new.state_dict()["out.2.weight"], old.state_dict()["out.2.weight"])
 
 
 def test_weights_that_differ_elsewhere_are_refused():
     with pytest.raises(UserError, match="classes alone"):
-        start_from(grey_unet(), grey_unet(num_channels=64).state_dict())
+        load_pretrained_weights(grey_unet(), grey_unet(num_channels=64).state_dict())
 
 
 def test_frozen_parameters_are_those_that_match():
@@ -80,7 +80,7 @@ def test_a_classifier_of_other_classes_keeps_its_own_last_layer_alone(pool):
     network = grey_classifier(num_classes=5, pool=pool)
     state = of_other_weights(grey_classifier(pool=pool))
     first = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert start_from(network, state) == (
+    assert load_pretrained_weights(network, state) == (
         "The checkpoint has 3 classes: the classifier's 5 are new, and its last layer begins anew."
     )
     now = network.state_dict()
@@ -93,11 +93,11 @@ def test_a_classifier_of_other_classes_keeps_its_own_last_layer_alone(pool):
 def test_the_same_classifier_takes_the_weights_as_they_are():
     network = grey_classifier()
     state = of_other_weights(network)
-    assert start_from(network, state) is None
+    assert load_pretrained_weights(network, state) is None
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_classifier_takes_no_network_that_draws_nor_another_width():
     for state in (grey_unet().state_dict(), grey_classifier(num_channels=64, num_classes=5).state_dict()):
         with pytest.raises(UserError, match="classes alone"):
-            start_from(grey_classifier(), state)
+            load_pretrained_weights(grey_classifier(), state)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from sagl.models.adm import UNet
 from sagl.models.winograd import Conv3x3, convolution, transform
 from sagl.settings.network import UNetSettings
-from tests.reference import draw_weights
+from tests.helpers.reference import draw_weights
 from tests.test_threads import drawn, with_one_thread_and_two
 
 

@@ -10,25 +10,25 @@ import yaml
 from safetensors.torch import save_file
 
 from sagl.commands.request import parse
+from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_network
 from sagl.models.zoo import (
     EMBEDDED,
     RELEASED,
     WITHIN,
-    described,
-    named_by_file,
+    get_unet_settings,
+    name_from_filename,
+    read_metadata,
     released,
     settings_named,
     settings_of,
-    unet_named,
 )
-from sagl.recipe import labels_of, prepare
+from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from tests.reference import KEY_LISTS
-from tests.tiny import network_file, write_tiny
+from tests.helpers.reference import KEY_LISTS
+from tests.helpers.tiny import network_file, write_tiny
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
@@ -44,7 +44,7 @@ CLASSIFIERS = sorted(set(RELEASED) - set(UNETS))
 
 def test_a_file_says_what_its_network_is(tmp_path):
     file = network_file(recommended={"respacing": "5"})
-    about = described(write_tiny(tmp_path / "a.safetensors", recommended={"respacing": "5"}))
+    about = read_metadata(write_tiny(tmp_path / "a.safetensors", recommended={"respacing": "5"}))
     assert set(about) == {"network", "diffusion", "recommended"}
     assert about["recommended"] == {"respacing": "5"}
     assert about["diffusion"] == asdict(file.diffusion)
@@ -55,7 +55,7 @@ def test_files_that_say_nothing_are_described_by_nothing(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "silent.safetensors")
     torch.save({}, tmp_path / "last.ckpt")
     for name in ("silent.safetensors", "last.ckpt", "absent.safetensors"):
-        assert described(tmp_path / name) == {}
+        assert read_metadata(tmp_path / name) == {}
 
 
 @pytest.mark.parametrize("recommended", [[1], "abc", 3])
@@ -63,7 +63,7 @@ def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path):
     about = {"sagl": json.dumps({"recommended": recommended})}
     save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=about)
     with pytest.raises(UserError, match="`recommended` must be a mapping of sampling settings"):
-        described(tmp_path / "a.safetensors")
+        read_metadata(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -100,21 +100,21 @@ def test_the_embedded_network_s_advice_can_be_followed():
     request, file = parse([]), read_network(EMBEDDED)
     assert request.source.checkpoint == EMBEDDED
     network = build_network(file)
-    recipe = prepare(network, file.diffusion, request.chain, request.sag)
+    recipe = build_pipeline(network, file.diffusion, request.chain, request.sag)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.sag.interval)
     assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.sag.scale else 0)
-    labels_of(request.run, [0, 1], network)
+    make_labels(request.run, [0, 1], network)
 
 
 def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
     request, file = parse(["--sag.scale", "0.05"]), read_network(EMBEDDED)
     assert request.sag.scale == 0.05
-    assert "sag" in prepare(build_network(file), file.diffusion, request.chain, request.sag).guidances
+    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.chain, request.sag).guidances
 
 
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
 def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
-    labels = labels_of(parse(["--labels", label]).run, [9], build_network(read_network(EMBEDDED)))
+    labels = make_labels(parse(["--labels", label]).run, [9], build_network(read_network(EMBEDDED)))
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
 
 
@@ -129,7 +129,7 @@ def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_anothe
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
 def test_a_classifier_is_no_network_that_draws(name):
     with pytest.raises(UserError, match=rf"{name} is a classifier: see --classifier.checkpoint"):
-        unet_named(name)
+        get_unet_settings(name)
 
 
 # ---------------------------------------------------------------------------------------- released checkpoints
@@ -211,8 +211,8 @@ def test_the_five_networks_of_the_paper_have_a_configuration_of_their_name():
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_a_released_checkpoint_is_known_by_its_file_wherever_it_lies(name):
-    assert named_by_file(Path("elsewhere") / RELEASED[name].file) == name
-    assert named_by_file(Path(f"my_{RELEASED[name].file}")) is None
+    assert name_from_filename(Path("elsewhere") / RELEASED[name].file) == name
+    assert name_from_filename(Path(f"my_{RELEASED[name].file}")) is None
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
@@ -241,7 +241,7 @@ def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
     assert str(error.value) == f"`model` must be one of {', '.join([*WITHIN, *RELEASED])}; got {name!r}.{hint}"
 
 
-@pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.models.download"])
+@pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.utils.download"])
 def test_names_and_downloads_load_no_torch(module):
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=CONFIG.parents[1], check=False).returncode == 0

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from sagl.errors import UserError
 from sagl.models.zoo import RELEASED
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import ClassifierSettings
 from sagl.settings.training import OptimizerSettings
-from tests.reference import draw_weights
-from tests.tiny import GREY_CLASSIFIER, QUIET, trainer
+from tests.helpers.reference import draw_weights
+from tests.helpers.tiny import GREY_CLASSIFIER, QUIET, trainer
 
 pytestmark = QUIET
 
@@ -134,7 +134,7 @@ def test_hyperparameters_rebuild_the_settings_and_name_them_as_a_classifier_s():
     assert "network" not in saved
     assert ClassifierSettings(**saved["classifier"]) == module.network.settings
     assert DiffusionSettings(**saved["diffusion"]) == diffusion
-    assert (saved["freeze"], saved["seed"], saved["max_skipped"]) == (["time_embed.*"], 5, 10)
+    assert (saved["freeze"], saved["seed"], saved["max_nonfinite_batches"]) == (["time_embed.*"], 5, 10)
 
 
 def test_a_released_classifier_s_name_stands_for_its_settings_and_its_process():
@@ -179,9 +179,9 @@ def test_bright_and_dark_images_are_told_apart_in_a_few_dozen_steps():
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_whose_loss_is_not_finite_trains_nothing_and_is_counted():
-    module = ClassifierModule(ClassifierSettings(**GREY_CLASSIFIER), max_skipped=1)
+    module = ClassifierModule(ClassifierSettings(**GREY_CLASSIFIER), max_nonfinite_batches=1)
     module.network.forward = lambda x, timesteps: torch.full((len(x), CLASSES), torch.nan)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
-    with pytest.raises(UserError, match=r"`model.max_skipped` allows 1 batches"):
+    with pytest.raises(UserError, match=r"`model.max_nonfinite_batches` allows 1 batches"):
         trainer(max_steps=4).fit(module, loader, loader)
     assert module.skipped == 2

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sagl.models.transfer import start_from
+from sagl.errors import UserError
+from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.errors import UserError
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import BlurAwareSettings, OptimizerSettings
-from tests.reference import draw_weights
-from tests.tiny import GREY, QUIET, trainer
+from tests.helpers.reference import draw_weights
+from tests.helpers.tiny import GREY, QUIET, trainer
 
 pytestmark = QUIET
 
@@ -340,9 +340,11 @@ def test_a_batch_whose_loss_is_not_finite_trains_nothing_and_is_counted():
 
 
 def test_too_many_in_a_row_end_the_training_with_the_way_out():
-    with pytest.raises(UserError, match=r"`model.max_skipped` allows 2 .* Lower model.optimizer.learning_rate"):
-        weights_after(bad=(1, 2, 3), steps=8, max_skipped=2)
-    assert weights_after(bad=(1, 2, 4, 5), steps=8, max_skipped=2)[0].skipped == 4
+    with pytest.raises(
+        UserError, match=r"`model.max_nonfinite_batches` allows 2 .* Lower model.optimizer.learning_rate"
+    ):
+        weights_after(bad=(1, 2, 3), steps=8, max_nonfinite_batches=2)
+    assert weights_after(bad=(1, 2, 4, 5), steps=8, max_nonfinite_batches=2)[0].skipped == 4
 
 
 @pytest.mark.parametrize(("bad", "learns"), [((2, 3), False), ((2,), True), ((3,), True)])
@@ -393,7 +395,7 @@ def test_the_network_is_told_which_images_were_degraded_and_is_unchanged_until_i
         module_of(blur_aware=BLUR_AWARE),
         module_of(network={"degraded_embedding": True}, blur_aware=BLUR_AWARE),
     )
-    start_from(aware.network, plain.network.state_dict())
+    load_pretrained_weights(aware.network, plain.network.state_dict())
     aware.network.register_forward_pre_hook(
         lambda _, args, kwargs: told.append(kwargs.get("degraded")), with_kwargs=True
     )

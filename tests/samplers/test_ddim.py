@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
+from sagl.diffusion.predictor import Condition, Prediction, make_predictor
 from sagl.diffusion.process import add_noise
 from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddim import ddim, ddim_step
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from tests import oracle
-from tests.reference import generator, trajectory_error, trajectory_names
-from tests.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
+from tests.helpers import oracle
+from tests.helpers.reference import generator, trajectory_error, trajectory_names
+from tests.helpers.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
 
 
 def drawn(steps):
@@ -38,7 +38,7 @@ def test_every_step_of_other_settings_is_that_of_a_second_derivation(respacing, 
     chain = oracle.Chain(kind, schedule.timesteps.tolist())
     x, noise = drawn(schedule.num_steps)
     labels = torch.tensor([1, 3])
-    inner = as_denoiser(toy_network, schedule, "learned_range")
+    inner = make_predictor(toy_network, schedule, "learned_range")
 
     def denoise(x_t, step, condition):
         return replace(inner(x_t, step, condition), score=torch.cos(x_t) if scored else 0.0)
@@ -67,7 +67,7 @@ def test_the_cleanest_step_draws_no_noise_at_any_eta():
 @pytest.mark.parametrize("clip_x0", [False, True])
 def test_eta_one_is_ancestral_sampling_with_the_posteriors_variance(clip_x0):
     schedule, (x, noise) = make_schedule(DiffusionSettings(), "8"), drawn(8)
-    denoise = as_denoiser(toy_network, schedule, "fixed_small")
+    denoise = make_predictor(toy_network, schedule, "fixed_small")
     ancestral = ddpm(denoise, x, NOTHING, schedule, noise.__getitem__, clip_x0=clip_x0)
     implicit = ddim(denoise, x, NOTHING, schedule, noise.__getitem__, clip_x0=clip_x0, eta=1.0)
     for (_, want, _), (_, got, _) in zip(ancestral, implicit, strict=True):
@@ -110,6 +110,6 @@ def test_the_score_shifts_eps_and_x0_hat_is_not_clipped_again():
 
 def test_steps_keep_the_dtype_of_the_images():
     schedule, (x, noise) = make_schedule(DiffusionSettings(), "ddim5"), drawn(5)
-    denoise = as_denoiser(toy_network, schedule, "learned_range")
+    denoise = make_predictor(toy_network, schedule, "learned_range")
     for _, after, _ in ddim(denoise, x.float(), NOTHING, schedule, lambda step: noise[step].float(), eta=0.5):
         assert after.dtype == torch.float32

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.denoiser import Condition, Prediction, as_denoiser
+from sagl.diffusion.predictor import Condition, Prediction, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddpm import ddpm, ddpm_step
 from sagl.settings.diffusion import DiffusionSettings
-from tests import oracle
-from tests.reference import generator, trajectory_error, trajectory_names
-from tests.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
+from tests.helpers import oracle
+from tests.helpers.reference import generator, trajectory_error, trajectory_names
+from tests.helpers.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
 
 
 def drawn(steps):
@@ -36,7 +36,7 @@ def test_every_step_of_other_settings_is_that_of_a_second_derivation(respacing, 
     chain = oracle.Chain(kind, schedule.timesteps.tolist())
     x, noise = drawn(schedule.num_steps)
     labels = torch.tensor([1, 3])
-    inner = as_denoiser(toy_network, schedule, variance)
+    inner = make_predictor(toy_network, schedule, variance)
 
     def denoise(x_t, step, condition):
         return replace(inner(x_t, step, condition), score=torch.cos(x_t) if scored else 0.0)
@@ -106,6 +106,6 @@ def test_the_score_moves_the_mean_by_variance_times_score_behind_the_clip():
 
 def test_steps_keep_the_dtype_of_the_images():
     schedule, (x, noise) = make_schedule(DiffusionSettings(), "5"), drawn(5)
-    denoise = as_denoiser(toy_network, schedule, "learned_range")
+    denoise = make_predictor(toy_network, schedule, "learned_range")
     for _, after, _ in ddpm(denoise, x.float(), NOTHING, schedule, lambda step: noise[step].float()):
         assert after.dtype == torch.float32

@@ -1,8 +1,8 @@
 import pytest
 
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import UserError
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.errors import UserError
 
 
 @pytest.mark.parametrize(

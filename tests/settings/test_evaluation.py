@@ -1,9 +1,9 @@
 import pytest
 
-from sagl.settings.errors import UserError
-from sagl.settings.evaluation import EXTRACTORS, MeasureSettings, require_extractor
+from sagl.errors import UserError
+from sagl.settings.evaluation import EXTRACTORS, MetricSettings, require_extractor
 from sagl.settings.training import PreviewSettings
-from tests.tiny import exit_code
+from tests.helpers.tiny import exit_code
 
 
 @pytest.mark.parametrize("name", [*EXTRACTORS, "my_package.features.mine", "mine.of"])
@@ -35,12 +35,12 @@ def test_previews_take_the_same_extractors():
     [
         ({"neighbours": 0}, "`neighbours` must be at least 1, got 0"),
         ({"num_kept": 1}, "`num_kept` must be at least 2, got 1"),
-        ({"kd_subsets": 0}, "`kd_subsets` must be at least 1"),
-        ({"kd_subset_size": 1}, "`kd_subset_size` must be at least 2"),
+        ({"kid_subsets": 0}, "`kid_subsets` must be at least 1"),
+        ({"kid_subset_size": 1}, "`kid_subset_size` must be at least 2"),
         ({"bootstrap": 5}, "`bootstrap` must be 0, which is off, or at least 20 draws, got 5"),
         ({"seed": -1}, "`seed` must be in 0"),
     ],
 )
 def test_settings_that_cannot_be_counted_are_refused(given, said):
     with pytest.raises(UserError, match=said):
-        MeasureSettings(**given)
+        MetricSettings(**given)

@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 from sagl.settings.guidance import (
     GUIDANCES,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     SelfAttentionGuidance,
-    fitting_kernel,
+    effective_kernel_size,
 )
 from sagl.settings.sampling import ChainSettings
 
@@ -74,13 +74,13 @@ def test_a_setting_that_is_no_finite_number_is_refused_by_its_name(kind, changes
 
 @pytest.mark.parametrize(("side", "want"), [(256, 31), (16, 31), (15, 29), (8, 15), (1, 1)])
 def test_the_default_kernel_is_31_or_the_largest_that_fits(side, want):
-    assert fitting_kernel(None, side) == want
+    assert effective_kernel_size(None, side) == want
 
 
 def test_a_kernel_that_was_asked_for_is_used_or_refused_never_changed():
-    assert fitting_kernel(29, 15) == 29
+    assert effective_kernel_size(29, 15) == 29
     with pytest.raises(UserError, match=r"`sag.kernel_size` must be at most 29 for 15x15 images, got 31"):
-        fitting_kernel(31, 15)
+        effective_kernel_size(31, 15)
 
 
 def test_settings_are_frozen_and_keyword_only():

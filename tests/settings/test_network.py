@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
+from sagl.errors import UserError
 from sagl.models.adm import AttentionBlock, UNet
 from sagl.models.zoo import RELEASED
-from sagl.settings.errors import UserError
 from sagl.settings.network import DEFAULT_CHANNEL_MULT, ClassifierSettings, UNetSettings
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": (1, 2, 2)}

@@ -1,6 +1,6 @@
 import pytest
 
-from sagl.settings.errors import UserError
+from sagl.errors import UserError
 from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
 
 
@@ -37,4 +37,4 @@ def test_ddim_takes_any_share_of_the_ancestral_noise(eta):
 
 
 def test_labels_may_be_a_list_of_classes():
-    assert RunSettings(labels="0, 7,9").listed_labels == [0, 7, 9]
+    assert RunSettings(labels="0, 7,9").label_list == [0, 7, 9]

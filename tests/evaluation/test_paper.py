@@ -1,0 +1,110 @@
+import pytest
+
+from sagl.commands.request import read_config, sampling_part
+from sagl.evaluation.paper import paper_rows, rows_like
+from sagl.models.zoo import RELEASED
+
+UNCOND = {"sag.scale": 0.5, "sag.site": "output.2", "sag.threshold": 1.0, "sag.blur_sigma": 9.0, "sag.kernel_size": 31}
+UNCOND |= {"sag.interval": [0.0, 1.0], "cfg.scale": 0.0, "classifier.scale": 0.0, "respacing": "25"}
+IMAGENET128 = UNCOND | {"sag.scale": 0.1, "sag.site": "output.8", "sag.blur_sigma": 3.0}
+
+
+def found(model, settings):
+    return [(row.table, row.numbers) for row in rows_like(model, settings)]
+
+
+def test_a_run_has_the_row_of_its_network_and_scale():
+    want = {"fid": 20.31, "sfid": 5.09, "is": 45.30, "precision": 0.66, "recall": 0.61}
+    assert found("imagenet256_uncond", UNCOND) == [("Table 2", want)]
+    assert rows_like("imagenet256_uncond", UNCOND)[0].images == 50_000
+    assert rows_like("imagenet256_uncond", UNCOND)[0].steps == 250
+
+
+def test_one_run_of_imagenet128_is_in_several_tables_with_their_own_numbers_of_images():
+    rows = rows_like("imagenet128", IMAGENET128)
+    assert [(row.table, row.images, row.numbers["fid"]) for row in rows] == [
+        ("Table 3", 50_000, 5.11),
+        ("Tables 4-6, 9", 10_000, 5.47),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "table", "fid"),
+    [
+        ("sag.threshold", 0.7, "Table 5", 5.67),
+        ("sag.threshold", 1.3, "Table 5", 5.66),
+        ("sag.site", "output.2", "Table 6", 5.59),
+        ("sag.site", "output.5", "Table 6", 5.57),
+        ("sag.site", "input.8", "Table 8", 5.61),
+        ("sag.site", "input.11", "Table 8", 5.54),
+        ("sag.site", "middle", "Table 8", 5.63),
+        ("sag.blur_sigma", 1.0, "Table 9", 5.58),
+        ("sag.blur_sigma", 9.0, "Table 9", 5.70),
+    ],
+)
+def test_each_ablation_is_found_by_the_setting_that_it_changes(setting, value, table, fid):
+    rows = rows_like("imagenet128", IMAGENET128 | {setting: value})
+    assert [(row.table, row.numbers["fid"]) for row in rows] == [(table, fid)]
+
+
+def test_the_classifier_is_part_of_the_guidance():
+    both = IMAGENET128 | {"classifier.scale": 0.5}
+    assert [numbers["fid"] for _, numbers in found("imagenet128", both)] == [2.58]
+    assert [numbers["fid"] for _, numbers in found("imagenet128", both | {"sag.scale": 0.0})] == [2.97]
+    assert found("imagenet128", both | {"classifier.scale": 1.0}) == []
+
+
+def test_without_guidance_its_other_settings_do_not_matter():
+    plain = UNCOND | {"sag.scale": 0.0, "sag.site": "middle", "sag.interval": [0.5, 1.0]}
+    assert [numbers["fid"] for _, numbers in found("imagenet256_uncond", plain)] == [26.21]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sag.scale": 0.3},
+        {"sag.site": "output.5"},
+        {"sag.threshold": 1.3},
+        {"sag.blur_sigma": 3.0},
+        {"sag.kernel_size": 15},
+        {"sag.interval": [0.5, 1.0]},
+        {"sag.interval": None},
+        {"cfg.scale": 1.0},
+        {"classifier.scale": 1.0},
+    ],
+    ids=str,
+)
+def test_a_run_guided_in_another_way_has_no_row(change):
+    assert found("imagenet256_uncond", UNCOND | change) == []
+
+
+@pytest.mark.parametrize("model", [None, "fashion_mnist", "imagenet512"])
+def test_a_network_that_the_paper_does_not_have_has_no_row(model):
+    assert found(model, UNCOND) == []
+
+
+def test_the_default_kernel_is_the_papers_own():
+    assert found("imagenet256_uncond", UNCOND | {"sag.kernel_size": None}) == found("imagenet256_uncond", UNCOND)
+
+
+def test_steps_and_number_of_images_may_be_others():
+    assert found("imagenet256_uncond", UNCOND | {"respacing": "ddim25"}) == found("imagenet256_uncond", UNCOND)
+
+
+@pytest.mark.parametrize("model", sorted({row.model for row in paper_rows()}))
+def test_the_packaged_config_of_a_network_in_the_paper_leads_to_a_row(model):
+    advice = sampling_part(read_config(RELEASED[model].config))
+    settings = {f"sag.{name}": value for name, value in advice["sag"].items()} | {"sag.interval": [0.0, 1.0]}
+    settings["classifier.scale"] = advice.get("classifier", {}).get("scale", 0.0)
+    assert found(model, settings) != []
+
+
+def test_there_are_as_many_rows_as_the_paper_prints():
+    """Table 2: 9; table 3: 4; in the ablations a baseline, the best of them, and 9 others."""
+    assert len(paper_rows()) == 9 + 4 + 11
+
+
+def test_numbers_are_of_known_metrics_and_no_two_rows_of_a_table_are_alike():
+    rows = paper_rows()
+    assert {name for row in rows for name in row.numbers} == {"fid", "sfid", "is", "precision", "recall"}
+    assert len({(row.table, row.model, str(row.sag), row.classifier) for row in rows}) == len(rows)

@@ -1,0 +1,133 @@
+"""The reference values, and the weights, inputs and noise that they were computed with (tests/assets/README.md)."""
+
+import gzip
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sagl.diffusion.predictor import Condition, make_predictor
+from sagl.diffusion.schedule import make_schedule
+from sagl.guidance.base import guided
+from sagl.guidance.classifier import classifier_guidance
+from sagl.guidance.sag import sag
+from sagl.models.adm import Classifier, UNet
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.network import ClassifierSettings, UNetSettings
+
+ASSETS = Path(__file__).parents[1] / "assets"
+META = json.loads((ASSETS / "meta.json").read_text())
+KEY_LISTS = json.loads(gzip.decompress((ASSETS / "adm_state_dict_keys.json.gz").read_bytes()))
+SEED = META["seed"]
+WEIGHTS = {"adm_a": 1, "adm_a8": 1, "adm_b": 2, "classifier_c": 3}
+
+
+@cache
+def values(name):
+    """The tensors of one file."""
+    return load_file(ASSETS / f"{name}.safetensors")
+
+
+def relative_error(got, want):
+    """Largest difference as a share of the largest value."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float((got.detach().double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def generator(offset):
+    return torch.Generator().manual_seed(SEED + offset)
+
+
+def draw_weights(network, offset):
+    """The network with the reference's weights: a function of each entry's name and shape."""
+
+    def draw(name, shape):
+        n = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (SEED + offset)))
+        if n.dim() > 1:
+            return n / n[0].numel() ** 0.5
+        return 1 + 0.2 * n if name.endswith("weight") else 0.1 * n
+
+    network.load_state_dict({name: draw(name, p.shape) for name, p in network.state_dict().items()})
+    return network.eval()
+
+
+def small_unet(**changes):
+    """A UNet with drawn weights; a fresh one predicts zero."""
+    settings = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_heads": 4}
+    return draw_weights(UNet(UNetSettings(**{**settings, "attention_resolutions": (16, 8), **changes})), 1)
+
+
+def small_classifier(**changes):
+    settings = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_classes": 5}
+    settings |= {"attention_resolutions": (8,), "num_head_channels": 32, **changes}
+    return draw_weights(Classifier(ClassifierSettings(**settings)), 1)
+
+
+def _numbers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+@cache
+def network(name):
+    """A reference UNet; `META` has the flags of guided-diffusion."""
+    flags = dict(META["models"][name])
+    flags.pop("noise_schedule")
+    flags["num_classes"] = 1000 if flags.pop("class_cond") else None
+    for sides in ("channel_mult", "attention_resolutions"):
+        flags[sides] = _numbers(flags[sides])
+    return draw_weights(UNet(UNetSettings(**flags)), WEIGHTS[name])
+
+
+@cache
+def classifier():
+    flags = dict(META["models"]["classifier_c"])
+    flags["num_channels"], flags["num_classes"] = flags.pop("model_channels"), flags.pop("out_channels")
+    flags["attention_resolutions"] = tuple(flags["image_size"] // f for f in flags["attention_resolutions"])
+    flags["channel_mult"] = tuple(flags["channel_mult"])
+    return draw_weights(Classifier(ClassifierSettings(**flags)), WEIGHTS["classifier_c"])
+
+
+def schedule_of(name, respacing=None):
+    """The schedule that a reference UNet goes with."""
+    return make_schedule(DiffusionSettings(noise_schedule=META["models"][name]["noise_schedule"]), respacing)
+
+
+def trajectory_names(sampler):
+    return [name for name, settings in META["trajectories"].items() if settings["sampler"] == sampler]
+
+
+def trajectory_error(name, sample):
+    """Run a trajectory by `sample` (ddpm or ddim): the largest relative error of each step."""
+    m, want = META["trajectories"][name], values("trajectories")[name]
+    schedule = schedule_of(m["model"], m["respacing"])
+    steps = schedule.num_steps
+    g = generator(5)
+    x = torch.randn(want.shape[1:], generator=g)
+    noise = {step: torch.randn(x.shape, generator=g) for step in reversed(range(steps))}
+    torch.testing.assert_close(x, want[0], rtol=0, atol=0)
+    settings = SelfAttentionGuidance(
+        scale=m["sag_scale"],
+        site=m["site"],
+        threshold=m["threshold"],
+        blur_sigma=m["blur_sigma"],
+        kernel_size=m["kernel_size"],
+        interval=(0.0 if m["guide_last_steps"] is None else 1 - m["guide_last_steps"] / steps, 1.0),
+        clip_x0=m["clip_x0"],
+        heads="as_released" if "as_released" in name else "layer",
+    )
+    guidances = {
+        "sag": sag(settings, schedule),
+        "classifier": classifier_guidance(ClassifierGuidance(scale=m["classifier_scale"]), classifier(), schedule),
+    }
+    denoise = guided(make_predictor(network(m["model"]), schedule, "learned_range"), guidances)
+    condition = Condition(labels=torch.tensor(m["classifier_labels"]) if m["classifier_labels"] else None)
+    options = {"clip_x0": m["clip_x0"]} | ({} if m["eta"] is None else {"eta": m["eta"]})
+    with torch.inference_mode():
+        chain = list(sample(denoise, x, condition, schedule, noise.__getitem__, **options))
+    assert [step for step, _, _ in chain] == list(reversed(range(steps)))
+    assert len(want) == steps + 1
+    return [relative_error(x, after) for (_, x, _), after in zip(chain, want[1:], strict=True)]

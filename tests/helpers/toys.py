@@ -1,0 +1,40 @@
+"""Networks of no parameters, and wrappers that count and record what they are asked."""
+
+from types import SimpleNamespace
+
+import torch
+
+from sagl.diffusion.predictor import Condition, Prediction
+
+
+def toy_network(x, timesteps, labels=None, *, attention_sites=()):
+    """Channels (eps, variance) that depend on everything; keeps the dtype of x. Its attention is that of its pixels."""
+    t = timesteps.to(x.dtype)[:, None, None, None] / 1000
+    told = 0 if labels is None else 0.1 * labels.to(x.dtype)[:, None, None, None]
+    out = torch.cat([torch.tanh(0.7 * x + t + told), torch.sin(3 * x)], dim=1)
+    received = x.abs().mean(dim=1, keepdim=True)[:, :, ::2, ::2]
+    received = received / received.mean(dim=(2, 3), keepdim=True)
+    return SimpleNamespace(out=out, attention=dict.fromkeys(attention_sites, received))
+
+
+class Recorder:
+    """A network or a denoiser that remembers the arguments of every call."""
+
+    def __init__(self, called):
+        self.called, self.calls = called, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.called(*args, **kwargs)
+
+
+def plain(x_t, step, condition):
+    """A denoiser of one line."""
+    return Prediction(eps=0.5 * x_t + 0.01 * step, log_variance=torch.tensor(-3.0))
+
+
+def forbidden_noise(step):
+    raise AssertionError(f"noise was drawn at step {step}")
+
+
+NOTHING = Condition()
