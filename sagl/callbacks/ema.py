@@ -61,7 +61,7 @@ class EMA(WeightAveraging):
 
 
 class ExtraEMAs(Callback):
-    """Averages with other decays, `settings.extra_ema_decays`; a checkpoint's `further_averages` holds them, by decay.
+    """Averages with other decays, `settings.extra_ema_decays`; a checkpoint's `extra_emas` holds them, by decay.
 
     They are read as --weights ema:DECAY. Nothing is sampled from them while training.
     """
@@ -94,11 +94,11 @@ class ExtraEMAs(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """All of them, and how many updates they have seen."""
         if self.decays:
-            checkpoint["further_averages"] = {str(decay): averages for decay, averages in self._averages.items()}
-            checkpoint["further_updates"] = self._updates
+            checkpoint["extra_emas"] = {str(decay): averages for decay, averages in self._averages.items()}
+            checkpoint["num_extra_ema_updates"] = self._updates
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with those that are there; a decay that was not asked for before begins from the weights."""
-        held = checkpoint.get("further_averages", {})
+        held = checkpoint.get("extra_emas", {})
         self._averages = {decay: dict(held[str(decay)]) for decay in self.decays if str(decay) in held}
-        self._updates = checkpoint.get("further_updates", 0)
+        self._updates = checkpoint.get("num_extra_ema_updates", 0)

@@ -59,7 +59,7 @@ class SAGSampling(Callback):
         Raises:
             UserError: the site has no attention, the kernel does not fit, there are no such steps.
         """
-        if not (self.settings.samples or self.settings.measured):
+        if not (self.settings.num_samples or self.settings.num_metric_samples):
             return
         try:
             recipes = list(self._recipes(pl_module))
@@ -74,25 +74,25 @@ class SAGSampling(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and measure."""
-        if trainer.sanity_checking or not (self.settings.samples or self.settings.measured):
+        if trainer.sanity_checking or not (self.settings.num_samples or self.settings.num_metric_samples):
             return
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             recipes = list(self._recipes(pl_module))
-            if self.settings.samples:
+            if self.settings.num_samples:
                 self._draw(trainer, recipes)
-            if self.settings.measured:
+            if self.settings.num_metric_samples:
                 self._measure(trainer, pl_module, recipes)
 
     def _announce(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:
         """What each validation will cost, before the first step: a forward of the size in use is timed."""
-        images = max(self.settings.samples, 0) + self.settings.measured
+        images = max(self.settings.num_samples, 0) + self.settings.num_metric_samples
         passes = images * sum(recipe.nfe for _, recipe in recipes)
         seconds = passes / trainer.world_size * _seconds_a_pass(recipes[0][1].network, self.settings.batch_size)
         scales = " ".join(f"{scale:g}" for scale, _ in recipes)
         if trainer.is_global_zero:
             print(
-                f"At every validation: {self.settings.samples} images drawn and {self.settings.measured} measured at "
-                f"scales {scales}: {passes} network evaluations, about {seconds:.0f} s. --preview.samples 0: none."
+                f"At every validation: {self.settings.num_samples} images drawn and {self.settings.num_metric_samples} measured at "
+                f"scales {scales}: {passes} network evaluations, about {seconds:.0f} s. --preview.num_samples 0: none."
             )
 
     # ------------------------------------------------------------------------------------------------- images
@@ -118,13 +118,13 @@ class SAGSampling(Callback):
         rows: list[ImageUint8] = []
         for _, recipe in recipes:
             images, shares = [], []
-            for ids in self._shares(trainer, self.settings.samples):
+            for ids in self._shares(trainer, self.settings.num_samples):
                 made, share = self._made(recipe, ids)
                 images.append(made)
                 shares += [] if share is None else [share]
-            rows.append(_of_all(trainer, torch.cat(images))[: self.settings.samples])
+            rows.append(_of_all(trainer, torch.cat(images))[: self.settings.num_samples])
             if shares:
-                rows.append(colorize_masks(_of_all(trainer, torch.cat(shares))[: self.settings.samples].cpu()))
+                rows.append(colorize_masks(_of_all(trainer, torch.cat(shares))[: self.settings.num_samples].cpu()))
         if trainer.is_global_zero:
             picture = image_grid([row.cpu() for row in rows])
             path = self.folder / "previews" / f"step_{trainer.global_step:08d}.png"
@@ -148,8 +148,8 @@ class SAGSampling(Callback):
         self._measures = self._measures or PreviewMetrics(self.settings.extractor, module.device)
         self._measures.update_real(_batches(trainer))
         for scale, recipe in recipes:
-            ids = (i for i in self._shares(trainer, self.settings.measured))
-            inside = ([i for i in few if i < self.settings.measured] for few in ids)
+            ids = (i for i in self._shares(trainer, self.settings.num_metric_samples))
+            inside = ([i for i in few if i < self.settings.num_metric_samples] for few in ids)
             for name, value in self._measures.of(self._made(recipe, few)[0] for few in inside if few).items():
                 module.log(f"val/{name}_{scale:g}", value, rank_zero_only=True)
 

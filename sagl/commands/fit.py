@@ -12,7 +12,7 @@ REST = """groups with more flags than fit here; a --config holds them best:
                               …fashion_mnist.FashionMNISTData
   --data.…                    root, batch_size, num_workers, …: sagl fit --data.help CLASS lists those of a class
   --trainer.…                 any of Lightning's Trainer: devices, max_steps, precision, accumulate_grad_batches, …
-  --preview.…                 samples, scales, measured, keep_best, …: grids and distances at every validation
+  --preview.…                 num_samples, scales, num_metric_samples, keep_best, …: grids and distances at every validation
   --sampler, --sag.scale, …   as of sagl sample: written into the checkpoints, which advise them to it
 
 sagl fit --help_all shows every flag."""

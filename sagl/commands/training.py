@@ -19,7 +19,6 @@ from sagl.callbacks.best_checkpoints import BestCheckpoints
 from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.callbacks.last_checkpoint import ResumableCheckpoint
 from sagl.callbacks.loss_table import LossTable
-from sagl.callbacks.rank_order import RankOrder
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import UserErrorParser, field_names, parse_interval_arg
 from sagl.commands.request import packaged_config, read_config
@@ -157,7 +156,7 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self) -> list[Any]:
         s = CheckpointSettings(**{name: self._get(self.config, name) for name in field_names(CheckpointSettings)})
-        kept = [RankOrder(), EMA(s), ExtraEMAs(s), ResumableCheckpoint(self.last_checkpoint, s)]
+        kept = [EMA(s), ExtraEMAs(s), ResumableCheckpoint(self.last_checkpoint, s)]
         if not self.draws:
             return kept
         return [self._drawing(), BestCheckpoints(self.last_checkpoint.parent, self._previews), *kept]
@@ -171,7 +170,7 @@ class FitCLI(LightningCLI):
         sag = SelfAttentionGuidance(**self._group("sag", SelfAttentionGuidance))
         if self.subcommand == "fit":
             return SAGSampling(self.output, self._previews, sag)
-        return SAGSampling(Path(), replace(self._previews, samples=0), sag)
+        return SAGSampling(Path(), replace(self._previews, num_samples=0), sag)
 
     def _group(self, group: str, kind: type) -> dict[str, Any]:
         """The settings of one group of the config."""

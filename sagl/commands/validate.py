@@ -3,7 +3,7 @@
 from sagl.commands.parser import Parser
 
 REST = """RUN stands for a run's config, data and averaged weights; --config and --checkpoint name any others.
-The flags of sagl fit can be given too: --data.root, --data.num_validation, --trainer.devices, --preview.measured, …"""
+The flags of sagl fit can be given too: --data.root, --data.num_validation, --trainer.devices, --preview.num_metric_samples, …"""
 
 
 def evaluation_parser(verb: str) -> Parser:

@@ -36,10 +36,10 @@ def training_mask(
         return attention_mask(received, settings.threshold, size)
     if settings.mask == "random":
         drawn = np.stack([rng.random((1, BLOCKS, BLOCKS)) for rng in rngs])
-        blocks = torch.from_numpy(drawn) < settings.share
+        blocks = torch.from_numpy(drawn) < settings.area_fraction
         return F.interpolate(blocks.float(), size=size, mode="nearest").bool().to(x_t.device)
     if settings.mask == "square":
-        return _squares(settings.share, size, rngs).to(x_t.device)
+        return _squares(settings.area_fraction, size, rngs).to(x_t.device)
     return torch.ones(batch, 1, *size, dtype=torch.bool, device=x_t.device)
 
 

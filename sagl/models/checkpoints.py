@@ -271,7 +271,7 @@ def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mappin
     """The weights asked for, of those that a training checkpoint holds."""
     decay = checkpoint["hyper_parameters"].get("ema_decay")
     held = {"ema": checkpoint["state_dict"], f"ema:{decay}": checkpoint["state_dict"]}
-    held |= {f"ema:{other}": state for other, state in checkpoint.get("further_averages", {}).items()}
+    held |= {f"ema:{other}": state for other, state in checkpoint.get("extra_emas", {}).items()}
     held |= {"raw": checkpoint["current_model_state"]} if "current_model_state" in checkpoint else {}
     known = [name for name in held if name != "ema:None"]
     require(weights in known, f"`weights` must be one of {', '.join(known)} for {path}, got {weights!r}.")

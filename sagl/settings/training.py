@@ -36,7 +36,7 @@ class CheckpointSettings:
 class PreviewSettings:
     """What validation draws from the averaged weights, at seeds that stay the same through the training."""
 
-    samples: int = 16
+    num_samples: int = 16
     """Images of a grid: a row unguided, then a row guided and a row of masks for every scale. 0: no grids."""
     scales: tuple[float, ...] = (0.0, 0.1, 0.3)
     """Of self-attention guidance; site, blur and the rest are those of the config's sag."""
@@ -46,7 +46,7 @@ class PreviewSettings:
     """As for sampling; few steps are enough to see whether a network learns."""
     batch_size: int = 16
     """Images at once, a process."""
-    measured: int = 0
+    num_metric_samples: int = 0
     """Images that the Fréchet distance from the validation images is taken of, scale by scale. 0: none."""
     extractor: str = "effnet_lite0_64"
     """Features that it is taken in: by name, or a function of yours that makes them, as package.function."""
@@ -59,17 +59,20 @@ class PreviewSettings:
 
     def __post_init__(self) -> None:
         """Refuse what could not be drawn or measured."""
-        for name in ("samples", "measured", "keep_best"):
+        for name in ("num_samples", "num_metric_samples", "keep_best"):
             require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
-        require(self.measured != 1, "`preview.measured` must be 0 or at least 2, got 1.")
+        require(self.num_metric_samples != 1, "`preview.num_metric_samples` must be 0 or at least 2, got 1.")
         require(
             self.max_checkpoint_gb > 0, f"`preview.max_checkpoint_gb` must be above 0, got {self.max_checkpoint_gb}."
         )
         require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
-        require(len(self.scales) > 0, "`preview.scales` must name a scale, got none. Set samples and measured to 0.")
         require(
-            self.keep_best == 0 or self.measured > 0,
-            f"`preview.keep_best` needs distances, got {self.keep_best} without. Set preview.measured.",
+            len(self.scales) > 0,
+            "`preview.scales` must name a scale, got none. Set num_samples and num_metric_samples to 0.",
+        )
+        require(
+            self.keep_best == 0 or self.num_metric_samples > 0,
+            f"`preview.keep_best` needs distances, got {self.keep_best} without. Set preview.num_metric_samples.",
         )
         require(
             self.keep_best == 0 or self.best_scale in self.scales,
@@ -91,7 +94,7 @@ class BlurAwareSettings:
     """Of mask attention: the block whose attention is read."""
     threshold: float = 1.0
     """Of mask attention: tokens that receive more are blurred."""
-    share: float = 0.4
+    area_fraction: float = 0.4
     """Of masks random and square: the part of the image that is blurred; an attention mask's is about as large."""
     blur_sigma: tuple[float, float] = (3.0, 3.0)
     """Least and largest standard deviation of the blur in pixels, drawn evenly between for each image."""
@@ -102,7 +105,7 @@ class BlurAwareSettings:
         """Refuse what has no meaning."""
         require_choice("blur_aware.mask", self.mask, ("attention", "random", "square", "global"))
         require_choice("blur_aware.target", self.target, ("noise", "clean"))
-        for name in ("probability", "share"):
+        for name in ("probability", "area_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"`blur_aware.{name}` must be in [0, 1], got {value}.")
         least, largest = self.blur_sigma

@@ -8,7 +8,7 @@ from tests.helpers.tiny import QUIET, fit_line
 
 pytestmark = QUIET
 
-SETTINGS = {"measured": 4, "keep_best": 2, "scales": (0.0, 0.5), "best_scale": 0.5}
+SETTINGS = {"num_metric_samples": 4, "keep_best": 2, "scales": (0.0, 0.5), "best_scale": 0.5}
 
 
 class Distances(Callback):

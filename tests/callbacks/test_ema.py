@@ -102,7 +102,7 @@ def further():
 def test_further_averages_are_what_the_average_would_be_with_their_decay(tmp_path):
     _, weights = fitted(further(), 12)
     saved_by(tmp_path, [further()], 12)
-    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["further_averages"]
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["extra_emas"]
     assert held.keys() == {"0.25", "0.9"}
     for decay in DECAYS:
         expected = derived(weights, decay)[-1]
@@ -119,9 +119,9 @@ def test_further_averages_count_steps_of_the_optimiser_and_go_on_after_a_resume(
     saved_by(tmp_path, [further()], 4, accumulate_grad_batches=2)
     saved_by(tmp_path, [further()], 6, accumulate_grad_batches=2, ckpt_path=tmp_path / "last.ckpt")
     whole, resumed = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path / "whole", tmp_path))
-    assert whole["further_updates"] == resumed["further_updates"] == 6
+    assert whole["num_extra_ema_updates"] == resumed["num_extra_ema_updates"] == 6
     for decay in DECAYS:
-        a, b = (c["further_averages"][str(decay)]["weight"] for c in (whole, resumed))
+        a, b = (c["extra_emas"][str(decay)]["weight"] for c in (whole, resumed))
         torch.testing.assert_close(a, b)
 
 
@@ -129,10 +129,10 @@ def test_a_decay_that_is_new_at_a_resume_begins_from_the_weights(tmp_path):
     line, _ = saved_by(tmp_path, [], 4)
     saved_by(tmp_path, [further()], 5, ckpt_path=tmp_path / "last.ckpt")
     held = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert torch.equal(held["further_averages"]["0.9"]["weight"], held["state_dict"]["weight"])
+    assert torch.equal(held["extra_emas"]["0.9"]["weight"], held["state_dict"]["weight"])
     assert not torch.equal(held["state_dict"]["weight"], line.weight)
 
 
 def test_without_further_decays_a_checkpoint_has_nothing_of_them(tmp_path):
     saved_by(tmp_path, [ExtraEMAs(CheckpointSettings())], 2)
-    assert "further_averages" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "extra_emas" not in torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -47,7 +47,9 @@ def fit(module, callbacks, steps=4):
 
 
 def preview(folder, **settings):
-    return SAGSampling(folder, PreviewSettings(**{"respacing": "3", "samples": 5, "batch_size": 2, **settings}), SAG)
+    return SAGSampling(
+        folder, PreviewSettings(**{"respacing": "3", "num_samples": 5, "batch_size": 2, **settings}), SAG
+    )
 
 
 def made(network, ids, scale):
@@ -121,7 +123,7 @@ def cache_of_its_own(tmp_path_factory, monkeypatch):
 
 def test_the_distance_of_each_scale_is_that_of_its_images_from_the_validation_images(tmp_path, plain_features):
     module = module_of()
-    callback = preview(tmp_path, samples=0, measured=7, scales=(0.0, 0.5))
+    callback = preview(tmp_path, num_samples=0, num_metric_samples=7, scales=(0.0, 0.5))
     run = fit(module, [callback])
     assert not (tmp_path / "previews").exists()
     for scale in (0.0, 0.5):
@@ -131,7 +133,7 @@ def test_the_distance_of_each_scale_is_that_of_its_images_from_the_validation_im
 
 
 def test_what_validations_will_cost_is_said_before_the_first_step(tmp_path, capsys):
-    fit(module_of(), [preview(tmp_path, samples=5, scales=(0.0, 0.5))], steps=1)
+    fit(module_of(), [preview(tmp_path, num_samples=5, scales=(0.0, 0.5))], steps=1)
     said = capsys.readouterr().out
     assert "5 images drawn and 0 measured at scales 0 0.5: 45 network evaluations, about " in said  # 5 · (3 + 6)
 
@@ -154,12 +156,12 @@ def test_scales_that_the_network_cannot_have_are_refused_before_the_first_step(t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"samples": -1}, "preview.samples"),
-        ({"measured": 1}, "preview.measured"),
+        ({"num_samples": -1}, "preview.num_samples"),
+        ({"num_metric_samples": 1}, "preview.num_metric_samples"),
         ({"batch_size": 0}, "preview.batch_size"),
         ({"scales": ()}, "preview.scales"),
-        ({"keep_best": 2}, "preview.measured"),
-        ({"keep_best": 2, "measured": 9, "best_scale": 0.2}, "preview.best_scale"),
+        ({"keep_best": 2}, "preview.num_metric_samples"),
+        ({"keep_best": 2, "num_metric_samples": 9, "best_scale": 0.2}, "preview.best_scale"),
         ({"sampler": "euler"}, "sampler"),
         ({"max_checkpoint_gb": 0.0}, "preview.max_checkpoint_gb"),
     ],
@@ -170,5 +172,5 @@ def test_previews_that_make_no_sense_are_refused(settings, said):
 
 
 def test_no_previews_are_drawn_where_none_are_asked_for(tmp_path):
-    fit(module_of(), [preview(tmp_path, samples=0)])
+    fit(module_of(), [preview(tmp_path, num_samples=0)])
     assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ CONFIG = {
         "check_val_every_n_epoch": None,
     },
     "ema_decay": 0.9,
-    "preview": {"samples": 0},
+    "preview": {"num_samples": 0},
 }
 
 
@@ -354,7 +354,7 @@ def test_every_flag_that_help_shows_is_one_that_fit_takes(capsys):
 
 
 def test_previews_are_in_the_folder_and_in_the_logs(config, tmp_path):
-    flags = ["--preview.samples", "3", "--preview.scales", "[0, 0.5]", "--preview.respacing", "2"]
+    flags = ["--preview.num_samples", "3", "--preview.scales", "[0, 0.5]", "--preview.respacing", "2"]
     flags += ["--sag.site", "middle", "--sag.blur_sigma", "1"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 0
     drawn = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())

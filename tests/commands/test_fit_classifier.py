@@ -156,7 +156,7 @@ def test_a_classifier_s_config_draws_nothing_and_a_state_dict_is_converted_by_it
     ("flags", "named"),
     [
         (["--sag.scale", "0.3"], "`sag.scale` is for networks that draw"),
-        (["--preview.samples", "0"], "`preview.samples` is for networks that draw"),
+        (["--preview.num_samples", "0"], "`preview.num_samples` is for networks that draw"),
         (["--respacing", "10"], "`respacing` is for networks that draw"),
         (["--model.network.num_channels", "32"], "`model` must have a network or a classifier, got both"),
         (["--model.label_dropout", "0.1"], "there is no option '--model.label_dropout'"),

@@ -106,7 +106,7 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
     x = torch.zeros(200, 3, 32, 32)
 
     def draw(seed):
-        return training_mask(settings(mask=kind, share=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200))
+        return training_mask(settings(mask=kind, area_fraction=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200))
 
     assert float(draw(0).float().mean()) == pytest.approx(0.4, abs=0.02)
     assert torch.equal(draw(0), draw(0))
@@ -115,7 +115,7 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
 
 
 def test_a_square_is_one_block_without_holes():
-    mask = training_mask(settings(mask="square", share=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs())
+    mask = training_mask(settings(mask="square", area_fraction=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs())
     for one in mask[:, 0]:
         rows, columns = one.any(dim=1), one.any(dim=0)
         assert (int(rows.sum()), int(columns.sum())) == (8, 8)
@@ -133,7 +133,7 @@ def test_the_blur_of_every_image_is_drawn_from_the_range():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"probability": 1.5}, {"share": -0.1}, {"mask": "face"}, {"target": "x"}, {"blur_sigma": (2.0, 1.0)}],
+    [{"probability": 1.5}, {"area_fraction": -0.1}, {"mask": "face"}, {"target": "x"}, {"blur_sigma": (2.0, 1.0)}],
 )
 def test_settings_without_meaning_are_refused(changes):
     with pytest.raises(UserError, match=rf"`blur_aware.{next(iter(changes))}`"):

@@ -41,7 +41,7 @@ def write_config(folder, *, model=None, data=None, trainer=None, **top):
     config = {"model": {**MODEL, **(model or {})}, "trainer": {**TRAINER, **(trainer or {})}}
     config |= {"data": {"class_path": "sagl.data.folder.FolderData", "init_args": {**init, **(data or {})}}}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**config, "preview": {"samples": 0}, "ema_decay": 0.9, **top}))
+    path.write_text(yaml.safe_dump({**config, "preview": {"num_samples": 0}, "ema_decay": 0.9, **top}))
     return path
 
 

@@ -322,7 +322,7 @@ def test_an_average_can_be_asked_for_by_its_decay(tmp_path):
 def test_further_averages_are_read_by_their_decays(tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt")
     content = torch.load(path, weights_only=True)
-    content["further_averages"] = {"0.99": {name: 2 * value for name, value in content["state_dict"].items()}}
+    content["extra_emas"] = {"0.99": {name: 2 * value for name, value in content["state_dict"].items()}}
     torch.save(content, path)
     average, further = read_network(path).state, read_network(path, "ema:0.99").state
     assert average.keys() == further.keys()
