@@ -22,7 +22,7 @@ from sagl.evaluation.image_sets import ImageSet
 from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
 from sagl.metrics.features import Extractor, Features, seen
 from sagl.settings.sampling import DeviceSettings
-from sagl.utils.devices import num_processes, select_device
+from sagl.utils.distributed import num_processes, select_device
 from sagl.utils.environment import set_threads
 from sagl.utils.progress import ProgressReporter
 

@@ -11,7 +11,7 @@ from sagl.errors import UserError, require
 from sagl.sampling.run_folder import SAMPLES, Sample, is_run, png, remove_superseded, write_run_json, write_shard
 from sagl.settings.compatibility import check_classifier
 from sagl.settings.network import UNetSettings
-from sagl.utils.devices import select_device
+from sagl.utils.distributed import select_device
 from sagl.utils.progress import ProgressReporter
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted

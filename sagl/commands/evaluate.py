@@ -13,7 +13,8 @@ from sagl.commands.work import add_work_flags, work_of
 from sagl.errors import require
 from sagl.evaluation.metric_info import METRICS, shown
 from sagl.settings.evaluation import DEFAULT_EXTRACTOR, MetricSettings
-from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank
+from sagl.utils.distributed import exit_when_parent_dies, global_rank
+from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file, require_new
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import RunSettings, micro_batches
-from sagl.utils.devices import num_processes, require_launcher, select_device
+from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import available_bytes, default_precision
 from sagl.utils.files import cache_folder, require_writable, sha256
 

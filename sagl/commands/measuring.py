@@ -16,7 +16,7 @@ from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import Extractor, describe_resize
 from sagl.metrics.reference import Reference, holds_images, holds_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTORS
-from sagl.utils.devices import has_peers, select_device
+from sagl.utils.distributed import has_peers, select_device
 from sagl.utils.files import cache_folder
 from sagl.utils.progress import ProgressReporter, show_progress
 

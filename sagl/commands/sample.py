@@ -21,8 +21,8 @@ from sagl.sampling.run_folder import (
     write_run_json,
 )
 from sagl.settings.guidance import DEFAULT_KERNEL, effective_kernel_size
-from sagl.utils.devices import has_peers, num_processes
-from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank, peak_gigabytes, set_threads
+from sagl.utils.distributed import exit_when_parent_dies, global_rank, has_peers, num_processes
+from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
 from sagl.utils.files import require_writable
 from sagl.utils.progress import show_progress
 from sagl.utils.run_lock import RunLock, locked

@@ -23,7 +23,7 @@ from sagl.commands.drawing import Drawing, recipe_of
 from sagl.commands.request import Request
 from sagl.errors import UserError
 from sagl.sampling.run_folder import count_images
-from sagl.utils.devices import num_processes
+from sagl.utils.distributed import num_processes
 from sagl.utils.environment import set_threads
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import RunLock, sharing

@@ -6,7 +6,8 @@ from sagl.commands.parser import Parser
 from sagl.commands.work import add_work_flags, work_of
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
-from sagl.utils.environment import disable_malloc_trim, exit_when_parent_dies, global_rank
+from sagl.utils.distributed import exit_when_parent_dies, global_rank
+from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import require_new
 
 

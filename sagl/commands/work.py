@@ -9,7 +9,7 @@ from sagl.commands.parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import DEFAULT_EXTRACTOR, EXTRACTORS, require_extractor
 from sagl.settings.sampling import DeviceSettings
-from sagl.utils.devices import require_launcher
+from sagl.utils.distributed import require_launcher
 
 Progress = Literal["auto", "bar", "lines", "off"]
 

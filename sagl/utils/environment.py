@@ -4,8 +4,6 @@ import ctypes
 import math
 import os
 import platform
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,26 +102,6 @@ def set_threads(processes: int = 1) -> int:
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > share:
         torch.set_num_threads(share)
     return torch.get_num_threads()
-
-
-def global_rank() -> int:
-    """Which of several processes this is, as torchrun, SLURM or Lightning's own launcher say; 0 is the first."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return int(os.environ.get("NODE_RANK") or 0) * 1024 + int(os.environ.get("LOCAL_RANK") or 0)
-
-
-def exit_when_parent_dies() -> None:
-    """Have this process end, within a moment, when the one that started it has ended, however that happened."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)  # whatever the main thread waits for
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _text(path: Path) -> str:

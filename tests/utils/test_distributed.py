@@ -1,0 +1,168 @@
+"""Ranks of a command over gloo on the CPU, started by Fabric and by torchrun."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sagl.errors import UserError
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import (
+    Ranks,
+    global_rank,
+    has_peers,
+    launch,
+    num_processes,
+    require_launcher,
+    select_device,
+)
+
+PROGRAM = """
+import sys
+from sagl.errors import UserError
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import launch
+
+devices, failing = sys.argv[1], sys.argv[2]
+try:
+    with launch(DeviceSettings(devices=devices, accelerator="cpu")) as ranks:
+        word = ranks.broadcast("plan" if ranks.rank == 0 else None)
+        items = []
+        for item in ranks.share(range(5)):
+            if str(ranks.rank) == failing:
+                raise UserError(f"rank {ranks.rank} failed")
+            items.append((word, item))
+        gathered = ranks.gather(items)
+        assert bool(gathered) == (ranks.rank == 0)
+except UserError as error:
+    print("error:", error)
+else:
+    print(gathered)
+"""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+LAUNCHER_VARIABLES += ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """Sets the launcher's variables to exactly those that are given."""
+
+    def replace(**variables):
+        for name in LAUNCHER_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    replace()
+    return replace
+
+
+def run_program(tmp_path, devices, failing="none", launcher=()):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    command = [sys.executable, *launcher, script, devices, failing]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_ranks_share_items_in_turn_and_only_rank_0_goes_on(tmp_path):
+    result = run_program(tmp_path, 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{[[('plan', 0), ('plan', 2), ('plan', 4)], [('plan', 1), ('plan', 3)]]}\n"
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_any_rank_is_raised_on_rank_0_and_ends_the_others(failing, tmp_path):
+    result = run_program(tmp_path, 3, failing)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"error: rank {failing} failed\n"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_s_processes_are_used_where_it_started_them(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    result = run_program(tmp_path, "auto", launcher=torchrun)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{[[('plan', 0), ('plan', 2), ('plan', 4)], [('plan', 1), ('plan', 3)]]}\n"
+
+
+def test_a_single_process_needs_no_launcher_and_keeps_its_errors(environ):
+    with launch(DeviceSettings(devices="1", accelerator="cpu")) as ranks:
+        assert ranks == Ranks(device=torch.device("cpu"))
+        assert list(ranks.share("abc")) == ["a", "b", "c"]
+        assert ranks.broadcast("plan") == "plan"
+        assert ranks.gather(3) == [3]
+    with pytest.raises(UserError, match="no space"), launch(DeviceSettings(accelerator="cpu")):
+        raise UserError("no space")
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, 3),
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, 1),
+        ({"LOCAL_RANK": "0", "SLURM_PROCID": "2"}, 0),
+        ({"SLURM_PROCID": "2"}, 2),
+    ],
+)
+def test_the_rank_is_torchrun_s_before_fabric_s_before_slurm_s(variables, rank, environ):
+    environ(**variables)
+    assert global_rank() == rank
+
+
+def test_fabric_s_children_on_another_node_are_not_rank_0(environ):
+    environ(NODE_RANK="1", LOCAL_RANK="0")
+    assert global_rank() > 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "peers"),
+    [({}, False), ({"WORLD_SIZE": "2"}, True), ({"SLURM_NTASKS": "4"}, True), ({"SLURM_NTASKS": "1"}, False)],
+)
+def test_peers_are_processes_that_a_launcher_started(variables, peers, environ):
+    environ(**variables)
+    assert has_peers() == peers
+
+
+@pytest.mark.parametrize("variable", ["MASTER_ADDR", "SLURM_NTASKS"])
+def test_several_nodes_need_a_launcher(variable, environ):
+    devices = DeviceSettings(num_nodes=2)
+    with pytest.raises(UserError, match=r"num_nodes.*2"):
+        require_launcher(devices)
+    environ(**{variable: "2"})
+    require_launcher(devices)
+    require_launcher(DeviceSettings())
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "variables", "expected"),
+    [
+        ("auto", 1, {}, (1, 1)),
+        ("3", 2, {}, (3, 6)),
+        ("auto", 2, {"LOCAL_WORLD_SIZE": "4"}, (4, 8)),
+        ("2", 1, {"LOCAL_WORLD_SIZE": "4"}, (2, 2)),
+    ],
+)
+def test_processes_are_counted_by_setting_then_by_launcher(devices, nodes, variables, expected, environ):
+    environ(**variables)
+    assert num_processes(DeviceSettings(devices=devices, num_nodes=nodes, accelerator="cpu")) == expected
+
+
+@pytest.mark.parametrize("variables", [{}, {"LOCAL_RANK": "1", "SLURM_LOCALID": "3"}, {"SLURM_LOCALID": "2"}])
+def test_each_process_of_a_node_has_a_gpu_of_its_own(variables, environ, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    environ(**variables)
+    index = int(next(iter(variables.values()), "0"))
+    assert select_device(DeviceSettings()) == torch.device("cuda", index)
+    assert select_device(DeviceSettings(accelerator="cpu")) == torch.device("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"accelerator.*gpu"):
+        select_device(DeviceSettings(accelerator="gpu"))
