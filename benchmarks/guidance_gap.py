@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED
+from sagl.models.checkpoints import build_network, read_checkpoint
+from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
@@ -24,7 +24,7 @@ SCALE = 1e-6
 @torch.inference_mode()
 def gaps(checkpoint: Path, chain: ChainSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
     """Timestep -> root mean square of eps - eps_degraded, the noisiest first."""
-    file = read_network(checkpoint)
+    file = read_checkpoint(checkpoint)
     network = build_network(file)
     recipe, ids = (
         build_pipeline(network, file.diffusion, chain, sag),
@@ -40,7 +40,7 @@ def gaps(checkpoint: Path, chain: ChainSettings, sag: SelfAttentionGuidance, run
 def main() -> None:
     """Print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", type=Path, nargs="*", default=[EMBEDDED])
+    p.add_argument("checkpoints", type=Path, nargs="*", default=[DEFAULT_CHECKPOINT])
     p.add_argument("--num_samples", type=int, default=100)
     p.add_argument("--first_id", type=int, default=0)
     p.add_argument("--respacing", default="ddim25")

@@ -29,8 +29,8 @@ from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import build_network, cast_weights, read_network
-from sagl.models.zoo import EMBEDDED
+from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
+from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -93,7 +93,7 @@ def main() -> None:
     """Measure what is missing, then print all, best first."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", type=Path)
-    p.add_argument("--checkpoints", type=Path, nargs="+", default=[EMBEDDED])
+    p.add_argument("--checkpoints", type=Path, nargs="+", default=[DEFAULT_CHECKPOINT])
     p.add_argument("--num_samples", type=int, default=1000)
     p.add_argument("--first_id", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=100)
@@ -135,7 +135,7 @@ def main() -> None:
 @cache
 def network_of(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
     """A network in a precision, and its process."""
-    file = read_network(checkpoint)
+    file = read_checkpoint(checkpoint)
     return cast_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
 
 

@@ -11,8 +11,8 @@ from sagl.commands.request import parse
 from sagl.commands.training import FitCLI, FitParser, module_for
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
-from sagl.models.checkpoints import parameters_of
-from sagl.models.zoo import EMBEDDED, RELEASED, get_unet_settings
+from sagl.models.checkpoints import meta_state_dict
+from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, get_unet_settings
 from sagl.settings.compatibility import check_classifier
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -133,7 +133,7 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
 
 
 def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():
-    by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(EMBEDDED)]), parse([])
+    by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]), parse([])
     assert (by_config.chain, by_config.sag, by_config.run) == (by_file.chain, by_file.sag, by_file.run)
 
 
@@ -142,7 +142,7 @@ def test_the_classifier_s_configuration_is_of_the_embedded_network_s_images_and_
     assert classifier["diffusion"] == network["diffusion"]
     settings = ClassifierSettings(**classifier["classifier"])
     check_classifier(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
-    assert sum(tensor.numel() for tensor in parameters_of(settings).values()) <= 1.3e6
+    assert sum(tensor.numel() for tensor in meta_state_dict(settings).values()) <= 1.3e6
 
 
 def test_a_misspelt_name_in_a_configuration_is_found(tmp_path):

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from sagl.diffusion.predictor import AttentionSite
 from sagl.models.adm import Norm, Pointwise
-from sagl.models.checkpoints import build_network, cast_weights, read_network
-from sagl.models.zoo import EMBEDDED
+from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
+from sagl.models.zoo import DEFAULT_CHECKPOINT
 
 PRECISIONS = ["32-true", "bf16-true"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,7 +34,7 @@ def drawn(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_embedded_network_and_its_attention_are_the_same_with_one_thread_and_with_two(precision, batch):
-    network = cast_weights(build_network(read_network(EMBEDDED)), precision, torch.device("cpu"))
+    network = cast_weights(build_network(read_checkpoint(DEFAULT_CHECKPOINT)), precision, torch.device("cpu"))
     x, timesteps, labels = drawn(batch, 1, 32, 32), torch.full((batch,), 500), torch.arange(batch)
     site = AttentionSite("output.5", None)
     one, two = with_one_thread_and_two(lambda: network(x, timesteps, labels, attention_sites=(site,)))

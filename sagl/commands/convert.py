@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sagl.commands.parser import Parser
 from sagl.commands.request import advise, model_part, read_config, sample_parser, sampling_part
 from sagl.errors import UserError, require
-from sagl.models.zoo import RELEASED, name_from_filename, settings_named
+from sagl.models.zoo import RELEASED, get_settings, name_from_filename
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import AnySettings
 from sagl.utils.files import require_unused, require_writable
@@ -72,14 +72,14 @@ def _require_target(target: Path) -> None:
 def _write(file: "Checkpoint", target: Path, dtype: str | None) -> None:
     import torch
 
-    from sagl.models.checkpoints import check_state_dict, in_dtype, parameters_of, write_network
+    from sagl.models.checkpoints import check_state_dict, in_dtype, meta_state_dict, write_checkpoint
     from sagl.models.diffusers import write_diffusers
 
     if dtype is not None:
         file = in_dtype(file, getattr(torch, dtype))
     if target.name.endswith(ENDING):
-        check_state_dict(parameters_of(file.network), file.state)
-        write_network(file, target)
+        check_state_dict(meta_state_dict(file.model_settings), file.state_dict)
+        write_checkpoint(file, target)
     else:
         write_diffusers(file, target)
 
@@ -90,7 +90,7 @@ def _read(
     diffusion: DiffusionSettings | None,
 ) -> "Checkpoint":
     """A folder, a file with what is said of it, or a network by its name."""
-    from sagl.models.checkpoints import read_network
+    from sagl.models.checkpoints import read_checkpoint
     from sagl.models.diffusers import read_diffusers
     from sagl.models.loading import load
 
@@ -100,8 +100,8 @@ def _read(
         return read_diffusers(path, diffusion)
     if model is None:
         return load(given.checkpoint, given.weights)
-    settings, process = settings_named(model) if isinstance(model, str) else (model, None)
-    return read_network(path, given.weights, settings, diffusion or process)
+    settings, process = get_settings(model) if isinstance(model, str) else (model, None)
+    return read_checkpoint(path, given.weights, settings, diffusion or process)
 
 
 def _require_left_out(given: Any) -> None:  # noqa: ANN401

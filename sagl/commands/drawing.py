@@ -101,8 +101,8 @@ def _classifier(request: Request, guided: "Checkpoint", device: "torch.device") 
     except UserError as error:
         said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
         raise UserError(said) from error
-    assert isinstance(guided.network, UNetSettings)
-    check_classifier(classifier.settings, file.diffusion, guided.network, guided.diffusion)
+    assert isinstance(guided.model_settings, UNetSettings)
+    check_classifier(classifier.settings, file.diffusion, guided.model_settings, guided.diffusion)
     return cast_weights(classifier, request.weight_precision, device)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sagl.commands.request import Request, Source
 from sagl.errors import require
-from sagl.models.zoo import read_metadata, settings_of
+from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.run_folder import check_same_run, is_run, read_run_json
 from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
@@ -99,9 +99,9 @@ def _known(source: Source) -> tuple[Any, Any]:
         return source.network, source.diffusion or DiffusionSettings()
     assert source.checkpoint is not None
     if about := read_metadata(source.checkpoint):
-        return settings_of(about, source.checkpoint)
+        return settings_from_metadata(about, source.checkpoint)
     file = read_source(source, source.checkpoint)
-    return file.network, file.diffusion
+    return file.model_settings, file.diffusion
 
 
 def _with_precision(request: Request, record: Mapping[str, Any]) -> Request:
@@ -140,10 +140,10 @@ def _suiting(request: Request, network: UNetSettings) -> int:
 
 
 def _fetched(source: Source) -> Path:
-    from sagl.models.loading import fetch
+    from sagl.models.loading import download_pretrained
 
     assert source.name is not None
-    return fetch(source.name)
+    return download_pretrained(source.name)
 
 
 def _sha256(path: Path) -> str:
@@ -160,6 +160,6 @@ def read_source(source: Source, path: Path) -> "Checkpoint":
     Raises:
         UserError: they do not go together.
     """
-    from sagl.models.checkpoints import read_network
+    from sagl.models.checkpoints import read_checkpoint
 
-    return read_network(path, source.weights, source.network, source.diffusion)
+    return read_checkpoint(path, source.weights, source.network, source.diffusion)

@@ -11,17 +11,15 @@ import yaml
 
 from sagl.commands.parser import Parser, field_names, from_namespace, suggest
 from sagl.errors import UserError, require
+from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
 from sagl.models.zoo import (
+    DEFAULT_CHECKPOINT,
     DEFAULT_CLASSIFIER,
     DEFAULT_MODEL,
-    EMBEDDED,
-    NETWORKS,
     RELEASED,
+    UNET_NAMES,
     get_unet_settings,
     name_from_filename,
-    read_metadata,
-    require_same,
-    settings_of,
 )
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.guidance import (
@@ -124,7 +122,7 @@ def sample_parser() -> Parser:
     """The flags of `sagl sample`; their help is the fields' docstrings."""
     p = Parser("sample", "Draw images from a network, with self-attention guidance.")
     p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
-    p.add_argument("--model", type=str, default=None, help=f"A released network: {', '.join(NETWORKS)}.")
+    p.add_argument("--model", type=str, default=None, help=f"A released network: {', '.join(UNET_NAMES)}.")
     p.add_argument("--checkpoint", type=str, default=None, help="A file: .safetensors, .ckpt or .pt.")
     p.add_argument("--weights", type=str, default=None, help="Of a .ckpt: ema (default), ema:DECAY or raw.")
     p.add_argument("--output", type=str, default="samples", help="Folder of the run.")
@@ -207,17 +205,17 @@ def find_source(
     if isinstance(model, UNetSettings) and path is None:
         raise UserError(
             "`model.network` says how the network is built, and no weights. Add --checkpoint FILE, "
-            f"or leave out --config and give --model NAME: {', '.join(NETWORKS)}."
+            f"or leave out --config and give --model NAME: {', '.join(UNET_NAMES)}."
         )
     if model is None and path is not None and not about:
         model = _named_by_file(path)
     name = model if isinstance(model, str) else DEFAULT_MODEL if model is None and path is None else None
     if name == DEFAULT_MODEL:
-        return Source(name=name, checkpoint=path or EMBEDDED, network=None, diffusion=None, weights=weights)
+        return Source(name=name, checkpoint=path or DEFAULT_CHECKPOINT, network=None, diffusion=None, weights=weights)
     network, process = get_unet_settings(name) if name else (model, None)
     assert not isinstance(network, str)
     if about and network is not None and path is not None:
-        require_same(network, settings_of(about, path)[0], path)
+        check_same_network(network, settings_from_metadata(about, path)[0], path)
         network = None  # the file says
     return Source(name=name, checkpoint=path, network=network, diffusion=diffusion or process, weights=weights)
 
@@ -237,7 +235,7 @@ def _named_by_file(path: Path) -> str | None:
     if (named := name_from_filename(path)) is None:
         raise UserError(
             f"`checkpoint` {path} does not say which network it is for. Add --model with one of "
-            f"{', '.join(NETWORKS)}, or --config with a file whose model.network describes it."
+            f"{', '.join(UNET_NAMES)}, or --config with a file whose model.network describes it."
         )
     return named
 

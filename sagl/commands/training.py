@@ -23,7 +23,7 @@ from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import UserErrorParser, field_names, parse_interval_arg
 from sagl.commands.request import packaged_config, read_config
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import load_training_checkpoint, read_state
+from sagl.models.checkpoints import load_training_checkpoint, read_state_dict
 from sagl.models.loading import load
 from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.classifier_module import ClassifierModule
@@ -212,7 +212,7 @@ class FitCLI(LightningCLI):
         """
         path, weights = Path(checkpoint), self._get(self.config, "weights")
         named = path.suffix not in (".pt", ".ckpt", ".safetensors") and not path.is_file()
-        state = load(checkpoint, weights).state if named else read_state(path, weights)
+        state = load(checkpoint, weights).state_dict if named else read_state_dict(path, weights)
         if said := load_pretrained_weights(self.model.network, state):
             print(said)
 

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from sagl.errors import UserError, require
 from sagl.models.adm import Classifier, UNet
-from sagl.models.zoo import KINDS, METADATA_KEY, read_metadata, require_recommended, require_same, settings_of
+from sagl.models.metadata import (
+    METADATA_KEY,
+    SETTINGS_CLASSES,
+    check_same_network,
+    read_metadata,
+    require_recommended,
+    settings_from_metadata,
+)
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import AnySettings, UNetSettings
 from sagl.settings.sampling import WeightPrecision
@@ -31,14 +38,14 @@ AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 class Checkpoint:
     """A network's weights, with all that is needed to use them."""
 
-    network: AnySettings
+    model_settings: AnySettings
     diffusion: DiffusionSettings
-    state: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor]
     recommended: Mapping[str, Any] = field(default_factory=dict)
     """Sampling settings that the makers of the weights advise, by flag name."""
 
 
-def read_network(
+def read_checkpoint(
     path: Path, weights: str = "ema", settings: AnySettings | None = None, diffusion: DiffusionSettings | None = None
 ) -> Checkpoint:
     """Weights and settings of a .safetensors file, a training checkpoint (.ckpt) or a plain state dict (.pt).
@@ -60,41 +67,45 @@ def read_network(
             raise UserError(
                 f"`checkpoint` {path} does not say which network it is for. Add --model NAME, or --config FILE."
             )
-        return Checkpoint(network=settings, diffusion=diffusion or DiffusionSettings(), state=_plain(tensors, path))
+        return Checkpoint(
+            model_settings=settings, diffusion=diffusion or DiffusionSettings(), state_dict=_plain(tensors, path)
+        )
     file = _network_file(about, tensors, path, weights)
     if settings is not None:
-        require_same(settings, file.network, path)
+        check_same_network(settings, file.model_settings, path)
     return file
 
 
-def read_state(path: Path, weights: str = "ema") -> Mapping[str, Tensor]:
-    """The weights of a file alone, whatever network they are for; see `read_network`.
+def read_state_dict(path: Path, weights: str = "ema") -> Mapping[str, Tensor]:
+    """The weights of a file alone, whatever network they are for; see `read_checkpoint`.
 
     Raises:
-        UserError: as `read_network`.
+        UserError: as `read_checkpoint`.
     """
     tensors, about = _read(path, weights)
-    return _plain(tensors, path) if about is None else _network_file(about, tensors, path, weights).state
+    return _plain(tensors, path) if about is None else _network_file(about, tensors, path, weights).state_dict
 
 
 def in_dtype(file: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The same network with its weights in `dtype`."""
-    return replace(file, state={name: tensor.to(dtype) for name, tensor in file.state.items()})
+    return replace(file, state_dict={name: tensor.to(dtype) for name, tensor in file.state_dict.items()})
 
 
-def write_network(file: Checkpoint, path: Path) -> None:
+def write_checkpoint(file: Checkpoint, path: Path) -> None:
     """Write safetensors with the settings inside, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
     about = {
-        next(name for name, kind in KINDS.items() if isinstance(file.network, kind)): asdict(file.network),
+        next(name for name, kind in SETTINGS_CLASSES.items() if isinstance(file.model_settings, kind)): asdict(
+            file.model_settings
+        ),
         "diffusion": asdict(file.diffusion),
         "recommended": dict(file.recommended),
     }
     with atomic_file(path, "target") as partial:
-        save_tensors(file.state, partial, {METADATA_KEY: json.dumps(about)})
+        save_tensors(file.state_dict, partial, {METADATA_KEY: json.dumps(about)})
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -116,10 +127,10 @@ def build_network(file: Checkpoint) -> UNet:
     Raises:
         UserError: it is a classifier; or names or shapes do not fit the settings: names the first five.
     """
-    network = _hollow(file.network)
+    network = _hollow(file.model_settings)
     if not isinstance(network, UNet):
         raise UserError("`checkpoint` must be a network that draws, and this one is a classifier.")
-    return _loaded(network, file.state)
+    return _loaded(network, file.state_dict)
 
 
 def build_classifier(file: Checkpoint) -> Classifier:
@@ -128,13 +139,13 @@ def build_classifier(file: Checkpoint) -> Classifier:
     Raises:
         UserError: it is no classifier; or names or shapes do not fit the settings: names the first five.
     """
-    network = _hollow(file.network)
+    network = _hollow(file.model_settings)
     if not isinstance(network, Classifier):
         raise UserError("`classifier.checkpoint` must be a classifier, and this is a network that draws.")
-    return _loaded(network, file.state)
+    return _loaded(network, file.state_dict)
 
 
-def parameters_of(settings: AnySettings) -> dict[str, Tensor]:
+def meta_state_dict(settings: AnySettings) -> dict[str, Tensor]:
     """The state dict of a network without storage: names and shapes."""
     return _hollow(settings).state_dict()
 
@@ -143,7 +154,7 @@ def check_state_dict(parameters: Mapping[str, Tensor], state: Mapping[str, Tenso
     """Refuse weights whose names or shapes are not those of a network's parameters.
 
     Args:
-        parameters: what the settings ask for, as `parameters_of` gives it.
+        parameters: what the settings ask for, as `meta_state_dict` gives it.
         state: the weights.
         way_out: said last.
 
@@ -183,7 +194,7 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = _load_pickle(path)
     settings = checkpoint.get("hyper_parameters")
     require(
-        "state_dict" in checkpoint and isinstance(settings, dict) and bool(KINDS.keys() & settings),
+        "state_dict" in checkpoint and isinstance(settings, dict) and bool(SETTINGS_CLASSES.keys() & settings),
         f"`checkpoint` must be one that sagl fit wrote, and {path} is none.",
     )
     return checkpoint
@@ -261,10 +272,12 @@ def _plain(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
 
 
 def _network_file(about: Mapping[str, Any], content: Mapping[str, Any], path: Path, weights: str) -> Checkpoint:
-    network, diffusion = settings_of(about, path)
+    network, diffusion = settings_from_metadata(about, path)
     require_recommended(about, path)
     state = _averaged(content, weights, path) if "state_dict" in content else _plain(content, path)
-    return Checkpoint(network=network, diffusion=diffusion, state=state, recommended=about.get("recommended") or {})
+    return Checkpoint(
+        model_settings=network, diffusion=diffusion, state_dict=state, recommended=about.get("recommended") or {}
+    )
 
 
 def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import Checkpoint, check_state_dict, parameters_of, save_tensors
-from sagl.models.zoo import require_recommended, settings_from
+from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dict, save_tensors
+from sagl.models.metadata import build_settings, require_recommended
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.utils.files import atomic_folder
@@ -77,7 +77,7 @@ def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[d
         UserError: a `UNet2DModel` cannot express the settings; names or shapes do not fit them.
     """
     config = _config(settings)
-    check_state_dict(parameters_of(settings), state)
+    check_state_dict(meta_state_dict(settings), state)
     return config | {OWN_KEY: {"network": asdict(settings)}}, _renamed(settings, state)
 
 
@@ -91,7 +91,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
         UserError: ADM cannot express the configuration, or parameters do not fit it.
     """
     settings = _noted(config, _settings(config))
-    ours = parameters_of(settings)
+    ours = meta_state_dict(settings)
     way_out = " If an older diffusers wrote it, load and save it with a current one."
     check_state_dict(_renamed(settings, ours), state, way_out)
     names = _names(settings, ours)
@@ -109,9 +109,9 @@ def write_diffusers(file: Checkpoint, folder: Path) -> None:
     Raises:
         UserError: the folder is in use or cannot be written, or a `UNet2DModel` cannot express the network.
     """
-    if not isinstance(file.network, UNetSettings):
+    if not isinstance(file.model_settings, UNetSettings):
         raise UserError("`checkpoint` must be a network that draws to go to diffusers, and this one is a classifier.")
-    config, state = to_diffusers(file.network, file.state)
+    config, state = to_diffusers(file.model_settings, file.state_dict)
     config[OWN_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
     with atomic_folder(folder.resolve(), "target") as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -144,10 +144,12 @@ def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> 
     require_recommended(noted, folder / CONFIG)
     told = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
     try:
-        diffusion = settings_from(DiffusionSettings, noted.get("diffusion", asdict(diffusion or told)))
+        diffusion = build_settings(DiffusionSettings, noted.get("diffusion", asdict(diffusion or told)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
-    return Checkpoint(network=network, diffusion=diffusion, state=state, recommended=noted.get("recommended") or {})
+    return Checkpoint(
+        model_settings=network, diffusion=diffusion, state_dict=state, recommended=noted.get("recommended") or {}
+    )
 
 
 # -------------------------------------------------------------------------------------------- configurations
@@ -239,7 +241,7 @@ def _expressed(c: Mapping[str, Any]) -> UNetSettings:
         "num_classes": c["num_class_embeds"],
     }
     try:
-        return settings_from(UNetSettings, settings)
+        return build_settings(UNetSettings, settings)
     except UserError as error:
         raise UserError(
             f"`config` must be one that ADM can express, and as ADM's settings it is none: {error}"
@@ -309,7 +311,7 @@ def _noted(config: Mapping[str, Any], told: UNetSettings) -> UNetSettings:
     if OWN_KEY not in config:
         return told
     try:
-        noted = settings_from(UNetSettings, config[OWN_KEY]["network"])
+        noted = build_settings(UNetSettings, config[OWN_KEY]["network"])
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     ours, theirs = _config(noted), _config(told)

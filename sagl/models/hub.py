@@ -73,7 +73,10 @@ class HubUNet(UNet, PyTorchModelHubMixin):
     def file(self) -> Checkpoint:
         """What `sagl.sampling.pipeline` and `sagl convert` work with."""
         return Checkpoint(
-            network=self.settings, diffusion=self.diffusion, state=self.state_dict(), recommended=self.recommended
+            model_settings=self.settings,
+            diffusion=self.diffusion,
+            state_dict=self.state_dict(),
+            recommended=self.recommended,
         )
 
     @classmethod

@@ -1,71 +1,81 @@
-"""A network by name or by file: what is not at hand is fetched."""
+"""Checkpoints by name or by path; released ones are downloaded at first use."""
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import Checkpoint, check_state_dict, parameters_of, read_network
-from sagl.models.zoo import WITHIN, name_from_filename, released
+from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dict, read_checkpoint
+from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
-from sagl.utils.download import fetch_released
+from sagl.utils.download import download
+from sagl.utils.download_progress import progress_bar
+from sagl.utils.files import cache_folder
 
 
 def load(name_or_file: str | Path, weights: str = "ema") -> Checkpoint:
-    """A network's weights and settings.
+    """Load the weights and settings of a network.
 
     Args:
-        name_or_file: a released network (`lsun_cat`), an embedded one (`fashion_mnist`), or a file: .safetensors, .ckpt
-            or .pt; a released file is known by its name.
-        weights: of a training checkpoint: ema, ema:DECAY or raw.
+        name_or_file: A pretrained network (`fashion_mnist`, `lsun_cat`), or a .safetensors, .ckpt or .pt file. The
+            file name of a released network identifies its settings.
+        weights: Weights of a training checkpoint: ema, ema:DECAY or raw.
 
     Raises:
-        UserError: there is no such name or file, it cannot be fetched, or it is not a network.
+        UserError: There is no such name or file, the download fails, or the file is not a network.
     """
     path = Path(name_or_file)
     if path.is_file():
-        if (known := name_from_filename(path)) is None:
-            return read_network(path, weights)
-        return read_network(path, weights, released(known).settings, released(known).diffusion)
+        if (name := name_from_filename(path)) is None:
+            return read_checkpoint(path, weights)
+        return read_checkpoint(path, weights, get_entry(name).settings, get_entry(name).diffusion)
     if path.suffix in (".pt", ".ckpt", ".safetensors"):
-        raise UserError(f"`checkpoint` must be a file, and there is none at {path}.")
+        raise UserError(f"`checkpoint` must be a file, and {path} does not exist.")
     name = str(name_or_file)
-    if name in WITHIN:
-        return read_network(WITHIN[name], weights)
-    entry = released(name)
-    require(weights == "ema", f"`weights` is for training checkpoints (.ckpt), and {name} has one set. Leave it out.")
-    return read_network(fetch(name), weights, entry.settings, entry.diffusion)
+    if name in BUNDLED:
+        return read_checkpoint(BUNDLED[name], weights)
+    entry = get_entry(name)
+    require(
+        weights == "ema",
+        f"`weights` must be left out for {name}, got {weights!r}: only a training checkpoint (.ckpt) has several.",
+    )
+    return read_checkpoint(download_pretrained(name), weights, entry.settings, entry.diffusion)
 
 
-def fetch(name: str) -> Path:
-    """The file of a released network in the cache: bytes, names and shapes checked when it comes, its sha256 kept.
+def download_pretrained(name: str) -> Path:
+    """Return the file of a released network in the cache; download it if it is missing, and say so on stderr.
+
+    A download is checked for damage and for the names and shapes of its parameters; its sha256 is recorded, and
+    compared at later calls.
 
     Raises:
-        UserError: it cannot be fetched, is not what it should be (says where to put a copy), or has changed since.
+        UserError: The download fails (says where to put a copy), is another file, or has changed since.
     """
-    settings = released(name).settings
+    entry = get_entry(name)
+    target = cache_folder() / "models" / entry.file
 
     def check(path: Path) -> None:
-        _require_whole(path)
-        check_state_dict(parameters_of(settings), read_network(path, settings=settings).state)
+        _check_archive(path)
+        checkpoint = read_checkpoint(path, settings=entry.settings)
+        check_state_dict(meta_state_dict(entry.settings), checkpoint.state_dict)
 
-    path = fetch_released(name, check)
-    cached_sha256(path)
-    return path
+    if not target.is_file():
+        print(f"Downloading {entry.url} ({entry.licence} licence) to {target}", file=sys.stderr, flush=True)
+        with progress_bar(entry.file) as on_progress:
+            download(entry.url, target, check=check, on_progress=on_progress)
+    cached_sha256(target)
+    return target
 
 
-def _require_whole(path: Path) -> None:
-    """Refuse an archive, which newer .pt files are, whose bytes are not those of its checksums.
-
-    Raises:
-        UserError: names the file.
-    """
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive (the format of newer .pt files) that does not match its own checksums."""
     if not is_zipfile(path):
         return
     try:
         with ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (BadZipFile, RuntimeError, EOFError, ValueError, zlib.error, struct.error):  # of what is around the bytes
+    except (BadZipFile, RuntimeError, EOFError, ValueError, zlib.error, struct.error):
         damaged = path.name
-    require(damaged is None, f"`checkpoint` must be a whole file, and {path} is damaged.")
+    require(damaged is None, f"`checkpoint` must be a complete file, and {path} is damaged.")

@@ -11,7 +11,7 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.errors import require
 from sagl.models.adm import Classifier
 from sagl.models.transfer import freeze as freeze_parameters
-from sagl.models.zoo import classifier_named
+from sagl.models.zoo import get_classifier_settings
 from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings
@@ -51,7 +51,7 @@ class ClassifierModule(TrainingModule):
         """
         super().__init__(optimizer, max_nonfinite_batches, seed)
         named, of_name = (
-            classifier_named(classifier) if isinstance(classifier, str) else (classifier, DiffusionSettings())
+            get_classifier_settings(classifier) if isinstance(classifier, str) else (classifier, DiffusionSettings())
         )
         self.diffusion_settings = diffusion or of_name
         settings = {"classifier": asdict(named), "diffusion": asdict(self.diffusion_settings)}

@@ -22,9 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from sagl.errors import UserError, require
-from sagl.models.zoo import released
-from sagl.utils.download_progress import Progress, no_progress, progress_bar
-from sagl.utils.files import cache_folder
+from sagl.utils.download_progress import Progress, no_progress
 
 CHUNK = 1 << 20
 """Bytes asked of the socket at once."""
@@ -102,25 +100,6 @@ def download(
             with _without_leftovers(transfer):
                 _fetch(transfer, attempts, pause_seconds)
             _publish(transfer, check)
-    return target
-
-
-def fetch_released(name: str, check: Callable[[Path], None]) -> Path:
-    """The file of a released checkpoint, in the cache; downloaded at first use, which is said on stderr.
-
-    Args:
-        name: one of the zoo's.
-        check: told a freshly downloaded file; raises UserError if it is another network's.
-
-    Raises:
-        UserError: no such name, or no such download.
-    """
-    entry = released(name)
-    target = cache_folder() / "models" / entry.file
-    if not target.is_file():
-        print(f"Fetching {entry.url} ({entry.licence} licence) to {target}", file=sys.stderr, flush=True)
-        with progress_bar(entry.file) as on_progress:
-            download(entry.url, target, check=check, on_progress=on_progress)
     return target
 
 

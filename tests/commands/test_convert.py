@@ -8,8 +8,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sagl.commands.request import read_config, sampling_part
-from sagl.models.checkpoints import build_network, in_dtype, read_network, write_network
-from sagl.models.zoo import EMBEDDED, RELEASED, read_metadata
+from sagl.models.checkpoints import build_network, in_dtype, read_checkpoint, write_checkpoint
+from sagl.models.metadata import read_metadata
+from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.tiny import (
     GREY,
@@ -31,8 +32,8 @@ def test_a_training_checkpoint_becomes_a_file_with_its_averaged_or_its_raw_weigh
     assert found.keys() == raw.keys()
     for name, tensor in raw.items():
         assert torch.equal(found[name], factor * tensor), name
-    file = read_network(target)
-    assert file.network == grey_unet().settings
+    file = read_checkpoint(target)
+    assert file.model_settings == grey_unet().settings
     assert file.diffusion.noise_schedule == "cosine"
 
 
@@ -78,7 +79,7 @@ def test_a_file_of_sagl_keeps_its_advice_unless_it_is_given_anew(tmp_path):
     assert read_metadata(tmp_path / "kept.safetensors")["recommended"] == {"respacing": "5"}
     assert exit_code("convert", first, tmp_path / "new.safetensors", "--recommended", '{"respacing": "7"}') == 0
     assert read_metadata(tmp_path / "new.safetensors")["recommended"] == {"respacing": "7"}
-    assert torch.equal(build_network(read_network(first)).out[2].weight, network_file().state["out.2.weight"])
+    assert torch.equal(build_network(read_checkpoint(first)).out[2].weight, network_file().state_dict["out.2.weight"])
 
 
 def test_weights_that_do_not_fit_their_settings_are_refused_and_nothing_is_written(tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_a_file_that_could_not_be_read_back_as_safetensors_is_refused(tmp_path, 
     "target", ["new.pt", "new.ckpt", ".safetensors", "used", "used.safetensors", "file/new.safetensors", "file/new"]
 )
 def test_a_target_that_cannot_be_is_refused_before_anything_is_read_or_fetched(target, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sagl.models.loading.fetch", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr("sagl.models.loading.download_pretrained", lambda name: pytest.fail("fetched"))
     (tmp_path / "file").write_text("mine")
     for name in ("used", "used.safetensors"):
         (tmp_path / name).mkdir()
@@ -128,7 +129,7 @@ def test_a_target_that_cannot_be_is_refused_before_anything_is_read_or_fetched(t
 
 
 def test_a_target_that_may_not_be_written_is_refused_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sagl.models.loading.fetch", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr("sagl.models.loading.download_pretrained", lambda name: pytest.fail("fetched"))
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert exit_code("convert", "lsun_cat", tmp_path / "new.safetensors") == 2
     said = capsys.readouterr().err
@@ -137,7 +138,7 @@ def test_a_target_that_may_not_be_written_is_refused_before_anything_is_fetched(
 
 def test_each_tensor_keeps_its_dtype_unless_another_is_asked_for(tmp_path):
     source = tmp_path / "half.safetensors"
-    write_network(in_dtype(network_file(), torch.float16), source)
+    write_checkpoint(in_dtype(network_file(), torch.float16), source)
     for flags, dtype in (([], torch.float16), (["--dtype", "float32"], torch.float32)):
         assert exit_code("convert", source, tmp_path / f"{dtype}.safetensors", *flags) == 0
         assert {tensor.dtype for tensor in load_file(tmp_path / f"{dtype}.safetensors").values()} == {dtype}
@@ -180,21 +181,21 @@ def test_advice_that_is_given_goes_before_the_paper_s(cat, tmp_path):
 
 
 def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
-    file = read_network(write_tiny_classifier(tmp_path / "tiny.safetensors"))
-    entry = replace(RELEASED["imagenet64_classifier"], settings=file.network)
+    file = read_checkpoint(write_tiny_classifier(tmp_path / "tiny.safetensors"))
+    entry = replace(RELEASED["imagenet64_classifier"], settings=file.model_settings)
     monkeypatch.setitem(RELEASED, "imagenet64_classifier", entry)
-    torch.save(dict(file.state), tmp_path / "mine.pt")
+    torch.save(dict(file.state_dict), tmp_path / "mine.pt")
     target = tmp_path / "classifier.safetensors"
     assert exit_code("convert", tmp_path / "mine.pt", target, "--model", "imagenet64_classifier") == 0
-    assert read_network(target).network == file.network
-    assert read_network(target).diffusion == entry.diffusion
+    assert read_checkpoint(target).model_settings == file.model_settings
+    assert read_checkpoint(target).diffusion == entry.diffusion
 
 
 def test_the_embedded_network_s_settings_go_by_its_name(tmp_path):
-    torch.save(dict(read_network(EMBEDDED).state), tmp_path / "mine.pt")
+    torch.save(dict(read_checkpoint(DEFAULT_CHECKPOINT).state_dict), tmp_path / "mine.pt")
     target = tmp_path / "mine.safetensors"
     assert exit_code("convert", tmp_path / "mine.pt", target, "--model", "fashion_mnist") == 0
-    assert read_network(target).network == read_network(EMBEDDED).network
+    assert read_checkpoint(target).model_settings == read_checkpoint(DEFAULT_CHECKPOINT).model_settings
 
 
 def test_a_model_that_is_not_known_is_refused(tmp_path, capsys):
@@ -251,7 +252,7 @@ def test_the_process_of_a_config_is_a_folder_s_where_sagl_noted_none(noted, sche
     (tmp_path / "mine.yaml").write_text("model: {diffusion: {noise_schedule: cosine}}")
     target = tmp_path / "back.safetensors"
     assert exit_code("convert", tmp_path / "folder", target, "--config", tmp_path / "mine.yaml") == 0
-    assert read_network(target).diffusion.noise_schedule == schedule
+    assert read_checkpoint(target).diffusion.noise_schedule == schedule
 
 
 def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path, capsys):
@@ -273,8 +274,8 @@ def test_a_plain_state_dict_is_converted_with_the_settings_of_a_config(tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     target = tmp_path / "network.safetensors"
     assert exit_code("convert", tmp_path / "plain.pt", target, "--config", tmp_path / "mine.yaml") == 0
-    assert read_network(target).network == grey_unet().settings
-    assert read_network(target).diffusion == DiffusionSettings(noise_schedule="cosine")
+    assert read_checkpoint(target).model_settings == grey_unet().settings
+    assert read_checkpoint(target).diffusion == DiffusionSettings(noise_schedule="cosine")
 
 
 def test_a_plain_state_dict_of_another_network_is_refused_by_what_differs(tmp_path, capsys):

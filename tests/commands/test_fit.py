@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sagl.models.checkpoints import build_network, read_network
+from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
 from tests.helpers.tiny import QUIET, QUIET_CLI, contents, exit_code, read_png, write_config, write_tiny
@@ -137,11 +137,11 @@ def test_the_last_checkpoint_is_read_without_running_code_and_holds_both_sets_of
     checkpoint = checkpoint_of(fitted)
     assert checkpoint["global_step"] == 4
     path = fitted / "checkpoints" / "last.ckpt"
-    average, raw = read_network(path), read_network(path, "raw")
+    average, raw = read_checkpoint(path), read_checkpoint(path, "raw")
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in NETWORK.items()}
-    assert average.network == raw.network == UNetSettings(**settings)
+    assert average.model_settings == raw.model_settings == UNetSettings(**settings)
     assert average.diffusion.noise_schedule == "cosine"
-    assert any(not torch.equal(average.state[name], raw.state[name]) for name in raw.state)
+    assert any(not torch.equal(average.state_dict[name], raw.state_dict[name]) for name in raw.state_dict)
     build_network(average)
 
 
@@ -368,7 +368,7 @@ def test_training_begins_from_the_weights_of_a_checkpoint(fitted, config, watch,
     start = fitted / "checkpoints" / "last.ckpt"
     more = ["--checkpoint", start, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *more) == 0
-    want = build_network(read_network(start)).state_dict()
+    want = build_network(read_checkpoint(start)).state_dict()
     got = {name.removeprefix("network."): tensor for name, tensor in watch.raw[0].items()}
     assert all(torch.equal(tensor, got[name]) for name, tensor in want.items())
     assert watch.steps[0] == 0

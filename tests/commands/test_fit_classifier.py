@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sagl.commands.training import module_for
 from sagl.errors import UserError
-from sagl.models.checkpoints import build_classifier, read_network
+from sagl.models.checkpoints import build_classifier, read_checkpoint
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings
@@ -67,11 +67,11 @@ def weights_of(run):
 
 def test_a_fit_writes_configuration_logs_and_a_checkpoint_that_is_a_classifier_s(fitted):
     assert {path.name for path in fitted.iterdir()} == {"config.yaml", "logs", "checkpoints"}
-    average, raw = read_network(last_of(fitted)), read_network(last_of(fitted), "raw")
-    assert average.network == raw.network == ClassifierSettings(**CLASSIFIER)
+    average, raw = read_checkpoint(last_of(fitted)), read_checkpoint(last_of(fitted), "raw")
+    assert average.model_settings == raw.model_settings == ClassifierSettings(**CLASSIFIER)
     assert average.diffusion == COSINE
     assert average.recommended == {}
-    assert any(not torch.equal(average.state[name], raw.state[name]) for name in raw.state)
+    assert any(not torch.equal(average.state_dict[name], raw.state_dict[name]) for name in raw.state_dict)
     build_classifier(average)
     written = yaml.safe_load((fitted / "config.yaml").read_text())
     assert written["model"]["optimizer"]["weight_decay"] == 0.05
@@ -103,7 +103,7 @@ def test_training_begins_from_the_weights_of_a_checkpoint_of_other_classes_too(f
     flags += ["--model.freeze", '["input_blocks.*"]', "--model.classifier.num_classes", 12]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *flags) == 0
     assert "The checkpoint has 10 classes: the classifier's 12 are new" in capsys.readouterr().out
-    old, new = read_network(last_of(fitted)).state, read_network(last_of(tmp_path / "run"), "raw").state
+    old, new = read_checkpoint(last_of(fitted)).state_dict, read_checkpoint(last_of(tmp_path / "run"), "raw").state_dict
     same = {name: old[name].shape == new[name].shape and torch.equal(old[name], new[name]) for name in old}
     assert all(same[name] for name in same if name.startswith("input_blocks."))
     assert not all(same.values())
@@ -115,9 +115,9 @@ def test_training_begins_from_the_weights_of_a_checkpoint_of_other_classes_too(f
 def test_a_converted_classifier_guides_a_network_together_with_sag(fitted, tmp_path):
     file = tmp_path / "classifier.safetensors"
     assert exit_code("convert", last_of(fitted), file, "--dtype", "float16") == 0
-    read = read_network(file)
-    assert (read.network, read.diffusion) == (ClassifierSettings(**CLASSIFIER), COSINE)
-    assert {tensor.dtype for tensor in read.state.values()} == {torch.float16}
+    read = read_checkpoint(file)
+    assert (read.model_settings, read.diffusion) == (ClassifierSettings(**CLASSIFIER), COSINE)
+    assert {tensor.dtype for tensor in read.state_dict.values()} == {torch.float16}
     flags = ["--num_samples", 2, "--respacing", 4, "--sampler", "ddpm", "--classifier.checkpoint", file]
     flags += ["--trainer.precision", "32-true", "--sag.interval", "0,1"]  # the embedded network's other advice stands
     for name, scales in {"sag": (0, 0.3), "classifier": (20, 0), "both": (20, 0.3)}.items():
@@ -141,12 +141,12 @@ def test_a_classifier_of_another_process_than_the_network_s_is_refused(tmp_path,
 def test_a_classifier_s_config_draws_nothing_and_a_state_dict_is_converted_by_it(fitted, config, tmp_path, capsys):
     assert exit_code("sample", "--config", config, "--output", tmp_path / "run") == 2
     assert "has a classifier" in capsys.readouterr().err
-    state = read_network(last_of(fitted)).state
+    state = read_checkpoint(last_of(fitted)).state_dict
     torch.save(dict(state), tmp_path / "plain.pt")
     target = tmp_path / "c.safetensors"
     assert exit_code("convert", tmp_path / "plain.pt", target, "--config", config) == 0
-    assert read_network(target).diffusion == COSINE
-    assert all(torch.equal(state[name], tensor) for name, tensor in read_network(target).state.items())
+    assert read_checkpoint(target).diffusion == COSINE
+    assert all(torch.equal(state[name], tensor) for name, tensor in read_checkpoint(target).state_dict.items())
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from sagl.commands import job
 from sagl.commands.request import parse
-from sagl.models.checkpoints import build_network, read_network, write_network
+from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
 from sagl.models.footprint import estimate_memory
 from sagl.sampling.grid import colorize_masks
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
@@ -56,7 +56,7 @@ def record_of(folder):
 
 def made_by_hand(network_path, ids, **sag):
     """Grey images, (N, 1, H, W) uint8, and masked shares, straight from the recipe."""
-    file = read_network(network_path)
+    file = read_checkpoint(network_path)
     recipe = build_pipeline(build_network(file), file.diffusion, CHAIN, SelfAttentionGuidance(**sag))
     with torch.inference_mode():
         x, share = run_to_end(recipe.chain(2, ids, make_labels(RunSettings(seed=2), ids, recipe.network)))
@@ -88,7 +88,7 @@ def test_arrays_are_what_public_evaluators_read(compared):
     images, labels = arrays_of(compared)
     assert (images.dtype, images.shape) == (np.uint8, (6, 8, 8, 3))
     assert (labels.dtype, labels.shape) == (np.int64, (6,))
-    network = build_network(read_network(compared.parent / "tiny.safetensors"))
+    network = build_network(read_checkpoint(compared.parent / "tiny.safetensors"))
     assert labels.tolist() == make_labels(RunSettings(seed=2), range(6), network).tolist()
 
 
@@ -218,9 +218,11 @@ def test_other_settings_in_the_same_folder_are_refused_by_the_first_that_differs
 def test_other_weights_under_the_same_name_are_refused(tmp_path, capsys):
     folder = sample(tmp_path / "run", *TWO)
     file = network_file()
-    changed = {name: tensor * 1.01 for name, tensor in file.state.items()}
+    changed = {name: tensor * 1.01 for name, tensor in file.state_dict.items()}
     network = tmp_path / "tiny.safetensors"
-    write_network(type(file)(network=file.network, diffusion=file.diffusion, state=changed), network)
+    write_checkpoint(
+        type(file)(model_settings=file.model_settings, diffusion=file.diffusion, state_dict=changed), network
+    )
     assert exit_code("sample", "--checkpoint", network, "--output", folder, *TWO) == 2
     assert "weights_sha256" in capsys.readouterr().err
 
@@ -395,7 +397,7 @@ def test_a_network_is_compiled_where_that_is_asked_for_and_the_run_says_so(tmp_p
 
 def test_no_more_images_at_once_than_fit_into_memory(tmp_path, monkeypatch):
     network = write_tiny(tmp_path / "tiny.safetensors")
-    weights, each = estimate_memory(read_network(network).network, torch.float32)
+    weights, each = estimate_memory(read_checkpoint(network).model_settings, torch.float32)
     monkeypatch.setattr(job, "available_bytes", lambda _: (weights + 5 * each) * 4 // 3 + 8)
     folder = sample(
         tmp_path / "run", "--num_samples", "9", *CHAIN_FLAGS, "--trainer.precision", "32-true", network=network

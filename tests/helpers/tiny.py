@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sagl import cli
 from sagl.models.adm import Classifier, UNet, UNetOutput
-from sagl.models.checkpoints import Checkpoint, write_network
+from sagl.models.checkpoints import Checkpoint, write_checkpoint
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.helpers.reference import draw_weights
@@ -71,16 +71,16 @@ def network_file(*, recommended=None, diffusion=None, **changes):
     """A tiny grey network as a `Checkpoint`."""
     network = grey_unet(**changes)
     return Checkpoint(
-        network=network.settings,
+        model_settings=network.settings,
         diffusion=diffusion or DiffusionSettings(),
-        state=network.state_dict(),
+        state_dict=network.state_dict(),
         recommended=recommended or {},
     )
 
 
 def write_tiny(path, **options):
     """A tiny network as safetensors; returns the path."""
-    write_network(network_file(**options), path)
+    write_checkpoint(network_file(**options), path)
     return path
 
 
@@ -95,7 +95,9 @@ def write_tiny_classifier(path, *, diffusion=None, **changes):
     """A tiny classifier of noisy grey 8x8 images as safetensors; returns the path."""
     classifier = grey_classifier(**changes)
     process = diffusion or DiffusionSettings()
-    write_network(Checkpoint(network=classifier.settings, diffusion=process, state=classifier.state_dict()), path)
+    write_checkpoint(
+        Checkpoint(model_settings=classifier.settings, diffusion=process, state_dict=classifier.state_dict()), path
+    )
     return path
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import Checkpoint, build_network, write_network
+from sagl.models.checkpoints import Checkpoint, build_network, write_checkpoint
 from sagl.models.diffusers import (
     CONFIG,
     FIXED,
@@ -111,7 +111,10 @@ def equal(found, want):
 
 def network_file(net, **options):
     return Checkpoint(
-        network=net.settings, diffusion=options.pop("diffusion", DiffusionSettings()), state=net.state_dict(), **options
+        model_settings=net.settings,
+        diffusion=options.pop("diffusion", DiffusionSettings()),
+        state_dict=net.state_dict(),
+        **options,
     )
 
 
@@ -135,7 +138,7 @@ def test_without_sagls_note_the_function_comes_back_in_the_new_order(name):
     config, state = to_diffusers(net.settings, net.state_dict())
     settings, back = from_diffusers({key: config[key] for key in config if key != OWN_KEY}, state)
     assert settings.use_new_attention_order
-    built = build_network(Checkpoint(network=settings, diffusion=DiffusionSettings(), state=back))
+    built = build_network(Checkpoint(model_settings=settings, diffusion=DiffusionSettings(), state_dict=back))
     assert relative_error(outputs(built, settings), outputs(net, net.settings)) < EXACT
     assert equal(back, net.state_dict()) == (name in ("new_order", "one_head", "much"))  # one head: the orders agree
     assert equal(to_diffusers(settings, back)[1], state)
@@ -213,7 +216,9 @@ def test_a_folder_that_diffusers_saved_computes_the_same(changes, tmp_path):
     model.register_to_config(power=0.75)  # diffusers' average of weights notes such things
     model.save_pretrained(tmp_path)
     file = read_diffusers(tmp_path)
-    assert relative_error(outputs(build_network(file), file.network), outputs(model, file.network)) < EXACT
+    assert (
+        relative_error(outputs(build_network(file), file.model_settings), outputs(model, file.model_settings)) < EXACT
+    )
     variance = "learned_range" if changes.get("out_channels") == 6 else "fixed_small"
     assert (file.diffusion, file.recommended) == (DiffusionSettings(variance=variance), {})
 
@@ -334,9 +339,12 @@ def test_a_folder_keeps_everything_also_through_diffusers_own_saving(name, tmp_p
     model.save_pretrained(tmp_path / "b")
     for folder in (tmp_path / "new" / "a", tmp_path / "b"):
         found = read_diffusers(folder)
-        assert (found.network, found.diffusion, found.recommended) == (file.network, diffusion, advice)
-        assert equal(found.state, file.state)
-    assert relative_error(outputs(build_network(found), found.network), outputs(model.eval(), found.network)) < EXACT
+        assert (found.model_settings, found.diffusion, found.recommended) == (file.model_settings, diffusion, advice)
+        assert equal(found.state_dict, file.state_dict)
+    assert (
+        relative_error(outputs(build_network(found), found.model_settings), outputs(model.eval(), found.model_settings))
+        < EXACT
+    )
 
 
 def test_a_process_that_is_given_counts_where_sagl_noted_none(tmp_path):
@@ -356,14 +364,14 @@ def test_diffusers_says_nothing_of_sagls_note(tmp_path, caplog):
 
 def test_a_classifier_is_refused(tmp_path):
     net = small_classifier()
-    file = Checkpoint(network=net.settings, diffusion=DiffusionSettings(), state=net.state_dict())
+    file = Checkpoint(model_settings=net.settings, diffusion=DiffusionSettings(), state_dict=net.state_dict())
     with pytest.raises(UserError, match="this one is a classifier"):
         write_diffusers(file, tmp_path / "a")
 
 
 def test_half_precision_stays_half(tmp_path):
     write_diffusers(network_file(copy.deepcopy(adm()).half()), tmp_path / "a")
-    assert {tensor.dtype for tensor in read_diffusers(tmp_path / "a").state.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in read_diffusers(tmp_path / "a").state_dict.values()} == {torch.float16}
 
 
 def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_filled(tmp_path):
@@ -375,7 +383,7 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_filled(tmp_path):
     assert [path.read_text() for path in (tmp_path / "used").iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
     write_diffusers(network_file(adm()), tmp_path / "empty")
-    assert read_diffusers(tmp_path / "empty").network == adm().settings
+    assert read_diffusers(tmp_path / "empty").model_settings == adm().settings
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -384,7 +392,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
-    for write, name in ((write_diffusers, "a"), (write_network, "a.safetensors")):
+    for write, name in ((write_diffusers, "a"), (write_checkpoint, "a.safetensors")):
         with pytest.raises(UserError) as error:
             write(network_file(adm()), tmp_path / name)
         said = f"`target` {tmp_path / name} cannot be written: No space left on device. Make room"
@@ -429,7 +437,7 @@ def test_a_missing_or_damaged_file_is_refused(name, tmp_path):
         ({OWN_KEY: {}}, "`_sagl` of the configuration must be what sagl notes there"),
         ({OWN_KEY: {"network": {"depth": 3}}}, "`_sagl` of the configuration must be what sagl notes there"),
         ({OWN_KEY: NOTED | {"diffusion": None}}, "`_sagl` of the configuration must be what sagl notes there"),
-        ({OWN_KEY: NOTED | {"diffusion": {"num_timesteps": 99.5}}}, "`num_timesteps` must be a whole number"),
+        ({OWN_KEY: NOTED | {"diffusion": {"num_timesteps": 99.5}}}, "`num_timesteps` must be an integer"),
         ({OWN_KEY: NOTED | {"recommended": [1]}}, "`recommended` must be a mapping"),
         ({OWN_KEY: NOTED | {"recommended": "abc"}}, "`recommended` must be a mapping"),
     ],

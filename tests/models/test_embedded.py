@@ -7,8 +7,8 @@ from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
 from sagl.metrics.extractors import MAKERS
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
-from sagl.models.checkpoints import build_network, read_network
-from sagl.models.zoo import EMBEDDED
+from sagl.models.checkpoints import build_network, read_checkpoint
+from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import ChainSettings, RunSettings
@@ -27,7 +27,7 @@ def garments() -> PaddedFashionMNIST:
 @pytest.fixture(scope="module")
 def drawn() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, ten of each class, and their labels."""
-    file = read_network(EMBEDDED)
+    file = read_checkpoint(DEFAULT_CHECKPOINT)
     chain = ChainSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
     recipe = build_pipeline(
         build_network(file), file.diffusion, chain, SelfAttentionGuidance(**file.recommended["sag"])
@@ -39,17 +39,17 @@ def drawn() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_is_small_grey_conditional_and_has_a_null_label():
-    file = read_network(EMBEDDED)
-    assert EMBEDDED.stat().st_size <= 12e6
-    assert {tensor.dtype for tensor in file.state.values()} == {torch.float16}
-    s = file.network
+    file = read_checkpoint(DEFAULT_CHECKPOINT)
+    assert DEFAULT_CHECKPOINT.stat().st_size <= 12e6
+    assert {tensor.dtype for tensor in file.state_dict.values()} == {torch.float16}
+    s = file.model_settings
     assert (s.image_size, s.in_channels, s.num_classes, s.null_label) == (32, 1, 10, True)
     assert {16, 8} <= set(s.attention_resolutions)
     assert next(build_network(file).parameters()).dtype == torch.float32
 
 
 def test_its_recommended_settings_are_settings():
-    recommended = dict(read_network(EMBEDDED).recommended)
+    recommended = dict(read_checkpoint(DEFAULT_CHECKPOINT).recommended)
     sag = SelfAttentionGuidance(**recommended.pop("sag"))
     assert sag.scale != 0
     run = {k: recommended.pop(k) for k in ("labels",) if k in recommended}

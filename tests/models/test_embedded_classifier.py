@@ -12,7 +12,7 @@ from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.checkpoints import Checkpoint, build_classifier, build_network
 from sagl.models.loading import load
-from sagl.models.zoo import DEFAULT_CLASSIFIER, WITHIN, classifier_named
+from sagl.models.zoo import BUNDLED, DEFAULT_CLASSIFIER, get_classifier_settings
 from sagl.sampling.pipeline import build_pipeline, run_to_end
 from sagl.settings.compatibility import check_classifier
 from sagl.settings.guidance import ClassifierGuidance
@@ -44,16 +44,16 @@ def seen(file) -> ClassifierLoss:
 
 def test_it_is_small_and_the_one_that_the_configuration_trains(file):
     trained = yaml.safe_load(CONFIG.read_text())["model"]
-    assert WITHIN[DEFAULT_CLASSIFIER].stat().st_size <= 2.7e6
-    assert {tensor.dtype for tensor in file.state.values()} == {torch.float16}
-    assert file.network == ClassifierSettings(**trained["classifier"])
+    assert BUNDLED[DEFAULT_CLASSIFIER].stat().st_size <= 2.7e6
+    assert {tensor.dtype for tensor in file.state_dict.values()} == {torch.float16}
+    assert file.model_settings == ClassifierSettings(**trained["classifier"])
     assert file.diffusion.noise_schedule == trained["diffusion"]["noise_schedule"]
-    assert classifier_named(DEFAULT_CLASSIFIER) == (file.network, file.diffusion)
+    assert get_classifier_settings(DEFAULT_CLASSIFIER) == (file.model_settings, file.diffusion)
 
 
 def test_it_may_guide_the_embedded_network(file):
     network = load("fashion_mnist")
-    check_classifier(file.network, file.diffusion, network.network, network.diffusion)
+    check_classifier(file.model_settings, file.diffusion, network.model_settings, network.diffusion)
     assert parse(["--classifier.scale", "1"]).classifier.checkpoint == DEFAULT_CLASSIFIER
 
 

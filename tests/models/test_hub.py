@@ -70,7 +70,7 @@ def test_a_network_to_be_pushed_is_ready_for_use():
 def test_weights_that_do_not_fit_are_not_taken():
     file = network_file()
     with pytest.raises(UserError, match="parameters differ"):
-        HubUNet.of(replace(file, network=replace(file.network, num_classes=7)))
+        HubUNet.of(replace(file, model_settings=replace(file.model_settings, num_classes=7)))
 
 
 def test_the_model_card_says_what_is_known_of_the_network(saved):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ import torch
 from sagl.errors import UserError
 from sagl.models import loading
 from sagl.models.checkpoints import build_network
-from sagl.models.loading import fetch, load
-from sagl.models.zoo import EMBEDDED, RELEASED, Released, read_metadata, settings_of
+from sagl.models.loading import download_pretrained, load
+from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, PretrainedEntry
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.utils.files import sha256
 from tests.helpers.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
@@ -18,7 +20,7 @@ COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
 @pytest.fixture
 def entry(monkeypatch):
     """A released network as small as the others of the tests; its file says nothing of itself."""
-    tiny = Released(
+    tiny = PretrainedEntry(
         file="tiny_diffusion.pt",
         url="https://localhost/tiny_diffusion.pt",
         licence="MIT",
@@ -44,10 +46,10 @@ def write_state(path, **changes):
 
 def same(file, other):
     """Whether two files hold the same network."""
-    equal = file.state.keys() == other.state.keys() and all(
-        torch.equal(file.state[n], other.state[n]) for n in file.state
+    equal = file.state_dict.keys() == other.state_dict.keys() and all(
+        torch.equal(file.state_dict[n], other.state_dict[n]) for n in file.state_dict
     )
-    return equal and (file.network, file.diffusion) == (other.network, other.diffusion)
+    return equal and (file.model_settings, file.diffusion) == (other.model_settings, other.diffusion)
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
@@ -60,13 +62,15 @@ def test_a_file_is_read_with_the_settings_inside_it(kind, tmp_path):
 
 def test_of_a_training_checkpoint_the_weights_asked_for_are_read(tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt")
-    average, raw = load(path).state, load(path, "raw").state
+    average, raw = load(path).state_dict, load(path, "raw").state_dict
     assert all(torch.equal(average[name], raw[name] / 2) for name in raw)
 
 
 def test_the_embedded_network_goes_by_its_name():
     file = load("fashion_mnist")
-    assert (file.network, file.diffusion) == settings_of(read_metadata(EMBEDDED), EMBEDDED)
+    assert (file.model_settings, file.diffusion) == settings_from_metadata(
+        read_metadata(DEFAULT_CHECKPOINT), DEFAULT_CHECKPOINT
+    )
     assert build_network(file).settings.num_classes == 10
 
 
@@ -90,31 +94,36 @@ def test_a_file_of_another_name_that_says_nothing_of_itself_is_refused(tmp_path)
 def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_training_checkpoint(tmp_path / "fashion_mnist")
-    assert load("fashion_mnist").network == grey_unet().settings
+    assert load("fashion_mnist").model_settings == grey_unet().settings
 
 
-def test_what_is_fetched_is_checked_against_the_settings_of_its_name(entry, monkeypatch, tmp_path):
-    def fetched(path):
-        def bring(name, check):
-            assert name == "tiny"
+def test_a_download_is_checked_against_the_settings_of_its_name(entry, monkeypatch, tmp_path, capsys):
+    def download_copy_of(path):
+        def copy(url, target, *, check, **_):
+            assert url == entry.url
             check(path)
-            return path
+            shutil.copy(path, target)
 
-        monkeypatch.setattr(loading, "fetch_released", bring)
-        return fetch("tiny")
+        (tmp_path / "models").mkdir(exist_ok=True)
+        monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
+        monkeypatch.setattr(loading, "download", copy)
+        return download_pretrained("tiny")
 
     right, wrong = write_state(tmp_path / "right.pt"), write_state(tmp_path / "wrong.pt", num_classes=4)
-    assert fetched(right) == right
     with pytest.raises(UserError, match=r"1 parameters differ: label_emb\.weight"):
-        fetched(wrong)
-    whole = right.read_bytes()
-    heads = (b"PK\3\4", b"PK\1\2")  # of a tensor, and of its entry in the list at the end
-    for place in (len(whole) // 2, *(whole.index(head, 2) for head in heads)):
-        damaged = bytearray(whole)
+        download_copy_of(wrong)
+    complete = right.read_bytes()
+    headers = (b"PK\3\4", b"PK\1\2")  # of a tensor, and of its entry in the directory at the end
+    for place in (len(complete) // 2, *(complete.index(header, 2) for header in headers)):
+        damaged = bytearray(complete)
         damaged[place] ^= 1
         (tmp_path / "damaged.pt").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"`checkpoint` must be a whole file, and .*damaged\.pt is damaged"):
-            fetched(tmp_path / "damaged.pt")
+        with pytest.raises(UserError, match=r"`checkpoint` .*damaged\.pt is damaged"):
+            download_copy_of(tmp_path / "damaged.pt")
+    assert download_copy_of(right).read_bytes() == complete
+    assert entry.url in capsys.readouterr().err
+    monkeypatch.delattr(loading, "download")  # a file in the cache is not downloaded again
+    assert download_pretrained("tiny") == tmp_path / "models" / entry.file
 
 
 def test_every_first_use_of_a_fetched_file_records_its_sha256(entry, cached):
@@ -126,8 +135,8 @@ def test_every_first_use_of_a_fetched_file_records_its_sha256(entry, cached):
 
 
 def test_weights_that_a_released_network_does_not_have_are_refused_before_anything_is_fetched(entry, monkeypatch):
-    monkeypatch.setattr(loading, "fetch", lambda name: pytest.fail("fetched"))
-    with pytest.raises(UserError, match=r"`weights` is for training checkpoints .*, and tiny has one set"):
+    monkeypatch.setattr(loading, "download_pretrained", lambda name: pytest.fail("fetched"))
+    with pytest.raises(UserError, match=r"`weights` .*tiny, got .raw"):
         load("tiny", "raw")
 
 
@@ -139,9 +148,9 @@ def test_weights_that_a_released_network_does_not_have_are_refused_before_anythi
             "fashion_mnis",
             r"must be one of .*fashion_mnist.*; got 'fashion_mnis'\. Did you mean fashion_mnist or fashion_mnist_cl",
         ),
-        ("absent.safetensors", r"`checkpoint` must be a file, and there is none at absent\.safetensors"),
-        ("absent/lsun_cat.pt", r"`checkpoint` must be a file, and there is none at absent/lsun_cat\.pt"),
-        ("absent.ckpt", r"`checkpoint` must be a file, and there is none at absent\.ckpt"),
+        ("absent.safetensors", r"`checkpoint` must be a file, and absent\.safetensors does not exist"),
+        ("absent/lsun_cat.pt", r"`checkpoint` must be a file, and absent/lsun_cat\.pt does not exist"),
+        ("absent.ckpt", r"`checkpoint` must be a file, and absent\.ckpt does not exist"),
     ],
 )
 def test_a_name_or_file_that_is_not_there_is_refused_with_what_is(name, said, monkeypatch, tmp_path):
@@ -152,5 +161,5 @@ def test_a_name_or_file_that_is_not_there_is_refused_with_what_is(name, said, mo
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "tiny"])
 def test_raw_weights_are_refused_of_a_network_that_has_one_set(name, cached):
-    with pytest.raises(UserError, match="`weights` is for training checkpoints"):
+    with pytest.raises(UserError, match="`weights` .*(tiny|fashion_mnist)"):
         load(name, "raw")

@@ -12,17 +12,16 @@ from safetensors.torch import save_file
 from sagl.commands.request import parse
 from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet
-from sagl.models.checkpoints import build_network, read_network
+from sagl.models.checkpoints import build_network, read_checkpoint
+from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.zoo import (
-    EMBEDDED,
+    BUNDLED,
+    DEFAULT_CHECKPOINT,
     RELEASED,
-    WITHIN,
+    get_entry,
+    get_settings,
     get_unet_settings,
     name_from_filename,
-    read_metadata,
-    released,
-    settings_named,
-    settings_of,
 )
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
@@ -76,29 +75,29 @@ def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path):
     ],
 )
 def test_numbers_in_a_file_that_must_be_whole_are_refused(part, name, value):
-    about = {"network": asdict(network_file().network), "diffusion": asdict(DiffusionSettings())}
+    about = {"network": asdict(network_file().model_settings), "diffusion": asdict(DiffusionSettings())}
     about[part][name] = value
-    with pytest.raises(UserError, match=f"`{name}` must be a whole number, got {value}"):
-        settings_of(about, Path("a.safetensors"))
+    with pytest.raises(UserError, match=f"`{name}` must be an integer, got {value}"):
+        settings_from_metadata(about, Path("a.safetensors"))
 
 
 @pytest.mark.parametrize("change", [{"channel_mult": ["wide"]}, {"channel_mult": [1e308, 1e308]}, {"depth": 3}])
 def test_settings_in_a_file_that_are_no_settings_are_refused(change):
-    about = {"network": asdict(network_file().network) | change, "diffusion": {}}
-    with pytest.raises(UserError, match=r"those in a\.safetensors are others"):
-        settings_of(about, Path("a.safetensors"))
+    about = {"network": asdict(network_file().model_settings) | change, "diffusion": {}}
+    with pytest.raises(UserError, match=r"`checkpoint` .*a\.safetensors"):
+        settings_from_metadata(about, Path("a.safetensors"))
 
 
 def test_the_embedded_network_is_the_one_that_the_configuration_trains():
     trained = yaml.safe_load(CONFIG.read_text())["model"]
-    file = read_network(EMBEDDED)
-    assert file.network == UNetSettings(**trained["network"])
+    file = read_checkpoint(DEFAULT_CHECKPOINT)
+    assert file.model_settings == UNetSettings(**trained["network"])
     assert {name: asdict(file.diffusion)[name] for name in trained["diffusion"]} == trained["diffusion"]
 
 
 def test_the_embedded_network_s_advice_can_be_followed():
-    request, file = parse([]), read_network(EMBEDDED)
-    assert request.source.checkpoint == EMBEDDED
+    request, file = parse([]), read_checkpoint(DEFAULT_CHECKPOINT)
+    assert request.source.checkpoint == DEFAULT_CHECKPOINT
     network = build_network(file)
     recipe = build_pipeline(network, file.diffusion, request.chain, request.sag)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.sag.interval)
@@ -107,14 +106,14 @@ def test_the_embedded_network_s_advice_can_be_followed():
 
 
 def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
-    request, file = parse(["--sag.scale", "0.05"]), read_network(EMBEDDED)
+    request, file = parse(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
     assert request.sag.scale == 0.05
     assert "sag" in build_pipeline(build_network(file), file.diffusion, request.chain, request.sag).guidances
 
 
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
 def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
-    labels = make_labels(parse(["--labels", label]).run, [9], build_network(read_network(EMBEDDED)))
+    labels = make_labels(parse(["--labels", label]).run, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT)))
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
 
 
@@ -128,7 +127,7 @@ def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_anothe
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
 def test_a_classifier_is_no_network_that_draws(name):
-    with pytest.raises(UserError, match=rf"{name} is a classifier: see --classifier.checkpoint"):
+    with pytest.raises(UserError, match=rf"`model` .*{name}.*`classifier.checkpoint`"):
         get_unet_settings(name)
 
 
@@ -217,11 +216,11 @@ def test_a_released_checkpoint_is_known_by_its_file_wherever_it_lies(name):
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
 def test_settings_are_found_by_name_those_of_classifiers_too(name):
-    file = read_network(EMBEDDED) if name == "fashion_mnist" else None
-    found = (file.network, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
-    assert settings_named(name) == found
+    file = read_checkpoint(DEFAULT_CHECKPOINT) if name == "fashion_mnist" else None
+    found = (file.model_settings, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
+    assert get_settings(name) == found
     with pytest.raises(UserError, match="`model` must be one of"):
-        settings_named(f"{name}_")
+        get_settings(f"{name}_")
 
 
 @pytest.mark.parametrize(
@@ -237,8 +236,8 @@ def test_settings_are_found_by_name_those_of_classifiers_too(name):
 )
 def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
     with pytest.raises(UserError) as error:
-        released(name)
-    assert str(error.value) == f"`model` must be one of {', '.join([*WITHIN, *RELEASED])}; got {name!r}.{hint}"
+        get_entry(name)
+    assert str(error.value) == f"`model` must be one of {', '.join([*BUNDLED, *RELEASED])}; got {name!r}.{hint}"
 
 
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.utils.download"])

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sagl.errors import UserError
-from sagl.models.zoo import NETWORKS, get_unet_settings
+from sagl.models.zoo import UNET_NAMES, get_unet_settings
 from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
@@ -71,7 +71,7 @@ def test_what_the_network_cannot_do_is_refused_with_the_argument_and_the_way_out
     assert [part for part in named if part not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", UNET_NAMES)
 def test_every_network_that_comes_with_a_name_goes_with_its_own_process(name):
     check_compatible(*get_unet_settings(name))
 

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib import request
@@ -14,9 +14,8 @@ from urllib.error import URLError
 import pytest
 
 from sagl.errors import UserError
-from sagl.models.zoo import RELEASED
 from sagl.utils import download as download_module
-from sagl.utils.download import download, fetch_released
+from sagl.utils.download import download
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -510,24 +509,3 @@ def test_progress_of_an_unknown_length_is_out_of_nothing(fetch, server):
     server.then = Answer(measured=False)
     fetch(on_progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (len(BODY), 0)
-
-
-# --------------------------------------------------------------------------------------------- the zoo's files
-
-
-def test_a_released_file_is_fetched_into_the_cache_once_and_that_is_said(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
-    monkeypatch.setitem(RELEASED, "lsun_cat", replace(RELEASED["lsun_cat"], url=server.url))
-    checked = []
-    path = fetch_released("lsun_cat", checked.append)
-    assert path == tmp_path / "models" / "lsun_cat.pt"
-    assert path.read_bytes() == BODY
-    said = capsys.readouterr().err
-    assert [part for part in (server.url, "MIT", str(path), "100 %") if part not in said] == []
-    assert fetch_released("lsun_cat", checked.append) == path
-    assert (len(checked), len(server.asked), capsys.readouterr().err) == (1, 1, "")
-
-
-def test_a_released_file_of_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match="`model`"):
-        fetch_released("lsun_dog", lambda path: None)
