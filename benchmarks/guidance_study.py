@@ -163,7 +163,7 @@ def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], fl
             if other is setting or not draws or (what == "the first" and other is others["its unguided run"]):
                 continue
             base, mine = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
-            interval, of = paired_interval(base, mine, distance, draws=draws), distance(base)
+            interval, of = paired_interval(base, mine, distance, num_resamples=draws), distance(base)
             print("          from {}: {:+.2f} ({:+.2f} … {:+.2f})".format(what, *interval), end="")
             print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / of for end in interval)), flush=True)
 

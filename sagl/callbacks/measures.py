@@ -1,81 +1,52 @@
-"""The numbers of previews: Fréchet distance from the validation images, inception score."""
+"""Metrics of previews: Fréchet distance from the validation images, and inception score."""
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sagl.metrics.distance import FrechetDistance, InceptionScore
 from sagl.metrics.extractors import get_extractor
-from sagl.metrics.features import Features, extract_features
+from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.shapes import ImageUint8
 from sagl.utils.files import atomic_file, cache_folder
 
 
 class PreviewMetrics:
-    """One extractor's numbers, summed over all processes; what they are compared with is looked at once and kept."""
+    """Metrics of one extractor over all processes; statistics of the real images are cached by their pixels."""
 
     def __init__(self, extractor: str, device: torch.device) -> None:
-        """With an extractor by its name, under which the sums of real images are kept."""
-        self.extract, self.name, self.device = get_extractor(extractor)(device), extractor, device
-        self._distance: FrechetDistance | None = None
-        self._example: ImageUint8 | None = None
+        """Load the extractor of this name."""
+        self._extract, self._name, self._device = get_extractor(extractor)(device), extractor, device
+        self._metrics: FeatureMetrics | None = None
 
     def update_real(self, batches: Iterable[ImageUint8]) -> None:
-        """Take in the real images of this process; from the cache where the same ones were taken in before."""
-        if self._distance is not None:
+        """Accumulate features of the real images of this process once, or load them from the cache."""
+        if self._metrics is not None:
             return
-        images = list(batches)
+        images = [batch.cpu() for batch in batches]
         assert images, "validation has no images"
-        self._example = images[0][:1]
-        kept = cache_folder() / "statistics" / f"{self.name}-{_fingerprint(images)}.npz"
-        if kept.is_file():
-            with np.load(kept) as arrays:
-                sums = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-            self._distance = FrechetDistance(len(sums["sum"])).to(self.device)
-            self._distance.real = sums
+        self._metrics = FeatureMetrics(self._extract, images[0][:1], self._device)
+        path = cache_folder() / "statistics" / f"preview-{self._name}-{_fingerprint(images)}.npz"
+        if path.is_file():
+            with np.load(path) as arrays:
+                self._metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
             return
         for batch in images:
-            features = self._features(batch)
-            self._distance = self._distance or FrechetDistance(features.pooled.shape[1]).to(self.device)
-            self._distance.update(features.pooled, real=True)
-        assert self._distance is not None
-        _keep(self._distance.real, kept)
+            self._metrics.update_real(batch)
+        state = {name: value.cpu().numpy() for name, value in self._metrics.real_state.items()}
+        with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+            np.savez(file, **state)  # type: ignore[arg-type]
 
-    def of(self, made: Iterable[ImageUint8]) -> dict[str, float]:
-        """Numbers of the images that all processes made: frechet, and inception_score where there are logits."""
-        distance, score = self._distance, self._score()
-        assert distance is not None
-        distance.forget_made()
-        for images in made:
-            features = self._features(images)
-            distance.update(features.pooled, real=False)
-            if score and features.logits is not None:
-                score.update(features.logits)
-        found = {"frechet": float(distance.compute())}
-        return found | ({"inception_score": float(score.compute())} if score else {})
-
-    def _score(self) -> InceptionScore | None:
-        """In every process, those without images too, since all are summed; None without logits."""
-        assert self._example is not None
-        logits = self._features(self._example).logits
-        return None if logits is None else InceptionScore(logits.shape[1]).to(self.device)
-
-    def _features(self, images: ImageUint8) -> Features:
-        return extract_features(images.cpu(), self.extract).each(lambda part: part.to(self.device))
+    def compute(self, batches: Iterable[ImageUint8]) -> dict[str, float]:
+        """Compute the metrics of the generated images of all processes: frechet and, with logits, inception_score."""
+        assert self._metrics is not None
+        return self._metrics.compute(batches)
 
 
 def _fingerprint(batches: Iterable[ImageUint8]) -> str:
-    """Of the pixels, in their order."""
+    """Compute a SHA-256 of the pixels."""
     digest = hashlib.sha256()
     for images in batches:
-        digest.update(images.cpu().contiguous().numpy().tobytes())
+        digest.update(images.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _keep(sums: dict[str, Tensor], path: Path) -> None:
-    with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
-        np.savez(file, **{name: value.cpu().numpy() for name, value in sums.items()})  # type: ignore[arg-type]

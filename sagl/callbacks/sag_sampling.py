@@ -150,7 +150,7 @@ class SAGSampling(Callback):
         for scale, recipe in recipes:
             ids = (i for i in self._shares(trainer, self.settings.num_metric_samples))
             inside = ([i for i in few if i < self.settings.num_metric_samples] for few in ids)
-            for name, value in self._measures.of(self._made(recipe, few)[0] for few in inside if few).items():
+            for name, value in self._measures.compute(self._made(recipe, few)[0] for few in inside if few).items():
                 module.log(f"val/{name}_{scale:g}", value, rank_zero_only=True)
 
 

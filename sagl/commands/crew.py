@@ -20,7 +20,7 @@ from sagl.commands.spread import LONGEST
 from sagl.errors import UserError
 from sagl.evaluation.image_sets import ImageSet
 from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
-from sagl.metrics.features import Extractor, Features, seen
+from sagl.metrics.features import Extractor, Features, check_features
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import num_processes, select_device
 from sagl.utils.environment import set_threads
@@ -101,7 +101,7 @@ def looked_at(
     crew: Crew,
     *,
     batch_size: int,
-    num_kept: int,
+    max_features: int,
     watch: ProgressReporter,
 ) -> FeatureStatistics | None:
     """The first `wanted` images of a set, as the extractor sees them; None in all but the first process.
@@ -112,13 +112,13 @@ def looked_at(
         extract: the extractor.
         crew: that shares the work.
         batch_size: images at a time.
-        num_kept: features to keep, at least.
+        max_features: features to keep, at least.
         watch: is told of images that are done.
 
     Raises:
         UserError: an image is damaged; in all processes.
     """
-    tally = FeatureAccumulator(total=wanted, num_kept=num_kept, keep_logits=num_kept >= wanted)
+    tally = FeatureAccumulator(total=wanted, max_features=max_features, keep_logits=max_features >= wanted)
     starts = range(0, wanted, batch_size)
     for first in range(0, len(starts), crew.world_size):
         mine = first + crew.rank
@@ -133,7 +133,7 @@ def looked_at(
             if isinstance(features, Features):
                 tally.add(features)
                 watch.images(len(features.pooled))
-    return tally.done() if crew.rank == 0 else None
+    return tally.finalize() if crew.rank == 0 else None
 
 
 def _features(images: ImageSet, start: int, stop: int, extract: Extractor) -> Features | str:
@@ -143,4 +143,4 @@ def _features(images: ImageSet, start: int, stop: int, extract: Extractor) -> Fe
     except UserError as error:
         return str(error)
     with torch.inference_mode():
-        return seen(extract(pictures), len(pictures))
+        return check_features(extract(pictures), len(pictures))

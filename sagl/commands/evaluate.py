@@ -152,6 +152,6 @@ def _is_kept_in(run: Path) -> bool:
 
 def _extractor_of(reference: Path) -> str:
     """The extractor of a file of statistics, else the one that needs no download."""
-    from sagl.metrics.reference import extractor_of_file, holds_statistics
+    from sagl.metrics.reference import has_statistics, read_extractor
 
-    return extractor_of_file(reference) if holds_statistics(reference) else DEFAULT_EXTRACTOR
+    return read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR

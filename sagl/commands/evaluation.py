@@ -38,8 +38,8 @@ def evaluation_of(run: str, reference: str, num_samples: int | None, work: Work,
     require(2 <= wanted <= len(images), f"`num_samples` must be 2 … {len(images)} for {run}, got {wanted}.")
     extract, side = extractor_of(work), images.side
     looking = Looking(work, extract)
-    real = reference_of(reference, looking, side, s.num_kept)
-    place = looking.ask(Look(source=run, image_size=work.image_size, wanted=wanted, num_kept=wanted))
+    real = reference_of(reference, looking, side, s.max_features)
+    place = looking.ask(Look(source=run, image_size=work.image_size, wanted=wanted, max_features=wanted))
     looking.look()
     made, seen = looking[place], real.looked()
     numbers = compute_metrics(made, seen, s, inception=work.extractor == INCEPTION)
@@ -66,7 +66,7 @@ def _used(s: MetricSettings, made: FeatureStatistics, seen: FeatureStatistics) -
     if seen.features is None:  # a file of mean and covariance gives the Fréchet distance alone
         return {name: value for name, value in used.items() if name in ("bootstrap", "seed", "is_chunk")}
     kept = len(seen.features)
-    return used | {"num_kept": kept, "kid_subset_size": min(s.kid_subset_size, made.num_samples, kept)}
+    return used | {"max_features": kept, "kid_subset_size": min(s.kid_subset_size, made.num_samples, kept)}
 
 
 def _of_run(run: Path, images: ImageSet) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.checks import require_finite_features
 from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import Extractor, describe_resize
-from sagl.metrics.reference import Reference, holds_images, holds_statistics, read_reference, write_reference
-from sagl.settings.evaluation import EXTRACTORS
+from sagl.metrics.reference import Reference, has_images, has_statistics, read_reference, write_reference
+from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.distributed import has_peers, select_device
 from sagl.utils.files import cache_folder
 from sagl.utils.progress import ProgressReporter, show_progress
@@ -31,7 +31,7 @@ class Look:
     """To which pictures are cut."""
     wanted: int
     """The first so many."""
-    num_kept: int
+    max_features: int
     """Features kept of them."""
 
     def images(self) -> ImageSet:
@@ -105,7 +105,13 @@ def _look(work: Work, look: Look, extract: Extractor, crew: Crew) -> FeatureStat
             else ProgressReporter()
         )
         return looked_at(
-            look.images(), look.wanted, extract, crew, batch_size=work.batch_size, num_kept=look.num_kept, watch=watch
+            look.images(),
+            look.wanted,
+            extract,
+            crew,
+            batch_size=work.batch_size,
+            max_features=look.max_features,
+            watch=watch,
         )
 
 
@@ -132,41 +138,43 @@ class Measured:
         """Statistics and features; from the file, from what was seen, or from both."""
         if self.place is None:
             assert self.file is not None
-            return self.file.looked
+            return self.file.statistics
         seen = self.looking[self.place]
         require_finite_features("reference", seen.pooled)
         if self.kept is not None:
-            made = Reference(looked=seen, extractor=self.looking.work.extractor, source=self.name, side=self.side)
+            made = Reference(
+                statistics=seen, extractor=self.looking.work.extractor, source=self.name, image_size=self.side
+            )
             try:
                 write_reference(made, self.kept, "SAGL_CACHE")
             except UserError as error:  # the numbers need no cache
                 print(error, file=sys.stderr)
             self.kept = None
-        return seen if self.file is None else replace(self.file.looked, features=seen.features)
+        return seen if self.file is None else replace(self.file.statistics, features=seen.features)
 
 
-def reference_of(name: str, looking: Looking, side: tuple[int, int], num_kept: int) -> Measured:
+def reference_of(name: str, looking: Looking, side: tuple[int, int], max_features: int) -> Measured:
     """What images are to be measured from.
 
     Args:
         name: as for a run, or a statistics file.
         looking: asked to look at images.
         side: (H, W) of the images that are measured; a reference's pictures are cut to it.
-        num_kept: features to keep of a reference.
+        max_features: features to keep of a reference.
 
     Raises:
         UserError: it is not there, damaged, or of another extractor.
     """
-    if holds_statistics(Path(name)):
-        return _of_file(name, looking, num_kept)
+    if has_statistics(Path(name)):
+        return _of_file(name, looking, max_features)
     size = looking.work.image_size or (side[0] if side[0] == side[1] else None)
     images = counted(name, size, "reference")
     cut = size if isinstance(images, SourceImages) and images.cut else None
     notes = (f"{Path(name).name}: {images.note}",) if images.note else ()
-    kept = _cache(name, looking, cut, num_kept, isinstance(images, SourceImages))
+    kept = _cache(name, looking, cut, max_features, isinstance(images, SourceImages))
     if kept is not None and kept.is_file():
         return Measured(name=name, looking=looking, file=read_reference(kept), side=images.side, notes=notes)
-    place = looking.ask(Look(source=name, image_size=cut, wanted=len(images), num_kept=num_kept))
+    place = looking.ask(Look(source=name, image_size=cut, wanted=len(images), max_features=max_features))
     return Measured(name=name, looking=looking, place=place, kept=kept, side=images.side, notes=notes)
 
 
@@ -181,7 +189,7 @@ def counted(name: str, image_size: int | None, argument: str) -> ImageSet:
     return images
 
 
-def _of_file(name: str, looking: Looking, num_kept: int) -> Measured:
+def _of_file(name: str, looking: Looking, max_features: int) -> Measured:
     """A statistics file; its images, where it has some, serve for what it has no features for."""
     found, extractor = read_reference(Path(name)), looking.work.extractor
     images = _images_in(name)
@@ -190,9 +198,9 @@ def _of_file(name: str, looking: Looking, num_kept: int) -> Measured:
         f"`extractor` must be {found.extractor}, which {name} was made with, got {extractor}. Its numbers cannot be "
         "compared with those of another one.",
     )
-    if images is None or (found.looked.features is not None and found.extractor == extractor):
-        return Measured(name=name, looking=looking, file=found, side=found.side)
-    place = looking.ask(Look(source=name, image_size=None, wanted=len(images), num_kept=num_kept))
+    if images is None or (found.statistics.features is not None and found.extractor == extractor):
+        return Measured(name=name, looking=looking, file=found, side=found.image_size)
+    place = looking.ask(Look(source=name, image_size=None, wanted=len(images), max_features=max_features))
     if found.extractor == extractor:
         return Measured(name=name, looking=looking, file=found, place=place, side=images.side)
     note = f"The statistics of {name} belong to {found.extractor}: measured from its {len(images)} images alone."
@@ -201,20 +209,20 @@ def _of_file(name: str, looking: Looking, num_kept: int) -> Measured:
 
 def _images_in(name: str) -> ImageSet | None:
     """`arr_0` of a statistics file, where it has some."""
-    return counted(name, None, "reference") if holds_images(Path(name)) else None
+    return counted(name, None, "reference") if has_images(Path(name)) else None
 
 
-def _cache(name: str, looking: Looking, cut: int | None, num_kept: int, pictures: bool) -> Path | None:
+def _cache(name: str, looking: Looking, cut: int | None, max_features: int, pictures: bool) -> Path | None:
     """Where a data set's statistics are kept; those of runs and npz files, which come and go, are not.
 
     Nor those of an extractor of one's own, whose code may change.
     """
-    if looking.work.extractor not in EXTRACTORS:
+    if looking.work.extractor not in EXTRACTOR_NAMES:
         return None
     known = fingerprint(name) if name in SPLITS or (pictures and Path(name).suffix != ".npz") else None
     if known is None:
         return None
-    parts = (known, looking.work.extractor, *([f"{cut}px"] if cut else []), f"{num_kept}")
+    parts = (known, looking.work.extractor, *([f"{cut}px"] if cut else []), f"{max_features}")
     return cache_folder() / "statistics" / ("-".join(parts) + ".npz")
 
 

@@ -20,7 +20,10 @@ def statistics_parser() -> Parser:
     p.add_argument("--output", type=str, required=True, help="The .npz file to write.")
     p.add_argument("--num_samples", type=int, default=None, help="Only so many images, the first.")
     p.add_argument(
-        "--num_kept", type=int, default=MetricSettings.num_kept, help="Features kept for precision, recall, KID."
+        "--max_features",
+        type=int,
+        default=MetricSettings.max_features,
+        help="Features kept for precision, recall, KID.",
     )
     p.add_argument("--overwrite", action="store_true", help="Write over a file that is there.")
     add_work_flags(p)
@@ -44,7 +47,7 @@ def main(arguments: list[str]) -> None:
         return
     require(output.suffix == ".npz", f"`output` must end in .npz, got {given.output}.")
     require_new(output, overwrite=given.overwrite)
-    require(given.num_kept >= 2, f"`num_kept` must be at least 2, got {given.num_kept}.")
+    require(given.max_features >= 2, f"`max_features` must be at least 2, got {given.max_features}.")
     from sagl.commands.measuring import Look, Looking, counted, extractor_of
     from sagl.metrics.checks import require_finite_features
     from sagl.metrics.reference import Reference, write_reference
@@ -54,10 +57,12 @@ def main(arguments: list[str]) -> None:
     require(2 <= wanted <= len(images), f"`num_samples` must be 2 … {len(images)} for {given.source}, got {wanted}.")
     looking = Looking(work, extractor_of(work))
     place = looking.ask(
-        Look(source=given.source, image_size=work.image_size, wanted=wanted, num_kept=min(wanted, given.num_kept))
+        Look(
+            source=given.source, image_size=work.image_size, wanted=wanted, max_features=min(wanted, given.max_features)
+        )
     )
     looking.look()
     require_finite_features("source", looking[place].pooled)
-    seen = Reference(looked=looking[place], extractor=work.extractor, source=given.source, side=images.side)
+    seen = Reference(statistics=looking[place], extractor=work.extractor, source=given.source, image_size=images.side)
     write_reference(seen, output)
     print(f"{output}: {work.extractor} of {wanted} images. Measure from it: sagl evaluate RUN --reference {output}")

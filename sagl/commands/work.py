@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 
 from sagl.commands.parser import Parser
 from sagl.errors import require
-from sagl.settings.evaluation import DEFAULT_EXTRACTOR, EXTRACTORS, require_extractor
+from sagl.settings.evaluation import DEFAULT_EXTRACTOR, EXTRACTOR_NAMES, require_extractor
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import require_launcher
 
@@ -38,7 +38,7 @@ def add_work_flags(p: Parser, *, of_reference: bool = False) -> None:
         "--extractor",
         type=str,
         default=None if of_reference else DEFAULT_EXTRACTOR,
-        help=f"{', '.join(EXTRACTORS)}, or package.function of yours{left_open}.",
+        help=f"{', '.join(EXTRACTOR_NAMES)}, or package.function of yours{left_open}.",
     )
     p.add_argument("--image_size", type=int, default=None, help="Side of the squares that pictures are cut to.")
     p.add_argument("--batch_size", type=int, default=100, help="Images that a process looks at together.")

@@ -16,7 +16,7 @@ class Metric:
     """It depends on; of others of the measurement it does not."""
 
 
-_SUBSETS = ("kid_subsets", "kid_subset_size", "num_kept", "seed")
+_SUBSETS = ("kid_subsets", "kid_subset_size", "max_features", "seed")
 METRICS = {
     "fid": Metric(name="FID", better=-1, digits=2),
     "sfid": Metric(name="sFID", better=-1, digits=2),
@@ -24,8 +24,8 @@ METRICS = {
     "sfd": Metric(name="Fréchet distance, spatial", better=-1, digits=2),
     "is": Metric(name="IS, chunks of 5,000", better=1, digits=2),
     "is_all": Metric(name="IS, all at once", better=1, digits=2),
-    "precision": Metric(name="precision", better=1, digits=3, settings=("neighbours", "num_kept")),
-    "recall": Metric(name="recall", better=1, digits=3, settings=("neighbours", "num_kept")),
+    "precision": Metric(name="precision", better=1, digits=3, settings=("num_neighbors", "max_features")),
+    "recall": Metric(name="recall", better=1, digits=3, settings=("num_neighbors", "max_features")),
     "kid": Metric(name="KID", better=-1, digits=5, settings=_SUBSETS),
     "kd": Metric(name="kernel distance", better=-1, digits=5, settings=_SUBSETS),
 }

@@ -1,4 +1,4 @@
-"""What the metrics need of a set of images, gathered a few images at a time and always in the same order."""
+"""Accumulation of the features of an image set, batch by batch in a fixed order."""
 
 from dataclasses import dataclass, field
 
@@ -11,55 +11,52 @@ from sagl.metrics.frechet import CovarianceAccumulator, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """A set of images, as one extractor saw it."""
+    """Everything that the metrics need of one image set and one extractor."""
 
     pooled: Statistics
-    """Of the pooled features, for the Fréchet distance."""
+    """Mean and covariance of the pooled features, for the Fréchet distance."""
     spatial: Statistics | None = None
-    """Of the spatial ones, for sFID; None where the extractor has none."""
+    """Mean and covariance of the spatial features, for sFID; None if the extractor has none."""
     features: Tensor | None = None
-    """(n, D) float32 pooled features of all images or of evenly spaced ones, for precision, recall, kernel distance."""
+    """(n, D) float32 pooled features of all or of evenly spaced images, for precision, recall and KID."""
     logits: Tensor | None = None
-    """(N, K) float32 of all images, in order, for the inception score."""
+    """(N, K) float32 logits of all images in order, for the inception score."""
 
     @property
     def num_samples(self) -> int:
-        """Images behind the statistics."""
+        """Number of images of the statistics."""
         return self.pooled.num_samples
 
 
 @dataclass(kw_only=True)
 class FeatureAccumulator:
-    """Features of a set of `total` images, added in order; as many of the pooled ones are kept as `num_kept` says."""
+    """Accumulates features of `total` images; stores `max_features` evenly spaced pooled features."""
 
     total: int
-    num_kept: int
+    max_features: int
     keep_logits: bool
-    _sums: CovarianceAccumulator = field(default_factory=CovarianceAccumulator)
+    _pooled: CovarianceAccumulator = field(default_factory=CovarianceAccumulator)
     _spatial: CovarianceAccumulator = field(default_factory=CovarianceAccumulator)
-    _kept: list[Tensor] = field(default_factory=list)
+    _features: list[Tensor] = field(default_factory=list)
     _logits: list[Tensor] = field(default_factory=list)
 
     def add(self, features: Features) -> None:
-        """Of the next images, in memory of the CPU."""
-        first = self._sums.count
-        places = torch.arange(first, first + len(features.pooled))
-        kept = min(self.num_kept, self.total)
-        chosen = (places * kept) // self.total != (
-            (places - 1) * kept
-        ) // self.total  # evenly spaced, the first one too
-        self._kept.append(features.pooled[chosen])
-        self._sums.add(features.pooled)
+        """Add the features of the next batch (CPU tensors)."""
+        first, n = self._pooled.count, min(self.max_features, self.total)
+        index = torch.arange(first, first + len(features.pooled))
+        is_kept = (index * n) // self.total != ((index - 1) * n) // self.total  # evenly spaced, starting with 0
+        self._features.append(features.pooled[is_kept])
+        self._pooled.add(features.pooled)
         if features.spatial is not None:
             self._spatial.add(features.spatial)
         if features.logits is not None and self.keep_logits:
             self._logits.append(features.logits)
 
-    def done(self) -> FeatureStatistics:
-        """All of it."""
+    def finalize(self) -> FeatureStatistics:
+        """Return the accumulated statistics."""
         return FeatureStatistics(
-            pooled=self._sums.statistics(),
+            pooled=self._pooled.statistics(),
             spatial=self._spatial.statistics() if self._spatial.count else None,
-            features=torch.cat(self._kept),
+            features=torch.cat(self._features),
             logits=torch.cat(self._logits) if self._logits else None,
         )

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of what is computed from the features of many samples (Efron 1979)."""
+"""Bootstrap confidence intervals of metrics of features (Efron 1979)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,59 +6,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEVEL = 0.95
-"""Of an interval: so often it holds the number that infinitely many samples would give."""
+CONFIDENCE = 0.95
+"""Confidence level of the intervals."""
 
 
 class Interval(NamedTuple):
-    """An estimate, and the ends of its interval."""
+    """An estimate and its confidence interval."""
 
     estimate: float
     low: float
     high: float
 
 
-def interval(features: Tensor, measure: Callable[[Tensor], float], *, draws: int = 200, seed: int = 0) -> Interval:
-    """What `measure` says of a set, and how far that would move with other samples.
+def interval(
+    features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int = 200, seed: int = 0
+) -> Interval:
+    """Return `metric(features)` with its bootstrap interval.
 
-    A Fréchet distance of fewer different samples is larger, and a draw with replacement holds fewer: the draws are
-    moved by their mean's distance from the estimate, which would otherwise lie outside of its own interval.
+    The Fréchet distance is biased: a resample holds fewer distinct samples and so has a larger distance. The
+    resampled values are therefore shifted so that their mean is the estimate.
 
     Args:
         features: (N, D).
-        measure: of features (N, D).
-        draws: sets of N samples, drawn with replacement.
-        seed: of the draws.
+        metric: maps (N, D) features to a number.
+        num_resamples: number of resamples of N rows with replacement.
+        seed: random seed of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
-    estimate, found = measure(features), torch.empty(draws, dtype=torch.float64)
-    for k in range(draws):
-        found[k] = measure(features[torch.randint(len(features), (len(features),), generator=generator)])
-    low, high = _ends(found - found.mean() + estimate)
-    return Interval(estimate, low, high)
+    estimate, values = metric(features), torch.empty(num_resamples, dtype=torch.float64)
+    for k in range(num_resamples):
+        values[k] = metric(features[torch.randint(len(features), (len(features),), generator=generator)])
+    return Interval(estimate, *_quantiles(values - values.mean() + estimate))
 
 
 def paired_interval(
-    first: Tensor, second: Tensor, measure: Callable[[Tensor], float], *, draws: int = 200, seed: int = 0
+    first: Tensor, second: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """By how much `measure` of the second set is above that of the first: samples are drawn in pairs.
+    """Return `metric(second) - metric(first)` with its bootstrap interval; rows are resampled in pairs.
 
     Args:
         first: (N, D) features; row i belongs to sample i.
-        second: (N, D), of the same samples made in another way.
-        measure: of features (N, D), such as their Fréchet distance to a reference.
-        draws: sets of N pairs, drawn with replacement.
-        seed: of the draws.
+        second: (N, D) features of the same samples made in another way.
+        metric: maps (N, D) features to a number, such as the Fréchet distance to a reference.
+        num_resamples: number of resamples of N pairs with replacement.
+        seed: random seed of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
-    differences = torch.empty(draws, dtype=torch.float64)
-    for k in range(draws):
+    differences = torch.empty(num_resamples, dtype=torch.float64)
+    for k in range(num_resamples):
         rows = torch.randint(len(first), (len(first),), generator=generator)
-        differences[k] = measure(second[rows]) - measure(first[rows])
-    return Interval(measure(second) - measure(first), *_ends(differences))
+        differences[k] = metric(second[rows]) - metric(first[rows])
+    return Interval(metric(second) - metric(first), *_quantiles(differences))
 
 
-def _ends(values: Tensor) -> tuple[float, float]:
-    """Between which `LEVEL` of them lie."""
-    low, high = torch.quantile(values, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
+def _quantiles(values: Tensor) -> tuple[float, float]:
+    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+    low, high = torch.quantile(values, tails)
     return float(low), float(high)

@@ -1,48 +1,43 @@
-"""What features must be before anything is computed from them."""
+"""Checks of features before metrics are computed from them."""
 
 import torch
-from torch import Tensor
 
 from sagl.errors import require
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import Statistics
 
 
-def require_comparable(made: FeatureStatistics, real: FeatureStatistics, neighbours: int) -> None:
-    """Two sets that can be measured from each other.
+def require_comparable(fake: FeatureStatistics, real: FeatureStatistics, num_neighbors: int) -> None:
+    """Check that metrics between two sets can be computed.
 
     Raises:
-        UserError: features that are not finite, of different widths, or of fewer samples than `neighbours` asks for.
+        UserError: features that are not finite, of different widths, or no more samples than `num_neighbors`.
     """
-    for name, looked in (("run", made), ("reference", real)):
-        require_finite_features(name, looked.pooled)
-        if looked.features is not None:
-            _require_count(name, looked.features, neighbours)
-    widths = len(made.pooled.mean), len(real.pooled.mean)
+    for argument, statistics in (("run", fake), ("reference", real)):
+        require_finite_features(argument, statistics.pooled)
+        if statistics.features is not None:
+            require(
+                len(statistics.features) > num_neighbors,
+                f"`num_neighbors` must be below the number of features, and `{argument}` has "
+                f"{len(statistics.features)}, got {num_neighbors}.",
+            )
+    width, reference_width = len(fake.pooled.mean), len(real.pooled.mean)
     require(
-        widths[0] == widths[1],
-        f"`reference` must have features as wide as the run's, {widths[0]} numbers, and has {widths[1]}: they are of "
-        "another extractor.",
+        width == reference_width,
+        f"`reference` must have features of {width} dimensions like the run, and it has {reference_width}: they are "
+        "of another extractor.",
     )
 
 
-def require_finite_features(name: str, statistics: Statistics) -> None:
-    """Any feature that is not finite leaves its mark in the covariance.
+def require_finite_features(argument: str, statistics: Statistics) -> None:
+    """Check that all features were finite; one that is not makes the mean or the covariance not finite.
 
     Raises:
-        UserError: there is one; calls the argument that the images came by by its name.
+        UserError: names `argument`, which the images were given for.
     """
     finite = torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.covariance).all()
     require(
         bool(finite),
-        f"`{name}` must give finite features, and some of its {statistics.num_samples} images do not: the extractor "
-        "overflows, or its weights are damaged.",
-    )
-
-
-def _require_count(name: str, features: Tensor, neighbours: int) -> None:
-    require(
-        len(features) > neighbours,
-        f"`neighbours` must be below the number of samples, and {name} has {len(features)} features kept, got "
-        f"{neighbours}.",
+        f"`{argument}` must give finite features, and some of its {statistics.num_samples} images do not: the "
+        "extractor overflows, or its weights are damaged.",
     )

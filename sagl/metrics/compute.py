@@ -1,7 +1,7 @@
-"""All numbers of one set of images, by the names that the literature gives them."""
+"""All metrics of one image set against another."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sagl.errors import require
@@ -17,57 +17,56 @@ from sagl.settings.evaluation import MetricSettings
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResults:
-    """What was measured."""
+    """Values of the metrics by name."""
 
     values: Mapping[str, float]
-    """fid, sfid, kid of the Inception features, fd, sfd, kd of others; is, is_all, precision, recall."""
+    """fid, sfid, kid for Inception features, fd, sfd, kd for others; is, is_all, precision, recall."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Low and high end, of those that have one."""
+    """Confidence intervals (low, high) of the metrics that have one."""
     deviations: Mapping[str, float] = field(default_factory=dict)
-    """Over subsets, of the kernel distance."""
+    """Standard deviation of KID over its subsets."""
 
 
 def compute_metrics(
-    made: FeatureStatistics, real: FeatureStatistics, s: MetricSettings, *, inception: bool = False
+    fake: FeatureStatistics, real: FeatureStatistics, s: MetricSettings, *, inception: bool = False
 ) -> MetricResults:
-    """Measure one set from another, by all that both hold.
+    """Compute all metrics that the statistics of both sets allow.
 
     Args:
-        made: the images; with all their features.
-        real: the reference; a statistics file may hold no features.
-        s: of the metrics.
-        inception: whether numbers may carry the names that belong to Inception's features.
+        fake: statistics of the images, with all their features.
+        real: statistics of the reference; a statistics file may hold no features.
+        s: settings of the metrics.
+        inception: whether the features are Inception's, so that fid, sfid and kid are the right names.
 
     Returns:
         fid or fd; with spatial features sfid or sfd; with logits is, the mean over consecutive chunks of 5,000, and
-        is_all, over all at once; with features of both sides precision, recall and kid or kd.
+        is_all, over all images at once; with features of both sets precision, recall and kid or kd.
 
     Raises:
-        UserError: features that are not finite, too few samples, or of different widths.
+        UserError: features that are not finite, too few samples, or different widths.
     """
-    require_comparable(made, real, s.neighbours)
+    require_comparable(fake, real, s.num_neighbors)
     fid, sfid, kid = ("fid", "sfid", "kid") if inception else ("fd", "sfd", "kd")
     distance = FrechetReference(real.pooled)
-    values, intervals, deviations = {fid: distance(made.pooled)}, {}, {}
-    if made.spatial is not None and real.spatial is not None:
-        values[sfid] = FrechetReference(real.spatial)(made.spatial)
-    if made.logits is not None:
-        values |= {"is": inception_score_in_chunks(made.logits), "is_all": inception_score(made.logits)}
-    if made.features is not None and real.features is not None:
-        shares = precision_recall(made.features, real.features, neighbours=s.neighbours)
-        values |= {"precision": shares.precision, "recall": shares.recall}
-        kernel = kernel_distance(
-            made.features, real.features, subsets=s.kid_subsets, size=s.kid_subset_size, seed=s.seed
+    values, intervals, deviations = {fid: distance(fake.pooled)}, {}, {}
+    if fake.spatial is not None and real.spatial is not None:
+        values[sfid] = FrechetReference(real.spatial)(fake.spatial)
+    if fake.logits is not None:
+        values |= {"is": inception_score_in_chunks(fake.logits), "is_all": inception_score(fake.logits)}
+    if fake.features is not None and real.features is not None:
+        values |= precision_recall(fake.features, real.features, num_neighbors=s.num_neighbors)._asdict()
+        values[kid], deviations[kid] = kernel_distance(
+            fake.features, real.features, num_subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
         )
-        values[kid], deviations[kid] = kernel.mean, kernel.deviation
-    if made.features is not None and s.bootstrap:
-        measure: Callable[..., float] = lambda rows: distance(statistics(rows))  # noqa: E731
-        low, high = interval(made.features, measure, draws=s.bootstrap, seed=s.seed)[1:]
-        intervals[fid] = (low, high)
+    if fake.features is not None and s.bootstrap:
+        _, *bounds = interval(
+            fake.features, lambda rows: distance(statistics(rows)), num_resamples=s.bootstrap, seed=s.seed
+        )
+        intervals[fid] = (bounds[0], bounds[1])
     for name, value in values.items():
         require(
             math.isfinite(value),
-            f"`extractor` must give features and logits that make finite numbers, and {name} comes out as {value}: it "
-            "overflows, or its weights are damaged.",
+            f"`extractor` must give features and logits with finite metrics, and {name} is {value}: it overflows, or "
+            "its weights are damaged.",
         )
     return MetricResults(values=values, intervals=intervals, deviations=deviations)

@@ -1,4 +1,4 @@
-"""Extractors by name, and those of a user's own."""
+"""Registry of feature extractors."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -12,37 +12,36 @@ from sagl.metrics.features import Extractor
 from sagl.metrics.inception import inception
 from sagl.settings.evaluation import require_extractor
 
-Maker = Callable[[torch.device], Extractor]
-MAKERS: dict[str, Maker] = {
+ExtractorFactory = Callable[[torch.device], Extractor]
+EXTRACTORS: dict[str, ExtractorFactory] = {
     "inception": inception,
     "effnet_lite0_64": lambda device: effnet_lite0(64, device),
     "effnet_lite0_224": lambda device: effnet_lite0(224, device),
     "dinov2": dinov2,
 }
-"""By the names in the settings."""
+"""Extractors by name; the names are those of `sagl.settings.evaluation.EXTRACTOR_NAMES`."""
 
 
-def get_extractor(name: str) -> Maker:
-    """What makes an extractor: by one of the names above, or one's own function, as package.function.
+def get_extractor(name: str) -> ExtractorFactory:
+    """Return the factory of an extractor, which maps a device to the extractor.
 
-    One's own gets the device, and returns what takes images and gives features.
+    Args:
+        name: a key of `EXTRACTORS`, or the full name of a function, package.function.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no extractor of this name.
     """
-    if name in MAKERS:
-        return MAKERS[name]
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
     require_extractor(name)
     module, _, function = name.rpartition(".")
     try:
-        found = getattr(import_module(module), function)
+        factory: ExtractorFactory | None = getattr(import_module(module), function)
     except (ImportError, AttributeError):
-        found = None
+        factory = None
     require(
-        callable(found),
-        f"`extractor` must be one of {', '.join(MAKERS)}, or a function of yours that makes one, and there is no "
-        f"function {name}.",
+        callable(factory),
+        f"`extractor` must be one of {', '.join(EXTRACTORS)} or package.function, and there is no function {name}.",
     )
-    assert found is not None
-    made: Maker = found
-    return made
+    assert factory is not None
+    return factory

@@ -1,4 +1,4 @@
-"""Features of images: what distances between sets of images are taken in. A number belongs to its extractor."""
+"""Features of images, as an extractor computes them. Metrics of different extractors must not be compared."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,57 +9,63 @@ from torch import Tensor
 from sagl.errors import require
 from sagl.shapes import ImageUint8
 
+BATCH_SIZE = 100
+"""Images of one forward of an extractor in `extract_features`."""
+
 
 class Features(NamedTuple):
-    """What one pass of an extractor gives."""
+    """Outputs of an extractor for B images."""
 
     pooled: Tensor
-    """(B, D) float32, for the Fréchet distance, precision, recall and the kernel distance."""
+    """(B, D) float32, for the Fréchet distance, precision, recall and KID."""
     spatial: Tensor | None = None
-    """(B, S) float32, of some channels at every place, for sFID."""
+    """(B, S) float32, some channels at every position, for sFID."""
     logits: Tensor | None = None
-    """(B, K) float32, of classes, for the inception score."""
+    """(B, K) float32 class logits, for the inception score."""
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
-        """All that are there, changed."""
-        spatial, logits = (None if part is None else change(part) for part in self[1:])
-        return Features(change(self.pooled), spatial, logits)
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """Apply a function to every tensor."""
+        return Features(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
 Extractor = Callable[[ImageUint8], Features | Tensor]
-"""(B, 1 or 3, H, W) uint8 -> features; a tensor (B, D) alone is pooled features. An attribute `resize` says in words
-how images come to its size."""
-IMAGES_AT_ONCE = 100
+"""Maps (B, 1 or 3, H, W) uint8 to features; a single tensor (B, D) is taken as pooled features. An optional attribute
+`resize` describes how images are resized."""
 
 
 @torch.inference_mode()
 def extract_features(images_uint8: ImageUint8, extract: Extractor) -> Features:
-    """Features of many images, a few at a time: (N, 1 or 3, H, W) uint8 -> on the CPU, float32.
+    """Extract features of (N, 1 or 3, H, W) images in batches, and return them on the CPU in float32.
 
     Raises:
-        UserError: the extractor gives something else.
+        UserError: the extractor returns anything but (B, D) tensors.
     """
-    parts = [seen(extract(part), len(part)) for part in images_uint8.split(IMAGES_AT_ONCE)]
-    pooled, spatial, logits = zip(*parts, strict=True)
-    return Features(torch.cat(pooled), *(None if part[0] is None else torch.cat(part) for part in (spatial, logits)))
+    parts = [check_features(extract(batch), len(batch)) for batch in images_uint8.split(BATCH_SIZE)]
+    return concatenate(parts)
 
 
-def seen(found: Features | Tensor, count: int) -> Features:
-    """What an extractor gave for `count` images, on the CPU in float32.
+def concatenate(parts: list[Features]) -> Features:
+    """Concatenate features of consecutive batches."""
+    pooled, *optional = zip(*parts, strict=True)
+    return Features(torch.cat(pooled), *(None if part[0] is None else torch.cat(part) for part in optional))
+
+
+def check_features(output: Features | Tensor, batch_size: int) -> Features:
+    """Return the output of an extractor as `Features` on the CPU in float32.
 
     Raises:
-        UserError: it is no features (B, D), a row an image.
+        UserError: a part is not a (batch_size, D) tensor.
     """
-    features = found if isinstance(found, Features) else Features(found)
+    features = output if isinstance(output, Features) else Features(output)
     for part in (features.pooled, *(part for part in features[1:] if part is not None)):
         require(
-            isinstance(part, Tensor) and part.dim() == 2 and len(part) == count,
-            f"`extractor` must give features ({count}, D) of {count} images, got "
+            isinstance(part, Tensor) and part.dim() == 2 and len(part) == batch_size,
+            f"`extractor` must return features of shape ({batch_size}, D) for {batch_size} images, got "
             f"{tuple(getattr(part, 'shape', ())) or type(part).__name__}.",
         )
-    return features.each(lambda part: part.float().cpu())
+    return features.map(lambda part: part.float().cpu())
 
 
 def describe_resize(extract: Extractor) -> str:
-    """How images come to the extractor's size, in words."""
+    """Return the extractor's description of how it resizes images."""
     return str(getattr(extract, "resize", "its own"))

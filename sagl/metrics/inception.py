@@ -1,6 +1,6 @@
-"""The Inception v3 of 2015 behind the literature's FID, sFID and IS, by torch-fidelity's port of its graph.
+"""The Inception v3 network of 2015 used for FID, sFID and IS, as ported by torch-fidelity.
 
-Its weights come from a download; whoever has the file puts it where `weights_file` looks.
+The weights are downloaded, or read from one of the files that `weights_file` lists.
 """
 
 import os
@@ -22,68 +22,67 @@ from sagl.utils.files import cache_folder, sha256
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 VARIABLE = "SAGL_INCEPTION"
-"""Names the weights' file, where it lies elsewhere."""
-SIDE = 299
-SPATIAL = 7
-"""Channels of Mixed_6d.branch1x1, whose 17×17 places make the 2,023 features of sFID (Nash et al. 2021)."""
-UP_TO_SPATIAL = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b"
-UP_TO_SPATIAL += " Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c"
-FROM_SPATIAL = "Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c AvgPool"
-"""The network's parts, in order."""
+"""Environment variable with the path of the weights."""
+IMAGE_SIZE = 299
+NUM_SPATIAL = 7
+"""Channels of Mixed_6d.branch1x1; their 17×17 positions are the 2,023 features of sFID (Nash et al. 2021)."""
+LAYERS_TO_SPATIAL = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b"
+LAYERS_TO_SPATIAL += " Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c"
+LAYERS_FROM_SPATIAL = "Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c AvgPool"
+"""Layers of the network in order, up to and from the input of Mixed_6d."""
 
 
 class Inception:
-    """Pooled features, 2048; those of sFID, 2023; logits without bias, 1008: as OpenAI's evaluator takes them."""
+    """Pooled features (2048), spatial features (2023) and logits without bias (1008), as in OpenAI's evaluator."""
 
     resize = "bilinear to 299×299, as TensorFlow 1 does, no antialias"
 
     def __init__(self, network: nn.Module) -> None:
-        """With torch-fidelity's network, weights loaded."""
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def __call__(self, images_uint8: ImageUint8) -> Features:
-        """(B, 1 or 3, H, W) uint8 -> (B, 2048), (B, 2023), (B, 1008)."""
+        """Extract features: (B, 1 or 3, H, W) uint8 -> (B, 2048), (B, 2023), (B, 1008)."""
         net: Any = self.network
         images = images_uint8.to(net.fc.weight.device).expand(-1, 3, -1, -1).float()
-        x = ((resized(images, SIDE) - 128) / 128).contiguous(memory_format=torch.channels_last)
-        x = self._through(UP_TO_SPATIAL, x)
-        spatial = net.Mixed_6d.branch1x1(x)[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)
-        pooled = self._through(FROM_SPATIAL, x).flatten(1)
+        x = ((tf1_resize_bilinear(images, IMAGE_SIZE) - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = self._run(LAYERS_TO_SPATIAL, x)
+        spatial = net.Mixed_6d.branch1x1(x)[:, :NUM_SPATIAL].permute(0, 2, 3, 1).flatten(1)
+        pooled = self._run(LAYERS_FROM_SPATIAL, x).flatten(1)
         return Features(pooled, spatial, pooled @ net.fc.weight.T)
 
-    def _through(self, parts: str, x: Tensor) -> Tensor:
-        for part in parts.split():
-            x = getattr(self.network, part)(x)
+    def _run(self, layers: str, x: Tensor) -> Tensor:
+        for layer in layers.split():
+            x = getattr(self.network, layer)(x)
         return x
 
 
-def resized(images: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1 has it, corners not aligned: output pixel i lies at i · H / side of the input.
+def tf1_resize_bilinear(images: Tensor, size: int) -> Tensor:
+    """Resize as TensorFlow 1's `resize_bilinear` with align_corners=False: (B, C, H, W) float -> (B, C, size, size).
 
-    (B, C, H, W) float -> (B, C, side, side). Half a pixel beside PyTorch's; nothing is averaged where it shrinks.
+    Output pixel i samples the input at i · H / size, half a pixel beside PyTorch's position; no antialiasing.
     """
     for dim in (2, 3):
-        size = images.shape[dim]
-        at = torch.arange(side, device=images.device, dtype=torch.float32) * (size / side)
-        low = at.floor().long().clamp(max=size - 1)
-        share = (at - low).view([-1 if d == dim else 1 for d in range(4)])
-        first, second = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=size - 1))
-        images = first + (second - first) * share
+        length = images.shape[dim]
+        position = torch.arange(size, device=images.device, dtype=torch.float32) * (length / size)
+        low = position.floor().long().clamp(max=length - 1)
+        weight = (position - low).view([-1 if d == dim else 1 for d in range(4)])
+        first, second = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=length - 1))
+        images = first + (second - first) * weight
     return images
 
 
 def inception(device: torch.device) -> Inception:
-    """The extractor on a device.
+    """Load the extractor onto a device.
 
     Raises:
-        UserError: torch-fidelity is not installed, or the weights are not to be had, or are not those.
+        UserError: torch-fidelity is not installed, or the weights cannot be downloaded or are another network's.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise UserError("`extractor` inception needs torch-fidelity. Install it: pip install 'sagl[eval]'.") from error
     path = weights_file()
-    _require_weights(path)
+    _check_weights(path)
     try:
         network = FeatureExtractorInceptionV3("sagl", ["2048"], feature_extractor_weights_path=str(path))
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -94,43 +93,41 @@ def inception(device: torch.device) -> Inception:
 
 
 def weights_file() -> Path:
-    """The file at $SAGL_INCEPTION, in our cache or in torch.hub's; else downloaded to our cache.
+    """Return the path of the weights: $SAGL_INCEPTION, or in sagl's or torch.hub's cache; else download them.
 
     Raises:
-        UserError: $SAGL_INCEPTION names no file, or the download fails: says where to put a copy.
+        UserError: $SAGL_INCEPTION is not a file, or the download fails.
     """
-    if chosen := os.environ.get(VARIABLE):
-        require(Path(chosen).is_file(), f"`{VARIABLE}` must name the file {FILE}, and there is none at {chosen}.")
-        return Path(chosen)
-    ours = cache_folder() / FILE
-    for path in (ours, Path(torch.hub.get_dir()) / "checkpoints" / FILE):
+    if path_from_environment := os.environ.get(VARIABLE):
+        path = Path(path_from_environment)
+        require(path.is_file(), f"`{VARIABLE}` must be the path of {FILE}, and there is no file {path}.")
+        return path
+    cached = cache_folder() / FILE
+    for path in (cached, Path(torch.hub.get_dir()) / "checkpoints" / FILE):
         if path.is_file():
             return path
-    print(f"Fetching {URL} (Apache-2.0 licence) to {ours}", file=sys.stderr, flush=True)
+    print(f"Fetching {URL} (Apache-2.0 licence) to {cached}", file=sys.stderr, flush=True)
     with progress_bar(FILE) as on_progress:
-        return download(URL, ours, check=_require_published, on_progress=on_progress)
+        return download(URL, cached, check=_check_digest, on_progress=on_progress)
 
 
-def _require_published(path: Path) -> None:
-    """The file's name ends in the first eight digits of its sha256."""
-    found = sha256(path)[:8]
-    require(
-        FILE.endswith(f"{found}.pth"),
-        f"`extractor` inception: {URL} gave a file of another sha256, {found}.",
-    )
+def _check_digest(path: Path) -> None:
+    """Check that the sha256 begins with the eight digits at the end of the published file's name."""
+    digest = sha256(path)[:8]
+    require(FILE.endswith(f"{digest}.pth"), f"`extractor` inception: {URL} has an unexpected sha256, {digest}….")
 
 
-def _require_weights(path: Path) -> None:
-    """Tensors alone: torch-fidelity would also run code that a file holds.
+def _check_weights(path: Path) -> None:
+    """Check that the file holds tensors only, because torch-fidelity would also run code in a pickle.
 
     Raises:
-        UserError: it is damaged, or wants to run code.
+        UserError: the file is damaged, or would run code.
     """
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        state_dict = torch.load(path, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"`extractor` inception needs a file of tensors alone, and {path} is damaged, or would run code."
+            f"`extractor` inception needs a file of tensors, and {path} is damaged, or would run code."
         ) from error
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    require(tensors, f"`extractor` inception needs a file of tensors by name, and {path} is none.")
+    is_valid = isinstance(state_dict, dict) and all(isinstance(value, Tensor) for value in state_dict.values())
+    require(is_valid, f"`extractor` inception needs a file of tensors by name, and {path} is none.")

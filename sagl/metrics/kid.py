@@ -1,12 +1,12 @@
-"""Kernel distance of features (KID; Bińkowski et al. 2018): unbiased MMD² with a polynomial kernel."""
+"""Kernel inception distance (KID; Bińkowski et al. 2018): unbiased MMD² with a cubic polynomial kernel."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the public evaluators."""
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000
+"""Values of the public evaluators."""
 
 
 class KernelDistance(NamedTuple):
@@ -17,37 +17,37 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    made: Tensor, real: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+    fake: Tensor, real: Tensor, *, num_subsets: int = NUM_SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> KernelDistance:
-    """Over random subsets without replacement: (N, D), (M, D) features -> mean, standard deviation.
+    """Compute KID over random subsets drawn without replacement.
 
     Args:
-        made: features of generated images.
-        real: of real ones.
-        subsets: drawn from each.
-        size: of a subset, or as many as the smaller set has.
-        seed: of the draws.
+        fake: (N, D) features of generated images.
+        real: (M, D) features of real images.
+        num_subsets: number of subsets of each set.
+        subset_size: samples per subset, at most N and M.
+        seed: random seed of the subsets.
     """
-    size = min(size, len(made), len(real))
+    size = min(subset_size, len(fake), len(real))
     generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(subsets, dtype=torch.float64)
-    for k in range(subsets):
-        some = (torch.randperm(len(of), generator=generator)[:size] for of in (made, real))
-        values[k] = squared_mmd(*(of[rows] for of, rows in zip((made, real), some, strict=True)))
+    values = torch.empty(num_subsets, dtype=torch.float64)
+    for k in range(num_subsets):
+        a, b = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (fake, real))
+        values[k] = squared_mmd(a, b)
     return KernelDistance(mean=float(values.mean()), deviation=float(values.std(correction=0)))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
-    """The unbiased estimate: (N, D), (M, D) -> a number around 0 for equal distributions, negative ones included."""
+    """Compute the unbiased estimate of MMD²: (N, D), (M, D) -> a number that may be negative."""
     a, b = a.double(), b.double()
-    return _mean_of_others(a) + _mean_of_others(b) - 2 * float(_kernel(a, b).mean())
+    return _mean_off_diagonal(a) + _mean_off_diagonal(b) - 2 * float(_kernel(a, b).mean())
 
 
-def _mean_of_others(a: Tensor) -> float:
+def _mean_off_diagonal(a: Tensor) -> float:
     kernel = _kernel(a, a)
     return float((kernel.sum() - kernel.trace()) / (len(a) * (len(a) - 1)))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    """(x · y / D + 1)³: (N, D), (M, D) -> (N, M)."""
+    """Return (x · y / D + 1)³ of all pairs: (N, D), (M, D) -> (N, M)."""
     return (a @ b.T / a.shape[1] + 1) ** 3

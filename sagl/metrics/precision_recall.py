@@ -1,4 +1,4 @@
-"""Improved precision and recall of generated images (Kynkäänniemi et al. 2019), from their features."""
+"""Improved precision and recall (Kynkäänniemi et al. 2019) from features."""
 
 import math
 from collections.abc import Iterator
@@ -7,119 +7,123 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3
-"""The paper's k, and that of the ADM and SAG papers' tables."""
-DISTANCES_AT_ONCE = 2**24
-"""64 MB in float32, however many features there are."""
-PAIRS_AT_ONCE = 2**11
-"""Measured in float64: 34 MB of 2,048 features."""
+NUM_NEIGHBORS = 3
+"""k of the paper, and of the tables of the ADM and SAG papers."""
+DISTANCES_PER_CHUNK = 2**24
+"""Number of float32 distances held at once: 64 MB."""
+PAIRS_PER_CHUNK = 2**11
+"""Number of pairs whose distance is computed in float64 at once: 34 MB for 2,048 dimensions."""
 SPARE = 4
-"""Neighbours beyond the k-th that are measured exactly, so that rounding seldom takes one for another."""
+"""Neighbours beyond the k-th whose distances are computed exactly, so that rounding seldom changes the order."""
 
 
 class PrecisionRecall(NamedTuple):
-    """Two shares of samples, each from 0 to 1."""
+    """Two fractions in [0, 1]."""
 
     precision: float
-    """Of the generated samples, those inside the manifold of the real ones."""
+    """Fraction of the generated samples inside the manifold of the real samples."""
     recall: float
-    """Of the real samples, those inside the manifold of the generated ones."""
+    """Fraction of the real samples inside the manifold of the generated samples."""
 
 
-def precision_recall(made: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
-    """Both shares: (N, D), (M, D) features, float32 -> precision, recall; N and M are above `neighbours`.
+def precision_recall(fake: Tensor, real: Tensor, *, num_neighbors: int = NUM_NEIGHBORS) -> PrecisionRecall:
+    """Compute precision and recall: (N, D), (M, D) float32 features, N and M above `num_neighbors`.
 
-    A set's manifold is the union of balls around its samples, each as far as the sample's k-th nearest other one. The
-    same as by all distances in float64. The public ADM evaluator takes squared distances in float16 where they fit,
-    and so may differ in the third decimal.
+    The manifold of a set is the union of balls around its samples, each with the distance to the sample's k-th nearest
+    neighbour as its radius. The result is that of float64 distances: float32 decides only where its error bound
+    allows. The public ADM evaluator uses float16 where it fits and may differ in the third decimal.
     """
-    reach_made, reach_real = radii(made, neighbours), radii(real, neighbours)
-    middle = real.mean(dim=0)
-    near_made, near_real = made - middle, real - middle
-    among_real, among_made = (torch.zeros(len(points), dtype=torch.bool) for points in (made, real))
-    for rows, near, wrong in _distances(near_made, near_real):
-        points, reach = made[rows], reach_made[rows]
-        _cover(among_real[rows], near - reach_real.to(near.dtype), wrong, points, real, reach_real)
-        margin = near.sub_(reach[:, None].to(near.dtype)).T
-        _cover(among_made, margin, wrong.T, real, points, reach)
-    return PrecisionRecall(*(float(inside.double().mean()) for inside in (among_real, among_made)))
+    fake_radii, real_radii = knn_radii(fake, num_neighbors), knn_radii(real, num_neighbors)
+    center = real.mean(dim=0)
+    fake_covered, real_covered = (torch.zeros(len(points), dtype=torch.bool) for points in (fake, real))
+    for rows, approx, error in _distances(fake - center, real - center):
+        points, radii = fake[rows], fake_radii[rows]
+        _mark_covered(fake_covered[rows], approx - real_radii.to(approx.dtype), error, points, real, real_radii)
+        margin = approx.sub_(radii[:, None].to(approx.dtype)).T
+        _mark_covered(real_covered, margin, error.T, real, points, radii)
+    return PrecisionRecall(*(float(covered.double().mean()) for covered in (fake_covered, real_covered)))
 
 
-def _cover(inside: Tensor, margin: Tensor, wrong: Tensor, points: Tensor, centres: Tensor, reach: Tensor) -> None:
-    """Mark the points in at least one ball, surface included.
+def _mark_covered(
+    covered: Tensor, margin: Tensor, error: Tensor, points: Tensor, centers: Tensor, radii: Tensor
+) -> None:
+    """Mark the points that lie in at least one ball, surface included.
 
     Args:
-        inside: (n,) bool, to mark.
-        margin: (n, m) squared distances from the centres, less their balls' squared radii.
-        wrong: by how much these may be, (n, 1) or (1, m); nearer to a surface, distances are taken exactly.
+        covered: (n,) bool, changed in place.
+        margin: (n, m) approximate squared distances to the centers minus squared radii.
+        error: (n, 1) or (1, m) error bound of `margin`; within it, the distance is computed exactly.
         points: (n, D).
-        centres: (m, D).
-        reach: (m,) squared radii, float64.
+        centers: (m, D).
+        radii: (m,) squared radii, float64.
     """
-    inside |= (margin < -wrong).any(dim=1)
-    for pairs in (margin.abs() <= wrong).nonzero().split(PAIRS_AT_ONCE):
-        sample, centre = pairs[~inside[pairs[:, 0]]].T
-        held = _exact(points[sample], centres[centre]) <= reach[centre]
-        inside[sample[held]] = True
+    covered |= (margin < -error).any(dim=1)
+    for pairs in (margin.abs() <= error).nonzero().split(PAIRS_PER_CHUNK):
+        point, center = pairs[~covered[pairs[:, 0]]].T
+        inside = _exact(points[point], centers[center]) <= radii[center]
+        covered[point[inside]] = True
 
 
-def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """Squared distance of each sample from its k-th nearest other one: (N, D) -> (N,) float64."""
-    result, centred = [], features - features.mean(dim=0)
-    for rows, near, wrong in _distances(centred, centred):
-        reach, beyond = _kth(features[rows], features, near, neighbours)
-        unsure = ((reach > 0) & (beyond - wrong[:, 0] < reach)).nonzero()[:, 0]  # one left out might be nearer
-        if len(unsure):
-            points = features[rows][unsure]
-            again = _distances(centred[rows][unsure].double(), centred.double())
-            reach[unsure] = torch.cat([_kth(points[part], features, near, neighbours)[0] for part, near, _ in again])
-        result.append(reach)
+def knn_radii(features: Tensor, num_neighbors: int = NUM_NEIGHBORS) -> Tensor:
+    """Compute the squared distance of each sample to its k-th nearest neighbour: (N, D) -> (N,) float64."""
+    result, centered = [], features - features.mean(dim=0)
+    for rows, approx, error in _distances(centered, centered):
+        radii, excluded = _kth_distance(features[rows], features, approx, num_neighbors)
+        uncertain = ((radii > 0) & (excluded - error[:, 0] < radii)).nonzero()[:, 0]  # an excluded one may be nearer
+        if len(uncertain):
+            points = features[rows][uncertain]
+            exact = _distances(centered[rows][uncertain].double(), centered.double())
+            radii[uncertain] = torch.cat(
+                [_kth_distance(points[part], features, d, num_neighbors)[0] for part, d, _ in exact]
+            )
+        result.append(radii)
     return torch.cat(result)
 
 
-def _kth(points: Tensor, centres: Tensor, near: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The k-th smallest squared distance but for a point's own.
+def _kth_distance(points: Tensor, centers: Tensor, approx: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Compute the k-th smallest squared distance to the other samples.
 
     Args:
-        points: (n, D), each one of the centres.
-        centres: (N, D).
-        near: (n, N) squared distances as they are known.
-        neighbours: k.
+        points: (n, D), each one of the centers.
+        centers: (N, D).
+        approx: (n, N) approximate squared distances.
+        k: number of the neighbour.
 
     Returns:
-        (n,) float64, exact if the nearest few are among the nearest by `near`; and (n,), what the others have there at
-        least.
+        (n,) float64, exact if the k nearest are among the candidates chosen by `approx`; (n,) the smallest `approx`
+        of the centers that are no candidates.
     """
-    few = near.topk(min(neighbours + 1 + SPARE, len(centres)), dim=1, largest=False)
-    exact = torch.stack([_exact(points, centres[column]) for column in few.indices.T], dim=1)
-    beyond = few.values[:, -1] if few.values.shape[1] < len(centres) else torch.full((len(points),), math.inf)
-    return exact.kthvalue(neighbours + 1, dim=1).values, beyond  # one of them is the point itself, at 0
+    nearest = approx.topk(min(k + 1 + SPARE, len(centers)), dim=1, largest=False)
+    exact = torch.stack([_exact(points, centers[column]) for column in nearest.indices.T], dim=1)
+    all_candidates = nearest.values.shape[1] == len(centers)
+    excluded = torch.full((len(points),), math.inf) if all_candidates else nearest.values[:, -1]
+    return exact.kthvalue(k + 1, dim=1).values, excluded  # one of them is the point itself, at 0
 
 
-def _distances(points: Tensor, centres: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Squared distances by one product, some rows at a time.
+def _distances(points: Tensor, centers: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Compute squared distances by matrix products, a chunk of rows at a time.
 
-    What they may be wrong by is (D + 16) * 2 machine epsilons of both squared lengths: sums of D products in any order
-    have an error of at most D / 2 epsilons of the lengths' product (Higham 2002, section 3.1), once in either length
-    and twice in the product between them; the rest is for the differences from a middle and the last additions.
+    The error bound is 2 (D + 16) machine epsilons of both squared lengths: a sum of D products in any order has an
+    error of at most D / 2 epsilons of the product of the lengths (Higham 2002, section 3.1), once for each length and
+    twice for the scalar product; the rest is for the centering and the last additions.
 
     Args:
-        points: (N, D), from a common middle, so that lengths are short.
-        centres: (M, D).
+        points: (N, D), centered, so that lengths are small.
+        centers: (M, D), centered at the same point.
 
     Yields:
-        rows; (n, M) in the dtype of the points; (n, 1), what these may be wrong by.
+        rows; (n, M) squared distances in the dtype of the points; (n, 1) error bounds.
     """
-    squares = centres.square().sum(dim=1)
+    squares = centers.square().sum(dim=1)
     rounding = 2 * (points.shape[1] + 16) * torch.finfo(points.dtype).eps
-    at_once = max(1, DISTANCES_AT_ONCE // len(centres))
-    for start in range(0, len(points), at_once):
-        rows = slice(start, start + at_once)
+    num_rows = max(1, DISTANCES_PER_CHUNK // len(centers))
+    for start in range(0, len(points), num_rows):
+        rows = slice(start, start + num_rows)
         lengths = points[rows].square().sum(dim=1, keepdim=True)
-        near = torch.addmm(squares, points[rows], centres.T, alpha=-2).add_(lengths)
-        yield rows, near, rounding * (lengths + squares.max())
+        approx = torch.addmm(squares, points[rows], centers.T, alpha=-2).add_(lengths)
+        yield rows, approx, rounding * (lengths + squares.max())
 
 
 def _exact(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances of pairs in float64: (n, D), (n, D) -> (n,)."""
+    """Compute squared distances of pairs in float64: (n, D), (n, D) -> (n,)."""
     return (a.double() - b.double()).square().sum(dim=1)

@@ -1,54 +1,78 @@
 """Settings of an evaluation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sagl.errors import require, require_finite
 
 INCEPTION = "inception"
-"""The extractor of the literature's numbers, and of published files of statistics."""
-EXTRACTORS = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
-"""Extractors by name; the side that images are resized to is part of it."""
+"""The extractor of the numbers in the literature and of published statistics files."""
+EXTRACTOR_NAMES = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
+"""Names of the feature extractors; a number in a name is the size that images are resized to."""
 DEFAULT_EXTRACTOR = "effnet_lite0_64"
+Progress = Literal["auto", "bar", "lines", "off"]
 
 
 def require_extractor(name: str, argument: str = "extractor") -> None:
-    """One of the names above, or what may be a function of the user's own, as package.function.
+    """Check that this is the name of an extractor, or the full name of a function, package.function.
 
     Raises:
         UserError: it is neither.
     """
-    own = name.split(".")
+    parts = name.split(".")
     require(
-        name in EXTRACTORS or (len(own) > 1 and all(part.isidentifier() for part in own)),
-        f"`{argument}` must be one of {', '.join(EXTRACTORS)}, or a function of yours that makes one, as "
-        f"package.function, got {name!r}.",
+        name in EXTRACTOR_NAMES or (len(parts) > 1 and all(part.isidentifier() for part in parts)),
+        f"`{argument}` must be one of {', '.join(EXTRACTOR_NAMES)}, or package.function of your own, got {name!r}.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSettings:
-    """How the numbers are taken from the features."""
+    """Settings of the metrics that are computed from features."""
 
-    neighbours: int = 3
-    """k of precision and recall: a ball reaches to the k-th nearest other sample. The literature's is 3."""
-    num_kept: int = 10_000
-    """Features kept of a reference, evenly spaced, for precision, recall and kernel distance."""
+    num_neighbors: int = 3
+    """k of precision and recall: the radius of a ball is the distance to the k-th nearest neighbour."""
+    max_features: int = 10_000
+    """Maximum number of reference features, evenly spaced, for precision, recall and KID."""
     kid_subsets: int = 100
-    """Random subsets of the kernel distance; their mean is reported, and their deviation."""
+    """Number of random subsets of KID; mean and standard deviation over them are reported."""
     kid_subset_size: int = 1000
-    """Samples of each."""
+    """Samples per subset of KID."""
     bootstrap: int = 0
-    """Draws behind a 95 % interval of the Fréchet distance; 0 is off, 200 is usual."""
+    """Number of bootstrap resamples for a 95 % interval of the Fréchet distance; 0 is off, 200 is usual."""
     seed: int = 0
-    """Of subsets and draws."""
+    """Random seed of KID subsets and bootstrap resamples."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be counted."""
+        """Check the values."""
         require_finite(self)
-        for name, least in (("neighbours", 1), ("num_kept", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
-            require(getattr(self, name) >= least, f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name, low in (("num_neighbors", 1), ("max_features", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
+            require(getattr(self, name) >= low, f"`{name}` must be at least {low}, got {getattr(self, name)}.")
         require(
             self.bootstrap == 0 or self.bootstrap >= 20,
-            f"`bootstrap` must be 0, which is off, or at least 20 draws, got {self.bootstrap}.",
+            f"`bootstrap` must be 0 (off) or at least 20, got {self.bootstrap}.",
         )
         require(0 <= self.seed < 2**32, f"`seed` must be in 0 … 2³² - 1, got {self.seed}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings:
+    """Settings of the extraction of features."""
+
+    extractor: str | None = None
+    """Feature extractor: inception, effnet_lite0_64, effnet_lite0_224, dinov2, or package.function of your own;
+    default: that of a statistics file, else effnet_lite0_64."""
+    image_size: int | None = None
+    """Size in pixels of the square that images of a folder are cropped and resized to; default: original size."""
+    batch_size: int = 100
+    """Images per forward of the extractor and process."""
+    progress: Progress = "auto"
+    """Progress on the error stream; auto: a bar on a terminal, else lines."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.extractor is not None:
+            require_extractor(self.extractor)
+        for name in ("batch_size", "image_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"`{name}` must be at least 1, got {value}.")

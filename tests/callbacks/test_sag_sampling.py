@@ -8,7 +8,7 @@ from sagl.callbacks import sag_sampling
 from sagl.callbacks.ema import EMA
 from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.errors import UserError
-from sagl.metrics.extractors import MAKERS
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.grid import colorize_masks, image_grid
@@ -112,7 +112,7 @@ def plain_features(monkeypatch):
     def extract(images):
         return images.float().flatten(1)[:, :12].unflatten(1, (4, 3)).sum(dim=2)
 
-    monkeypatch.setitem(MAKERS, "effnet_lite0_64", lambda device: extract)
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: extract)
     return extract
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sagl.metrics.extractors import MAKERS
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import Features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
@@ -28,9 +28,9 @@ OWN = f"{__name__}.make_own"
 def tiny_extractor(monkeypatch, tmp_path):
     """Twelve features that cost nothing; a list of the images that were looked at, and a cache folder of the test's."""
     SEEN.clear()
-    monkeypatch.setitem(MAKERS, "effnet_lite0_64", lambda device: twelve)
-    monkeypatch.setitem(MAKERS, "other", lambda device: twelve)
-    monkeypatch.setitem(MAKERS, "inception", lambda device: whole)
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: twelve)
+    monkeypatch.setitem(EXTRACTORS, "other", lambda device: twelve)
+    monkeypatch.setitem(EXTRACTORS, "inception", lambda device: whole)
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
 
 
@@ -99,7 +99,7 @@ def test_every_number_comes_with_all_that_it_belongs_to(pair, capsys):
     run, reference, images, others = pair
     result = evaluated(capsys, run, "--reference", reference, "--kid_subsets", 5, "--kid_subset_size", 30)
     shares = precision_recall(twelve(images), twelve(others))
-    kernel = kernel_distance(twelve(images), twelve(others), subsets=5, size=30)
+    kernel = kernel_distance(twelve(images), twelve(others), num_subsets=5, subset_size=30)
     assert result.pop("numbers") == {
         "fd": pytest.approx(distance(images, others), rel=1e-9),
         "precision": shares.precision,
@@ -109,8 +109,8 @@ def test_every_number_comes_with_all_that_it_belongs_to(pair, capsys):
     assert result.pop("deviations") == {"kd": pytest.approx(kernel.deviation)}
     assert result.pop("seconds") >= 0
     assert result.pop("settings") == {
-        "neighbours": 3,
-        "num_kept": 50,
+        "num_neighbors": 3,
+        "max_features": 50,
         "kid_subsets": 5,
         "kid_subset_size": 30,
         "bootstrap": 0,
@@ -301,7 +301,7 @@ def test_a_reference_whose_features_are_not_finite_is_refused_every_time_and_not
     tmp_path, pair, capsys, monkeypatch
 ):
     folder = write_folder(tmp_path / "pictures", drawn(20, 3))
-    monkeypatch.setitem(MAKERS, "effnet_lite0_64", lambda device: lambda images: twelve(images).log().div(0))
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: lambda images: twelve(images).log().div(0))
     for _ in range(2):
         assert "must give finite features" in refused(capsys, pair[0], "--reference", folder)
     output = tmp_path / "s.npz"
@@ -354,7 +354,7 @@ def test_sagl_statistics_writes_what_gives_the_same_numbers(tmp_path, pair, caps
     before = file.read_bytes()
     assert "is there" in refused(capsys, *make[1:4], verb="statistics")
     assert file.read_bytes() == before
-    assert exit_code(*make, "--overwrite", "--num_samples", 20, "--num_kept", 5) == 0
+    assert exit_code(*make, "--overwrite", "--num_samples", 20, "--max_features", 5) == 0
     capsys.readouterr()
     assert evaluated(capsys, run, "--reference", file, "--extractor", "inception")["num_reference"] == 20
     assert "`extractor` must be inception" in refused(
@@ -366,7 +366,7 @@ def test_sagl_statistics_writes_what_gives_the_same_numbers(tmp_path, pair, caps
     ("arguments", "named"),
     [
         (("--output", "a.txt"), "`output` must end in .npz"),
-        (("--output", "c.npz", "--num_kept", 1), "`num_kept`"),
+        (("--output", "c.npz", "--max_features", 1), "`max_features`"),
         (("--output", "c.npz", "--num_samples", 51), "`num_samples` must be 2 … 50"),
         (("--output", "c.npz", "--extractor", "nonsense"), "`extractor`"),
         (("--output", "c.npz", "--trainer.devices", "0"), "`trainer.devices`"),
@@ -468,8 +468,8 @@ def test_a_count_that_the_run_does_not_have_or_that_has_no_spread_is_refused(wan
         (("--reference", "cut.npz"), "`reference` must be a whole npz file"),
         (("--reference", "sizes"), "`image_size` must be given"),
         (("--reference", "broken"), "cannot be read"),
-        (("--neighbours", "0"), "`neighbours`"),
-        (("--neighbours", "40"), "`neighbours` must be below the number of samples"),
+        (("--num_neighbors", "0"), "`num_neighbors`"),
+        (("--num_neighbors", "40"), "`num_neighbors` must be below the number of features"),
         (("--bootstrap", "3"), "`bootstrap`"),
         (("--batch_size", "0"), "`batch_size`"),
         (("--image_size", "0"), "`image_size`"),
@@ -508,5 +508,5 @@ def test_a_damaged_shard_is_refused_and_left_alone(tmp_path, pair, capsys):
 
 
 def test_features_that_are_not_finite_are_refused(pair, monkeypatch, capsys):
-    monkeypatch.setitem(MAKERS, "effnet_lite0_64", lambda device: lambda images: twelve(images).log().div(0))
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: lambda images: twelve(images).log().div(0))
     assert "must give finite features" in refused(capsys, pair[0], "--reference", pair[1])

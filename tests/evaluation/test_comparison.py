@@ -171,15 +171,15 @@ def test_several_measurements_of_a_run_meet_their_own_kind_in_the_other():
 
 
 def test_a_metric_taken_with_other_settings_has_a_row_of_its_own():
-    def evaluation(neighbours):
-        return measured({"precision": 0.6, "fd": 12.3}, settings={"neighbours": neighbours})
+    def evaluation(num_neighbors):
+        return measured({"precision": 0.6, "fd": 12.3}, settings={"num_neighbors": num_neighbors})
 
     (section,) = number_sections([run(evaluations=[evaluation(3)]), run(evaluations=[evaluation(5)])])
     found = [(row.name.text, row.name.note, [cell.text for cell in row.cells]) for row in section.rows]
     assert found == [
         ("Fréchet distance ↓", "", ["12.30", "12.30"]),
-        ("precision ↑", "neighbours 3", ["0.600", ABSENT]),
-        ("precision ↑", "neighbours 5", [ABSENT, "0.600"]),
+        ("precision ↑", "num_neighbors 3", ["0.600", ABSENT]),
+        ("precision ↑", "num_neighbors 5", [ABSENT, "0.600"]),
     ]
 
 
@@ -212,7 +212,7 @@ def test_numbers_from_other_references_or_of_other_images_stand_apart(other):
     assert "reference aaaaaaaa" in apart[0].note
 
 
-@pytest.mark.parametrize(("name", "setting"), [("recall", "num_kept"), ("kd", "num_kept"), ("kd", "seed")])
+@pytest.mark.parametrize(("name", "setting"), [("recall", "max_features"), ("kd", "max_features"), ("kd", "seed")])
 def test_numbers_of_other_settings_stand_in_rows_of_their_own(name, setting):
     runs = [run(k, evaluations=[measured({name: 0.5 + n}, settings={setting: n})]) for n, k in enumerate("ab")]
     (section,) = number_sections(runs)

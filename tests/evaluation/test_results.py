@@ -27,7 +27,7 @@ def test_all_that_a_number_depends_on_is_read_with_it_in_the_order_of_the_file(t
         resize="bilinear to 64×64",
         numbers={"fd": 12.3, "is": 4.0},
         intervals={"fd": (12.0, 12.6)},
-        settings={"neighbours": 3, "is_chunk": 5000, "kid_subsets": 100, "kid_subset_size": 1000},
+        settings={"num_neighbors": 3, "is_chunk": 5000, "kid_subsets": 100, "kid_subset_size": 1000},
         images="x",
         seconds=12.1,
     )
@@ -65,7 +65,7 @@ def test_a_number_that_was_not_taken_is_left_out(tmp_path):
         {"intervals": {"fd": 12.0}},
         {"intervals": {"fd": [12.0]}},
         {"intervals": {"fd": ["low", "high"]}},
-        {"settings": ["neighbours"]},
+        {"settings": ["num_neighbors"]},
     ],
     ids=str,
 )

@@ -47,7 +47,7 @@ def entry(numbers, **changes):
     """One of evaluation.json's."""
     found = {"images": "x", "num_samples": 20000, "reference": "fashion_mnist_test", "num_reference": 10000}
     found |= {"extractor": "effnet_lite0_64", "resize": "bilinear to 64×64", "numbers": numbers, "intervals": {}}
-    settings = {"neighbours": 3, "is_chunk": 5000, "kid_subsets": 100, "kid_subset_size": 1000}
+    settings = {"num_neighbors": 3, "is_chunk": 5000, "kid_subsets": 100, "kid_subset_size": 1000}
     return found | {"settings": settings, "seconds": 12.1} | changes
 
 

@@ -13,14 +13,14 @@ def mean(rows):
     return float(rows.mean())
 
 
-def test_the_same_features_differ_by_nothing():
+def test_equal_features_have_no_difference():
     assert paired_interval(features(), features(), mean) == (0.0, 0.0, 0.0)
 
 
-def test_of_a_mean_it_is_the_normal_interval_of_the_paired_differences():
+def test_the_interval_of_a_mean_is_the_normal_interval_of_the_paired_differences():
     first = 100 * features()
     second = first + 0.3 + 0.1 * features(seed=1)
-    estimate, low, high = paired_interval(first, second, mean, draws=2000)
+    estimate, low, high = paired_interval(first, second, mean, num_resamples=2000)
     per_sample = (second - first).mean(dim=1).numpy()
     half = 1.96 * per_sample.std() / np.sqrt(len(per_sample))
     assert estimate == pytest.approx(per_sample.mean())
@@ -28,10 +28,14 @@ def test_of_a_mean_it_is_the_normal_interval_of_the_paired_differences():
     assert high == pytest.approx(per_sample.mean() + half, abs=0.1 * half)
 
 
-def test_draws_are_of_the_seed():
+def test_resamples_depend_on_the_seed():
     first, second = features(seed=1), features(seed=2)
-    assert paired_interval(first, second, mean, draws=20) == paired_interval(first, second, mean, draws=20)
-    assert paired_interval(first, second, mean, draws=20, seed=1) != paired_interval(first, second, mean, draws=20)
+    assert paired_interval(first, second, mean, num_resamples=20) == paired_interval(
+        first, second, mean, num_resamples=20
+    )
+    assert paired_interval(first, second, mean, num_resamples=20, seed=1) != paired_interval(
+        first, second, mean, num_resamples=20
+    )
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -16,13 +16,13 @@ from sagl.settings.evaluation import MetricSettings
 
 GENERATOR = torch.Generator().manual_seed(0)
 REAL, REAL_SPATIAL = torch.randn(80, 6, generator=GENERATOR), torch.randn(80, 9, generator=GENERATOR)
-MADE, MADE_SPATIAL = 0.8 * torch.randn(60, 6, generator=GENERATOR) + 0.3, torch.randn(60, 9, generator=GENERATOR)
+FAKE, FAKE_SPATIAL = 0.8 * torch.randn(60, 6, generator=GENERATOR) + 0.3, torch.randn(60, 9, generator=GENERATOR)
 LOGITS = torch.randn(60, 5, generator=GENERATOR)
 SETTINGS = MetricSettings(kid_subsets=7, kid_subset_size=40)
 
 
-def made(features=MADE, **changes):
-    whole = {"pooled": statistics(features), "spatial": statistics(MADE_SPATIAL), "features": features}
+def fake(features=FAKE, **changes):
+    whole = {"pooled": statistics(features), "spatial": statistics(FAKE_SPATIAL), "features": features}
     return FeatureStatistics(**whole | {"logits": LOGITS} | changes)
 
 
@@ -31,31 +31,34 @@ def real(features=REAL, **changes):
     return FeatureStatistics(**whole | changes)
 
 
-def test_all_numbers_under_the_names_of_the_literature():
-    found = compute_metrics(made(), real(), SETTINGS, inception=True)
-    shares, kernel = precision_recall(MADE, REAL), kernel_distance(MADE, REAL, subsets=7, size=40)
-    assert found.values == {
-        "fid": pytest.approx(frechet_distance(statistics(MADE), statistics(REAL)), rel=1e-12),
-        "sfid": pytest.approx(frechet_distance(statistics(MADE_SPATIAL), statistics(REAL_SPATIAL)), rel=1e-12),
+def test_all_metrics_have_the_names_of_the_literature():
+    results = compute_metrics(fake(), real(), SETTINGS, inception=True)
+    precision_and_recall, kernel = (
+        precision_recall(FAKE, REAL),
+        kernel_distance(FAKE, REAL, num_subsets=7, subset_size=40),
+    )
+    assert results.values == {
+        "fid": pytest.approx(frechet_distance(statistics(FAKE), statistics(REAL)), rel=1e-12),
+        "sfid": pytest.approx(frechet_distance(statistics(FAKE_SPATIAL), statistics(REAL_SPATIAL)), rel=1e-12),
         "is": inception_score_in_chunks(LOGITS),
         "is_all": inception_score(LOGITS),
-        "precision": shares.precision,
-        "recall": shares.recall,
+        "precision": precision_and_recall.precision,
+        "recall": precision_and_recall.recall,
         "kid": kernel.mean,
     }
-    assert found.deviations == {"kid": kernel.deviation}
-    assert found.intervals == {}
+    assert results.deviations == {"kid": kernel.deviation}
+    assert results.intervals == {}
 
 
-def test_only_inception_s_features_have_a_fid():
-    found = compute_metrics(made(), real(), SETTINGS).values
-    assert set(found) == {"fd", "sfd", "is", "is_all", "precision", "recall", "kd"}
+def test_only_inception_features_have_a_fid():
+    results = compute_metrics(fake(), real(), SETTINGS).values
+    assert set(results) == {"fd", "sfd", "is", "is_all", "precision", "recall", "kd"}
 
 
-def test_what_the_reference_does_not_hold_is_left_out():
-    found = compute_metrics(made(), replace(real(), spatial=None, features=None), SETTINGS, inception=True).values
-    assert set(found) == {"fid", "is", "is_all"}
-    assert set(compute_metrics(made(logits=None, spatial=None), real(), SETTINGS).values) == {
+def test_metrics_without_data_are_left_out():
+    results = compute_metrics(fake(), replace(real(), spatial=None, features=None), SETTINGS, inception=True).values
+    assert set(results) == {"fid", "is", "is_all"}
+    assert set(compute_metrics(fake(logits=None, spatial=None), real(), SETTINGS).values) == {
         "fd",
         "precision",
         "recall",
@@ -63,49 +66,49 @@ def test_what_the_reference_does_not_hold_is_left_out():
     }
 
 
-def test_the_distance_has_an_interval_where_one_is_asked_for():
+def test_the_distance_has_an_interval_on_request():
     settings = MetricSettings(kid_subsets=1, kid_subset_size=10, bootstrap=50)
-    found = compute_metrics(made(), real(), settings)
-    low, high = found.intervals["fd"]
-    assert low < found.values["fd"] < high
-    assert compute_metrics(made(), real(), settings).intervals == found.intervals
+    results = compute_metrics(fake(), real(), settings)
+    low, high = results.intervals["fd"]
+    assert low < results.values["fd"] < high
+    assert compute_metrics(fake(), real(), settings).intervals == results.intervals
 
 
-class Passed(torch.nn.Module):
+class Identity(torch.nn.Module):
     num_features = 6
 
     def forward(self, x):
         return x
 
 
-def test_torchmetrics_has_the_same_fid_of_the_same_features():
-    theirs = FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
+def test_torchmetrics_has_the_same_fid():
+    theirs = FrechetInceptionDistance(feature=Identity(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
     theirs.inception.num_features = 6
-    for features, is_real in ((REAL, True), (MADE, False)):
+    for features, is_real in ((REAL, True), (FAKE, False)):
         theirs.update(features.double(), real=is_real)
-    assert compute_metrics(made(), real(), SETTINGS).values["fd"] == pytest.approx(float(theirs.compute()), rel=1e-5)
+    assert compute_metrics(fake(), real(), SETTINGS).values["fd"] == pytest.approx(float(theirs.compute()), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["run", "reference"])
 def test_features_that_are_not_finite_are_refused(bad, side):
-    features = (MADE if side == "run" else REAL).clone()
+    features = (FAKE if side == "run" else REAL).clone()
     features[17, 3] = bad
-    sets = (made(features), real()) if side == "run" else (made(), real(features))
-    with pytest.raises(UserError, match=rf"`{side}` must give finite features"):
+    sets = (fake(features), real()) if side == "run" else (fake(), real(features))
+    with pytest.raises(UserError, match=rf"`{side}` .*finite"):
         compute_metrics(*sets, SETTINGS)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_make_no_number_are_refused(bad):
+def test_logits_without_a_finite_score_are_refused(bad):
     logits = LOGITS.clone()
     logits[3, 1] = bad
-    with pytest.raises(UserError, match=r"`extractor` must give .* is comes out as nan"):
-        compute_metrics(made(logits=logits), real(), SETTINGS)
+    with pytest.raises(UserError, match=r"`extractor` .* nan"):
+        compute_metrics(fake(logits=logits), real(), SETTINGS)
 
 
 def test_sets_that_cannot_be_compared_are_refused():
-    with pytest.raises(UserError, match="as wide as the run's, 6 numbers, and has 5"):
-        compute_metrics(made(), real(REAL[:, :5]), SETTINGS)
-    with pytest.raises(UserError, match=r"`neighbours` must be below .* run has 3 .* got 3"):
-        compute_metrics(made(MADE[:3]), real(), SETTINGS)
+    with pytest.raises(UserError, match=r"`reference` .* 6 .* 5"):
+        compute_metrics(fake(), real(REAL[:, :5]), SETTINGS)
+    with pytest.raises(UserError, match=r"`num_neighbors` .* 3, got 3"):
+        compute_metrics(fake(FAKE[:3]), real(), SETTINGS)

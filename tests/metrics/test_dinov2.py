@@ -7,7 +7,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
 from sagl.errors import UserError
-from sagl.metrics.extractors import MAKERS
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import describe_resize, extract_features
 
 CPU = torch.device("cpu")
@@ -30,26 +30,26 @@ class Small(nn.Module):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What was asked of torch.hub."""
-    asked = []
+    """Record the calls of torch.hub.load."""
+    calls = []
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load", lambda *what: asked.append(what) or Small())
-    return asked
+    monkeypatch.setattr(torch.hub, "load", lambda *what: calls.append(what) or Small())
+    return calls
 
 
-def test_features_are_those_of_the_port(hub):
-    extract = MAKERS["dinov2"](CPU)
+def test_features_are_those_of_torch_fidelity(hub):
+    extract = EXTRACTORS["dinov2"](CPU)
     assert hub == [("facebookresearch/dinov2", "dinov2_vitl14")]
     assert describe_resize(extract) == "bilinear to 224×224, as TensorFlow 1 does, no antialias"
-    found = extract_features(IMAGES, extract)
-    assert (found.spatial, found.logits) == (None, None)
-    want = FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])(IMAGES)[0]
-    assert torch.equal(found.pooled, want)
-    assert want.std() > 0.01
+    features = extract_features(IMAGES, extract)
+    assert (features.spatial, features.logits) == (None, None)
+    expected = FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])(IMAGES)[0]
+    assert torch.equal(features.pooled, expected)
+    assert expected.std() > 0.01
 
 
-def test_an_image_of_one_channel_is_grey(hub):
-    extract, grey = MAKERS["dinov2"](CPU), IMAGES[:, :1]
+def test_a_single_channel_is_repeated(hub):
+    extract, grey = EXTRACTORS["dinov2"](CPU), IMAGES[:, :1]
     assert torch.equal(
         extract_features(grey, extract).pooled, extract_features(grey.expand(-1, 3, -1, -1), extract).pooled
     )
@@ -58,16 +58,16 @@ def test_an_image_of_one_channel_is_grey(hub):
 @pytest.mark.parametrize(
     "error", [urllib.error.URLError("no route"), RuntimeError("no\nroute"), ImportError("no route")]
 )
-def test_where_it_cannot_be_fetched_one_line_says_so_and_what_to_copy(hub, monkeypatch, error):
+def test_a_failed_download_is_refused_with_its_reason(hub, monkeypatch, error):
     def fail(*what):
         raise error
 
     monkeypatch.setattr(torch.hub, "load", fail)
-    with pytest.raises(UserError, match=r"^`extractor` dinov2 needs [^\n]*no route[^\n]* copy .*hub\.$"):
-        MAKERS["dinov2"](CPU)
+    with pytest.raises(UserError, match=r"^`extractor` [^\n]*no route[^\n]*hub\.$"):
+        EXTRACTORS["dinov2"](CPU)
 
 
-def test_without_torch_fidelity_it_says_what_to_install(hub, monkeypatch):
+def test_the_missing_package_is_named(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_dinov2", None)
     with pytest.raises(UserError, match=r"pip install 'sagl\[eval\]'"):
-        MAKERS["dinov2"](CPU)
+        EXTRACTORS["dinov2"](CPU)

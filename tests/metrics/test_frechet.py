@@ -21,7 +21,7 @@ def features(count, width, seed, *, shift=0.0, rank=None):
     return torch.randn(count, rank or width, generator=g) @ mixing + shift
 
 
-def by_nuclear_norm(x, y):
+def distance_by_nuclear_norm(x, y):
     """The distance from samples: tr sqrt(C_x C_y) is the sum of the singular values of X_c Y_c^T, over both N - 1."""
     x, y = x.double().numpy(), y.double().numpy()
     x_c, y_c = x - x.mean(0), y - y.mean(0)
@@ -43,7 +43,7 @@ def test_statistics_are_the_mean_and_the_unbiased_covariance_in_float64():
     np.testing.assert_allclose(s.covariance, np.cov(x.double().numpy().T), rtol=1e-10)
 
 
-def test_a_large_mean_does_not_drown_a_small_spread():
+def test_a_large_mean_costs_no_precision():
     x = features(200, 5, 0)
     far = (1e4 + x).float()
     torch.testing.assert_close(statistics(far).covariance, torch.cov((far.double() - 1e4).T), rtol=1e-7, atol=0)
@@ -53,7 +53,7 @@ def test_a_large_mean_does_not_drown_a_small_spread():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "want"),
+    ("a", "b", "expected"),
     [
         (([0.0], [[1.0]]), ([3.0], [[1.0]]), 9.0),
         (([0.0], [[4.0]]), ([0.0], [[9.0]]), 1.0),
@@ -63,15 +63,15 @@ def test_a_large_mean_does_not_drown_a_small_spread():
         (([0.0, 0.0], np.zeros((2, 2))), ([3.0, 4.0], np.eye(2)), 25 + 2),
     ],
 )
-def test_gaussians_whose_distance_is_known(a, b, want):
-    assert frechet_distance(gaussian(*a), gaussian(*b)) == pytest.approx(want, rel=1e-12)
+def test_gaussians_whose_distance_is_known(a, b, expected):
+    assert frechet_distance(gaussian(*a), gaussian(*b)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_turning_both_gaussians_alike_changes_nothing():
+def test_the_distance_is_invariant_under_rotation():
     a, b = features(300, 6, 0), features(300, 6, 1, shift=1.0)
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
-    turned = frechet_distance(statistics(a.double() @ turn), statistics(b.double() @ turn))
-    assert turned == pytest.approx(frechet_distance(statistics(a), statistics(b)), rel=1e-10)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    rotated = frechet_distance(statistics(a.double() @ rotation), statistics(b.double() @ rotation))
+    assert rotated == pytest.approx(frechet_distance(statistics(a), statistics(b)), rel=1e-10)
 
 
 def test_a_well_conditioned_case_agrees_with_a_matrix_square_root():
@@ -79,8 +79,8 @@ def test_a_well_conditioned_case_agrees_with_a_matrix_square_root():
     a, b = statistics(x), statistics(y)
     c_a, c_b = a.covariance.numpy(), b.covariance.numpy()
     root = scipy.linalg.sqrtm(c_a @ c_b)
-    want = ((a.mean - b.mean).numpy() ** 2).sum() + np.trace(c_a + c_b - 2 * root.real)
-    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
+    expected = ((a.mean - b.mean).numpy() ** 2).sum() + np.trace(c_a + c_b - 2 * root.real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
 # ------------------------------------------------------------------------------------------ fewer samples than features
@@ -97,36 +97,36 @@ def test_a_well_conditioned_case_agrees_with_a_matrix_square_root():
 )
 def test_singular_covariances_agree_with_the_nuclear_norm_of_the_samples(x, y):
     x, y = features(*x), features(*y)
-    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(by_nuclear_norm(x, y), rel=1e-6)
+    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(distance_by_nuclear_norm(x, y), rel=1e-6)
 
 
 def test_covariances_of_low_rank_agree_with_the_nuclear_norm_of_the_samples():
     x, y = features(500, 96, 0, rank=10), features(500, 96, 1, rank=30, shift=0.1)
-    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(by_nuclear_norm(x, y), rel=1e-6)
+    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(distance_by_nuclear_norm(x, y), rel=1e-6)
 
 
-def test_sets_that_are_nearly_alike_agree_with_the_nuclear_norm_of_the_samples():
+def test_nearly_equal_sets_agree_with_the_nuclear_norm_of_the_samples():
     x = features(40, 300, 0)
     y = x + 0.1 * features(40, 300, 1)
-    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(by_nuclear_norm(x, y), rel=1e-6)
+    assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(distance_by_nuclear_norm(x, y), rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- laws
 
 
 @pytest.mark.parametrize(("count", "width"), [(500, 16), (40, 100)])
-def test_it_is_symmetric(count, width):
+def test_the_distance_is_symmetric(count, width):
     a, b = statistics(features(count, width, 0)), statistics(features(count, width, 1, shift=0.2))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-7)
 
 
 @pytest.mark.parametrize(("count", "width"), [(500, 16), (40, 100)])
-def test_it_is_zero_for_a_gaussian_and_itself_and_never_below(count, width):
+def test_the_distance_of_equal_gaussians_is_zero(count, width):
     a = statistics(features(count, width, 0))
     assert 0 <= frechet_distance(a, a) <= 1e-6 * float(a.covariance.trace())
 
 
-def test_it_grows_with_the_distance_of_the_means():
+def test_the_distance_grows_with_that_of_the_means():
     a = statistics(features(100, 12, 0))
     distances = [frechet_distance(a, statistics(features(100, 12, 1, shift=shift))) for shift in (0, 0.1, 0.5, 2)]
     assert distances == sorted(distances)
@@ -135,8 +135,8 @@ def test_it_grows_with_the_distance_of_the_means():
 
 @pytest.mark.parametrize("width", [700, 512])
 @pytest.mark.parametrize("count", [40, 1300])
-def test_widths_of_several_blocks_lose_nothing(width, count):
+def test_widths_of_several_blocks_are_exact(width, count):
     x, y = features(count, width, 0), features(count + 9, width, 1, shift=0.1)
     s = statistics(x)
     np.testing.assert_allclose(s.covariance, np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
-    assert frechet_distance(s, statistics(y)) == pytest.approx(by_nuclear_norm(x, y), rel=1e-6)
+    assert frechet_distance(s, statistics(y)) == pytest.approx(distance_by_nuclear_norm(x, y), rel=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-from sagl.metrics.extractors import MAKERS
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.models.checkpoints import build_network, read_checkpoint
@@ -74,7 +74,7 @@ def test_backgrounds_are_black_without_speckle(drawn):
 
 
 def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
-    extract = MAKERS["effnet_lite0_64"](torch.device("cpu"))
+    extract = EXTRACTORS["effnet_lite0_64"](torch.device("cpu"))
     real = statistics(extract_features(garments.images[:1000], extract).pooled)
     noisy = (
         garments.images[1000 : 1000 + NUM_IMAGES].float()
