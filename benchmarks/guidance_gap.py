@@ -15,24 +15,24 @@ from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.utils.environment import disable_malloc_trim
 
 SCALE = 1e-6
 
 
 @torch.inference_mode()
-def gaps(checkpoint: Path, chain: ChainSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
+def gaps(checkpoint: Path, chain: SamplerSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
     """Timestep -> root mean square of eps - eps_degraded, the noisiest first."""
     file = read_checkpoint(checkpoint)
     network = build_network(file)
     recipe, ids = (
-        build_pipeline(network, file.diffusion, chain, sag),
+        build_pipeline(network, file.diffusion, chain, {"sag": sag}),
         range(run.first_id, run.first_id + run.num_samples),
     )
     result = {}
-    for step, _, prediction in recipe.chain(run.seed, ids, make_labels(run, ids, network)):
-        eps = torch.as_tensor(prediction.directions["sag"].eps) / SCALE
+    for step, _, prediction in recipe.sample_progressive(run.seed, ids, make_labels(run, ids, network)):
+        eps = torch.as_tensor(prediction.terms["sag"].eps) / SCALE
         result[int(recipe.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
     return result
 
@@ -48,7 +48,7 @@ def main() -> None:
     p.add_argument("--blur_sigma", type=float, default=1.5)
     a = p.parse_args()
     disable_malloc_trim()
-    chain = ChainSettings(sampler="ddim", respacing=a.respacing)
+    chain = SamplerSettings(sampler="ddim", respacing=a.respacing)
     sag = SelfAttentionGuidance(scale=SCALE, site=a.site, blur_sigma=a.blur_sigma)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")
     columns = [gaps(path, chain, sag, run) for path in a.checkpoints]

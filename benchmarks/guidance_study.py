@@ -31,10 +31,10 @@ from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
 from sagl.models.zoo import DEFAULT_CHECKPOINT
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings, WeightPrecision, micro_batches
+from sagl.settings.sampling import RunSettings, SamplerSettings, WeightPrecision, micro_batches
 from sagl.shapes import ImageUint8
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import cache_folder, sha256
@@ -69,7 +69,7 @@ class Setting:
         return study.with_suffix(".features") / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.npy"
 
 
-def grid(a: argparse.Namespace, chain: ChainSettings, run: RunSettings) -> list[Setting]:
+def grid(a: argparse.Namespace, chain: SamplerSettings, run: RunSettings) -> list[Setting]:
     """The settings to measure, network by network, the unguided one first."""
     keys = ("scale", "site", "blur_sigma", "interval")
     values = product(a.scales, a.sites, a.blur_sigmas, [tuple(map(float, i.split("-"))) for i in a.intervals])
@@ -109,7 +109,7 @@ def main() -> None:
     disable_malloc_trim()
     a.study.parent.mkdir(parents=True, exist_ok=True)
 
-    chain = ChainSettings(sampler=a.sampler, respacing=a.respacing)
+    chain = SamplerSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = get_extractor(EXTRACTOR)(torch.device("cpu"))
     fetch(cache_folder())
@@ -139,16 +139,16 @@ def network_of(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
     return cast_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
 
 
-def recipe_of(setting: Setting, chain: ChainSettings) -> SamplingPipeline:
+def recipe_of(setting: Setting, chain: SamplerSettings) -> SamplingPipeline:
     """How a setting's images are made."""
     network, diffusion = network_of(setting.checkpoint, setting.dtype)
-    return build_pipeline(network, diffusion, chain, SelfAttentionGuidance(**setting.sag))
+    return build_pipeline(network, diffusion, chain, {"sag": SelfAttentionGuidance(**setting.sag)})
 
 
 @torch.inference_mode()
 def images_of(recipe: SamplingPipeline, run: RunSettings) -> ImageUint8:
     """All images of a run."""
-    made = (run_to_end(recipe.chain(run.seed, i, make_labels(run, i, recipe.network)))[0] for i in micro_batches(run))
+    made = (recipe.sample(run.seed, i, make_labels(run, i, recipe.network))[0] for i in micro_batches(run))
     return torch.cat([to_uint8(x) for x in made])
 
 

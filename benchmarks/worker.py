@@ -22,7 +22,7 @@ from sagl.models.checkpoints import cast_weights
 from sagl.models.zoo import get_unet_settings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import ChainSettings, WeightPrecision
+from sagl.settings.sampling import SamplerSettings, WeightPrecision
 from sagl.utils.environment import disable_malloc_trim
 
 NETWORKS: dict[str, UNetSettings] = {
@@ -116,11 +116,13 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
 
     scale = SCALE if side.work == "guided" else 0.0
     sag = SelfAttentionGuidance(
-        scale=scale, site=f"output.{depth}", blur_sigma=BLUR_SIGMA, kernel_size=31, heads="as_released"
+        scale=scale, site=f"output.{depth}", blur_sigma=BLUR_SIGMA, kernel_size=31, heads="sag_release"
     )
     network = _network(side, s).eval().requires_grad_(False)
-    recipe = build_pipeline(network, DiffusionSettings(), ChainSettings(sampler="ddpm", respacing="250"), sag)
-    denoise, condition = recipe.denoiser, Condition(labels=labels)
+    recipe = build_pipeline(
+        network, DiffusionSettings(), SamplerSettings(sampler="ddpm", respacing="250"), {"sag": sag}
+    )
+    denoise, condition = recipe.predictor, Condition(labels=labels)
 
     def run() -> Tensor:
         torch.rand(1)  # their blur draws its sigma, also where that is one number

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sagl.settings.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from sagl.settings.guidance import ClassifierGuidance as ClassifierGuidance
     from sagl.settings.guidance import SelfAttentionGuidance as SelfAttentionGuidance
-    from sagl.settings.sampling import ChainSettings as ChainSettings
+    from sagl.settings.sampling import SamplerSettings as SamplerSettings
 
 __version__ = "0.1.0"
 
@@ -21,9 +21,9 @@ PUBLIC = {
     "load": "sagl.models.loading",
     "build_network": "sagl.models.checkpoints",
     "build_classifier": "sagl.models.checkpoints",
-    "prepare": "sagl.sampling.pipeline",
-    "collect": "sagl.sampling.pipeline",
-    "ChainSettings": "sagl.settings.sampling",
+    "build_pipeline": "sagl.sampling.pipeline",
+    "run_to_end": "sagl.sampling.pipeline",
+    "SamplerSettings": "sagl.settings.sampling",
     "SelfAttentionGuidance": "sagl.settings.guidance",
     "ClassifierFreeGuidance": "sagl.settings.guidance",
     "ClassifierGuidance": "sagl.settings.guidance",

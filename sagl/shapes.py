@@ -26,13 +26,13 @@ TokenMap = Tensor
 Mask = Tensor
 """(B, 1, H, W) bool: True where a pixel is degraded."""
 
-HeadLayout = Literal["layer", "as_released"]
+HeadLayout = Literal["layer", "sag_release"]
 
 
 class AttentionSite(NamedTuple):
     """Where attention is read: a block of the network, and how its channels are split into heads.
 
-    `heads` is "layer" for the layer's own heads, or "as_released" for the public SAG code's regrouping.
+    `heads` is "layer" for the layer's own heads, or "sag_release" for the public SAG code's regrouping.
     """
 
     name: str

@@ -124,7 +124,7 @@ def flags_id(value):
         (["--eta", "0.5"], ("`eta`", "ddim", "--sampler ddim")),
         (["--sampler", "ddim", "--eta", "1.5"], ("`eta`", "[0, 1]", "got 1.5")),
         (["--clip_x0", "maybe"], ("`clip_x0`", "true or false", "got maybe")),
-        (["--sag.heads", "all"], ("`sag.heads`", "layer, as_released", "got all")),
+        (["--sag.heads", "all"], ("`sag.heads`", "layer, sag_release", "got all")),
         (["--trainer.precision", "64"], ("`trainer.precision`", "auto, 32-true, bf16-true, 16-true", "got 64")),
         (["--trainer.accelerator", "tpu"], ("`trainer.accelerator`", "auto, cpu, gpu", "got tpu")),
         (["--views", "grid,film"], ("`views`", "grid, images, npz, strip", "'film'")),

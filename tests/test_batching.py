@@ -9,15 +9,14 @@ import torch
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
-from sagl.guidance.base import guided
-from sagl.guidance.sag import sag
+from sagl.guidance.base import with_guidance
 from sagl.models.adm import UNetOutput
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.shapes import AttentionSite
 from tests.helpers.reference import small_unet
+from tests.helpers.toys import guidances_of
 
 SHAPE, SITE, THRESHOLD = (3, 16, 16), AttentionSite("output.1"), 1.0
 SAMPLERS = {"ddpm": (ddpm, "6"), "ddim": (ddim, "ddim8")}
@@ -47,8 +46,8 @@ def chain_of_sample(number, *, of, batch_size, sampler):
     net = near_x_t(small_unet(num_classes=5))
     sample, respacing = SAMPLERS[sampler]
     schedule = make_schedule(DiffusionSettings(), respacing)
-    settings = SelfAttentionGuidance(scale=0.5, site=SITE.name, threshold=THRESHOLD, blur_sigma=1.0)
-    denoise = guided(make_predictor(net, schedule, "learned_range"), {"sag": sag(settings, schedule)})
+    settings = {"scale": 0.5, "site": SITE.name, "threshold": THRESHOLD, "blur_sigma": 1.0}
+    denoise = with_guidance(make_predictor(net, schedule, "learned_range"), guidances_of(schedule, sag=settings))
     made = {}
     for first in range(0, of, batch_size):
         ids = range(first, first + batch_size)

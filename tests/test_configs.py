@@ -115,10 +115,10 @@ def test_a_network_of_the_paper_is_sampled_as_table_7_says(name):
         request = parse(flags)
         assert request.source.name == name
         assert request.source.network == RELEASED[name].settings
-        assert request.sag == wanted
+        assert request.guidances["sag"] == wanted
         assert (request.chain.sampler, request.chain.respacing) == ("ddpm", "250")
         guided_by = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)
-        assert (request.classifier.checkpoint, request.classifier.scale) == guided_by
+        assert (request.guidances["classifier"].checkpoint, request.guidances["classifier"].scale) == guided_by
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -134,7 +134,11 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
 
 def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():
     by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]), parse([])
-    assert (by_config.chain, by_config.sag, by_config.run) == (by_file.chain, by_file.sag, by_file.run)
+    assert (by_config.chain, by_config.guidances["sag"], by_config.run) == (
+        by_file.chain,
+        by_file.guidances["sag"],
+        by_file.run,
+    )
 
 
 def test_the_classifier_s_configuration_is_of_the_embedded_network_s_images_and_process_and_fits_the_package():

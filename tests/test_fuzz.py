@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from sagl.settings.guidance import GUIDANCES
-from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
 from tests.helpers.tiny import exit_code, write_tiny
 
-GROUPS = {"": (RunSettings, ChainSettings), "trainer": (DeviceSettings,)}
-GROUPS |= {name: (settings_class,) for name, settings_class in GUIDANCES.items()}
+GROUPS = {"": (RunSettings, SamplerSettings), "trainer": (DeviceSettings,)}
+GROUPS |= {name: (entry.settings_class,) for name, entry in GUIDANCES.items()}
 TYPES = {
     f"{group}.{name}".strip("."): kind
     for group, classes in GROUPS.items()

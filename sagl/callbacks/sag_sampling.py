@@ -19,7 +19,7 @@ from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.grid import colorize_masks, image_grid, save_png
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
 from sagl.utils.files import atomic_file
@@ -99,18 +99,20 @@ class SAGSampling(Callback):
 
     def _recipes(self, module: LightningModule) -> Iterator[tuple[float, SamplingPipeline]]:
         assert isinstance(module, DiffusionModule)
-        chain = ChainSettings(sampler=self.settings.sampler, respacing=self.settings.respacing)
+        chain = SamplerSettings(sampler=self.settings.sampler, respacing=self.settings.respacing)
         for scale in self.settings.scales:
             yield (
                 scale,
-                build_pipeline(module.network, module.diffusion_settings, chain, replace(self.sag, scale=scale)),
+                build_pipeline(
+                    module.network, module.diffusion_settings, chain, {"sag": replace(self.sag, scale=scale)}
+                ),
             )
 
     def _made(self, recipe: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
         """Images of these ids, and the masked shares; of labels every class in turn."""
         classes = recipe.network.settings.num_classes
         run = RunSettings(num_samples=len(ids), labels="null" if classes is None else "balanced")
-        x, share = run_to_end(recipe.chain(run.seed, ids, make_labels(run, ids, recipe.network)))
+        x, share = run_to_end(recipe.sample_progressive(run.seed, ids, make_labels(run, ids, recipe.network)))
         return to_uint8(x), share
 
     def _draw(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:

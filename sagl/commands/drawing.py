@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sagl.commands.job import Job, read_source
-from sagl.commands.request import Request
-from sagl.errors import UserError, require
+from sagl.errors import require
 from sagl.sampling.run_folder import SAMPLES, Sample, is_run, png, remove_superseded, write_run_json, write_shard
-from sagl.settings.compatibility import check_classifier
-from sagl.settings.network import UNetSettings
 from sagl.utils.distributed import select_device
 from sagl.utils.progress import ProgressReporter
 
 if TYPE_CHECKING:  # torch is imported once the command line has been accepted
-    import torch
-
-    from sagl.models.adm import Classifier
-    from sagl.models.checkpoints import Checkpoint
     from sagl.sampling.pipeline import SamplingPipeline
     from sagl.shapes import Image, ImageUint8
 
@@ -84,26 +77,7 @@ def recipe_of(job: Job) -> "SamplingPipeline":
     network = cast_weights(build_network(file), request.weight_precision, device)
     if request.device.compile:
         network.compile(dynamic=False)  # every micro-batch has the same size
-    classifier = _classifier(request, file, device) if request.classifier.scale else None
-    return build_pipeline(
-        network, file.diffusion, request.chain, request.sag, classifier, request.classifier, request.cfg
-    )
-
-
-def _classifier(request: Request, guided: "Checkpoint", device: "torch.device") -> "Classifier":
-    from sagl.models.checkpoints import build_classifier, cast_weights
-    from sagl.models.loading import load
-
-    assert request.classifier.checkpoint is not None
-    try:
-        file = load(request.classifier.checkpoint)
-        classifier = build_classifier(file)
-    except UserError as error:
-        said = str(error).replace("`model`", "`checkpoint`").replace("`checkpoint`", "`classifier.checkpoint`")
-        raise UserError(said) from error
-    assert isinstance(guided.model_settings, UNetSettings)
-    check_classifier(classifier.settings, file.diffusion, guided.model_settings, guided.diffusion)
-    return cast_weights(classifier, request.weight_precision, device)
+    return build_pipeline(network, file.diffusion, request.chain, request.guidances)
 
 
 def _micro_batch(job: Job, recipe: "SamplingPipeline", wanted: Sequence[int], watch: ProgressReporter) -> list[Sample]:
@@ -120,9 +94,11 @@ def _micro_batch(job: Job, recipe: "SamplingPipeline", wanted: Sequence[int], wa
         labels = make_labels(job.run, ids, recipe.network)
         rows: dict[str, ImageUint8] = {}
         if job.request.compare:
-            chain = recipe.unguided.chain(job.run.seed, ids, labels)
+            chain = recipe.unguided.sample_progressive(job.run.seed, ids, labels)
             rows["unguided"] = to_uint8(_finite(run_to_end(watch.steps(chain, recipe.schedule.num_steps))[0]))
-        x, share = run_to_end(watch.steps(recipe.chain(job.run.seed, ids, labels), recipe.schedule.num_steps))
+        x, share = run_to_end(
+            watch.steps(recipe.sample_progressive(job.run.seed, ids, labels), recipe.schedule.num_steps)
+        )
         rows[SAMPLES] = to_uint8(_finite(x))
         if job.request.compare and share is not None:
             rows["masks"] = (share * 255).round().to(torch.uint8)

@@ -47,19 +47,8 @@ class Job:
 
 def _refuse_contradictions(request: Request) -> None:
     """What can be seen to be impossible before any torch is loaded."""
-    guided = request.sag.scale or request.cfg.scale or request.classifier.scale
-    require(not request.compare or bool(guided), "`compare` needs guidance, got scale 0. Give --sag.scale.")
-    c = request.classifier
-    require(
-        not c.scale or c.checkpoint is not None, "`classifier.scale` needs a classifier. Add --classifier.checkpoint."
-    )
-    require(
-        not c.scale or request.run.labels != "null", "`classifier.scale` needs labels, got null. Give --labels random."
-    )
-    require(
-        not request.cfg.scale or request.run.labels != "null",
-        "`cfg.scale` needs labels, got null. Give --labels random.",
-    )
+    guided = any(guidance.scale for guidance in request.guidances.values())
+    require(not request.compare or guided, "`compare` needs guidance, got scale 0. Give --sag.scale.")
     require_launcher(request.device)
     if not is_run(request.output):  # a whole run can be asked for where nothing can be written
         require_writable(request.output)
@@ -73,8 +62,8 @@ def job_of(request: Request) -> Job:
     """
     _refuse_contradictions(request)
     network, diffusion = _known(request.source)
-    check_compatible(network, diffusion, request.sag, request.cfg)
-    check_labels(request.run, network)
+    check_compatible(network, diffusion, request.guidances)
+    check_labels(request.run, network, request.guidances)
     from sagl.diffusion.respacing import respaced_timesteps
 
     respaced_timesteps(request.chain.respacing, diffusion.num_timesteps)

@@ -10,11 +10,15 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from sagl.errors import UserError
+from sagl.guidance.registry import GUIDANCES
 
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "NoneType": "null"}
 KINDS |= {"list": "a list like [a,b]"}
 """What a type is called in a message."""
-FORMS = {"sag.interval": "two fractions like 0.5,1.0: from the noisiest step (0) to the cleanest (1)"}
+FORMS = dict.fromkeys(
+    (f"{name}.interval" for name in GUIDANCES),
+    "two fractions like 0.5,1.0: from the noisiest step (0) to the cleanest (1)",
+)
 """Settings whose form a type's name would not explain."""
 
 
@@ -99,8 +103,10 @@ def parse_interval_arg(arguments: Iterable[str]) -> list[str]:
     result: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.rpartition("=") if "=" in argument else ("", "", argument)
-        meant = "--sag.interval" in (flag, result[-1] if result and not equals else "")
-        result.append(f"{flag}{equals}[{value}]" if meant and re.fullmatch(r"[^,\[]+,[^,]+", value) else argument)
+        name = (flag if equals else result[-1] if result else "").removeprefix("--")
+        result.append(
+            f"{flag}{equals}[{value}]" if name in FORMS and re.fullmatch(r"[^,\[]+,[^,]+", value) else argument
+        )
     return result
 
 

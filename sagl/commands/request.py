@@ -11,6 +11,7 @@ import yaml
 
 from sagl.commands.parser import Parser, field_names, from_namespace, suggest
 from sagl.errors import UserError, require
+from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
 from sagl.models.zoo import (
     DEFAULT_CHECKPOINT,
@@ -22,23 +23,21 @@ from sagl.models.zoo import (
     name_from_filename,
 )
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.guidance import (
-    GUIDANCES,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    SelfAttentionGuidance,
-)
+from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings, WeightPrecision
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings, WeightPrecision
 from sagl.settings.training import BlurAwareSettings, OptimizerSettings
 from sagl.utils.files import packaged_configs
 
 VIEWS = ("grid", "images", "npz", "strip")
 ALL_VIEWS_UP_TO = 1000
 """Larger runs make only the views that are named."""
-GROUPS: dict[str, type] = {**GUIDANCES, "trainer": DeviceSettings}
+GROUPS: dict[str, type] = {
+    **{name: entry.settings_class for name, entry in GUIDANCES.items()},
+    "trainer": DeviceSettings,
+}
 OF_SAMPLE = {"checkpoint", "weights", "compare", "views", *GROUPS} - {"trainer"}
-OF_SAMPLE |= {name for kind in (RunSettings, ChainSettings) for name in kind.__dataclass_fields__}
+OF_SAMPLE |= {name for kind in (RunSettings, SamplerSettings) for name in kind.__dataclass_fields__}
 """Top-level keys of a config that `sagl sample` reads."""
 OF_FIT = {
     "model",
@@ -85,22 +84,19 @@ class Request:
     progress: Literal["auto", "bar", "lines", "off"]
     dry_run: bool
     run: RunSettings
-    chain: ChainSettings
-    sag: SelfAttentionGuidance
-    cfg: ClassifierFreeGuidance
-    classifier: ClassifierGuidance
+    chain: SamplerSettings
+    guidances: Mapping[str, GuidanceSettings]
     device: DeviceSettings
 
     @property
     def settings(self) -> dict[str, Any]:
         """All of the request that decides what an image is."""
         run = {name: value for name, value in asdict(self.run).items() if name not in ("num_samples", "batch_size")}
-        guidances = {"sag": asdict(self.sag), "cfg": asdict(self.cfg), "classifier": asdict(self.classifier)}
         return {
             "compare": self.compare,
             **run,
             **asdict(self.chain),
-            **guidances,
+            **{name: asdict(guidance) for name, guidance in self.guidances.items()},
             "precision": self.device.precision,
             "weights": self.source.weights,
             **({"compile": True} if self.device.compile else {}),
@@ -132,7 +128,7 @@ def sample_parser() -> Parser:
     p.add_argument("--progress", type=progress, default="auto", help="auto: a bar on a terminal, else lines.")
     p.add_argument("--dry_run", action="store_true", help="Print cost, time and memory expected; write nothing.")
     p.add_settings(RunSettings)
-    p.add_settings(ChainSettings)
+    p.add_settings(SamplerSettings)
     for name, kind in GROUPS.items():
         p.add_settings(kind, name)
     return p
@@ -169,18 +165,20 @@ def parse(arguments: list[str]) -> Request:
         progress=given.progress,
         dry_run=given.dry_run,
         run=from_namespace(RunSettings, given),
-        chain=from_namespace(ChainSettings, given),
-        sag=from_namespace(SelfAttentionGuidance, given.sag, "sag."),
-        cfg=from_namespace(ClassifierFreeGuidance, given.cfg, "cfg."),
-        classifier=_with_embedded(from_namespace(ClassifierGuidance, given.classifier, "classifier."), source),
+        chain=from_namespace(SamplerSettings, given),
+        guidances={
+            name: _with_embedded(from_namespace(entry.settings_class, given[name], f"{name}."), source)
+            for name, entry in GUIDANCES.items()
+        },
         device=from_namespace(DeviceSettings, given.trainer, "trainer."),
     )
 
 
-def _with_embedded(classifier: ClassifierGuidance, source: Source) -> ClassifierGuidance:
-    """The embedded network is guided by the embedded classifier where no other is named."""
-    left_out = bool(classifier.scale) and classifier.checkpoint is None and source.name == DEFAULT_MODEL
-    return replace(classifier, checkpoint=DEFAULT_CLASSIFIER) if left_out else classifier
+def _with_embedded(guidance: GuidanceSettings, source: Source) -> GuidanceSettings:
+    """Guide the embedded network by the embedded classifier if no other is named."""
+    if not isinstance(guidance, ClassifierGuidance) or not guidance.scale or source.name != DEFAULT_MODEL:
+        return guidance
+    return replace(guidance, checkpoint=guidance.checkpoint or DEFAULT_CLASSIFIER)
 
 
 # ------------------------------------------------------------------------------------------------------- source
@@ -375,7 +373,7 @@ def _as_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
         )
     try:
         given = p.parse_object(values)
-        from_namespace(RunSettings, given), from_namespace(ChainSettings, given)
+        from_namespace(RunSettings, given), from_namespace(SamplerSettings, given)
         for group, kind in GROUPS.items():
             from_namespace(kind, given[group], f"{group}.")
     except UserError as error:

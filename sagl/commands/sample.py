@@ -20,7 +20,7 @@ from sagl.sampling.run_folder import (
     remove_partial,
     write_run_json,
 )
-from sagl.settings.guidance import DEFAULT_KERNEL, effective_kernel_size
+from sagl.settings.guidance import DEFAULT_KERNEL_SIZE, SelfAttentionGuidance, effective_kernel_size
 from sagl.utils.distributed import exit_when_parent_dies, global_rank, has_peers, num_processes
 from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
 from sagl.utils.files import require_writable
@@ -89,11 +89,9 @@ def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) 
 
 def _say_choices(asked: Request, job: Job, side: int) -> None:
     """What was left to this machine and to the size of the images, once, before the work."""
-    if (
-        asked.sag.scale
-        and asked.sag.kernel_size is None
-        and (fits := effective_kernel_size(None, side)) < DEFAULT_KERNEL
-    ):
+    sag = asked.guidances["sag"]
+    assert isinstance(sag, SelfAttentionGuidance)
+    if sag.scale and sag.kernel_size is None and (fits := effective_kernel_size(None, side)) < DEFAULT_KERNEL_SIZE:
         print(f"Blur kernel {fits}: the largest that fits {side}x{side} images.")
     chosen = {
         "trainer.precision": asked.device.precision == "auto" and job.request.device.precision,
@@ -215,7 +213,7 @@ def _print_cost(asked: Request, job: Job) -> None:
     ids = list(range(job.run.effective_batch_size))
     steps_done: list[float] = [time.monotonic()]
     with torch.inference_mode():
-        for _ in recipe.unguided.chain(job.run.seed, ids, make_labels(job.run, ids, recipe.network)):
+        for _ in recipe.unguided.sample_progressive(job.run.seed, ids, make_labels(job.run, ids, recipe.network)):
             steps_done.append(time.monotonic())
             if len(steps_done) == 3:
                 break

@@ -23,18 +23,19 @@ from sagl.callbacks.sag_sampling import SAGSampling
 from sagl.commands.parser import UserErrorParser, field_names, parse_interval_arg
 from sagl.commands.request import packaged_config, read_config
 from sagl.errors import UserError, require
+from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import load_training_checkpoint, read_state_dict
 from sagl.models.loading import load
 from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.training_module import TrainingModule
-from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import CheckpointSettings, PreviewSettings
 from sagl.utils.environment import disable_malloc_trim, set_threads
 
-OF_DRAWING = {"preview", *field_names(ChainSettings), *GUIDANCES}
+OF_DRAWING = {"preview", *field_names(SamplerSettings), *GUIDANCES}
 """Top-level settings that a classifier has no use for."""
 UNASKED = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Beginnings of Lightning's lines that no user of ours can act on."""
@@ -74,9 +75,9 @@ class FitCLI(LightningCLI):
         if not self.draws:
             return
         parser.add_class_arguments(PreviewSettings, "preview")
-        parser.add_class_arguments(ChainSettings, as_group=True)
-        for group, kind in GUIDANCES.items():
-            parser.add_class_arguments(kind, group)
+        parser.add_class_arguments(SamplerSettings, as_group=True)
+        for group, entry in GUIDANCES.items():
+            parser.add_class_arguments(entry.settings_class, group)
 
     def instantiate_classes(self) -> None:
         """Build all that is asked for.
@@ -151,8 +152,8 @@ class FitCLI(LightningCLI):
 
     def _sampling(self) -> dict[str, Any]:
         """The sampling settings of the config, as `sagl sample` advises them."""
-        chain = {name: self._get(self.config, name) for name in field_names(ChainSettings)}
-        return chain | {group: self._group(group, kind) for group, kind in GUIDANCES.items()}
+        chain = {name: self._get(self.config, name) for name in field_names(SamplerSettings)}
+        return chain | {group: self._group(group, entry.settings_class) for group, entry in GUIDANCES.items()}
 
     def _callbacks(self) -> list[Any]:
         s = CheckpointSettings(**{name: self._get(self.config, name) for name in field_names(CheckpointSettings)})

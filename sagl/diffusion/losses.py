@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, NoisePredictor, split_eps_and_variance
-from sagl.diffusion.process import add_noise, clip, posterior_mean, x0_hat_from_eps
+from sagl.diffusion.process import add_noise, maybe_clip, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import Loss, Variance
 from sagl.shapes import Image, PerSample
@@ -84,7 +84,7 @@ def vlb_term(
 ) -> PerSample:
     """One term of the variational bound, in bits a dimension: KL, or at step 0 the decoder's likelihood."""
     alpha_bar, before = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
-    x0_hat = clip(x0_hat_from_eps(x_t, eps, alpha_bar), clip_x0)
+    x0_hat = maybe_clip(x0_hat_from_eps(x_t, eps, alpha_bar), clip_x0)
     mean = posterior_mean(x0_hat, x_t, alpha_bar, before)
     true_mean = posterior_mean(x_0, x_t, alpha_bar, before)
     true_log_variance = schedule.log_posterior_variance(steps).to(x_0)

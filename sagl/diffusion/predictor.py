@@ -36,25 +36,25 @@ class GuidanceTerm:
     """scale · grad log p(y | x_t): eq. 9. The sampler adds it, after its clip."""
     nfe: float = 0.0
     """Network evaluations a sample that it cost."""
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     """To show: SAG's mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What one evaluation brings back; guided, the sum of the plain one and the directions."""
+    """What one evaluation brings back; guided, the sum of the plain one and the terms."""
 
     eps: Image
     """(B, C, H, W) predicted noise."""
     log_variance: Tensor
     """() or (B, C, H, W): log variance of the reverse step."""
     score: Image | float = 0.0
-    """Sum of the directions' scores."""
+    """Sum of the terms' scores."""
     nfe: float = 1.0
     """Network evaluations a sample."""
     attention: Mapping[AttentionSite, TokenMap] = field(default_factory=dict)
     """Attention received, where the condition asked."""
-    directions: Mapping[str, GuidanceTerm] = field(default_factory=dict)
+    terms: Mapping[str, GuidanceTerm] = field(default_factory=dict)
     """What each guidance added, by name."""
 
 
@@ -74,7 +74,7 @@ class NetworkOutput(Protocol):
         """Attention received, at the sites asked for."""
 
 
-class Network(Protocol):
+class EpsNetwork(Protocol):
     """Any network that predicts eps from (x_t, timestep, labels) and can tell what its tokens attend to."""
 
     def __call__(
@@ -88,12 +88,12 @@ class Network(Protocol):
         """One pass."""
 
 
-def has_degraded_embedding(network: Network) -> bool:
+def has_degraded_embedding(network: EpsNetwork) -> bool:
     """Whether a network can be told that x_t was degraded: one with `settings.degraded_embedding`."""
     return bool(getattr(getattr(network, "settings", None), "degraded_embedding", False))
 
 
-def make_predictor(network: Network, schedule: Schedule, variance: Variance) -> NoisePredictor:
+def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) -> NoisePredictor:
     """A network on a schedule as a `NoisePredictor`. The arithmetic outside the network is the caller's dtype."""
 
     def denoise(x_t: Image, step: int, condition: Condition) -> Prediction:
@@ -124,5 +124,7 @@ def split_eps_and_variance(
     if variance == "learned_range":
         require(behind.shape == eps.shape, "`variance` learned_range needs a network with learn_sigma: true.")
         return eps, learned_log_variance(behind, schedule.log_posterior_variance(step), schedule.log_beta(step))
-    fixed = schedule.log_posterior_variance(step) if variance == "fixed_small" else schedule.log_large_variance(step)
+    fixed = (
+        schedule.log_posterior_variance(step) if variance == "fixed_small" else schedule.log_fixed_large_variance(step)
+    )
     return eps, fixed.to(out)

@@ -37,7 +37,7 @@ def learned_log_variance(fraction: Image, log_posterior_variance: AlphaBar, log_
     return share * _like(log_beta, share) + (1 - share) * _like(log_posterior_variance, share)
 
 
-def clip(x0_hat: Image, on: bool) -> Image:
+def maybe_clip(x0_hat: Image, on: bool) -> Image:
     """The estimate within the range of images, [-1, 1], where that is wanted."""
     return x0_hat.clamp(-1, 1) if on else x0_hat
 

@@ -60,7 +60,7 @@ class Schedule:
         """The lower end of the reverse variance: log of eq. 4's, with step 1's at step 0, where it would be -inf."""
         return self._at(self._log_posterior, step)
 
-    def log_large_variance(self, step: int | Tensor) -> AlphaBar:
+    def log_fixed_large_variance(self, step: int | Tensor) -> AlphaBar:
         """The fixed large variance: log beta, with the posterior's at step 0, as ADM's decoder has it."""
         return self._at(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sagl.settings.guidance import DEFAULT_KERNEL
+from sagl.settings.guidance import DEFAULT_KERNEL_SIZE
 
 FIGURES = Path(__file__).with_name("paper.yaml")
 
@@ -63,6 +63,8 @@ def _guided_like(row: PaperRow, settings: Mapping[str, Any]) -> bool:
     if scales != (row.sag["scale"], row.classifier):
         return False
     found = {name: settings.get(f"sag.{name}") for name in row.sag}
-    found["kernel_size"] = settings.get("sag.kernel_size") or DEFAULT_KERNEL  # that fits images of 128 pixels and more
+    found["kernel_size"] = (
+        settings.get("sag.kernel_size") or DEFAULT_KERNEL_SIZE
+    )  # that fits images of 128 pixels and more
     every_step = settings.get("sag.interval") in ([0, 1], (0, 1))
     return not row.sag["scale"] or (every_step and all(found[name] == value for name, value in row.sag.items()))

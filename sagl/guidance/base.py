@@ -1,65 +1,102 @@
-"""What all guidances share: each adds one direction to the plain prediction, and the directions are summed.
+"""Guidance terms, and how they combine with the base prediction.
 
-A guidance is told the plain prediction of the step and may evaluate the network again; it changes the condition,
-never the network. n guidances cost 1 + n passes, in any order.
+A guidance method computes one term from x_t, the base prediction of the step and, where it needs one, a further
+evaluation of the network under another condition. The terms are summed, so n methods that need a weaker prediction
+cost 1 + n network evaluations, in any order.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.shapes import Image
+from torch import Tensor
+
+from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
+from sagl.diffusion.schedule import Schedule
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import GuidanceSettings
+from sagl.shapes import Image, Timestep
+
+NoisyClassifier = Callable[[Image, Timestep], Tensor]
+"""A classifier of noisy images: ((B, C, H, W), (B,) timesteps) -> logits (B, classes)."""
 
 
-def _nothing(condition: Condition) -> Condition:
+@dataclass(frozen=True, kw_only=True)
+class GuidanceContext:
+    """What a guidance method may build on besides its own settings."""
+
+    network: EpsNetwork
+    """The network that is guided."""
+    diffusion: DiffusionSettings
+    schedule: Schedule
+    """Steps of the sampler."""
+    load_network: Callable[[str], EpsNetwork]
+    """Load another network by name or file, with the device and precision of `network`."""
+    load_classifier: Callable[[str], NoisyClassifier]
+    """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
+
+
+def identity(condition: Condition) -> Condition:
+    """Return the condition unchanged."""
     return condition
 
 
-def _always(step: int) -> bool:
+def always(step: int) -> bool:
+    """Return True for every step."""
     return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """One guidance."""
+    """One guidance method, ready to use."""
 
-    direction: Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
-    """(denoise, x_t, step, condition, plain prediction) -> what to add."""
-    ask: Callable[[Condition], Condition] = _nothing
-    """The condition of the plain pass, with what this guidance needs of it."""
-    when: Callable[[int], bool] = _always
-    """Whether a step is guided; a step that is not costs nothing."""
-    passes: int = 1
-    """Network evaluations that a guided step costs besides the plain one."""
-
-
-def guided(denoise: NoisePredictor, guidances: Mapping[str, Guidance]) -> NoisePredictor:
-    """The denoiser that adds the guidances' directions to every prediction; with none of them, `denoise` itself."""
-
-    def call(x_t: Image, step: int, condition: Condition) -> Prediction:
-        """One plain pass, and what each active guidance adds to it."""
-        active = {name: g for name, g in guidances.items() if g.when(step)}
-        asked = reduce(lambda c, g: g.ask(c), active.values(), condition)
-        plain = denoise(x_t, step, asked)
-        bare = replace(condition, attention_sites=())  # a second pass brings nothing back
-        added = {name: g.direction(denoise, x_t, step, bare, plain) for name, g in active.items()}
-        eps, score, nfe = plain.eps, plain.score, plain.nfe
-        for d in added.values():
-            eps, score, nfe = eps + d.eps, score + d.score, nfe + d.nfe
-        attention = {site: plain.attention[site] for site in condition.attention_sites}
-        return replace(plain, eps=eps, score=score, nfe=nfe, directions=added, attention=attention)
-
-    return call if guidances else denoise
+    term: Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
+    """(predict, x_t, step, condition, base prediction) -> what to add to the base prediction."""
+    prepare_condition: Callable[[Condition], Condition] = identity
+    """Add to the condition of the base prediction what the term needs of it, such as attention sites."""
+    is_active: Callable[[int], bool] = always
+    """True for the steps that are guided; an inactive step costs nothing."""
+    extra_nfe: int = 1
+    """Network evaluations of a guided step besides the base prediction."""
 
 
-def extrapolate(weak: Prediction, plain: Prediction, scale: float) -> GuidanceTerm:
+def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) -> NoisePredictor:
+    """Return the predictor that adds all guidance terms to every prediction; without guidances, `predict` itself."""
+
+    def predict_guided(x_t: Image, step: int, condition: Condition) -> Prediction:
+        active = {name: guidance for name, guidance in guidances.items() if guidance.is_active(step)}
+        base_condition = reduce(lambda c, guidance: guidance.prepare_condition(c), active.values(), condition)
+        base_pred = predict(x_t, step, base_condition)
+        bare_condition = replace(condition, attention_sites=())  # further evaluations return no attention
+        terms = {name: g.term(predict, x_t, step, bare_condition, base_pred) for name, g in active.items()}
+        eps, score, nfe = base_pred.eps, base_pred.score, base_pred.nfe
+        for term in terms.values():
+            eps, score, nfe = eps + term.eps, score + term.score, nfe + term.nfe
+        attention = {site: base_pred.attention[site] for site in condition.attention_sites}
+        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, attention=attention)
+
+    return predict_guided if guidances else predict
+
+
+def extrapolate(weak_pred: Prediction, base_pred: Prediction, scale: float) -> GuidanceTerm:
     """Eq. 11, 15, 17: eps' + (1 + s)(eps - eps') = eps + s (eps - eps'), so that s = 0 adds exactly nothing."""
-    return GuidanceTerm(eps=scale * (plain.eps - weak.eps), nfe=weak.nfe)
+    return GuidanceTerm(eps=scale * (base_pred.eps - weak_pred.eps), nfe=weak_pred.nfe)
 
 
-def within(guidance: Guidance, interval: tuple[float, float], num_steps: int) -> Guidance:
-    """The guidance at positions round(start · S) … round(end · S) - 1 of the chain, position 0 the noisiest."""
+def limit_to_interval(guidance: Guidance, interval: tuple[float, float], num_steps: int) -> Guidance:
+    """Guide positions round(start · S) … round(end · S) - 1 of S sampling steps; position 0 is the noisiest step."""
     start, end = (round(fraction * num_steps) for fraction in interval)
-    inner = guidance.when
-    return replace(guidance, when=lambda step: start <= num_steps - 1 - step < end and inner(step))
+    is_active = guidance.is_active
+    return replace(guidance, is_active=lambda step: start <= num_steps - 1 - step < end and is_active(step))
+
+
+def build_guidances(settings: Mapping[str, GuidanceSettings], context: GuidanceContext) -> dict[str, Guidance]:
+    """Build the guidances whose scale is not 0, limited to their intervals, in the order of the registry."""
+    return {
+        name: limit_to_interval(
+            entry.build(settings[name], context), settings[name].interval, context.schedule.num_steps
+        )
+        for name, entry in GUIDANCES.items()
+        if name in settings and settings[name].scale
+    }

@@ -6,11 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sagl.diffusion.noise import SampleRngs
-from sagl.diffusion.predictor import Network
+from sagl.diffusion.predictor import EpsNetwork
 from sagl.diffusion.process import add_noise
-from sagl.guidance.blur import gaussian_blur
-from sagl.guidance.degrade import degraded_content
-from sagl.guidance.mask import attention_mask
+from sagl.guidance.sag import attention_mask, blend, gaussian_blur
 from sagl.settings.guidance import effective_kernel_size
 from sagl.settings.training import BlurAwareSettings
 from sagl.shapes import AlphaBar, AttentionSite, Image, Labels, Mask, Timestep
@@ -21,7 +19,7 @@ BLOCKS = 16
 
 def training_mask(
     settings: BlurAwareSettings,
-    network: Network,
+    network: EpsNetwork,
     x_t: Image,
     timesteps: Timestep,
     labels: Labels | None,
@@ -67,7 +65,7 @@ def blurred(x_0: Image, settings: BlurAwareSettings, rngs: SampleRngs) -> Image:
 
 def degraded_batch(
     settings: BlurAwareSettings,
-    network: Network,
+    network: EpsNetwork,
     x_0: Image,
     noise: Image,
     alpha_bar: AlphaBar,
@@ -88,7 +86,7 @@ def degraded_batch(
         x_t, few = add_noise(x_0, noise, alpha_bar)[rows], None if labels is None else labels[rows]
         own = [rngs[row] for row in rows.tolist()]
         mask = training_mask(settings, network, x_t, timesteps[rows], few, own)
-        content[rows] = degraded_content(x_0[rows], blurred(x_0[rows], settings, own), mask)
+        content[rows] = blend(x_0[rows], blurred(x_0[rows], settings, own), mask)
     if settings.target == "noise":
         return content, noise
     ratio = (alpha_bar / (1 - alpha_bar)).sqrt().clamp(max=10).to(x_0)

@@ -1,24 +1,21 @@
-"""Guidances whose weaker prediction is the same network told less: classifier-free guidance (eq. 11)."""
+"""Classifier-free guidance: eq. 11 (Ho & Salimans 2021)."""
 
 from dataclasses import replace
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
 from sagl.errors import require
-from sagl.guidance.base import Guidance, extrapolate
+from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
 from sagl.settings.guidance import ClassifierFreeGuidance
 from sagl.shapes import Image
 
 
-def classifier_free_guidance(settings: ClassifierFreeGuidance) -> Guidance:
-    """Away from the prediction for the null label (eq. 11; Ho & Salimans 2021).
+def build_cfg(settings: ClassifierFreeGuidance, _: GuidanceContext) -> Guidance:
+    """Guide away from the prediction for the null label. A guided step costs one more network evaluation."""
 
-    Costs one more pass a step; none at scale 0. The labels must be given, and the network have a null label.
-    """
-
-    def direction(
-        denoise: NoisePredictor, x_t: Image, step: int, condition: Condition, plain: Prediction
+    def term(
+        predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
     ) -> GuidanceTerm:
-        require(condition.labels is not None, "`cfg.scale` needs labels, got the null label. Give --labels random.")
-        return extrapolate(denoise(x_t, step, replace(condition, labels=None)), plain, settings.scale)
+        require(condition.labels is not None, "`labels` must be given for classifier-free guidance, got none.")
+        return extrapolate(predict(x_t, step, replace(condition, labels=None)), base_pred, settings.scale)
 
-    return Guidance(direction=direction, when=lambda _: settings.scale != 0)
+    return Guidance(term=term)

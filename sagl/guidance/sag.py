@@ -1,44 +1,88 @@
-"""Self-attention guidance: Algorithm 1 of Hong et al."""
+"""Self-attention guidance: Algorithm 1 of Hong et al. 2023."""
 
 from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.diffusion.process import clip, x0_hat_from_eps
-from sagl.diffusion.schedule import Schedule
-from sagl.guidance.base import Guidance, extrapolate, within
-from sagl.guidance.blur import gaussian_blur
-from sagl.guidance.degrade import degrade
-from sagl.guidance.mask import attention_mask
+from sagl.diffusion.process import add_noise, maybe_clip, x0_hat_from_eps
+from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
 from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
-from sagl.shapes import AttentionSite, Image, Mask
+from sagl.shapes import AlphaBar, AttentionSite, Image, Mask, TokenMap
 
 
-def sag(settings: SelfAttentionGuidance, schedule: Schedule) -> Guidance:
-    """Away from the prediction for x_t with its most attended details blurred (eq. 16, 17).
+def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guidance:
+    """Guide away from the prediction for x_t with its most attended details blurred (eq. 16, 17).
 
-    Costs one more pass a guided step; none at scale 0 or outside the interval. The mask, (B, 1, H, W) bool, is in
-    the direction's notes.
+    A guided step costs one more network evaluation. The term's `extras` hold the mask, (B, 1, H, W) bool.
     """
-    site = AttentionSite(settings.site, settings.heads)
+    site, schedule = AttentionSite(settings.site, settings.heads), context.schedule
 
-    def weakened(x_t: Image, step: int, plain: Prediction) -> tuple[Image, Mask]:
-        """x_t_degraded (eq. 16) and what is masked of it."""
+    def degraded_input(x_t: Image, step: int, base_pred: Prediction) -> tuple[Image, Mask]:
         alpha_bar, size = schedule.alpha_bar(step), (x_t.shape[-2], x_t.shape[-1])
-        mask = attention_mask(plain.attention[site], settings.threshold, size)
-        x0_hat = clip(x0_hat_from_eps(x_t, plain.eps, alpha_bar), settings.clip_x0)
+        mask = attention_mask(base_pred.attention[site], settings.threshold, size)
+        x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), settings.clip_x0)
         x0_blurred = gaussian_blur(x0_hat, effective_kernel_size(settings.kernel_size, min(size)), settings.blur_sigma)
-        return degrade(x0_hat, x0_blurred, mask, plain.eps, alpha_bar), mask
+        return degrade_input(x0_hat, x0_blurred, mask, base_pred.eps, alpha_bar), mask
 
-    def direction(
-        denoise: NoisePredictor, x_t: Image, step: int, condition: Condition, plain: Prediction
+    def term(
+        predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
     ) -> GuidanceTerm:
-        """S · (eps - eps of x_t_degraded), eq. 17."""
-        x_t_degraded, mask = weakened(x_t, step, plain)  # and nothing else lives through the second pass
-        weak = denoise(x_t_degraded, step, replace(condition, degraded=True))
-        return replace(extrapolate(weak, plain, settings.scale), notes={"mask": mask})
+        x_t_degraded, mask = degraded_input(x_t, step, base_pred)  # a function, so that its tensors are freed here
+        degraded_pred = predict(x_t_degraded, step, replace(condition, degraded=True))
+        return replace(extrapolate(degraded_pred, base_pred, settings.scale), extras={"mask": mask})
 
-    def ask(condition: Condition) -> Condition:
+    def prepare_condition(condition: Condition) -> Condition:
         return replace(condition, attention_sites=(*condition.attention_sites, site))
 
-    guidance = Guidance(direction=direction, ask=ask, when=lambda _: settings.scale != 0)
-    return within(guidance, settings.interval, schedule.num_steps)
+    return Guidance(term=term, prepare_condition=prepare_condition)
+
+
+def attention_mask(attention_received: TokenMap, threshold: float, size: tuple[int, int]) -> Mask:
+    """Mark the pixels whose token receives more attention than the threshold: (B, head, H', W') -> (B, 1, H, W) bool.
+
+    Attention received, averaged over heads, has mean 1 over tokens. Nearest neighbours enlarge the mask to the image.
+    """
+    is_attended = attention_received.mean(dim=1, keepdim=True) > threshold
+    return F.interpolate(is_attended.float(), size=size, mode="nearest").bool()
+
+
+def blend(x_0: Image, x0_blurred: Image, mask: Mask) -> Image:
+    """Replace the masked pixels of clean images by their blurred values: -> (B, C, H, W)."""
+    return torch.where(mask, x0_blurred, x_0)
+
+
+def degrade_input(x0_hat: Image, x0_blurred: Image, mask: Mask, eps: Image, alpha_bar: AlphaBar) -> Image:
+    """Eq. 16: blur x0_hat where it is masked and add the same noise eps again: -> x_t_degraded (B, C, H, W).
+
+    Eq. 16 blends after adding noise. Adding noise is affine, so blending before it gives the same. Without masked
+    pixels the result is x_t, provided that x0_hat is not clipped.
+    """
+    return add_noise(blend(x0_hat, x0_blurred, mask), eps, alpha_bar)
+
+
+def gaussian_blur(images: Image, kernel_size: int, blur_sigma: float) -> Image:
+    """Blur along rows, then columns, with borders mirrored without repeating the edge: (B, C, H, W) -> the same.
+
+    A constant image is a fixed point. `kernel_size` // 2 must be below H and W.
+    """
+    along_columns, along_rows = (blur_matrix(size, kernel_size, blur_sigma).to(images) for size in images.shape[-2:])
+    return along_columns.mT @ (images @ along_rows)
+
+
+@lru_cache(maxsize=8)
+def blur_matrix(size: int, kernel_size: int, blur_sigma: float) -> Tensor:
+    """Return the one-dimensional Gaussian blur with mirrored ends as a matrix: -> (size, size) float64."""
+    half_width = kernel_size // 2
+    mirrored = F.pad(torch.eye(size, dtype=torch.float64)[None], (half_width, half_width), mode="reflect")[0]
+    return mirrored.unfold(-1, kernel_size, 1) @ gaussian_kernel(kernel_size, blur_sigma)
+
+
+def gaussian_kernel(kernel_size: int, blur_sigma: float) -> Tensor:
+    """Return the normal density at whole pixels, truncated and normalised: -> (kernel_size,) float64, sum 1."""
+    offsets = torch.arange(kernel_size, dtype=torch.float64) - (kernel_size - 1) / 2
+    weights = (-0.5 * (offsets / blur_sigma) ** 2).exp()
+    return weights / weights.sum()

@@ -181,7 +181,7 @@ class AttentionBlock(nn.Module):
 
     def _received(self, qkv: Tensor, heads: HeadLayout, side: torch.Size) -> TokenMap:
         """As the layer splits its heads, or as the released SAG code does: `num_heads` of them, always legacy order."""
-        released = heads == "as_released"
+        released = heads == "sag_release"
         split, num_heads = (split_qkv_legacy, self.settings.num_heads) if released else (self.split, self.num_heads)
         query, key, _ = split(qkv, num_heads)
         return attention_received(query, key).unflatten(-1, side)

@@ -171,7 +171,11 @@ def check_state_dict(parameters: Mapping[str, Tensor], state: Mapping[str, Tenso
     )
 
 
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+DTYPES: dict[WeightPrecision, torch.dtype] = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+}
 """Of weights, by their precision."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagl.diffusion.noise import StepNoise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
-from sagl.diffusion.process import clip, eps_from_x0_hat, x0_hat_from_eps
+from sagl.diffusion.process import eps_from_x0_hat, maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
 
@@ -25,7 +25,7 @@ def ddim_step(
     (B, C, H, W) -> the same.
     """
     alpha_bar, before = schedule.alpha_bar(step), schedule.alpha_bar(step - 1)
-    x0_hat = clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
+    x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
     eps = eps_from_x0_hat(x, x0_hat, alpha_bar) - (1 - alpha_bar).sqrt().to(x) * prediction.score
     x0_hat = x0_hat_from_eps(x, eps, alpha_bar)
     sigma = eta * ((1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)).sqrt()

@@ -1,9 +1,9 @@
-"""Settings and sample ids -> chain of images: the one room that sees guidance and samplers both.
+"""Sampling pipeline: network, schedule, sampler and guidance as one function from sample ids to images.
 
-The command line, previews and measurements all make their images here.
+The command line, previews and analyses all make their images here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,141 +11,172 @@ from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
-from sagl.diffusion.process import clip, x0_hat_from_eps
+from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.errors import UserError
-from sagl.guidance.base import Guidance, guided
-from sagl.guidance.classifier import NoisyClassifier, classifier_guidance
-from sagl.guidance.classifier_free import classifier_free_guidance
-from sagl.guidance.sag import sag
+from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build_guidances, with_guidance
 from sagl.models.adm import UNet
+from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
+from sagl.models.loading import load
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
-from sagl.settings.compatibility import check_compatible, check_labels
+from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.shapes import Image, Labels, Mask
 
-Chain = Iterator[tuple[int, Image, Prediction]]
-"""(step, x after it, the prediction behind it), the noisiest step first."""
+Trajectory = Iterator[tuple[int, Image, Prediction]]
+"""(step, x after the step, the step's prediction), the noisiest step first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPipeline:
-    """A network with everything that decides an image but its id. Made by `build_pipeline`."""
+    """A network with everything else that decides an image, except its id and label. Made by `build_pipeline`."""
 
     network: UNet
     schedule: Schedule
     diffusion: DiffusionSettings
-    chain_settings: ChainSettings
+    sampler_settings: SamplerSettings
     guidances: Mapping[str, Guidance] = field(default_factory=dict)
 
-    def chain(self, seed: int, ids: Sequence[int], labels: Labels | None) -> Chain:
-        """The chains of these samples together, each from its own noise."""
-        s, device = self.chain_settings, next(self.network.parameters()).device
-        side, channels = self.network.settings.image_size, self.network.settings.in_channels
-        x_T = initial_noise(seed, ids, (channels, side, side)).to(device)
-        noise = step_noise(seed, ids, (channels, side, side), device)
-        denoise = self.denoiser
+    def sample_progressive(self, seed: int, ids: Sequence[int], labels: Labels | None) -> Trajectory:
+        """Sample a batch step by step; the noise of each sample depends on seed and id alone."""
+        s, device = self.sampler_settings, next(self.network.parameters()).device
+        shape = self._image_shape
+        x_T, noise = initial_noise(seed, ids, shape).to(device), step_noise(seed, ids, shape, device)
         condition = Condition(labels=None if labels is None else labels.to(device))
         if s.sampler == "ddim":
-            return ddim(denoise, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, eta=s.eta)
-        return ddpm(denoise, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0)
+            return ddim(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, eta=s.eta)
+        return ddpm(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0)
+
+    def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
+        """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
+        return run_to_end(self.sample_progressive(seed, ids, labels))
 
     @property
-    def denoiser(self) -> NoisePredictor:
-        """The network on its schedule, guided."""
-        return guided(make_predictor(self.network, self.schedule, self.diffusion.variance), self.guidances)
+    def predictor(self) -> NoisePredictor:
+        """The network on the schedule, with guidance."""
+        return with_guidance(make_predictor(self.network, self.schedule, self.diffusion.variance), self.guidances)
 
     @property
     def unguided(self) -> "SamplingPipeline":
-        """The same without guidance: the same seeds give the images that guidance started from."""
+        """The same pipeline without guidance."""
         return replace(self, guidances={})
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a sample: one a step, and what each guidance adds to the steps that it guides."""
+        """Network evaluations per sample."""
         steps = range(self.schedule.num_steps)
-        return len(steps) + sum(g.passes * g.when(step) for g in self.guidances.values() for step in steps)
+        return len(steps) + sum(g.extra_nfe * g.is_active(step) for g in self.guidances.values() for step in steps)
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        settings = self.network.settings
+        return settings.in_channels, settings.image_size, settings.image_size
 
 
 def build_pipeline(
     network: UNet,
     diffusion: DiffusionSettings,
-    chain: ChainSettings,
-    sag_settings: SelfAttentionGuidance | None = None,
-    classifier: NoisyClassifier | None = None,
-    classifier_settings: ClassifierGuidance | None = None,
-    cfg_settings: ClassifierFreeGuidance | None = None,
+    sampler_settings: SamplerSettings,
+    guidances: Mapping[str, GuidanceSettings] | None = None,
+    load_classifier: Callable[[str], NoisyClassifier] | None = None,
 ) -> SamplingPipeline:
-    """Check settings against the network, and put the recipe together. A guidance of scale 0 is left out.
+    """Check settings against the network and build the pipeline.
+
+    Args:
+        network: the UNet, on its device and in its precision.
+        diffusion: process that the network was trained for.
+        sampler_settings: sampler and respacing.
+        guidances: settings of guidance methods by their names in `GUIDANCES`; those of scale 0 are left out.
+        load_classifier: loads the classifier of classifier guidance by name or file; by default `sagl.load` does.
 
     Raises:
-        UserError: the site has no attention, the kernel does not fit, the variance is not the network's, a
-            guidance lacks what it needs.
+        UserError: settings that do not fit the network, or a classifier that cannot be loaded or does not fit.
     """
-    schedule = make_schedule(diffusion, chain.respacing)
-    check_compatible(network.settings, diffusion, sag_settings, cfg_settings)
-    guidances: dict[str, Guidance] = {}
-    if sag_settings and sag_settings.scale:
-        guidances["sag"] = sag(sag_settings, schedule)
-    if classifier_settings and classifier_settings.scale:
-        if classifier is None:
-            raise UserError("`classifier.scale` needs a classifier, got none.")
-        guidances["classifier"] = classifier_guidance(classifier_settings, classifier, schedule)
-    if cfg_settings and cfg_settings.scale:
-        guidances["cfg"] = classifier_free_guidance(cfg_settings)
+    guidances = guidances or {}
+    check_compatible(network.settings, diffusion, guidances)
+    context = GuidanceContext(
+        network=network,
+        diffusion=diffusion,
+        schedule=make_schedule(diffusion, sampler_settings.respacing),
+        load_network=lambda name: _cast_like(network, build_network(load(name))),
+        load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
+    )
     return SamplingPipeline(
-        network=network, schedule=schedule, diffusion=diffusion, chain_settings=chain, guidances=guidances
+        network=network,
+        schedule=context.schedule,
+        diffusion=diffusion,
+        sampler_settings=sampler_settings,
+        guidances=build_guidances(guidances, context),
     )
 
 
-def run_to_end(chain: Chain) -> tuple[Image, Tensor | None]:
-    """Run a chain to its end.
+def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
+    try:
+        checkpoint = load(name)
+        classifier = build_classifier(checkpoint)
+    except UserError as error:
+        raise UserError(f"`classifier.checkpoint` {name} cannot be used: {error}") from error
+    check_classifier(classifier.settings, checkpoint.diffusion, network.settings, diffusion)
+    return _cast_like(network, classifier)
+
+
+def _cast_like(network: UNet, other: AnyNetwork) -> AnyNetwork:
+    """Move another network to the device and precision of the first."""
+    weight = next(network.parameters())
+    (precision,) = (name for name, dtype in DTYPES.items() if dtype == weight.dtype)
+    return cast_weights(other, precision, weight.device)
+
+
+def run_to_end(trajectory: Trajectory) -> tuple[Image, Tensor | None]:
+    """Run a sampler to its end.
 
     Returns:
-        The images, (B, C, H, W), and each pixel's share of guided steps in which it was masked, (B, 1, H, W) in
-        [0, 1]; None where no step masked anything.
+        The images, (B, C, H, W), and the fraction of guided steps in which each pixel was masked, (B, 1, H, W);
+        None if no step had a mask.
     """
-    masked: Tensor | None = None
-    guided_steps = 0
+    num_masked: Tensor | None = None
+    num_masks = 0
     x = torch.empty(0)
-    for _, after, prediction in chain:
-        x = after
-        for mask in (d.notes["mask"].float() for d in prediction.directions.values() if "mask" in d.notes):
-            masked, guided_steps = mask if masked is None else masked + mask, guided_steps + 1
-    return x, None if masked is None else masked / guided_steps
+    for _, x, prediction in trajectory:  # noqa: B007 (the last x is the result)
+        for mask in _masks(prediction):
+            num_masked = mask.float() if num_masked is None else num_masked + mask.float()
+            num_masks += 1
+    return x, None if num_masked is None else num_masked / num_masks
 
 
 def make_labels(run: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
-    """The class of each sample; None for an unconditional network or the null label.
+    """Return the class of each sample, (B,) int64; None for an unconditional network or the null label.
 
     Raises:
-        UserError: a class that the network does not have, or no null label.
+        UserError: the network does not have the class, or no null label.
     """
     check_labels(run, network.settings)
-    classes = network.settings.num_classes
-    if classes is None or run.labels == "null":
+    num_classes = network.settings.num_classes
+    if num_classes is None or run.labels == "null":
         return None
     if run.labels == "random":
-        return torch.tensor(random_labels(run.seed, ids, classes))
-    listed = list(range(classes)) if run.labels == "balanced" else run.label_list
-    return torch.tensor([listed[i % len(listed)] for i in ids])
+        return torch.tensor(random_labels(run.seed, ids, num_classes))
+    classes = list(range(num_classes)) if run.labels == "balanced" else run.label_list
+    return torch.tensor([classes[i % len(classes)] for i in ids])
 
 
 def x0_predictions(
-    recipe: SamplingPipeline, seed: int, ids: Sequence[int], labels: Labels | None
+    pipeline: SamplingPipeline, seed: int, ids: Sequence[int], labels: Labels | None
 ) -> Iterator[tuple[int, Image, Mask | None]]:
-    """A chain's estimate of the clean image, clipped, and what was masked, step by step, the noisiest first.
+    """Yield the clipped x0_hat of every step and its mask, the noisiest step first.
 
     Yields:
-        (step, (B, C, H, W), (B, 1, H, W) bool or None where nothing was masked).
+        (step, (B, C, H, W), (B, 1, H, W) bool or None if the step had no mask).
     """
-    side, channels = recipe.network.settings.image_size, recipe.network.settings.in_channels
-    x = initial_noise(seed, ids, (channels, side, side))
-    for step, after, prediction in recipe.chain(seed, ids, labels):
-        x0_hat = clip(x0_hat_from_eps(x.to(after), prediction.eps, recipe.schedule.alpha_bar(step)), True)
-        masks = (d.notes["mask"] for d in prediction.directions.values() if "mask" in d.notes)
-        yield step, x0_hat, next(masks, None)
-        x = after
+    x = initial_noise(seed, ids, pipeline._image_shape)
+    for step, x_next, prediction in pipeline.sample_progressive(seed, ids, labels):
+        x0_hat = maybe_clip(x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step)), True)
+        yield step, x0_hat, next(_masks(prediction), None)
+        x = x_next
+
+
+def _masks(prediction: Prediction) -> Iterator[Mask]:
+    return (term.extras["mask"] for term in prediction.terms.values() if "mask" in term.extras)

@@ -1,92 +1,124 @@
-"""Settings of the guidances: one group each, `scale` 0 is off."""
+"""Settings of the guidance methods. Each method is one group of settings; `scale` 0 switches it off."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sagl.errors import require, require_finite
 from sagl.settings.diffusion import require_choice
+from sagl.settings.network import UNetSettings
 
-DEFAULT_KERNEL = 31
-"""The paper's blur kernel (table 9)."""
-
-
-def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:
-    """The kernel that is used on images of a size: the one asked for, or the paper's 31 as far as it fits.
-
-    Raises:
-        UserError: the kernel asked for reaches over the mirrored border.
-    """
-    largest = 2 * image_size - 1
-    if kernel_size is None:
-        return min(DEFAULT_KERNEL, largest)
-    require(
-        kernel_size <= largest,
-        f"`sag.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
-    )
-    return kernel_size
+DEFAULT_KERNEL_SIZE = 31
+"""Side of the blur kernel in the paper (table 9)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfAttentionGuidance:
-    """Self-attention guidance (SAG, Algorithm 1)."""
+class GuidanceSettings:
+    """Base class of the settings of a guidance method."""
+
+    group: ClassVar[str]
+    """Name of the group of settings: the method's key in `sagl.guidance.registry.GUIDANCES`."""
+    needs_labels: ClassVar[bool] = False
+    """True if every sample must have a class label."""
+
+    scale: float = 0.0
+    """Guidance scale, the paper's s; 0 is off and costs nothing."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guided part of the sampling steps, in fractions from the noisiest step (0) to the cleanest (1)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning; `check_network` checks what depends on the network."""
+        require_finite(self, f"{self.group}.")
+        start, end = self.interval
+        require(
+            0 <= start <= end <= 1,
+            f"`{self.group}.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}.",
+        )
+
+    def check_network(self, network: UNetSettings) -> None:
+        """Raise a `UserError` if the method cannot guide this network. Called if the scale is not 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttentionGuidance(GuidanceSettings):
+    """Self-attention guidance (SAG; Hong et al. 2023, Algorithm 1)."""
+
+    group = "sag"
 
     scale: float = 0.0
     """The paper's s; 0 is off and costs nothing. The released code's flag is 1 + s."""
     site: str = "output.2"
-    """Block whose attention makes the mask: input.k, middle or output.k."""
+    """UNet block whose attention makes the mask: input.k, middle or output.k."""
     threshold: float = 1.0
-    """Pixels whose token receives more than this are degraded; attention received has mean 1."""
+    """Pixels whose token receives more attention than this are degraded; the mean over tokens is 1."""
     blur_sigma: float = 3.0
     """Standard deviation of the Gaussian blur, in pixels."""
     kernel_size: int | None = None
-    """Side of the blur kernel in pixels, odd; None: 31, or the largest that fits a smaller image."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the chain that is guided, in fractions from the noisiest step (0) to the cleanest (1)."""
+    """Side of the blur kernel in pixels, odd; null: 31, or the largest that fits a smaller image."""
     clip_x0: bool = True
     """Clip x0_hat to [-1, 1] before the blur, as the released code does; Algorithm 1 does not."""
-    heads: Literal["layer", "as_released"] = "layer"
-    """Split the channels into the layer's own heads, or as the released code does, into num_heads of them."""
+    heads: Literal["layer", "sag_release"] = "layer"
+    """Attention heads: the layer's own, or num_heads of them as the released code splits the channels (sag_release)."""
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning; what needs the network is checked when the run is prepared."""
-        require_finite(self, "sag.")
+        """Check the blur and the head layout."""
+        super().__post_init__()
         require(self.blur_sigma > 0, f"`sag.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
         require(
             self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
             f"`sag.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
         )
-        start, end = self.interval
-        require(
-            0 <= start <= end <= 1, f"`sag.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}."
-        )
-        require_choice("sag.heads", self.heads, ("layer", "as_released"))
+        require_choice("sag.heads", self.heads, ("layer", "sag_release"))
+
+    def check_network(self, network: UNetSettings) -> None:
+        """Require attention at the site and an image that is large enough for the kernel."""
+        network.require_site(self.site, self.heads)
+        effective_kernel_size(self.kernel_size, network.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierFreeGuidance:
+class ClassifierFreeGuidance(GuidanceSettings):
     """Classifier-free guidance (CFG, eq. 11), for networks with a null label."""
+
+    group = "cfg"
+    needs_labels = True
 
     scale: float = 0.0
     """The paper's s: conditional + s · (conditional - null); 0 is off and costs nothing."""
 
-    def __post_init__(self) -> None:
-        """Refuse what is no number."""
-        require_finite(self, "cfg.")
+    def check_network(self, network: UNetSettings) -> None:
+        """Require a null label."""
+        require(network.null_label, "`cfg.scale` needs a class-conditional network with a null label, got one without.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierGuidance:
+class ClassifierGuidance(GuidanceSettings):
     """Classifier guidance (CG, eq. 9; Dhariwal & Nichol 2021, algorithms 1 and 2)."""
+
+    group = "classifier"
+    needs_labels = True
 
     scale: float = 0.0
     """Factor on grad log p(y | x_t); 0 is off and costs nothing."""
     checkpoint: str | None = None
     """Classifier of noisy images: the name of a released one, or a file."""
 
-    def __post_init__(self) -> None:
-        """Refuse what is no number."""
-        require_finite(self, "classifier.")
+    def check_network(self, network: UNetSettings) -> None:
+        """Require a classifier; `check_classifier` compares it with the network once it is loaded."""
+        require(self.checkpoint is not None, "`classifier.scale` needs a classifier. Set `classifier.checkpoint`.")
 
 
-GUIDANCES = {"sag": SelfAttentionGuidance, "cfg": ClassifierFreeGuidance, "classifier": ClassifierGuidance}
-"""The guidances by the name of their group of settings."""
+def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:
+    """Return the blur kernel's size for images of a size; None stands for the paper's 31, or less if that is too large.
+
+    Raises:
+        UserError: a given kernel exceeds 2 · image_size - 1, so that its mirrored border would need more pixels than
+            the image has.
+    """
+    largest = 2 * image_size - 1
+    if kernel_size is None:
+        return min(DEFAULT_KERNEL_SIZE, largest)
+    require(
+        kernel_size <= largest,
+        f"`sag.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
+    )
+    return kernel_size

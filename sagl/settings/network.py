@@ -130,7 +130,7 @@ class UNetSettings(EncoderSettings):
         width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
         require(
             heads == "layer" or width % self.num_heads == 0,
-            f"`heads` as_released needs num_heads ({self.num_heads}) to divide {name}'s width {width}. Use layer.",
+            f"`heads` sag_release needs num_heads ({self.num_heads}) to divide {name}'s width {width}. Use layer.",
         )
 
     def _level(self, side: int, halved: bool) -> list[int]:

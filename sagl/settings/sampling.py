@@ -9,9 +9,9 @@ from sagl.settings.diffusion import require_choice
 
 MOST = 10_000_000
 """Images of one run."""
-MOST_AT_ONCE = 65_536
+MAX_BATCH_SIZE = 65_536
 """Images of one micro-batch."""
-MOST_PROCESSES = 256
+MAX_PROCESSES = 256
 """On one machine."""
 Sampler = Literal["ddpm", "ddim"]
 WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
@@ -20,7 +20,7 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChainSettings:
+class SamplerSettings:
     """How one chain goes from noise to image."""
 
     sampler: Sampler = "ddpm"
@@ -64,8 +64,8 @@ class RunSettings:
         require(self.num_samples <= MOST, f"`num_samples` must be at most {MOST:,}, got {self.num_samples}.")
         require(self.effective_batch_size >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
         require(
-            self.effective_batch_size <= MOST_AT_ONCE,
-            f"`batch_size` must be at most {MOST_AT_ONCE}, got {self.batch_size}.",
+            self.effective_batch_size <= MAX_BATCH_SIZE,
+            f"`batch_size` must be at most {MAX_BATCH_SIZE}, got {self.batch_size}.",
         )
         for name in ("seed", "first_id"):
             value = getattr(self, name)
@@ -121,8 +121,8 @@ class DeviceSettings:
         require_choice("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
         count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
-            self.devices in ("auto", "-1") or 1 <= count <= MOST_PROCESSES,
-            f"`trainer.devices` must be auto or a number of processes, 1 … {MOST_PROCESSES}, got {self.devices!r}. "
+            self.devices in ("auto", "-1") or 1 <= count <= MAX_PROCESSES,
+            f"`trainer.devices` must be auto or a number of processes, 1 … {MAX_PROCESSES}, got {self.devices!r}. "
             "Which GPUs they are is chosen by CUDA_VISIBLE_DEVICES.",
         )
         require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")

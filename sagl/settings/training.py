@@ -7,7 +7,7 @@ from typing import Literal
 from sagl.errors import require
 from sagl.settings.diffusion import require_choice
 from sagl.settings.evaluation import require_extractor
-from sagl.settings.sampling import ChainSettings, Sampler
+from sagl.settings.sampling import Sampler, SamplerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class PreviewSettings:
             f"`preview.best_scale` must be one of preview.scales {list(self.scales)}, got {self.best_scale}.",
         )
         require_extractor(self.extractor, "preview.extractor")
-        ChainSettings(sampler=self.sampler, respacing=self.respacing)
+        SamplerSettings(sampler=self.sampler, respacing=self.respacing)
 
 
 @dataclass(frozen=True, kw_only=True)

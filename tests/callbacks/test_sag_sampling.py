@@ -15,7 +15,7 @@ from sagl.sampling.grid import colorize_masks, image_grid
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import CheckpointSettings, OptimizerSettings, PreviewSettings
 from sagl.utils.images import to_uint8
 from tests.helpers.reference import draw_weights
@@ -56,12 +56,12 @@ def made(network, ids, scale):
     recipe = build_pipeline(
         network,
         DiffusionModule(network.settings).diffusion_settings,
-        ChainSettings(sampler="ddim", respacing="3"),
-        SelfAttentionGuidance(site="output.0", blur_sigma=1.0, scale=scale),
+        SamplerSettings(sampler="ddim", respacing="3"),
+        {"sag": SelfAttentionGuidance(site="output.0", blur_sigma=1.0, scale=scale)},
     )
     run = RunSettings(num_samples=len(ids), labels="balanced")
     with torch.inference_mode():
-        x, share = run_to_end(recipe.chain(0, ids, make_labels(run, ids, network)))
+        x, share = run_to_end(recipe.sample_progressive(0, ids, make_labels(run, ids, network)))
     return to_uint8(x), share
 
 

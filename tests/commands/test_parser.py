@@ -6,8 +6,9 @@ import pytest
 from sagl.commands.parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
 from sagl.commands.request import sample_parser
 from sagl.errors import UserError
-from sagl.settings.guidance import GUIDANCES, SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ def test_the_fields_of_a_settings_class_are_flags_alone_or_in_a_group():
 
 def test_without_flags_every_setting_has_the_default_of_its_field():
     given = sample_parser().parse([])
-    for kind in (RunSettings, ChainSettings):
+    for kind in (RunSettings, SamplerSettings):
         assert from_namespace(kind, given) == kind()
-    for group, kind in {**GUIDANCES, "trainer": DeviceSettings}.items():
+    for group, kind in {**{n: e.settings_class for n, e in GUIDANCES.items()}, "trainer": DeviceSettings}.items():
         assert from_namespace(kind, given[group]) == kind()
 
 
@@ -99,7 +100,7 @@ def test_nothing_but_an_interval_of_two_is_put_in_brackets(arguments):
         (["--sag.scale", "a b"], "`sag.scale` must be a number, got a b."),
         (["--clip_x0", "maybe"], "`clip_x0` must be true or false, got maybe."),
         (["--sampler", "euler"], "`sampler` must be one of ddpm, ddim, got euler."),
-        (["--sag.heads", "all"], "`sag.heads` must be one of layer, as_released, got all."),
+        (["--sag.heads", "all"], "`sag.heads` must be one of layer, sag_release, got all."),
         (["--trainer.precision", "8"], "`trainer.precision` must be one of auto, 32-true, bf16-true, 16-true, got 8."),
         (["--seed"], "--seed needs a value. --help says which."),
         (["--sag.interval"], "--sag.interval needs a value. --help says which."),
@@ -137,7 +138,7 @@ def test_no_refusal_is_in_the_words_of_the_parser_s_inside(arguments):
         ({"sag": {"scal": 1}}, "there is no setting 'sag.scal'. Did you mean sag.scale?"),
         ({"sag": {"scale": "big"}}, "`sag.scale` must be a number, got big."),
         ({"respacing": 250}, "`respacing` must be text, got 250."),
-        ({"sag": {"heads": "all"}}, "`sag.heads` must be one of layer, as_released, got all."),
+        ({"sag": {"heads": "all"}}, "`sag.heads` must be one of layer, sag_release, got all."),
     ],
 )
 def test_a_mapping_is_refused_in_the_same_words(values, said):

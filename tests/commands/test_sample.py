@@ -16,7 +16,7 @@ from sagl.sampling.grid import colorize_masks
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.utils import environment
 from sagl.utils.images import to_uint8
 from tests.helpers.tiny import (
@@ -33,7 +33,7 @@ CHAIN_FLAGS = ["--sampler", "ddim", "--respacing", "4", "--seed", "2"]
 SHORT = [*CHAIN_FLAGS, "--batch_size", "4", "--trainer.precision", "32-true"]
 TWO = ["--num_samples", "2", *SHORT]
 GUIDED = [*SHORT, "--sag.scale", "0.5", "--sag.site", "output.0", "--sag.blur_sigma", "1"]
-CHAIN, SAG = ChainSettings(sampler="ddim", respacing="4"), {"scale": 0.5, "site": "output.0", "blur_sigma": 1.0}
+CHAIN, SAG = SamplerSettings(sampler="ddim", respacing="4"), {"scale": 0.5, "site": "output.0", "blur_sigma": 1.0}
 
 
 def sample(folder, *flags, network=None):
@@ -57,9 +57,9 @@ def record_of(folder):
 def made_by_hand(network_path, ids, **sag):
     """Grey images, (N, 1, H, W) uint8, and masked shares, straight from the recipe."""
     file = read_checkpoint(network_path)
-    recipe = build_pipeline(build_network(file), file.diffusion, CHAIN, SelfAttentionGuidance(**sag))
+    recipe = build_pipeline(build_network(file), file.diffusion, CHAIN, {"sag": SelfAttentionGuidance(**sag)})
     with torch.inference_mode():
-        x, share = run_to_end(recipe.chain(2, ids, make_labels(RunSettings(seed=2), ids, recipe.network)))
+        x, share = run_to_end(recipe.sample_progressive(2, ids, make_labels(RunSettings(seed=2), ids, recipe.network)))
     return to_uint8(x), share
 
 
@@ -435,14 +435,18 @@ def test_the_settings_that_a_file_recommends_are_used(tmp_path):
 def test_a_flag_goes_before_what_the_file_recommends_and_leaves_the_rest(flags, got, tmp_path):
     network = write_tiny(tmp_path / "advised.safetensors", recommended=ADVICE)
     request = parse(["--checkpoint", str(network), *flags])
-    assert (request.sag.scale, request.sag.site) == got["sag"]
+    assert (request.guidances["sag"].scale, request.guidances["sag"].site) == got["sag"]
     assert request.chain.respacing == got["respacing"]
     assert request.chain.sampler == "ddim"
 
 
 def test_without_advice_the_defaults_are_the_fields_own(tmp_path):
     request = parse(["--checkpoint", str(write_tiny(tmp_path / "plain.safetensors"))])
-    assert (request.run, request.chain, request.sag) == (RunSettings(), ChainSettings(), SelfAttentionGuidance())
+    assert (request.run, request.chain, request.guidances["sag"]) == (
+        RunSettings(),
+        SamplerSettings(),
+        SelfAttentionGuidance(),
+    )
 
 
 def test_advice_that_names_no_setting_is_refused_in_one_line(tmp_path, capsys):

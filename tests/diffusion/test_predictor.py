@@ -34,7 +34,7 @@ def test_the_network_is_told_labels_and_sites_and_brings_attention_back():
     assert prediction.attention[site].shape == (2, 1, 4, 4)
     assert prediction.nfe == 1
     assert prediction.score == 0
-    assert prediction.directions == {}
+    assert prediction.terms == {}
 
 
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small", "fixed_large"])

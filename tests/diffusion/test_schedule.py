@@ -39,7 +39,7 @@ def test_tables_of_other_chains_are_those_of_a_second_derivation(kind, respacing
         np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-9, atol=1e-12)
         for variance, found in (
             ("fixed_small", schedule.log_posterior_variance(step)),
-            ("fixed_large", schedule.log_large_variance(step)),
+            ("fixed_large", schedule.log_fixed_large_variance(step)),
         ):
             assert float(found) == pytest.approx(chain.log_variance(step, variance), abs=1e-9)
 
@@ -74,7 +74,7 @@ def test_a_batch_of_steps_gets_the_values_of_each():
         schedule.alpha_bar,
         schedule.log_beta,
         schedule.log_posterior_variance,
-        schedule.log_large_variance,
+        schedule.log_fixed_large_variance,
     ):
         got = table(steps)
         assert got.shape == (3, 1, 1, 1)
@@ -97,5 +97,5 @@ def test_the_network_is_told_the_original_timestep():
 def test_a_chain_of_one_step_has_finite_tables():
     schedule = made(respacing="1")
     assert isinstance(schedule, Schedule)
-    tables = (schedule.log_beta, schedule.log_posterior_variance, schedule.log_large_variance)
+    tables = (schedule.log_beta, schedule.log_posterior_variance, schedule.log_fixed_large_variance)
     assert all(torch.isfinite(table(0)) for table in tables)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
-from sagl.guidance.blur import gaussian_blur, gaussian_kernel
+from sagl.guidance.sag import gaussian_blur, gaussian_kernel
 from sagl.settings.guidance import effective_kernel_size
 
 

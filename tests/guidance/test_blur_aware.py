@@ -5,10 +5,8 @@ from sagl.diffusion.noise import batch_rngs
 from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
-from sagl.guidance.blur import gaussian_blur
 from sagl.guidance.blur_aware import blurred, degraded_batch, training_mask
-from sagl.guidance.degrade import degrade
-from sagl.guidance.mask import attention_mask
+from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import BlurAwareSettings
 from sagl.shapes import AttentionSite
@@ -56,7 +54,7 @@ def test_what_the_network_sees_is_what_guidance_would_have_made_of_the_true_imag
     site, x_t = AttentionSite(SITE), add_noise(x_0, noise, alpha_bar)
     received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
     mask = attention_mask(received, 1.0, (16, 16))
-    want = degrade(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
+    want = degrade_input(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
     torch.testing.assert_close(add_noise(content, noise, alpha_bar), want)
     assert torch.equal(target, noise)
     assert 0.1 < float(mask.float().mean()) < 0.9

@@ -5,14 +5,12 @@ from sagl.diffusion.noise import initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
-from sagl.guidance.base import guided
-from sagl.guidance.classifier import classifier_guidance
+from sagl.guidance.base import with_guidance
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierGuidance
 from tests.helpers.reference import small_classifier
-from tests.helpers.toys import NOTHING, Recorder, plain, toy_network
+from tests.helpers.toys import NOTHING, Recorder, guidances_of, plain, toy_network
 
 SCHEDULE = make_schedule(DiffusionSettings(), "ddim4")
 LABELS = torch.tensor([1, 4])
@@ -28,11 +26,20 @@ def linear_classifier(x, timesteps):
     return x.flatten(1).sum(dim=1, keepdim=True) * torch.arange(5.0) / 100
 
 
+def guided_by(classifier, scale, predict=plain):
+    settings = {"scale": scale, "checkpoint": "classifier"}
+    return with_guidance(predict, guidances_of(SCHEDULE, classifier=settings, classifier_network=classifier))
+
+
 def score(scale=1.0, classifier=linear_classifier, x=None, step=2):
-    condition = Condition(labels=LABELS)
-    return guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=scale), classifier, SCHEDULE)})(
-        images() if x is None else x, step, condition
-    )
+    return guided_by(classifier, scale)(images() if x is None else x, step, Condition(labels=LABELS))
+
+
+def sampled(classifier, scale, sample, variance="learned_range"):
+    predict = guided_by(classifier, scale, make_predictor(toy_network, SCHEDULE, variance))
+    noise, x = step_noise(0, range(2), SHAPE, torch.device("cpu")), initial_noise(0, range(2), SHAPE)
+    condition = Condition(labels=LABELS.clone())  # made here, so an inference tensor in inference mode
+    return [x.clone() for _, x, _ in sample(predict, x, condition, SCHEDULE, noise)]
 
 
 @pytest.mark.parametrize("scale", [-0.5, 1.0, 3.0])
@@ -47,17 +54,17 @@ def test_the_score_is_scale_times_the_gradient_of_the_log_probability(scale):
 def test_the_score_of_a_network_is_that_of_finite_differences():
     net, x, timesteps = small_classifier(), images(), SCHEDULE.timesteps[2].expand(2)
     got = score(1.0, net, x).score
-    towards = torch.sign(got)
+    direction = torch.sign(got)
 
     def log_p(x):
         with torch.no_grad():
             return float(net(x, timesteps).double().log_softmax(dim=1)[range(2), LABELS].sum())
 
-    slope = (log_p(x + 1e-3 * towards) - log_p(x - 1e-3 * towards)) / 2e-3
-    assert float((got * towards).sum()) == pytest.approx(slope, rel=0.02)
+    slope = (log_p(x + 1e-3 * direction) - log_p(x - 1e-3 * direction)) / 2e-3
+    assert float((got * direction).sum()) == pytest.approx(slope, rel=0.02)
 
 
-def test_the_classifier_sees_the_noisy_image_at_the_original_timestep():
+def test_the_classifier_gets_the_noisy_image_at_the_original_timestep():
     classifier, x = Recorder(linear_classifier), images()
     score(1.0, classifier, x, step=3)
     (args, _) = classifier.calls[0]
@@ -65,28 +72,28 @@ def test_the_classifier_sees_the_noisy_image_at_the_original_timestep():
     assert args[1].tolist() == [750, 750]
 
 
-def test_eps_stays_the_plain_one_and_no_pass_is_paid_for():
-    denoise, x = Recorder(plain), images()
-    guidances = {"c": classifier_guidance(ClassifierGuidance(scale=2.0), linear_classifier, SCHEDULE)}
-    prediction = guided(denoise, guidances)(x, 2, Condition(labels=LABELS))
+def test_eps_is_the_base_predictions_and_the_unet_is_not_evaluated_again():
+    predict, x = Recorder(plain), images()
+    prediction = guided_by(linear_classifier, 2.0, predict)(x, 2, Condition(labels=LABELS))
     assert torch.equal(prediction.eps, plain(x, 2, NOTHING).eps)
-    assert len(denoise.calls) == prediction.nfe == 1
+    assert len(predict.calls) == prediction.nfe == 1
 
 
-def test_zero_scale_does_not_call_the_classifier_nor_need_labels():
+def test_scale_0_neither_calls_the_classifier_nor_needs_labels():
     classifier = Recorder(linear_classifier)
-    prediction = guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=0.0), classifier, SCHEDULE)})(
-        images(), 2, NOTHING
-    )
+    prediction = guided_by(classifier, 0.0)(images(), 2, NOTHING)
     assert classifier.calls == []
     assert prediction.score == 0
 
 
 def test_labels_must_be_given():
-    with pytest.raises(UserError, match="`labels` must be given"):
-        guided(plain, {"c": classifier_guidance(ClassifierGuidance(scale=1.0), linear_classifier, SCHEDULE)})(
-            images(), 2, NOTHING
-        )
+    with pytest.raises(UserError, match="`labels`"):
+        guided_by(linear_classifier, 1.0)(images(), 2, NOTHING)
+
+
+def test_a_classifier_must_be_given():
+    with pytest.raises(UserError, match=r"`classifier\.checkpoint`"):
+        guidances_of(SCHEDULE, classifier={"scale": 1.0})
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -94,32 +101,19 @@ def test_labels_must_be_given():
 def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):
     net = small_classifier()
     with torch.no_grad():
-        want = chain(net, sample)
+        want = sampled(net, 2.0, sample)
     with mode():
-        got = chain(net, sample)
+        got = sampled(net, 2.0, sample)
     assert all(p.grad is None for p in net.parameters())
     for a, b in zip(want, got, strict=True):
         assert torch.equal(a, b)
 
 
-def chain(net, sample):
-    denoise = make_predictor(toy_network, SCHEDULE, "learned_range")
-    denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=2.0), net, SCHEDULE)})
-    noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
-    x = initial_noise(0, range(2), SHAPE)
-    condition = Condition(labels=LABELS.clone())  # made here, so an inference tensor in inference mode
-    return [after.clone() for _, after, _ in sample(denoise, x, condition, SCHEDULE, noise)]
-
-
 def test_guidance_makes_the_class_likelier():
-    net = small_classifier()
-    timesteps = torch.zeros(2, dtype=torch.int64)
+    net, timesteps = small_classifier(), torch.zeros(2, dtype=torch.int64)
 
     def log_p(scale):
-        denoise = make_predictor(toy_network, SCHEDULE, "fixed_small")
-        denoise = guided(denoise, {"c": classifier_guidance(ClassifierGuidance(scale=scale), net, SCHEDULE)})
-        noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
-        *_, (_, x, _) = ddpm(denoise, initial_noise(0, range(2), SHAPE), Condition(labels=LABELS), SCHEDULE, noise)
+        x = sampled(net, scale, ddpm, "fixed_small")[-1]
         with torch.no_grad():
             return net(x, timesteps).log_softmax(dim=1)[range(2), LABELS]
 

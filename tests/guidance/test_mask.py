@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sagl.guidance.mask import attention_mask
+from sagl.guidance.sag import attention_mask
 
 
 def received(seed=0, heads=3, side=(4, 4)):

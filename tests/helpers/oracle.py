@@ -140,7 +140,7 @@ def adm(network, x, timesteps, labels=None):
     def attention(x, name, site, heads):
         qkv = F.conv1d(normed(x, f"{name}.norm").flatten(2), p[f"{name}.qkv.weight"], p[f"{name}.qkv.bias"])
         out, maps[site, "layer"] = attend(qkv, heads, "new" if s.use_new_attention_order else "legacy")
-        maps[site, "as_released"] = attend(qkv, s.num_heads, "legacy")[1]
+        maps[site, "sag_release"] = attend(qkv, s.num_heads, "legacy")[1]
         out = F.conv1d(out, p[f"{name}.proj_out.weight"], p[f"{name}.proj_out.bias"])
         return x + out.reshape(x.shape)
 

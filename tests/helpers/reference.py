@@ -11,13 +11,11 @@ from safetensors.torch import load_file
 
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
-from sagl.guidance.base import guided
-from sagl.guidance.classifier import classifier_guidance
-from sagl.guidance.sag import sag
+from sagl.guidance.base import with_guidance
 from sagl.models.adm import Classifier, UNet
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
+from tests.helpers.toys import guidances_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 META = json.loads((ASSETS / "meta.json").read_text())
@@ -109,25 +107,16 @@ def trajectory_error(name, sample):
     x = torch.randn(want.shape[1:], generator=g)
     noise = {step: torch.randn(x.shape, generator=g) for step in reversed(range(steps))}
     torch.testing.assert_close(x, want[0], rtol=0, atol=0)
-    settings = SelfAttentionGuidance(
-        scale=m["sag_scale"],
-        site=m["site"],
-        threshold=m["threshold"],
-        blur_sigma=m["blur_sigma"],
-        kernel_size=m["kernel_size"],
-        interval=(0.0 if m["guide_last_steps"] is None else 1 - m["guide_last_steps"] / steps, 1.0),
-        clip_x0=m["clip_x0"],
-        heads="as_released" if "as_released" in name else "layer",
-    )
-    guidances = {
-        "sag": sag(settings, schedule),
-        "classifier": classifier_guidance(ClassifierGuidance(scale=m["classifier_scale"]), classifier(), schedule),
-    }
-    denoise = guided(make_predictor(network(m["model"]), schedule, "learned_range"), guidances)
+    sag = {name: m[name] for name in ("site", "threshold", "blur_sigma", "kernel_size", "clip_x0")}
+    sag["scale"], sag["heads"] = m["sag_scale"], "sag_release" if "as_released" in name else "layer"
+    sag["interval"] = (0.0 if m["guide_last_steps"] is None else 1 - m["guide_last_steps"] / steps, 1.0)
+    classifier_settings = {"scale": m["classifier_scale"], "checkpoint": "classifier_c"}
+    guidances = guidances_of(schedule, sag=sag, classifier=classifier_settings, classifier_network=classifier())
+    predict = with_guidance(make_predictor(network(m["model"]), schedule, "learned_range"), guidances)
     condition = Condition(labels=torch.tensor(m["classifier_labels"]) if m["classifier_labels"] else None)
     options = {"clip_x0": m["clip_x0"]} | ({} if m["eta"] is None else {"eta": m["eta"]})
     with torch.inference_mode():
-        chain = list(sample(denoise, x, condition, schedule, noise.__getitem__, **options))
+        chain = list(sample(predict, x, condition, schedule, noise.__getitem__, **options))
     assert [step for step, _, _ in chain] == list(reversed(range(steps)))
     assert len(want) == steps + 1
     return [relative_error(x, after) for (_, x, _), after in zip(chain, want[1:], strict=True)]

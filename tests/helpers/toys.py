@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import torch
 
 from sagl.diffusion.predictor import Condition, Prediction
+from sagl.guidance.base import GuidanceContext, build_guidances
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.diffusion import DiffusionSettings
 
 
 def toy_network(x, timesteps, labels=None, *, attention_sites=()):
@@ -38,3 +41,15 @@ def forbidden_noise(step):
 
 
 NOTHING = Condition()
+
+
+def guidances_of(schedule, *, classifier_network=None, network=None, **settings):
+    """The guidances of settings by group, such as sag={"scale": 0.5}."""
+    context = GuidanceContext(
+        network=network,
+        diffusion=DiffusionSettings(),
+        schedule=schedule,
+        load_network=lambda name: network,
+        load_classifier=lambda name: classifier_network,
+    )
+    return build_guidances({name: GUIDANCES[name].settings_class(**s) for name, s in settings.items()}, context)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sagl.errors import UserError
-from sagl.guidance.blur import gaussian_blur
+from sagl.guidance.sag import gaussian_blur
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import describe_resize, extract_features
 from sagl.metrics.frechet import frechet_distance, statistics

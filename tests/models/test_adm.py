@@ -84,7 +84,7 @@ def test_forward_is_the_references(name):
 def test_attention_received_is_the_references(key):
     name, _, place = key.partition(".")
     kind, _, block = place.removeprefix("attention_received").partition(".")
-    site = AttentionSite(block, "as_released" if kind == "_as_released" else "layer")
+    site = AttentionSite(block, "sag_release" if kind == "_as_released" else "layer")
     with torch.no_grad():
         received = network(name)(reference_images(), TIMESTEPS, LABELS[name], attention_sites=[site]).attention
     assert list(received) == [site]
@@ -124,7 +124,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivatio
     s = net.settings
     x, timesteps = images(channels=s.in_channels), torch.tensor([3, 777])
     labels = torch.tensor([6, 2]) if s.num_classes else None
-    sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "as_released")]
+    sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "sag_release")]
     with torch.no_grad():
         got = net(x, timesteps, labels, attention_sites=sites)
         want, maps = oracle.adm(net, x, timesteps, labels)
@@ -225,7 +225,7 @@ def test_every_site_brings_back_a_map_of_its_side_with_mean_one(name):
 
 
 def test_the_same_site_may_be_asked_for_twice_and_under_both_head_splits():
-    net, released = small_unet(num_head_channels=8), AttentionSite("output.1", "as_released")
+    net, released = small_unet(num_head_channels=8), AttentionSite("output.1", "sag_release")
     with torch.no_grad():
         asked = [AttentionSite("output.1"), released, AttentionSite("output.1")]
         attention = net(images(), torch.tensor([5, 600]), attention_sites=asked).attention

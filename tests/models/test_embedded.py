@@ -11,7 +11,7 @@ from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings
+from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.utils.files import cache_folder
 from sagl.utils.images import to_float, to_uint8
 
@@ -28,13 +28,13 @@ def garments() -> PaddedFashionMNIST:
 def drawn() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, ten of each class, and their labels."""
     file = read_checkpoint(DEFAULT_CHECKPOINT)
-    chain = ChainSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
+    chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
     recipe = build_pipeline(
-        build_network(file), file.diffusion, chain, SelfAttentionGuidance(**file.recommended["sag"])
+        build_network(file), file.diffusion, chain, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
     )
     labels = make_labels(RunSettings(labels="balanced"), range(NUM_IMAGES), recipe.network)
     with torch.inference_mode():
-        x, _ = run_to_end(recipe.chain(0, range(NUM_IMAGES), labels))
+        x, _ = run_to_end(recipe.sample_progressive(0, range(NUM_IMAGES), labels))
     return to_uint8(x), labels
 
 
@@ -53,7 +53,7 @@ def test_its_recommended_settings_are_settings():
     sag = SelfAttentionGuidance(**recommended.pop("sag"))
     assert sag.scale != 0
     run = {k: recommended.pop(k) for k in ("labels",) if k in recommended}
-    ChainSettings(**recommended)
+    SamplerSettings(**recommended)
     RunSettings(**run)
 
 

@@ -17,7 +17,7 @@ from sagl.sampling.pipeline import build_pipeline, run_to_end
 from sagl.settings.compatibility import check_classifier
 from sagl.settings.guidance import ClassifierGuidance
 from sagl.settings.network import ClassifierSettings
-from sagl.settings.sampling import ChainSettings
+from sagl.settings.sampling import SamplerSettings
 from sagl.utils.files import cache_folder
 from sagl.utils.images import to_float
 from tests.helpers.tiny import exit_code
@@ -67,13 +67,15 @@ def test_it_knows_garments_and_the_better_the_less_noise_there_is(seen):
 
 def test_guided_images_are_taken_for_their_class_with_more_certainty(file):
     network, classifier = load("fashion_mnist"), build_classifier(file)
-    chain, labels, ids = ChainSettings(sampler="ddim", respacing="ddim10"), torch.arange(10), range(10)
+    chain, labels, ids = SamplerSettings(sampler="ddim", respacing="ddim10"), torch.arange(10), range(10)
     logs = []
     for scale in (0.0, 2.0):
-        settings = ClassifierGuidance(scale=scale)
-        recipe = build_pipeline(build_network(network), network.diffusion, chain, None, classifier, settings)
+        settings = ClassifierGuidance(scale=scale, checkpoint="fashion_mnist_classifier")
+        recipe = build_pipeline(
+            build_network(network), network.diffusion, chain, {"classifier": settings}, lambda _: classifier
+        )
         with torch.inference_mode():
-            x, _ = run_to_end(recipe.chain(0, ids, labels))
+            x, _ = run_to_end(recipe.sample_progressive(0, ids, labels))
             log_p = classifier(x, torch.zeros(10)).log_softmax(dim=1)
         logs.append(float(log_p[range(10), labels].mean()))
     assert logs[1] > logs[0]

@@ -99,16 +99,16 @@ def test_the_embedded_network_s_advice_can_be_followed():
     request, file = parse([]), read_checkpoint(DEFAULT_CHECKPOINT)
     assert request.source.checkpoint == DEFAULT_CHECKPOINT
     network = build_network(file)
-    recipe = build_pipeline(network, file.diffusion, request.chain, request.sag)
-    start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.sag.interval)
-    assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.sag.scale else 0)
+    recipe = build_pipeline(network, file.diffusion, request.chain, request.guidances)
+    start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.guidances["sag"].interval)
+    assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.guidances["sag"].scale else 0)
     make_labels(request.run, [0, 1], network)
 
 
 def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
     request, file = parse(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
-    assert request.sag.scale == 0.05
-    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.chain, request.sag).guidances
+    assert request.guidances["sag"].scale == 0.05
+    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.chain, request.guidances).guidances
 
 
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
@@ -119,7 +119,9 @@ def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
 
 def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_another_is_named(tmp_path):
     asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
-    found = [parse([word for pair in flags.items() for word in pair]).classifier.checkpoint for flags in asked]
+    found = [
+        parse([word for pair in flags.items() for word in pair]).guidances["classifier"].checkpoint for flags in asked
+    ]
     assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
     other = write_tiny(tmp_path / "other.safetensors")
     assert parse(["--checkpoint", str(other), "--classifier.scale", "1"]).classifier.checkpoint is None

@@ -7,20 +7,20 @@ import torch
 from sagl.diffusion.noise import initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, GuidanceTerm, Prediction, make_predictor
 from sagl.errors import UserError
-from sagl.guidance.base import guided
+from sagl.guidance.base import with_guidance
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_predictions
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
-from sagl.settings.sampling import ChainSettings, RunSettings, micro_batches
+from sagl.settings.sampling import RunSettings, SamplerSettings, micro_batches
 from tests.helpers.reference import small_classifier
 from tests.helpers.tiny import calm_unet, count_calls, grey_unet
 
 CHAINS = [
-    ChainSettings(sampler="ddpm", respacing="6"),
-    ChainSettings(sampler="ddim", respacing="ddim8"),
-    ChainSettings(sampler="ddim", respacing="6", eta=0.7, clip_x0=False),
+    SamplerSettings(sampler="ddpm", respacing="6"),
+    SamplerSettings(sampler="ddim", respacing="ddim8"),
+    SamplerSettings(sampler="ddim", respacing="6", eta=0.7, clip_x0=False),
 ]
 SAG = {"scale": 0.5, "site": "output.1", "blur_sigma": 1.0}
 every_chain = pytest.mark.parametrize("chain", CHAINS, ids=["ddpm", "ddim", "ddim-eta"])
@@ -32,17 +32,19 @@ def recipe_of(chain, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffu
         network or calm_unet(),
         diffusion or DiffusionSettings(),
         chain,
-        SelfAttentionGuidance(**{**SAG, **sag}),
-        small_classifier() if classifier_scale else None,
-        ClassifierGuidance(scale=classifier_scale),
-        ClassifierFreeGuidance(scale=cfg_scale),
+        {
+            "sag": SelfAttentionGuidance(**{**SAG, **sag}),
+            "classifier": ClassifierGuidance(scale=classifier_scale, checkpoint="small"),
+            "cfg": ClassifierFreeGuidance(scale=cfg_scale),
+        },
+        load_classifier=lambda name: small_classifier(),
     )
 
 
 def images_of(recipe, run, ids=(0, 1)):
     """What a recipe makes of these ids, and the masked shares."""
     with torch.inference_mode():
-        return run_to_end(recipe.chain(run.seed, list(ids), make_labels(run, list(ids), recipe.network)))
+        return run_to_end(recipe.sample_progressive(run.seed, list(ids), make_labels(run, list(ids), recipe.network)))
 
 
 @cache
@@ -52,8 +54,8 @@ def steps_of(sample_id, run, chain):
     (ids,) = (ids for ids in micro_batches(run) if sample_id in ids)
     row = ids.index(sample_id)
     with torch.inference_mode():
-        chain = list(recipe.chain(run.seed, ids, make_labels(run, ids, recipe.network)))
-    return [(x[row], p.directions["sag"].notes["mask"][row]) for _, x, p in chain]
+        chain = list(recipe.sample_progressive(run.seed, ids, make_labels(run, ids, recipe.network)))
+    return [(x[row], p.terms["sag"].extras["mask"][row]) for _, x, p in chain]
 
 
 # ---------------------------------------------------------------------------------- one sample, whatever the run
@@ -102,14 +104,14 @@ def test_a_chain_is_its_sampler_over_the_guided_network(chain):
     network = calm_unet()
     recipe, labels = recipe_of(chain, network=network), torch.tensor([1, 4])
     shape = (3, 16, 16)
-    denoise = guided(make_predictor(network, recipe.schedule, "learned_range"), recipe.guidances)
+    denoise = with_guidance(make_predictor(network, recipe.schedule, "learned_range"), recipe.guidances)
     told = (denoise, initial_noise(7, [2, 3], shape), Condition(labels=labels), recipe.schedule)
     noise = step_noise(7, [2, 3], shape, torch.device("cpu"))
     if chain.sampler == "ddpm":
         want = list(ddpm(*told, noise, clip_x0=chain.clip_x0))
     else:
         want = list(ddim(*told, noise, clip_x0=chain.clip_x0, eta=chain.eta))
-    for (step, x, _), (want_step, want_x, _) in zip(recipe.chain(7, [2, 3], labels), want, strict=True):
+    for (step, x, _), (want_step, want_x, _) in zip(recipe.sample_progressive(7, [2, 3], labels), want, strict=True):
         assert step == want_step
         assert torch.equal(x, want_x)
 
@@ -203,7 +205,7 @@ def test_nfe_is_the_number_of_network_calls_inside_and_outside_an_interval(inter
     calls = count_calls(network)
     recipe = recipe_of(CHAINS[1], network=network, interval=interval, scale=scale)
     paid, before = [], 0
-    for _, _, prediction in recipe.chain(0, [0, 1], torch.tensor([0, 1])):
+    for _, _, prediction in recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])):
         assert len(calls) - before == prediction.nfe
         paid, before = [*paid, len(calls) - before], len(calls)
     start = round(interval[0] * 8)
@@ -228,8 +230,8 @@ def test_an_interval_of_nothing_gives_the_unguided_bytes(chain):
         ({"site": "output.7"}, ("`site`", "output.1 (8x8)", "'output.7'")),
         ({"site": "input.0"}, ("`site`", "middle", "'input.0'")),
         ({"kernel_size": 33}, ("`sag.kernel_size`", "31", "33")),
-        ({"chain": ChainSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
-        ({"chain": ChainSettings(respacing="many")}, ("`respacing`", "'many'")),
+        ({"chain": SamplerSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
+        ({"chain": SamplerSettings(respacing="many")}, ("`respacing`", "'many'")),
         ({"network": {"learn_sigma": False}}, ("`variance`", "learn_sigma", "fixed_small")),
         ({"network": {"null_label": False}, "cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
     ],
@@ -245,7 +247,7 @@ def test_prepare_refuses_what_does_not_fit_the_network_before_anything_runs(wron
 
 def test_classifier_guidance_without_a_classifier_is_refused():
     with pytest.raises(UserError, match=r"`classifier\.scale` needs a classifier"):
-        build_pipeline(calm_unet(), DiffusionSettings(), CHAINS[0], classifier_settings=ClassifierGuidance(scale=1.0))
+        build_pipeline(calm_unet(), DiffusionSettings(), CHAINS[0], {"classifier": ClassifierGuidance(scale=1.0)})
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -259,8 +261,8 @@ def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
 
 
 def prediction_with(mask):
-    directions = {} if mask is None else {"sag": GuidanceTerm(notes={"mask": torch.tensor(mask).view(1, 1, 1, 3)})}
-    return Prediction(eps=torch.zeros(1, 1, 1, 3), log_variance=torch.tensor(0.0), directions=directions)
+    terms = {} if mask is None else {"sag": GuidanceTerm(extras={"mask": torch.tensor(mask).view(1, 1, 1, 3)})}
+    return Prediction(eps=torch.zeros(1, 1, 1, 3), log_variance=torch.tensor(0.0), terms=terms)
 
 
 def test_the_masked_share_counts_guided_steps_alone():
@@ -279,8 +281,8 @@ def test_there_is_no_masked_share_where_nothing_was_masked():
 def test_the_masked_share_of_a_run_is_what_its_steps_say():
     recipe = recipe_of(CHAINS[1], interval=(0.25, 1))
     with torch.inference_mode():
-        chain = list(recipe.chain(0, [0, 1], torch.tensor([0, 1])))
-    masks = [p.directions["sag"].notes["mask"] for _, _, p in chain if p.directions]
+        chain = list(recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])))
+    masks = [p.terms["sag"].extras["mask"] for _, _, p in chain if p.terms]
     assert len(masks) == 6
     images, share = run_to_end(iter(chain))
     assert share.shape == (2, 1, 16, 16)
@@ -299,15 +301,15 @@ def test_sag_and_classifier_guidance_run_together_in_inference_mode_and_out_of_i
     both = recipe_of(chain, network=network, classifier_scale=3.0)
     labels = torch.tensor([0, 3])
     with torch.inference_mode():
-        inside, share = run_to_end(both.chain(0, [0, 1], labels))
+        inside, share = run_to_end(both.sample_progressive(0, [0, 1], labels))
     assert len(calls) == both.nfe == 2 * both.schedule.num_steps
-    outside, _ = run_to_end(both.chain(0, [0, 1], labels))
+    outside, _ = run_to_end(both.sample_progressive(0, [0, 1], labels))
     assert share is not None
     assert bool(inside.isfinite().all())
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-5)
     alone = [recipe_of(chain, network=network), recipe_of(chain, network=network, classifier_scale=3.0, scale=0.0)]
     for recipe in alone:
-        assert float((run_to_end(recipe.chain(0, [0, 1], labels))[0] - outside).abs().max()) > 1e-3
+        assert float((run_to_end(recipe.sample_progressive(0, [0, 1], labels))[0] - outside).abs().max()) > 1e-3
 
 
 def test_classifier_guidance_costs_no_call_of_the_network():
@@ -334,7 +336,7 @@ def test_nfe_counts_every_call_of_the_network_by_every_guidance(guidances, paid)
     calls = count_calls(network)
     recipe = recipe_of(CHAINS[1], network=network, **guidances)
     with torch.inference_mode():
-        assert [p.nfe for _, _, p in recipe.chain(0, [0, 1], torch.tensor([0, 1]))] == paid
+        assert [p.nfe for _, _, p in recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1]))] == paid
     assert recipe.nfe == len(calls) == sum(paid)
     assert recipe.unguided.nfe == 8
 
@@ -348,14 +350,14 @@ def test_estimates_are_x0_hat_of_every_step_clipped_with_the_mask_of_the_step(ch
     ids, labels = [2, 3], torch.tensor([1, 4])
     with torch.inference_mode():
         got = list(x0_predictions(recipe, 7, ids, labels))
-        steps = list(recipe.chain(7, ids, labels))
+        steps = list(recipe.sample_progressive(7, ids, labels))
     x = initial_noise(7, ids, (3, 16, 16))
     for (step, x0_hat, mask), (want_step, after, prediction) in zip(got, steps, strict=True):
         alpha_bar = float(recipe.schedule.alpha_bar(step))
         want = (x - (1 - alpha_bar) ** 0.5 * prediction.eps) / alpha_bar**0.5
         assert step == want_step
         torch.testing.assert_close(x0_hat, want.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-        noted = prediction.directions["sag"].notes["mask"] if "sag" in prediction.directions else None
+        noted = prediction.terms["sag"].extras["mask"] if "sag" in prediction.terms else None
         assert (mask is None) == (noted is None) == (step >= recipe.schedule.num_steps / 2)
         assert mask is None or torch.equal(mask, noted)
         x = after
@@ -365,7 +367,7 @@ def test_the_last_estimate_of_a_deterministic_chain_is_its_image():
     recipe = recipe_of(CHAINS[1])
     with torch.inference_mode():
         *_, (step, x0_hat, _) = x0_predictions(recipe, 0, [0, 1], torch.tensor([0, 1]))
-    images, _ = run_to_end(recipe.chain(0, [0, 1], torch.tensor([0, 1])))
+    images, _ = run_to_end(recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])))
     assert step == 0
     torch.testing.assert_close(x0_hat, images, rtol=0, atol=1e-5)
 
@@ -383,7 +385,7 @@ def test_a_compiled_network_is_two_whole_graphs_whatever_the_step_and_the_batch(
         graphs.append(graph)
         return graph.forward
 
-    chain, run = ChainSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
+    chain, run = SamplerSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
     want = [images_of(recipe_of(chain, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
     network = calm_unet()
     network.compile(dynamic=False, fullgraph=True, backend=backend)

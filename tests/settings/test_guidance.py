@@ -3,14 +3,14 @@ import dataclasses
 import pytest
 
 from sagl.errors import UserError
+from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import (
-    GUIDANCES,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     SelfAttentionGuidance,
     effective_kernel_size,
 )
-from sagl.settings.sampling import ChainSettings
+from sagl.settings.sampling import SamplerSettings
 
 
 @pytest.mark.parametrize(
@@ -48,18 +48,18 @@ def test_any_scale_is_allowed(scale):
 
 
 def test_guidances_are_off_until_a_scale_is_given():
-    assert {kind().scale for kind in GUIDANCES.values()} == {0}
+    assert {entry.settings_class().scale for entry in GUIDANCES.values()} == {0}
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
-        *((kind, {"scale": None}, f"{group}.scale") for group, kind in GUIDANCES.items()),
+        *((entry.settings_class, {"scale": None}, f"{group}.scale") for group, entry in GUIDANCES.items()),
         (SelfAttentionGuidance, {"threshold": None}, "sag.threshold"),
         (SelfAttentionGuidance, {"blur_sigma": None}, "sag.blur_sigma"),
         (SelfAttentionGuidance, {"interval": (0.0, None)}, "sag.interval"),
-        (ChainSettings, {"sampler": "ddim", "eta": None}, "eta"),
+        (SamplerSettings, {"sampler": "ddim", "eta": None}, "eta"),
     ],
 )
 def test_a_setting_that_is_no_finite_number_is_refused_by_its_name(kind, changes, named, number):

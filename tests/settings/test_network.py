@@ -149,15 +149,15 @@ def test_a_block_without_attention_is_no_site_and_the_sites_are_listed(site):
     assert f"`site` must be a block with attention: {listed}; got {site!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("heads", ["layer", "as_released"])
+@pytest.mark.parametrize("heads", ["layer", "sag_release"])
 @pytest.mark.parametrize("name", UNETS)
 def test_every_site_can_be_asked_for_where_num_heads_divides_the_widths(name, heads):
     for site in UNETS[name].sites:
         UNETS[name].require_site(site, heads)
 
 
-def test_heads_as_released_must_divide_the_width_of_the_site():
+def test_heads_sag_release_must_divide_the_width_of_the_site():
     settings = UNetSettings(**SMALL, attention_resolutions=(8,), num_heads=3, num_head_channels=32)
     settings.require_site("middle")
-    with pytest.raises(UserError, match=r"`heads` as_released needs num_heads \(3\) to divide middle's width 64"):
-        settings.require_site("middle", "as_released")
+    with pytest.raises(UserError, match=r"`heads` sag_release needs num_heads \(3\) to divide middle's width 64"):
+        settings.require_site("middle", "sag_release")

@@ -1,16 +1,16 @@
 import pytest
 
 from sagl.errors import UserError
-from sagl.settings.sampling import ChainSettings, DeviceSettings, RunSettings
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
 
 
 @pytest.mark.parametrize(
     ("settings", "changes", "named"),
     [
-        (ChainSettings, {"sampler": "euler"}, "sampler"),
-        (ChainSettings, {"sampler": "ddim", "eta": -0.1}, "eta"),
-        (ChainSettings, {"sampler": "ddim", "eta": 1.5}, "eta"),
-        (ChainSettings, {"sampler": "ddpm", "eta": 0.5}, "eta"),
+        (SamplerSettings, {"sampler": "euler"}, "sampler"),
+        (SamplerSettings, {"sampler": "ddim", "eta": -0.1}, "eta"),
+        (SamplerSettings, {"sampler": "ddim", "eta": 1.5}, "eta"),
+        (SamplerSettings, {"sampler": "ddpm", "eta": 0.5}, "eta"),
         (RunSettings, {"num_samples": 0}, "num_samples"),
         (DeviceSettings, {"devices": "0"}, "trainer.devices"),
         (DeviceSettings, {"devices": "257"}, "trainer.devices"),
@@ -33,7 +33,7 @@ def test_what_has_no_chain_or_run_is_refused_with_the_argument_and_what_came(set
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_takes_any_share_of_the_ancestral_noise(eta):
-    assert ChainSettings(sampler="ddim", eta=eta).eta == eta
+    assert SamplerSettings(sampler="ddim", eta=eta).eta == eta
 
 
 def test_labels_may_be_a_list_of_classes():
