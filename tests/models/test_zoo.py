@@ -124,7 +124,7 @@ def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_anothe
     ]
     assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
     other = write_tiny(tmp_path / "other.safetensors")
-    assert parse(["--checkpoint", str(other), "--classifier.scale", "1"]).classifier.checkpoint is None
+    assert parse(["--checkpoint", str(other), "--classifier.scale", "1"]).guidances["classifier"].checkpoint is None
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
