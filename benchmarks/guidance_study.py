@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
+from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.metrics.bootstrap import paired_interval
 from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import extract_features
@@ -112,7 +112,7 @@ def main() -> None:
     chain = SamplerSettings(sampler=a.sampler, respacing=a.respacing)
     run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = get_extractor(EXTRACTOR)(torch.device("cpu"))
-    fetch(cache_folder())
+    prepare_fashion_mnist(cache_folder())
     test_split = extract_features(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
     distance_to_test = FrechetReference(statistics(test_split))
     settings = grid(a, chain, run)

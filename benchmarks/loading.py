@@ -53,7 +53,7 @@ def write(folder: Path, count: int) -> float:
 def decode(folder: Path, places: range) -> int:
     """Read and decode some of the pictures; returns a sum, so that nothing is left undone."""
     source = LSUNImageSource(folder)
-    return sum(int(np.asarray(Image.open(io.BytesIO(source.encoded(i))).convert("RGB"))[0, 0, 0]) for i in places)
+    return sum(int(np.asarray(Image.open(io.BytesIO(source.read_bytes(i))).convert("RGB"))[0, 0, 0]) for i in places)
 
 
 def decoding_alone(folder: Path, count: int, processes: int) -> float:
@@ -71,7 +71,7 @@ def one_epoch(loader: ResumableDataLoader) -> float:
     for images, _ in loader:
         started = started or time.monotonic()
         seen += len(images)
-    return (seen - loader.reading.batch_size) / (time.monotonic() - started)
+    return (seen - loader.settings.batch_size) / (time.monotonic() - started)
 
 
 def megabytes() -> float:

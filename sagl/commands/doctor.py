@@ -113,11 +113,11 @@ def extractors() -> Iterator[Line]:
 def data() -> Iterator[Line]:
     """Data sets that are at hand."""
     try:
-        from sagl.data.fashion_mnist import DEBIAN_FOLDER, is_there
+        from sagl.data.fashion_mnist import DEBIAN_FOLDER, has_fashion_mnist
     except ImportError as error:
         yield "Fashion-MNIST", f"cannot be looked for: {error}", "pip install torch torchvision lightning"
         return
-    cached, debian = is_there(cache_folder()), DEBIAN_FOLDER.is_dir()
+    cached, debian = has_fashion_mnist(cache_folder()), DEBIAN_FOLDER.is_dir()
     found = "in the cache" if cached else f"in {DEBIAN_FOLDER}" if debian else "not here"
     todo = "" if cached or debian else "apt-get install dataset-fashion-mnist, or it is downloaded when it is needed"
     yield "Fashion-MNIST", found, todo

@@ -8,7 +8,7 @@ REST = """groups with more flags than fit here; a --config holds them best:
   --model.network NAME        a released network's settings by name, or each: --model.network.num_channels 128 …
   --model.diffusion.…         noise_schedule, num_timesteps, variance
                               or, in its place, --model.classifier: a classifier of noised images
-  --data CLASS                sagl.data.folder.FolderData, …shards.ShardData, …lsun.LSUNData, …npz.NpzData,
+  --data CLASS                sagl.data.folder.FolderData, …webdataset.ShardData, …lsun.LSUNData, …npz.NpzData,
                               …fashion_mnist.FashionMNISTData
   --data.…                    root, batch_size, num_workers, …: sagl fit --data.help CLASS lists those of a class
   --trainer.…                 any of Lightning's Trainer: devices, max_steps, precision, accumulate_grad_batches, …

@@ -1,206 +1,281 @@
-"""The order in which training sees images, and a loader that goes on in the middle of it after a restart."""
+"""Resumable and distributed loading of images: datasets, the sampler and the data loaders."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from sagl.data.shared_memory import NUM_PREFETCHED, SharedMemoryBatches, SlotBatchSampler
 from sagl.errors import require
+from sagl.shapes import ImageUint8, Labels
 
-Pair = tuple[Tensor, Tensor]
-"""An image (C, H, W) uint8 and its label () int64, or a batch of both."""
-Drawn = tuple[Tensor, int, int]
-"""An image, its label, and the place of the picture in whose stead it stands because that is damaged; -1: itself."""
+Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
-"""How worker processes begin."""
+"""How worker processes are started."""
+NUM_PREFETCHED = 4
+"""Batches that each worker prepares in advance; with torch's default of 2, workers at times wait for the main process."""
 
 
-class Images(Dataset[Pair | Drawn]):
-    """Labelled images. Item epoch * len + index is image `index`, augmented as in that epoch."""
+class Item(NamedTuple):
+    """One labelled image of a dataset."""
+
+    image: Tensor
+    """(C, H, W) uint8."""
+    label: int
+    corrupt: str = ""
+    """Name of the corrupt image that this one replaces; empty if it replaces none."""
+
+
+class EpochDataset(Dataset[Item]):
+    """Labelled images of one shape. Item epoch * len + index is image `index`, augmented as in that epoch."""
+
+    image_shape: tuple[int, int, int]
+    """(H, W, C)."""
 
     @abstractmethod
-    def __len__(self) -> int:
-        """How many there are."""
+    def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | int]]:
-        """All of them, as in epoch 0; without it a `for` loop would go on through all epochs."""
-        return ((image, label) for image, label, *_ in (self[index] for index in range(len(self))))
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        """Iterate over epoch 0. Python's default iteration would go on through all epochs."""
+        return ((item.image, item.label) for item in map(self.__getitem__, range(len(self))))
 
 
-class TrainingOrder(Sampler[int]):
-    """Every image once an epoch, in an order drawn from (seed, epoch), every rank its share.
+class ResumableDistributedSampler(Sampler[int]):
+    """Sampler that shuffles by (seed, epoch), splits each epoch between the ranks, and can start anywhere.
 
-    Yields epoch * count + index, so that one number says both which image, and which of its augmentations. The
-    images of a global batch are the same for any number of ranks.
+    It yields epoch * num_images + index, so that an item determines both the image and its augmentation. The images of
+    a global batch do not depend on the number of ranks.
     """
 
-    def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """Over `count` images, of which `rank` sees every `world_size`-th."""
-        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
-        self.done = 0
+    def __init__(self, num_images: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_images, self.seed, self.rank, self.world_size = num_images, seed, rank, world_size
+        self.num_consumed = 0  # by this rank, over all epochs
 
     def __len__(self) -> int:
-        """Images a rank sees in one epoch: the same for all ranks, so up to world_size - 1 are left out."""
-        return self.count // self.world_size
+        """Return the images per rank and epoch, equal on all ranks; up to world_size - 1 images are left out."""
+        return self.num_images // self.world_size
 
     def __iter__(self) -> Iterator[int]:
-        """The rest of the epoch in which image `done` of this rank lies."""
-        epoch, first = divmod(self.done, max(1, len(self)))
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        shown = order[: len(self) * self.world_size][self.rank :: self.world_size]
-        yield from (epoch * self.count + shown[first:]).tolist()
+        epoch, start = divmod(self.num_consumed, max(1, len(self)))
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        indices = order[: len(self) * self.world_size][self.rank :: self.world_size]
+        yield from (epoch * self.num_images + indices[start:]).tolist()
 
 
 class CorruptImageLog:
-    """Pictures that could not be decoded: each counted once and named in a file; too many end the run.
+    """Names of the images that cannot be decoded, with a limit on their number; each counts once.
 
-    The file is also the memory: a run that goes on knows those of before.
+    The names are appended to `path`, if there is one. A resumed run reads them back.
     """
 
-    def __init__(self, report: Path | None, allowed: int) -> None:
-        """Named in `report`, if anywhere, and `allowed` at most."""
-        self.report, self.allowed = report, allowed
-        self.names = set(report.read_text().splitlines()) if report and report.exists() else set()
+    def __init__(self, path: Path | None, max_images: int) -> None:
+        self.path, self.max_images = path, max_images
+        self.names = set(path.read_text().splitlines()) if path and path.exists() else set()
 
-    def note(self, name: str) -> None:
-        """Count one more, unless it is known.
+    def update(self, names: Iterable[str]) -> None:
+        """Record images.
 
         Raises:
-            UserError: they are too many.
+            UserError: there are more than `max_images`.
         """
-        if name in self.names:
-            return
-        self.names.add(name)
-        if self.report:
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            with self.report.open("a") as file:
-                file.write(f"{name}\n")
-        where = f": see {self.report}" if self.report else f", the last of them {name}"
-        require(
-            len(self.names) <= self.allowed,
-            f"`data.max_corrupt_fraction` allows {self.allowed} pictures of this process that cannot be decoded, and there are "
-            f"more{where}. Mend or remove them, or raise it.",
-        )
+        for name in names:
+            if name in self.names:
+                continue
+            self.names.add(name)
+            if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(f"{name}\n")
+            require(
+                len(self.names) <= self.max_images,
+                f"`data.max_corrupt_fraction` allows {self.max_images} corrupt images per process, and there are more, "
+                f"the last of them {name}{f' (all: {self.path})' if self.path else ''}. Repair or remove them, or "
+                "raise the limit.",
+            )
+
+
+# ---------------------------------------------------------------------------------------- batches in shared memory
+
+SlotMessage = tuple[int, list[int], list[str]]
+"""Slot of a batch, its labels, and the names of the corrupt images that were replaced in it."""
+
+
+class SharedMemoryBatches(Dataset[SlotMessage]):
+    """Dataset of batches that workers write into preallocated slots of shared memory; only a message is sent.
+
+    By default every batch takes new shared memory, whose fresh pages cost more than half as much time as decoding a
+    JPEG (benchmarks/loading.py).
+    """
+
+    def __init__(self, dataset: EpochDataset, batch_size: int, num_workers: int) -> None:
+        self.dataset = dataset
+        # Enough slots that the main process has copied a batch before its slot is reused.
+        num_slots = num_workers * NUM_PREFETCHED + 2
+        self.slots = torch.empty((num_slots, batch_size, *dataset.image_shape), dtype=torch.uint8)
+        if num_workers:
+            self.slots.share_memory_()
+
+    def __getitems__(self, slot_and_items: Sequence[int]) -> SlotMessage:
+        """Read the items into the slot."""
+        slot, *items = slot_and_items
+        labels, corrupt = [], []
+        for row, item in enumerate(self.dataset[item] for item in items):
+            self.slots[slot, row] = item.image.permute(1, 2, 0)
+            labels.append(int(item.label))
+            corrupt += [item.corrupt] if item.corrupt else []
+        return slot, labels, corrupt
+
+    def copy_out(self, slot: int, count: int) -> ImageUint8:
+        """Copy a batch out of its slot, (B, C, H, W) uint8 in channels_last order; pinned if there is a GPU."""
+        images = self.slots[slot, :count].numpy()  # numpy's copy wakes no threads, which would slow the workers
+        batch = torch.empty(images.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        np.copyto(batch.numpy(), images)
+        return batch.permute(0, 3, 1, 2)
+
+
+class SlotBatchSampler(Sampler[list[int]]):
+    """Batches of items, each preceded by the number of its slot: [slot, item, item, …]."""
+
+    def __init__(self, batches: BatchSampler | list[list[int]], num_slots: int) -> None:
+        self.batches, self.num_slots = batches, num_slots
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for slot, items in zip(cycle(range(self.num_slots)), self.batches, strict=False):
+            yield [slot, *items]
+
+
+# ---------------------------------------------------------------------------------------------------- data loaders
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings:
-    """How images are read."""
+    """Batch size and worker processes of a data loader."""
 
     batch_size: int
-    """A process."""
+    """Images per batch and process."""
     num_workers: int = 0
-    """Processes that read."""
+    """Worker processes."""
     start_method: StartMethod | None = None
-    """How they begin; None: as the platform has it."""
-    shape: tuple[int, int, int] | None = None
-    """(H, W, C) of every image where that is known: then a batch needs no new memory on its way."""
-    damaged: CorruptImageLog | None = None
-    """Where damaged pictures are counted."""
-    name: Callable[[int], str] = str
-    """What to call a picture by its place."""
+    """How worker processes are started; None for the platform's default."""
 
 
-class Loader(DataLoader[Pair]):
-    """Batches of pairs; damaged pictures are counted here, in the main process."""
+class ImageLoader(DataLoader[Any]):
+    """Data loader of batches ((B, C, H, W) uint8, (B,) int64); corrupt images are logged in the main process."""
 
     def __init__(
-        self, images: Dataset[Any], order: Sampler[int], reading: LoaderSettings, *, whole: bool = False
+        self,
+        dataset: EpochDataset,
+        sampler: Sampler[int] | range,
+        settings: LoaderSettings,
+        corrupt_log: CorruptImageLog | None = None,
+        *,
+        drop_last: bool = False,
     ) -> None:
-        """Batches of `images` in an order; `whole`: without a last one that is smaller."""
-        self.reading = reading
-        batches: Any = BatchSampler(order, reading.batch_size, drop_last=whole)
-        self._shared = None
-        if reading.num_workers and reading.shape:
-            self._shared = SharedMemoryBatches(images, reading.shape, reading.batch_size, reading.num_workers)
-            batches = SlotBatchSampler(batches, len(self._shared.slots))
+        self.settings, self.corrupt_log = settings, corrupt_log
+        self.batches = SharedMemoryBatches(dataset, settings.batch_size, settings.num_workers)
+        batches = BatchSampler(sampler, settings.batch_size, drop_last)
         super().__init__(
-            self._shared or images,
-            batch_sampler=batches,
-            num_workers=reading.num_workers,
-            persistent_workers=reading.num_workers > 0,
-            prefetch_factor=NUM_PREFETCHED if reading.num_workers else None,
-            multiprocessing_context=reading.start_method if reading.num_workers else None,
-            collate_fn=_as_it_is if self._shared else _together,
+            self.batches,
+            batch_sampler=SlotBatchSampler(batches, len(self.batches.slots)),
+            num_workers=settings.num_workers,
+            persistent_workers=settings.num_workers > 0,
+            prefetch_factor=NUM_PREFETCHED if settings.num_workers else None,
+            multiprocessing_context=settings.start_method if settings.num_workers else None,
+            collate_fn=_identity,
         )
 
-    def __iter__(self) -> Any:  # noqa: ANN401 (DataLoader's own iterator type is private)
-        """Pairs; what stands for a damaged picture is one of them."""
-        for batch in super().__iter__():
-            images, labels, places = self._shared.taken(batch) if self._shared else batch
-            if self.reading.damaged:
-                for place in (place for place in places if place >= 0):
-                    self.reading.damaged.note(self.reading.name(place))
-            yield images, torch.tensor(labels)
+    def __iter__(self) -> Any:  # noqa: ANN401 (the type of DataLoader's iterator is private)
+        for slot, labels, corrupt in super().__iter__():
+            if self.corrupt_log:
+                self.corrupt_log.update(corrupt)
+            yield self.batches.copy_out(slot, len(labels)), torch.tensor(labels)
 
 
-def _as_it_is(sent: Any) -> Any:  # noqa: ANN401 (DataLoader takes it for a list)
-    return sent
+def _identity(message: Any) -> Any:  # noqa: ANN401 (DataLoader declares a list)
+    return message
 
 
-def _together(items: list[Any]) -> tuple[Tensor, list[int], list[int]]:
-    """Images as one (B, C, H, W) in the network's memory format, which is how they lie; numbers travel as they are."""
-    images = default_collate([image.permute(1, 2, 0) for image, *_ in items]).permute(0, 3, 1, 2)
-    return images, [int(item[1]) for item in items], [int(place) for _, _, *rest in items for place in rest]
+class ResumableDataLoader(ImageLoader):
+    """Data loader of whole batches for training. Lightning saves its position in checkpoints and restores it."""
 
-
-class ResumableDataLoader(Loader):
-    """Whole batches in `TrainingOrder`; Lightning saves how far it has come, and gives it back on a resume."""
-
-    def __init__(self, images: Images, order: TrainingOrder, reading: LoaderSettings) -> None:
-        """Batches of this rank."""
-        self.order = order
-        super().__init__(images, order, reading, whole=True)
+    def __init__(
+        self,
+        dataset: EpochDataset,
+        sampler: ResumableDistributedSampler,
+        settings: LoaderSettings,
+        corrupt_log: CorruptImageLog | None = None,
+    ) -> None:
+        self.position = sampler
+        super().__init__(dataset, sampler, settings, corrupt_log, drop_last=True)
 
     def __iter__(self) -> Any:  # noqa: ANN401
-        """Batches from where the order stands to the end of the epoch."""
-        for batch in super().__iter__():
-            self._count(len(batch[0]))
-            yield batch
+        """Iterate over the rest of the current epoch."""
+        for images, labels in super().__iter__():
+            self._advance(len(images))
+            yield images, labels
 
     def state_dict(self) -> dict[str, int]:
-        """Images that all ranks together have seen; what epochs left out at their ends counts as seen."""
-        epoch, seen = divmod(self.order.done, len(self.order))
-        return {"images": epoch * self.order.count + seen * self.order.world_size}
+        """Return the number of images consumed by all ranks; those left out at the end of an epoch count too."""
+        epoch, consumed = divmod(self.position.num_consumed, len(self.position))
+        return {"images": epoch * self.position.num_images + consumed * self.position.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the images of `state_dict`, with another number of ranks if need be."""
-        epoch, seen = divmod(state["images"], self.order.count)
-        self.order.done = epoch * len(self.order) + min(seen // self.order.world_size, len(self.order))
-        self._count(0)
+        """Continue after the images of `state`; the number of ranks and the batch size may have changed."""
+        epoch, consumed = divmod(state["images"], self.position.num_images)
+        per_rank = min(consumed // self.position.world_size, len(self.position))
+        self.position.num_consumed = epoch * len(self.position) + per_rank
+        self._advance(0)
 
-    def _count(self, images: int) -> None:
-        self.order.done += images
-        rest = -self.order.done % len(self.order)
-        if rest < self.reading.batch_size:
-            self.order.done += rest  # too few for a batch: the next epoch begins
+    def _advance(self, count: int) -> None:
+        self.position.num_consumed += count
+        remaining = -self.position.num_consumed % len(self.position)
+        if remaining < self.settings.batch_size:  # too few for a batch, so the next epoch begins
+            self.position.num_consumed += remaining
 
 
-def training_loader(images: Images, reading: LoaderSettings, seed: int, trainer: Trainer | None) -> ResumableDataLoader:
-    """The loader of this rank.
+def training_loader(
+    dataset: EpochDataset,
+    settings: LoaderSettings,
+    seed: int,
+    trainer: Trainer | None,
+    corrupt_log: CorruptImageLog | None = None,
+) -> ResumableDataLoader:
+    """Return the training loader of this rank.
 
     Raises:
         UserError: there are too few images for one batch.
     """
-    rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    share = len(images) // world_size
+    rank, world_size = rank_and_world_size(trainer)
+    sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size)
     require(
-        share >= reading.batch_size,
-        f"`data.batch_size` must be at most {share}, the training images of a process, got {reading.batch_size}.",
+        len(sampler) >= settings.batch_size,
+        f"`data.batch_size` must be at most {len(sampler)}, the number of training images per process, "
+        f"got {settings.batch_size}.",
     )
-    return ResumableDataLoader(images, TrainingOrder(len(images), seed, rank, world_size), reading)
+    return ResumableDataLoader(dataset, sampler, settings, corrupt_log)
 
 
-def eval_loader(images: Images, reading: LoaderSettings, trainer: Trainer | None) -> Loader:
-    """This rank's share, every `world_size`-th image, in their own order: of validation and tests."""
-    rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    mine = Subset(images, range(rank, len(images), world_size))
-    return Loader(mine, SequentialSampler(mine), reading)
+def eval_loader(
+    dataset: EpochDataset,
+    settings: LoaderSettings,
+    trainer: Trainer | None,
+    corrupt_log: CorruptImageLog | None = None,
+) -> ImageLoader:
+    """Return the validation or test loader of this rank: every `world_size`-th image, unshuffled."""
+    rank, world_size = rank_and_world_size(trainer)
+    return ImageLoader(dataset, range(rank, len(dataset), world_size), settings, corrupt_log)
+
+
+def rank_and_world_size(trainer: Trainer | None) -> tuple[int, int]:
+    """Return (rank, world size); (0, 1) without a trainer."""
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)

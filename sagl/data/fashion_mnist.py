@@ -1,10 +1,11 @@
-"""Fashion-MNIST as 32x32 images: 28x28 with a frame of 2 black pixels (Xiao et al. 2017)."""
+"""Fashion-MNIST (Xiao et al. 2017). For training, its 28x28 images are padded to 32x32 with black pixels."""
 
 import gzip
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,17 +13,30 @@ from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-from sagl.data.dataloader import Images, Loader, LoaderSettings, Pair, ResumableDataLoader, eval_loader, training_loader
+from sagl.data.dataloader import (
+    EpochDataset,
+    ImageLoader,
+    Item,
+    LoaderSettings,
+    ResumableDataLoader,
+    eval_loader,
+    training_loader,
+)
+from sagl.data.image_data import Array
+from sagl.data.npz import ArrayImageSource
 from sagl.errors import UserError, require
 from sagl.shapes import ImageUint8, Labels
 from sagl.utils.files import cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the four files, gzipped."""
+"""Folder in which Debian's package dataset-fashion-mnist installs the four gzipped files."""
+FILES = [Path(name).stem for name, _ in FashionMNIST.resources]
 
 
-class PaddedFashionMNIST(Images):
-    """One split in memory: item -> (1, 32, 32) uint8, () int64."""
+class PaddedFashionMNIST(EpochDataset):
+    """One split in memory, (N, 1, 32, 32) uint8, without augmentation."""
+
+    image_shape = (32, 32, 1)
 
     def __init__(self, root: Path, *, train: bool) -> None:
         split = FashionMNIST(root, train=train)
@@ -30,104 +44,115 @@ class PaddedFashionMNIST(Images):
         self.labels: Labels = split.targets
 
     def __len__(self) -> int:
-        """60,000 or 10,000."""
         return len(self.images)
 
-    def __getitem__(self, item: int) -> Pair:
-        """An image and its class, the same in every epoch."""
-        return self.images[item % len(self)], self.labels[item % len(self)]
+    def __getitem__(self, item: int) -> Item:
+        return Item(self.images[item % len(self)], int(self.labels[item % len(self)]))
+
+
+class FashionMNISTImageSource(ArrayImageSource):
+    """The training split as published, 28x28."""
+
+    num_classes = 10
+
+    def __init__(self, root: Path) -> None:
+        """Read the split; download it if `root` does not hold it."""
+        prepare_fashion_mnist(root)
+        self.split = FashionMNIST(root, train=True)
+        self.labels: Array = self.split.targets.numpy()
+
+    @cached_property
+    def images(self) -> Array:
+        images: Array = self.split.data[..., None].numpy()
+        return images
+
+    def name(self, index: int) -> str:
+        return f"image {index} of Fashion-MNIST"
 
 
 @dataclass(kw_only=True, eq=False)
 class FashionMNISTData(LightningDataModule):
-    """Training split and test split of Fashion-MNIST; batches of ((B, 1, 32, 32) uint8, (B,) int64)."""
+    """Data module of the padded Fashion-MNIST. Batches are ((B, 1, 32, 32) uint8, (B,) int64)."""
 
     root: str | None = None
-    """Folder that holds, or is to hold, FashionMNIST/raw; by default the cache folder."""
+    """Folder that holds FashionMNIST/raw, or to which it is downloaded; by default the cache folder."""
     batch_size: int = 64
-    """Images a batch and process."""
+    """Images per batch and process."""
     num_workers: int = 0
-    """Loader processes; the images are in memory, so 0 is fast."""
+    """Worker processes; the images are in memory, so 0 is fast."""
     num_validation: int = 2000
-    """Images of the test split that validation looks at."""
+    """Validation images: the first of the test split. The others are the test images."""
     seed: int = 0
-    """Of the order of the training images."""
+    """Random seed of the order of the training images."""
 
     def __post_init__(self) -> None:
-        """Nothing is read yet."""
         super().__init__()
 
     @property
     def folder(self) -> Path:
-        """Where the data are kept."""
+        """Folder of the data set."""
         return Path(self.root) if self.root else cache_folder()
 
     def prepare_data(self) -> None:
-        """Find, unpack or download the files, once a machine."""
-        fetch(self.folder)
+        prepare_fashion_mnist(self.folder)
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """The training split, in a new order each epoch."""
-        split = PaddedFashionMNIST(self.folder, train=True)
-        return training_loader(split, self._reading, self.seed, self.trainer)
+        dataset = PaddedFashionMNIST(self.folder, train=True)
+        return training_loader(dataset, self._loader_settings, self.seed, self.trainer)
 
-    def val_dataloader(self) -> Loader:
-        """The first images of the test split, always the same."""
-        return self._of_test_split(slice(self.num_validation))
+    def val_dataloader(self) -> ImageLoader:
+        return self._eval_loader(slice(self.num_validation))
 
-    def test_dataloader(self) -> Loader:
-        """The rest of the test split.
+    def test_dataloader(self) -> ImageLoader:
+        loader = self._eval_loader(slice(self.num_validation, None))
+        require(len(loader) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
+        return loader
 
-        Raises:
-            UserError: validation has all of it.
-        """
-        rest = self._of_test_split(slice(self.num_validation, None))
-        require(len(rest) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
-        return rest
-
-    def _of_test_split(self, part: slice) -> Loader:
-        split = PaddedFashionMNIST(self.folder, train=False)
-        split.images, split.labels = split.images[part], split.labels[part]
-        return eval_loader(split, self._reading, self.trainer)
+    def _eval_loader(self, part: slice) -> ImageLoader:
+        dataset = PaddedFashionMNIST(self.folder, train=False)
+        dataset.images, dataset.labels = dataset.images[part], dataset.labels[part]
+        return eval_loader(dataset, self._loader_settings, self.trainer)
 
     @property
-    def _reading(self) -> LoaderSettings:
+    def _loader_settings(self) -> LoaderSettings:
         return LoaderSettings(batch_size=self.batch_size, num_workers=self.num_workers)
 
 
-def is_there(root: Path) -> bool:
-    """Whether `root` holds the data set, unpacked."""
-    raw = root / "FashionMNIST" / "raw"
-    return all((raw / Path(name).stem).is_file() for name, _ in FashionMNIST.resources)
+def has_fashion_mnist(root: Path) -> bool:
+    """Return whether `root` holds the unpacked data set."""
+    return all((_raw_folder(root) / name).is_file() for name in FILES)
 
 
-def fetch(root: Path) -> None:
-    """Make sure that `root` holds the data set: as it is, from Debian's package, or from the network.
+def prepare_fashion_mnist(root: Path) -> None:
+    """Unpack Debian's package into `root`, or download the data set, unless `root` holds it.
 
     Raises:
-        UserError: none of the three works.
+        UserError: the data set is not on this machine and the download fails.
     """
-    raw = root / "FashionMNIST" / "raw"
-    names = [Path(name).stem for name, _ in FashionMNIST.resources]
-    if is_there(root):
+    raw = _raw_folder(root)
+    if has_fashion_mnist(root):
         return
     raw.mkdir(parents=True, exist_ok=True)
-    if all((DEBIAN_FOLDER / f"{name}.gz").is_file() for name in names):
-        for name in names:
-            _unpack(DEBIAN_FOLDER / f"{name}.gz", raw / name)
+    if all((DEBIAN_FOLDER / f"{name}.gz").is_file() for name in FILES):
+        for name in FILES:
+            _gunzip(DEBIAN_FOLDER / f"{name}.gz", raw / name)
         return
     try:
         FashionMNIST(root, download=True)
     except (RuntimeError, URLError, OSError) as error:
         raise UserError(
-            f"`data.root` must hold Fashion-MNIST, and it is neither in {raw} nor in {DEBIAN_FOLDER}, nor could it be "
-            "downloaded. On Debian or Ubuntu: apt-get install dataset-fashion-mnist; elsewhere put the four "
-            f"*-ubyte files (unpacked) into {raw}."
+            f"`data.root` must hold Fashion-MNIST, and it is neither in {raw} nor in {DEBIAN_FOLDER}, and the download "
+            "failed. On Debian or Ubuntu: apt-get install dataset-fashion-mnist; elsewhere put the four unpacked "
+            f"*-ubyte files into {raw}."
         ) from error
 
 
-def _unpack(packed: Path, target: Path) -> None:
-    """Gunzip, whole or not at all."""
+def _raw_folder(root: Path) -> Path:
+    return root / "FashionMNIST" / "raw"
+
+
+def _gunzip(packed: Path, target: Path) -> None:
+    """Unpack a file; `target` appears when it is complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         copy = Path(folder) / target.name
         with gzip.open(packed) as source, copy.open("wb") as unpacked:

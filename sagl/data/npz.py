@@ -1,9 +1,10 @@
-"""Images and labels of an npz file, as `sagl export --npz` and public samplers write them."""
+"""Images and labels in arrays: npz files as `sagl export --npz` and public samplers write them."""
 
 import io
 import struct
 import zipfile
 import zlib
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,51 +12,111 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
+from PIL import Image
 
-from sagl.data.array_source import Array, ArrayImageSource
-from sagl.data.image_data import NO_LABEL, ImageDataModule
+from sagl.data.image_data import NO_LABEL, Array, ImageDataModule, ImageSource
+from sagl.data.transforms import Pixels, to_pixels
 from sagl.errors import UserError, require
 
 LOCAL_HEADER = struct.Struct("<26x2H")
-"""The end of what stands before a member's name in a zip: lengths of the name and of the extra field."""
+"""Fixed part of the header of a zip member; its last fields are the lengths of the name and of the extra field."""
+
+
+class ArrayImageSource(ImageSource):
+    """Images that are not encoded, with integer labels (N,)."""
+
+    labels: Array
+
+    @property
+    @abstractmethod
+    def images(self) -> Array:
+        """(N, H, W, 1 or 3) uint8."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read_bytes(self, index: int) -> bytes:
+        """Encode an image as PNG."""
+        file = io.BytesIO()
+        self.image(index).save(file, "PNG")
+        return file.getvalue()
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as RGB, or greyscale if the array has one channel."""
+        pixels = np.array(self.images[index])
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def pixels(self, index: int, channels: int) -> Pixels:
+        return to_pixels(self.image(index), channels)
 
 
 class NpzImageSource(ArrayImageSource):
-    """`arr_0` as pictures and `arr_1` as labels; each process reads the images when it first needs one."""
+    """Images `arr_0` and labels `arr_1` of an npz file; each process reads the images when it first needs one."""
 
-    def __init__(self, file: Path) -> None:
-        """Look at the arrays.
+    def __init__(self, file: Path, *, argument: str = "data.file") -> None:
+        """Read the labels, and check both arrays.
+
+        Args:
+            file: the npz file.
+            argument: name of `file` in messages.
 
         Raises:
-            UserError: there is no such file, or it holds no images, or labels that do not belong to them.
+            UserError: there is no such file, or the arrays are not images and their labels.
         """
-        require(file.is_file(), f"`data.file` must be an npz file, and there is none at {file}.")
-        self.file = file
-        images, labels = self.images, _read(file, "arr_1")
+        require(file.is_file(), f"`{argument}` must be an npz file, and there is none at {file}.")
+        self.file, self.argument = file, argument
+        count = len(self.images)
         require(
-            images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3) and len(images) > 0,
-            f"`data.file` must hold uint8 images (N, H, W, 3 or 1), and arr_0 of {file} is {images.dtype} "
-            f"{images.shape}.",
+            self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[-1] in (1, 3) and count > 0,
+            f"`{argument}` must hold uint8 images (N, H, W, 3 or 1), and arr_0 of {file} is {self.images.dtype} "
+            f"{self.images.shape}.",
         )
-        self.labels = np.full(len(images), NO_LABEL) if labels is None else labels
-        _require_labels(self.labels, len(images), file)
+        labels = self._read("arr_1")
+        self.labels = np.full(count, NO_LABEL) if labels is None else labels
+        require(
+            np.issubdtype(self.labels.dtype, np.integer) and self.labels.shape == (count,),
+            f"`{argument}` must hold {count} integers as arr_1, one label per image, and arr_1 of {file} is "
+            f"{self.labels.dtype} {self.labels.shape}.",
+        )
+        lowest, num_unlabelled = int(self.labels.min()), int((self.labels == NO_LABEL).sum())
+        require(
+            lowest >= 0 or num_unlabelled == count,
+            f"`{argument}` must hold labels from 0 for all images, or {NO_LABEL} for all, and arr_1 of {file} has "
+            f"{num_unlabelled} of {count} at {NO_LABEL}, the lowest at {lowest}.",
+        )
         self.num_classes = int(self.labels.max()) + 1 or None
 
     @cached_property
     def images(self) -> Array:
-        """(N, H, W, C) uint8: mapped from the disk where they are stored as they are, otherwise in memory."""
-        images = _read(self.file, "arr_0")
-        require(images is not None, f"`data.file` must hold images as arr_0, and {self.file} does not.")
-        assert images is not None
+        """(N, H, W, C) uint8: memory-mapped if the file is not compressed."""
+        images = self._read("arr_0")
+        if images is None:
+            raise UserError(f"`{self.argument}` must hold images as arr_0, and {self.file} does not.")
         return images
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images, which another process reads for itself."""
+        """Leave the images out; another process reads them itself."""
         return {name: value for name, value in self.__dict__.items() if name != "images"}
 
     def name(self, index: int) -> str:
-        """Its place, and the file."""
         return f"image {index} of {self.file}"
+
+    def _read(self, name: str) -> Array | None:
+        """Return an array of the file, or None if there is none of this name."""
+        try:
+            with zipfile.ZipFile(self.file) as archive:
+                if f"{name}.npy" not in archive.namelist():
+                    return None
+                member = archive.getinfo(f"{name}.npy")
+                if member.compress_type == zipfile.ZIP_STORED:
+                    return _mmap_member(self.file, member)
+                with archive.open(member) as stream:
+                    return npy.read_array(stream, allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, KeyError) as error:
+            raise UserError(f"`{self.argument}` must be an npz file, and {self.file} is corrupt: {error}.") from error
 
 
 @dataclass(kw_only=True, eq=False)
@@ -63,58 +124,24 @@ class NpzData(ImageDataModule):
     """Images of an npz file."""
 
     file: str
-    """With arr_0 (N, H, W, 3 or 1) uint8 and, if there are labels, arr_1 (N,)."""
+    """npz file with arr_0 (N, H, W, 3 or 1) uint8 and, optionally, labels arr_1 (N,)."""
 
     def source(self) -> NpzImageSource:
-        """The file's images."""
         return NpzImageSource(Path(self.file))
 
 
-def _require_labels(labels: Array, count: int, file: Path) -> None:
-    require(
-        np.issubdtype(labels.dtype, np.integer) and labels.shape == (count,),
-        f"`data.file` must hold {count} whole numbers as arr_1, a label an image, and that of {file} is "
-        f"{labels.dtype} {labels.shape}.",
-    )
-    lowest, unlabelled = int(labels.min()), int((labels == NO_LABEL).sum())
-    require(
-        lowest >= 0 or unlabelled == count,
-        f"`data.file` must hold labels from 0 for all images, or {NO_LABEL} for all, and arr_1 of {file} has "
-        f"{unlabelled} of {count} at {NO_LABEL}, the lowest at {lowest}.",
-    )
-
-
-def _read(file: Path, name: str) -> Array | None:
-    """An array of the file; None where it has none of this name.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                return None
-            member = archive.getinfo(f"{name}.npy")
-            if member.compress_type == zipfile.ZIP_STORED:
-                return _mapped(file, member)
-            with archive.open(member) as stream:
-                return npy.read_array(stream, allow_pickle=False)
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"`data.file` must be a whole npz file, and {file} is damaged or none: {error}.") from error
-
-
-def _mapped(file: Path, member: zipfile.ZipInfo) -> Array:
-    """A member that is stored uncompressed, on the disk: behind the zip's header and its own."""
+def _mmap_member(file: Path, member: zipfile.ZipInfo) -> Array:
+    """Map an uncompressed array, which lies behind the header of the zip member and the header of the npy format."""
     with file.open("rb") as stream:
         stream.seek(member.header_offset)
         stream.seek(sum(LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))), io.SEEK_CUR)
-        shape, fortran_order, dtype = _head(stream)
+        shape, fortran_order, dtype = _read_npy_header(stream)
         require(not dtype.hasobject, f"{member.filename} holds Python objects")
         array = np.memmap(file, dtype, "r", stream.tell(), shape[::-1] if fortran_order else shape)
         return array.T if fortran_order else array
 
 
-def _head(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
-    """Shape, whether the first index runs fastest, and kind of an array, from the head of an npy file."""
+def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    """Return the shape, whether the order is Fortran's, and the dtype."""
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
     return read(stream)

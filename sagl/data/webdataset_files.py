@@ -1,11 +1,12 @@
-"""Where shards are: paths, globs, brace ranges and addresses, as files on this machine."""
+"""Resolution of shards, given as paths, globs, brace ranges or URLs, to local files."""
 
 import glob
 import hashlib
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,89 +17,89 @@ from sagl.utils.download import download
 from sagl.utils.download_progress import progress_bar
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):")
-BLOCK = 512
-"""Bytes; a tar consists of such blocks, and ends with two of zeros."""
+BLOCK_SIZE = 512
+"""Bytes per block of a tar file, which ends with two blocks of zeros."""
 
 
-def shard_files(shards: str | Sequence[str], cache: Path) -> list[Path]:
-    """The files that are meant, in the order of the names; those of the network are fetched into `cache` once.
+def shard_files(shards: str | Sequence[str], cache: Path, argument: str = "data.shards") -> list[Path]:
+    """Return the files of shards, in the order of the names; download those with a URL into `cache` once.
 
     Args:
-        shards: paths, folders of .tar files, globs, brace ranges (`cat-{000000..000163}.tar`), file: and http(s):
-            addresses, or a list of these.
-        cache: folder for what is fetched.
+        shards: path, folder of .tar files, glob, brace range (`cat-{000000..000163}.tar`), file: or http(s) URL, or a
+            list of these. No shell command is run.
+        cache: folder for downloads.
+        argument: name of `shards` in messages.
 
     Raises:
-        UserError: one leads nowhere, cannot be fetched or is of another kind: no shell command is run.
+        UserError: a file does not exist, cannot be downloaded, or has another scheme.
     """
-    given = [shards] if isinstance(shards, str) else list(shards)
-    require(bool(given), "`data.shards` must name at least one shard, got an empty list.")
-    return [file for name in given for one in _expanded(name) for file in _files(one, cache)]
+    names = [shards] if isinstance(shards, str) else list(shards)
+    require(bool(names), f"`{argument}` must name at least one shard, got an empty list.")
+    return [file for name in names for path in _expand(name, argument) for file in _resolve(path, cache, argument)]
 
 
-def require_tar(file: Path) -> None:
-    """Refuse a file that does not begin as an uncompressed tar does.
+def check_tar(file: Path, argument: str = "data.shards") -> None:
+    """Check that a file begins like an uncompressed tar file.
 
     Raises:
-        UserError: names it.
+        UserError: it does not.
     """
     with file.open("rb") as stream:
-        head = stream.read(BLOCK)
-    if head == bytes(BLOCK):  # one without members
+        block = stream.read(BLOCK_SIZE)
+    if block == bytes(BLOCK_SIZE):  # an empty tar file
         return
     try:
-        tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as error:
         raise UserError(
-            f"`data.shards` must be uncompressed tar files, and {file} is none: {error}. Unpack it if it is compressed."
+            f"`{argument}` must be uncompressed tar files, and {file} is not: {error}. Decompress it if it is "
+            "compressed."
         ) from error
 
 
-def _expanded(name: str) -> list[str]:
-    """A brace range as all that it stands for."""
-    _require_allowed(name)
+def _expand(name: str, argument: str) -> list[str]:
+    """Expand a brace range."""
+    _check_scheme(name, argument)
     if Path(name).exists():
         return [name]
     try:
         expanded: list[str] = expand_urls(name)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"`data.shards` must be names or brace ranges like {{0..9}}, got {name!r}: {error}.") from error
+        raise UserError(f"`{argument}` must be names or brace ranges like {{0..9}}, got {name!r}: {error}.") from error
     return expanded
 
 
-def _files(name: str, cache: Path) -> Iterator[Path]:
-    """One name as files."""
-    scheme = _require_allowed(name)
+def _resolve(name: str, cache: Path, argument: str) -> list[Path]:
+    """Return the files of a path, folder, glob or URL."""
+    scheme = _check_scheme(name, argument)
     if scheme in ("http", "https"):
-        yield _fetched(name, cache)
-        return
+        return [_download(name, cache, argument)]
     path = Path(unquote(urlsplit(name).path) if scheme else name).expanduser()
     if path.is_file():
-        yield path
-        return
-    found = sorted(glob.glob(str(path / "*.tar" if path.is_dir() else path)))
-    require(bool(found), f"`data.shards` must lead to tar files, and there is none at {path}.")
-    yield from map(Path, found)
+        return [path]
+    files = sorted(glob.glob(str(path / "*.tar" if path.is_dir() else path)))
+    require(bool(files), f"`{argument}` must lead to tar files, and there is none at {path}.")
+    return [Path(file) for file in files]
 
 
-def _require_allowed(name: str) -> str:
-    """The scheme of an address, in lower case; empty for a path."""
-    found = SCHEME.match(name)
-    scheme = found[1].lower() if found else ""
+def _check_scheme(name: str, argument: str) -> str:
+    """Return the scheme of a URL in lower case, or an empty string for a path."""
+    match = SCHEME.match(name)
+    scheme = match[1].lower() if match else ""
     require(
         scheme in ("", "file", "http", "https"),
-        f"`data.shards` must be paths, file:, http: or https: addresses, got {name!r}. Commands are never run: write "
-        "what they print into a file; a path with a colon begins with ./",
+        f"`{argument}` must be paths or file:, http: or https: URLs, got {name!r}. Commands such as pipe: are not run: "
+        "write their output to a file. A path with a colon must begin with ./",
     )
     return scheme
 
 
-def _fetched(url: str, cache: Path) -> Path:
-    """A shard of the network, downloaded unless it is there."""
+def _download(url: str, cache: Path, argument: str) -> Path:
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(unquote(urlsplit(url).path)).name}"
     target = cache / name
     if not target.is_file():
-        print(f"Fetching {url} to {target}", file=sys.stderr, flush=True)
+        print(f"Downloading {url} to {target}", file=sys.stderr, flush=True)
+        check = partial(check_tar, argument=argument)
         with progress_bar(name) as on_progress:
-            download(url, target, check=require_tar, on_progress=on_progress, folder_argument="data.cache")
+            download(url, target, check=check, on_progress=on_progress, folder_argument="data.cache")
     return target

@@ -1,4 +1,4 @@
-"""WebDataset shards made of any source of pictures: the same bytes from the same pictures, whenever they are made."""
+"""Writing of WebDataset shards. The same images always give the same bytes."""
 
 import json
 from collections.abc import Callable
@@ -7,114 +7,110 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from sagl.data.image_data import NO_LABEL, Source
+from sagl.data.image_data import NO_LABEL, ImageSource
 from sagl.data.webdataset import ShardImageSource
 from sagl.errors import UserError, require
 from sagl.utils.files import atomic_file, sha256
 
-RECORD = "shards.json"
-"""What a whole folder of shards has beside them: each one's pictures and sha256."""
-STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
-"""What the files of each kind begin with."""
+MANIFEST = "shards.json"
+"""File beside the shards with the number of images and the sha256 of each; written when all shards are complete."""
+MAGIC_BYTES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
+"""First bytes of image files, with the suffix of their format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file to be written."""
+    """One tar file and the images that it holds."""
 
     path: Path
-    pictures: range
-    """Of the source."""
+    indices: range
+    """Indices of the images in the source."""
 
 
-def planned(folder: Path, name: str, count: int, shard_size: int) -> list[Shard]:
-    """Where `count` pictures go: NAME-000000.tar, NAME-000001.tar, …, `shard_size` pictures each."""
+def plan_shards(folder: Path, name: str, num_images: int, shard_size: int) -> list[Shard]:
+    """Split images between the shards NAME-000000.tar, NAME-000001.tar, … with `shard_size` images each."""
     return [
-        Shard(path=folder / f"{name}-{number:06d}.tar", pictures=range(first, min(count, first + shard_size)))
-        for number, first in enumerate(range(0, count, shard_size))
+        Shard(path=folder / f"{name}-{number:06d}.tar", indices=range(first, min(num_images, first + shard_size)))
+        for number, first in enumerate(range(0, num_images, shard_size))
     ]
 
 
-def write_shards(source: Source, shards: list[Shard], on_pictures: Callable[[int], None]) -> int:
-    """Write those that are not there, and then the record of all.
+def write_shards(source: ImageSource, shards: list[Shard], on_images: Callable[[int], None]) -> int:
+    """Write the shards that do not exist, then the manifest.
 
     Args:
-        source: of the pictures.
-        shards: as `planned`.
-        on_pictures: told how many more are done.
+        source: source of the images.
+        shards: shards from `plan_shards`.
+        on_images: progress callback; receives the number of images completed since its last call.
 
     Returns:
-        How many shards were there, and were kept.
+        The number of shards that existed.
 
     Raises:
-        UserError: a file is of other pictures, or cannot be written.
+        UserError: the folder holds shards of other images, an image cannot be read, or a file cannot be written.
     """
-    record: dict[str, dict[str, int | str]] = {}
-    _require_no_others(shards)
-    kept = [shard for shard in shards if shard.path.is_file()]
-    for shard in kept:
-        _require_same(source, shard)
+    _check_folder(shards)
+    existing = [shard for shard in shards if shard.path.is_file()]
+    for shard in existing:
+        _check_images(source, shard)
+    manifest: dict[str, dict[str, int | str]] = {}
     for shard in shards:
-        if shard in kept:
-            on_pictures(len(shard.pictures))
+        if shard in existing:
+            on_images(len(shard.indices))
         else:
-            _write(source, shard, on_pictures)
-        record[shard.path.name] = {"pictures": len(shard.pictures), "sha256": sha256(shard.path)}
-    with atomic_file(shards[0].path.with_name(RECORD)) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-    return len(kept)
+            _write(source, shard, on_images)
+        manifest[shard.path.name] = {"images": len(shard.indices), "sha256": sha256(shard.path)}
+    with atomic_file(shards[0].path.with_name(MANIFEST)) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    return len(existing)
 
 
-def ending(encoded: bytes) -> str:
-    """What kind of file the bytes are: jpg where they do not say, so that a damaged picture keeps its place."""
-    return next((kind for start, kind in STARTS.items() if encoded.startswith(start)), "jpg")
-
-
-def _write(source: Source, shard: Shard, on_pictures: Callable[[int], None]) -> None:
-    """One shard, whole or not at all. Owner, mode and time are the same for all."""
+def _write(source: ImageSource, shard: Shard, on_images: Callable[[int], None]) -> None:
+    """Write a shard with constant owner, mode and time; the file appears when it is complete."""
     with (
         atomic_file(shard.path) as partial,
         partial.open("wb") as file,
         TarWriter(file, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar,
     ):
-        for index in shard.pictures:
+        for index in shard.indices:
             tar.write(_sample(source, index))
-            on_pictures(1)
+            on_images(1)
 
 
-def _sample(source: Source, index: int) -> dict[str, str | bytes]:
-    """A picture and its label under a key of nine digits: its place in the source."""
+def _sample(source: ImageSource, index: int) -> dict[str, str | bytes]:
+    """Return an image and its label under a key of nine digits, the index of the image."""
     try:
-        encoded, label = source.encoded(index), source.label(index)
+        encoded, label = source.read_bytes(index), source.label(index)
     except OSError as error:
         raise UserError(
-            f"`source` must be pictures that can be read, and {source.name(index)} is not: {error.strerror}."
+            f"`source` must contain readable images, and {source.name(index)} is not readable: {error.strerror}."
         ) from error
-    text = {} if label == NO_LABEL else {"cls": str(label).encode()}
-    return {"__key__": f"{index:09d}", ending(encoded): encoded, **text}
+    # A corrupt image without a known format is written as jpg, so that the other images keep their indices.
+    suffix = next((suffix for magic, suffix in MAGIC_BYTES.items() if encoded.startswith(magic)), "jpg")
+    label_member = {} if label == NO_LABEL else {"cls": str(label).encode()}
+    return {"__key__": f"{index:09d}", suffix: encoded, **label_member}
 
 
-def _require_no_others(shards: list[Shard]) -> None:
-    """Refuse a folder with shards that would be taken for some of these."""
-    folder, mine = shards[0].path.parent, {shard.path for shard in shards}
-    others = [path for path in sorted(folder.glob("*.tar")) if path not in mine]
+def _check_folder(shards: list[Shard]) -> None:
+    """Refuse a folder that holds other tar files."""
+    folder, paths = shards[0].path.parent, {shard.path for shard in shards}
+    others = [path.name for path in sorted(folder.glob("*.tar")) if path not in paths]
     require(
         not others,
-        f"`output` must be a new folder or hold shards of the same pictures, and {folder} also holds "
-        f"{others and others[0].name}. Choose another folder.",
+        f"`output` must be a new folder or hold shards of the same images, and {folder} also holds "
+        f"{others and others[0]}. Choose another folder.",
     )
 
 
-def _require_same(source: Source, shard: Shard) -> None:
-    """Refuse a shard of as many other pictures: how many, the first and the last are compared."""
-    wanted = shard.pictures
-    there = ShardImageSource([shard.path])
-    same = len(there) == len(wanted) and all(
-        there.encoded(place) == source.encoded(wanted[place]) and there.label(place) == source.label(wanted[place])
-        for place in {0, len(wanted) - 1}
+def _check_images(source: ImageSource, shard: Shard) -> None:
+    """Refuse an existing shard of other images, by the number of images, the first and the last."""
+    existing, indices = ShardImageSource([shard.path]), shard.indices
+    same = len(existing) == len(indices) and all(
+        existing.read_bytes(k) == source.read_bytes(indices[k]) and existing.label(k) == source.label(indices[k])
+        for k in {0, len(indices) - 1}
     )
     require(
         same,
-        f"`output` must be a new folder or hold shards of the same pictures, and {shard.path} holds others or is "
-        "damaged. Choose another folder, or delete it.",
+        f"`output` must be a new folder or hold shards of the same images, and {shard.path} holds other images or is "
+        "corrupt. Choose another folder, or delete it.",
     )

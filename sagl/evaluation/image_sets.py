@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
-from sagl.data.image_data import Cut, Source
+from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
+from sagl.data.image_data import ImageSource
 from sagl.data.registry import open_image_source
+from sagl.data.transforms import CropResize
 from sagl.errors import UserError, require
 from sagl.sampling.run_folder import SAMPLES, SHARDS, Pixels, Sample, pixels, read_shard, shards_of
 from sagl.shapes import ImageUint8
@@ -93,9 +94,9 @@ class TensorImages(ImageSet):
 class SourceImages(ImageSet):
     """Pictures of a source in colour: as they are, or the square that training cuts from the centre of each."""
 
-    def __init__(self, source: Source, image_size: int | None) -> None:
+    def __init__(self, source: ImageSource, image_size: int | None) -> None:
         """Cut to `image_size` pixels, or None: they are all of one size."""
-        self.source, self.cut = source, None if image_size is None else Cut(side=image_size, channels=3)
+        self.source, self.cut = source, None if image_size is None else CropResize(image_size=image_size, channels=3)
 
     def __len__(self) -> int:
         """Pictures of the source."""
@@ -105,9 +106,9 @@ class SourceImages(ImageSet):
     def note(self) -> str:  # type: ignore[override]
         """Whether pictures are cut, by the size of the first."""
         whole = self._whole(0)
-        if self.cut is None or whole.shape[:2] == (self.cut.side, self.cut.side):
+        if self.cut is None or whole.shape[:2] == (self.cut.image_size, self.cut.image_size):
             return ""
-        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {self.cut.side}×{self.cut.side}."
+        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {self.cut.image_size}×{self.cut.image_size}."
 
     def images(self, start: int, stop: int) -> ImageUint8:
         """Decoded and cut."""
@@ -131,7 +132,7 @@ class SourceImages(ImageSet):
 
     def _image(self, index: int) -> torch.Tensor:
         whole = self._whole(index)
-        return whole if self.cut is None else self.cut.square(whole, np.random.default_rng(0))
+        return whole if self.cut is None else self.cut(whole, np.random.default_rng(0))
 
 
 def image_set(name: str, image_size: int | None = None, argument: str = "run") -> ImageSet:
@@ -146,7 +147,7 @@ def image_set(name: str, image_size: int | None = None, argument: str = "run") -
         UserError: there are none there.
     """
     if name in SPLITS:
-        fetch(cache_folder())
+        prepare_fashion_mnist(cache_folder())
         return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
     path = _npz_of(Path(name))
     if path.is_dir() and shards_of(path):
@@ -155,10 +156,7 @@ def image_set(name: str, image_size: int | None = None, argument: str = "run") -
         path.exists() or any(sign in name for sign in "*{:"),
         f"`{argument}` must be one of {', '.join(SPLITS)}{RUN}, and there is nothing at {name}.",
     )
-    try:
-        source = open_image_source(str(path))
-    except UserError as error:
-        raise UserError(str(error).replace("`source`", f"`{argument}`")) from error
+    source = open_image_source(str(path), argument=argument)
     return SourceImages(source, None if path.suffix == ".npz" else image_size)
 
 

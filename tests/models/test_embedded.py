@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
+from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
@@ -20,7 +20,7 @@ NUM_IMAGES = 100
 
 @pytest.fixture(scope="module")
 def garments() -> PaddedFashionMNIST:
-    fetch(cache_folder())
+    prepare_fashion_mnist(cache_folder())
     return PaddedFashionMNIST(cache_folder(), train=False)
 
 

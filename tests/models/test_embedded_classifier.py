@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from sagl.commands.request import parse
-from sagl.data.fashion_mnist import PaddedFashionMNIST, fetch
+from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.checkpoints import Checkpoint, build_classifier, build_network
@@ -33,7 +33,7 @@ def file() -> Checkpoint:
 @pytest.fixture(scope="module")
 def seen(file) -> ClassifierLoss:
     """1,000 garments of the test split, noised to evenly spread timesteps."""
-    fetch(cache_folder())
+    prepare_fashion_mnist(cache_folder())
     garments = PaddedFashionMNIST(cache_folder(), train=False)
     x_0, labels = to_float(garments.images[:1000]), garments.labels[:1000]
     timesteps = torch.arange(1000) * file.diffusion.num_timesteps // 1000
