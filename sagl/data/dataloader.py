@@ -20,7 +20,7 @@ Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
 """How worker processes are started."""
 NUM_PREFETCHED = 4
-"""Batches that each worker prepares in advance; with torch's default of 2, workers at times wait for the main process."""
+"""Batches that each worker prepares in advance; with the default of 2, workers at times wait for the main process."""
 
 
 class Item(NamedTuple):

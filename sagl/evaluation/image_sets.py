@@ -108,7 +108,8 @@ class SourceImages(ImageSet):
         whole = self._whole(0)
         if self.cut is None or whole.shape[:2] == (self.cut.image_size, self.cut.image_size):
             return ""
-        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {self.cut.image_size}×{self.cut.image_size}."
+        size = self.cut.image_size
+        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {size}×{size}."
 
     def images(self, start: int, stop: int) -> ImageUint8:
         """Decoded and cut."""
