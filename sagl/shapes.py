@@ -1,6 +1,6 @@
-"""Names for tensors, and the legend of their shapes.
+"""Names of tensor types with their shapes.
 
-B samples in a batch, C channels, H and W height and width in pixels, L = H·W tokens, d channels a head.
+B samples of a batch, C channels, H and W height and width in pixels, L = H·W tokens, d channels per head.
 """
 
 from typing import Literal, NamedTuple
@@ -8,21 +8,21 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Image = Tensor
-"""(B, C, H, W) float in [-1, 1] or noise around it."""
+"""(B, C, H, W) float, images in [-1, 1] or noisy images."""
 ImageUint8 = Tensor
 """(B, C, H, W) uint8 in 0…255."""
 Timestep = Tensor
-"""(B,) what the network is conditioned on, 0…999 for ADM."""
+"""(B,) int64 timesteps of the original process, 0…999 for ADM."""
 Labels = Tensor
 """(B,) int64 class indices."""
 PerSample = Tensor
-"""(B,) one float a sample."""
+"""(B,) one float per sample."""
 AlphaBar = Tensor
 """() or (B, 1, 1, 1) float64: cumulative products of 1 - beta, eq. 2."""
 Heads = Tensor
 """(B, head, L, d) queries, keys or values of one attention layer."""
 TokenMap = Tensor
-"""(B, head, H, W) a number for every token of a feature map, head by head."""
+"""(B, head, H, W) one number per token of a feature map and head."""
 Mask = Tensor
 """(B, 1, H, W) bool: True where a pixel is degraded."""
 
@@ -30,9 +30,9 @@ HeadLayout = Literal["layer", "sag_release"]
 
 
 class AttentionSite(NamedTuple):
-    """Where attention is read: a block of the network, and how its channels are split into heads.
+    """A block of the network whose attention is read, and how its channels are split into heads.
 
-    `heads` is "layer" for the layer's own heads, or "sag_release" for the public SAG code's regrouping.
+    `heads` is "layer" for the layer's own heads, or "sag_release" for the split of the released SAG code.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The seam: what one evaluation is told, what it brings back, and the network as a function of (x_t, step)."""
+"""Noise predictors: one network evaluation as a function of (x_t, step, condition)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,33 +16,33 @@ from sagl.shapes import AttentionSite, Image, Labels, Timestep, TokenMap
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """All that one evaluation is told besides x_t and step, and what it is to bring back."""
+    """Inputs of one evaluation besides x_t and step, and the attention that it should return."""
 
     labels: Labels | None = None
     """(B,); None is the null label."""
     attention_sites: tuple[AttentionSite, ...] = ()
-    """Where to bring back the attention received."""
+    """Sites whose attention is returned."""
     degraded: bool = False
-    """Whether x_t was degraded; told to networks that `has_degraded_embedding` says can be told."""
+    """True if x_t was degraded; passed to networks with an embedding for it, see `has_degraded_embedding`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceTerm:
-    """What one guidance adds at one step, already scaled."""
+    """What one guidance method adds at one step, already scaled."""
 
     eps: Image | float = 0.0
     """scale · (eps - eps of a weaker prediction): eq. 11, 15, 17."""
     score: Image | float = 0.0
-    """scale · grad log p(y | x_t): eq. 9. The sampler adds it, after its clip."""
+    """scale · grad log p(y | x_t): eq. 9. The sampler adds it after its clip."""
     nfe: float = 0.0
-    """Network evaluations a sample that it cost."""
+    """Network evaluations per sample that the term took."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """To show: SAG's mask."""
+    """Tensors for display, such as SAG's mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What one evaluation brings back; guided, the sum of the plain one and the terms."""
+    """Output of one evaluation; with guidance, the sum of the base prediction and all terms."""
 
     eps: Image
     """(B, C, H, W) predicted noise."""
@@ -51,31 +51,31 @@ class Prediction:
     score: Image | float = 0.0
     """Sum of the terms' scores."""
     nfe: float = 1.0
-    """Network evaluations a sample."""
+    """Network evaluations per sample."""
     attention: Mapping[AttentionSite, TokenMap] = field(default_factory=dict)
-    """Attention received, where the condition asked."""
+    """Attention received at the condition's sites."""
     terms: Mapping[str, GuidanceTerm] = field(default_factory=dict)
-    """What each guidance added, by name."""
+    """Terms of the guidance methods by name."""
 
 
 NoisePredictor = Callable[[Image, int, Condition], Prediction]
-"""(x_t, step, condition) -> prediction; a guided denoiser is one again."""
+"""(x_t, step, condition) -> prediction. A guided predictor has the same signature."""
 
 
 class NetworkOutput(Protocol):
-    """What a network brings back; see `sagl.models.adm.UNetOutput`."""
+    """Output of a network; see `sagl.models.adm.UNetOutput`."""
 
     @property
     def out(self) -> Tensor:
-        """(B, C, H, W) eps; (B, 2C, H, W) with a learned variance behind it."""
+        """(B, C, H, W) eps; (B, 2C, H, W) eps and learned variance."""
 
     @property
     def attention(self) -> Mapping[AttentionSite, TokenMap]:
-        """Attention received, at the sites asked for."""
+        """Attention received at the requested sites."""
 
 
 class EpsNetwork(Protocol):
-    """Any network that predicts eps from (x_t, timestep, labels) and can tell what its tokens attend to."""
+    """Any network that predicts eps from (x_t, timestep, labels) and can return attention."""
 
     def __call__(
         self,
@@ -85,46 +85,47 @@ class EpsNetwork(Protocol):
         *,
         attention_sites: Sequence[AttentionSite] = (),
     ) -> NetworkOutput:
-        """One pass."""
+        """Evaluate the network."""
 
 
 def has_degraded_embedding(network: EpsNetwork) -> bool:
-    """Whether a network can be told that x_t was degraded: one with `settings.degraded_embedding`."""
+    """Return whether the network has an input for "x_t was degraded": `settings.degraded_embedding`."""
     return bool(getattr(getattr(network, "settings", None), "degraded_embedding", False))
 
 
 def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) -> NoisePredictor:
-    """A network on a schedule as a `NoisePredictor`. The arithmetic outside the network is the caller's dtype."""
+    """Return a network on a schedule as a `NoisePredictor`. Arithmetic outside the network has the dtype of x_t."""
 
-    def denoise(x_t: Image, step: int, condition: Condition) -> Prediction:
-        """One pass, split into eps and log variance."""
+    def predict(x_t: Image, step: int, condition: Condition) -> Prediction:
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
-        told: dict[str, Any] = {"attention_sites": condition.attention_sites}
+        kwargs: dict[str, Any] = {"attention_sites": condition.attention_sites}
         if condition.degraded and has_degraded_embedding(network):
-            told["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
-        output = network(x_t, timesteps, condition.labels, **told)
+            kwargs["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
+        output = network(x_t, timesteps, condition.labels, **kwargs)
         eps, log_variance = split_eps_and_variance(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
-        # a copy: a view would keep the variance's channels alive through the passes of a guidance
+        # clone: a view would keep the variance channels alive during further evaluations of a guidance
         return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention)
 
-    return denoise
+    return predict
 
 
 def split_eps_and_variance(
     out: Tensor, channels: int, schedule: Schedule, step: int | Tensor, variance: Variance
 ) -> tuple[Image, Tensor]:
-    """A network's channels as eps and log variance: (B, C or 2C, H, W) -> (B, C, H, W), () … (B, C, H, W).
+    """Split a network's channels into eps and log variance: (B, C or 2C, H, W) -> (B, C, H, W), () … (B, C, H, W).
 
-    With a fixed variance, channels behind eps are left unread.
+    A fixed variance ignores further channels.
 
     Raises:
-        UserError: the variance is to be the network's, and it has no channels for it.
+        UserError: the variance is learned_range, and the network has no channels for it.
     """
-    eps, behind = out[:, :channels], out[:, channels:]
+    eps, variance_channels = out[:, :channels], out[:, channels:]
     if variance == "learned_range":
-        require(behind.shape == eps.shape, "`variance` learned_range needs a network with learn_sigma: true.")
-        return eps, learned_log_variance(behind, schedule.log_posterior_variance(step), schedule.log_beta(step))
-    fixed = (
-        schedule.log_posterior_variance(step) if variance == "fixed_small" else schedule.log_fixed_large_variance(step)
-    )
-    return eps, fixed.to(out)
+        require(
+            variance_channels.shape == eps.shape, "`variance` learned_range needs a network with learn_sigma: true."
+        )
+        low, high = schedule.log_posterior_variance(step), schedule.log_beta(step)
+        return eps, learned_log_variance(variance_channels, low, high)
+    if variance == "fixed_small":
+        return eps, schedule.log_posterior_variance(step).to(out)
+    return eps, schedule.log_fixed_large_variance(step).to(out)

@@ -1,6 +1,6 @@
-"""The diffusion process: pure functions of tensors and alpha_bar (Ho et al. 2020; eq. 2 to 8 of the SAG paper).
+"""The diffusion process as functions of tensors and alpha_bar (Ho et al. 2020; eq. 2 to 8 of the SAG paper).
 
-A coefficient is float64, () or (B, 1, 1, 1); images keep their own dtype.
+Coefficients are float64, () or (B, 1, 1, 1); images keep their own dtype.
 """
 
 from torch import Tensor
@@ -10,38 +10,38 @@ from sagl.shapes import AlphaBar, Image
 
 def add_noise(x_0: Image, noise: Image, alpha_bar: AlphaBar) -> Image:
     """Eq. 2, 5: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
-    return _like(alpha_bar.sqrt(), x_0) * x_0 + _like((1 - alpha_bar).sqrt(), x_0) * noise
+    return cast_like(alpha_bar.sqrt(), x_0) * x_0 + cast_like((1 - alpha_bar).sqrt(), x_0) * noise
 
 
 def x0_hat_from_eps(x_t: Image, eps: Image, alpha_bar: AlphaBar) -> Image:
-    """Eq. 8: the clean image that eps leaves of x_t. Not clipped."""
-    return _like(alpha_bar.rsqrt(), x_t) * x_t - _like((1 / alpha_bar - 1).sqrt(), x_t) * eps
+    """Eq. 8: x0_hat = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar). Not clipped."""
+    return cast_like(alpha_bar.rsqrt(), x_t) * x_t - cast_like((1 / alpha_bar - 1).sqrt(), x_t) * eps
 
 
 def eps_from_x0_hat(x_t: Image, x0_hat: Image, alpha_bar: AlphaBar) -> Image:
     """Eq. 8, solved for eps."""
-    return (_like(alpha_bar.rsqrt(), x_t) * x_t - x0_hat) / _like((1 / alpha_bar - 1).sqrt(), x_t)
+    return (cast_like(alpha_bar.rsqrt(), x_t) * x_t - x0_hat) / cast_like((1 / alpha_bar - 1).sqrt(), x_t)
 
 
 def posterior_mean(x_0: Image, x_t: Image, alpha_bar: AlphaBar, alpha_bar_prev: AlphaBar) -> Image:
     """Eq. 4: mean of q(x_{t-1} | x_t, x_0), a weighted sum of both (Ho et al. 2020, eq. 7)."""
     alpha = alpha_bar / alpha_bar_prev
-    of_x_0 = (1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar)
-    of_x_t = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
-    return _like(of_x_0, x_t) * x_0 + _like(of_x_t, x_t) * x_t
+    coef_x0 = (1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+    coef_xt = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
+    return cast_like(coef_x0, x_t) * x_0 + cast_like(coef_xt, x_t) * x_t
 
 
 def learned_log_variance(fraction: Image, log_posterior_variance: AlphaBar, log_beta: AlphaBar) -> Image:
-    """Between the posterior's variance (-1) and beta (+1), in log space (Nichol & Dhariwal 2021, eq. 15)."""
-    share = (fraction + 1) / 2
-    return share * _like(log_beta, share) + (1 - share) * _like(log_posterior_variance, share)
+    """Interpolate log variance from the posterior's (-1) to beta (+1) (Nichol & Dhariwal 2021, eq. 15)."""
+    frac = (fraction + 1) / 2
+    return frac * cast_like(log_beta, frac) + (1 - frac) * cast_like(log_posterior_variance, frac)
 
 
-def maybe_clip(x0_hat: Image, on: bool) -> Image:
-    """The estimate within the range of images, [-1, 1], where that is wanted."""
-    return x0_hat.clamp(-1, 1) if on else x0_hat
+def maybe_clip(x0_hat: Image, clip_x0: bool) -> Image:
+    """Clip x0_hat to the range of images, [-1, 1], if `clip_x0` is set."""
+    return x0_hat.clamp(-1, 1) if clip_x0 else x0_hat
 
 
-def _like(coefficient: Tensor, image: Image) -> Tensor:
-    """A float64 coefficient in the image's dtype, so that a batch of them does not promote it."""
+def cast_like(coefficient: Tensor, image: Image) -> Tensor:
+    """Return a float64 coefficient in the image's dtype, because a batch of them would promote the image."""
     return coefficient.to(image)

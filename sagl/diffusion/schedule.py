@@ -26,46 +26,46 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     times = [t / num_timesteps for t in range(num_timesteps + 1)]
-    betas = [min(1 - alpha_bar(after) / alpha_bar(before), 0.999) for before, after in pairwise(times)]
+    betas = [min(1 - alpha_bar(end) / alpha_bar(start), 0.999) for start, end in pairwise(times)]
     return torch.tensor(betas, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A chain of steps, 0 the cleanest, each at a timestep of the original process.
+    """The sampler's steps, 0 the cleanest, each at a timestep of the original process.
 
-    Every method takes one step (and answers with a scalar) or a batch of them (and answers with (B, 1, 1, 1)),
-    always in float64; step -1 is the clean image.
+    Methods take one step and return a scalar, or a batch of steps and return (B, 1, 1, 1), always in float64. Step -1
+    is the clean image.
     """
 
     timesteps: Tensor
-    """(S,) int64: the original timestep of every step; what the network is conditioned on."""
+    """(S,) int64: original timestep of every step, on which the network is conditioned."""
     alphas_cumprod: Tensor
     """(S,) float64."""
 
     @property
     def num_steps(self) -> int:
-        """Length of the chain."""
+        """Number of steps."""
         return len(self.timesteps)
 
     def alpha_bar(self, step: int | Tensor) -> AlphaBar:
-        """Cumulative product of 1 - beta at a step; 1 at step -1."""
-        return self._at(self._padded, step, shift=1)
+        """Return the cumulative product of 1 - beta; 1 at step -1."""
+        return self._gather(self._padded, step, shift=1)
 
     def log_beta(self, step: int | Tensor) -> AlphaBar:
-        """The upper end of the reverse variance: log beta."""
-        return self._at(self.betas.log(), step)
+        """Return log beta, the upper end of a learned variance."""
+        return self._gather(self.betas.log(), step)
 
     def log_posterior_variance(self, step: int | Tensor) -> AlphaBar:
-        """The lower end of the reverse variance: log of eq. 4's, with step 1's at step 0, where it would be -inf."""
-        return self._at(self._log_posterior, step)
+        """Return the log variance of eq. 4, the lower end of a learned variance; step 0, -inf, takes step 1's value."""
+        return self._gather(self._log_posterior, step)
 
     def log_fixed_large_variance(self, step: int | Tensor) -> AlphaBar:
-        """The fixed large variance: log beta, with the posterior's at step 0, as ADM's decoder has it."""
-        return self._at(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
+        """Return the fixed large log variance: log beta, with the posterior's at step 0 as in ADM."""
+        return self._gather(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
 
     def timestep(self, step: int | Tensor, batch: int, device: torch.device) -> Timestep:
-        """What the network is told at a step: -> (batch,) int64 on `device`."""
+        """Return the original timestep of a step: -> (batch,) int64 on `device`."""
         return self.timesteps[step].expand(batch).to(device)
 
     @cached_property
@@ -83,19 +83,18 @@ class Schedule:
         return torch.cat([variance[1:2] if self.num_steps > 1 else self.betas, variance[1:]]).log()
 
     @staticmethod
-    def _at(table: Tensor, step: int | Tensor, shift: int = 0) -> Tensor:
+    def _gather(table: Tensor, step: int | Tensor, shift: int = 0) -> Tensor:
         if isinstance(step, int):
             return table[step + shift]
         return table.to(step.device)[step + shift][:, None, None, None]
 
 
 def make_schedule(settings: DiffusionSettings, respacing: str | None = None) -> Schedule:
-    """The whole process, or the chain of steps that a respacing keeps (Nichol & Dhariwal 2021, section 4).
+    """Return the schedule of the whole process, or of a respacing (Nichol & Dhariwal 2021, section 4).
 
     Raises:
         UserError: `respacing` does not fit the process.
     """
     betas = {"linear": linear_betas, "cosine": cosine_betas}[settings.noise_schedule](settings.num_timesteps)
-    kept = respaced_timesteps(respacing or str(settings.num_timesteps), settings.num_timesteps)
-    timesteps = torch.tensor(kept)
+    timesteps = torch.tensor(respaced_timesteps(respacing or str(settings.num_timesteps), settings.num_timesteps))
     return Schedule(timesteps=timesteps, alphas_cumprod=torch.cumprod(1 - betas, dim=0)[timesteps])

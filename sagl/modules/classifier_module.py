@@ -6,8 +6,8 @@ from dataclasses import asdict
 from torch import Tensor
 
 from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
-from sagl.diffusion.losses import UniformTimesteps
 from sagl.diffusion.schedule import make_schedule
+from sagl.diffusion.timestep_samplers import UniformTimesteps
 from sagl.errors import require
 from sagl.models.adm import Classifier
 from sagl.models.transfer import freeze as freeze_parameters

@@ -6,20 +6,13 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from sagl.diffusion.losses import (
-    Losses,
-    LossSecondMomentTimesteps,
-    TimestepSampler,
-    UniformTimesteps,
-    estimated_bits_per_dim,
-    mask_vlb,
-    sample_vlb_timesteps,
-    training_losses,
-)
-from sagl.diffusion.noise import SampleRngs, chance
+from sagl.diffusion.likelihood import estimated_bits_per_dim, sample_vlb_timesteps
+from sagl.diffusion.losses import Losses, mask_vlb, training_losses
+from sagl.diffusion.noise import SampleRngs, bernoulli
 from sagl.diffusion.schedule import make_schedule
+from sagl.diffusion.timestep_samplers import LossSecondMomentTimesteps, UniformTimesteps
 from sagl.errors import require
-from sagl.guidance.blur_aware import degraded_batch
+from sagl.guidance.blur_aware import degrade_batch
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze as freeze_parameters
 from sagl.models.zoo import get_unet_settings
@@ -103,7 +96,7 @@ class DiffusionModule(TrainingModule):
         self.network = seeded_init(lambda: UNet(network), seed)
         freeze_parameters(self.network, freeze)
         self.schedule = make_schedule(diffusion)
-        self.timestep_sampler: TimestepSampler = {
+        self.timestep_sampler: UniformTimesteps = {
             "uniform": UniformTimesteps,
             "loss_second_moment": LossSecondMomentTimesteps,
         }[loss.timestep_sampler](num_timesteps=diffusion.num_timesteps)
@@ -116,10 +109,10 @@ class DiffusionModule(TrainingModule):
         """
         x_0 = self._images(batch[0])
         drawn = self._drawn(x_0)
-        labels = self._with_null(batch[1], chance(drawn.rngs, self.label_dropout))
+        labels = self._with_null(batch[1], bernoulli(drawn.rngs, self.label_dropout))
         losses = self._training_losses(x_0, drawn.timesteps, drawn.noise, labels, drawn.rngs)
         loss = (losses.total * drawn.weights.to(losses.total)).mean()
-        if not self._learns({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vb.mean()}):
+        if not self._learns({"loss": loss, "mse": losses.mse.mean(), "vb": losses.vlb.mean()}):
             return self._nothing()
         if self.loss_settings.timestep_sampler != "uniform":
             self.timestep_sampler.update(drawn.everywhere, self._of_all_ranks(losses.total.detach()))
@@ -131,11 +124,11 @@ class DiffusionModule(TrainingModule):
         """Of a batch, some of whose images are degraded where the training is blur-aware."""
         if self.blur_aware.probability == 0:
             return self._losses(x_0, timesteps, noise, labels)
-        chosen = chance(rngs, self.blur_aware.probability).to(x_0.device)
+        chosen = bernoulli(rngs, self.blur_aware.probability).to(x_0.device)
         there, noise = timesteps.to(x_0.device), noise.to(x_0)
         alpha_bar = self.schedule.alpha_bar(there)
         settings = self.blur_aware
-        content, target = degraded_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, rngs)
+        content, target = degrade_batch(settings, self.network, x_0, noise, alpha_bar, there, labels, chosen, rngs)
         losses = self._losses(content, timesteps, noise, labels, target=target, degraded=chosen)
         return mask_vlb(losses, chosen)
 

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from sagl.diffusion.losses import TimestepSampler, van_der_corput_timesteps
-from sagl.diffusion.noise import SampleRngs, batch_rngs, initial_noise, normal, seed_dropout, timestep_generator
+from sagl.diffusion.noise import SampleRngs, batch_rngs, initial_noise, randn, seed_dropout, timestep_generator
+from sagl.diffusion.timestep_samplers import UniformTimesteps, van_der_corput_timesteps
 from sagl.errors import require
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import OptimizerSettings
@@ -65,7 +65,7 @@ class TrainingModule(LightningModule):
 
     network: nn.Module
     diffusion_settings: DiffusionSettings
-    timestep_sampler: TimestepSampler
+    timestep_sampler: UniformTimesteps
 
     def __init__(self, optimizer: OptimizerSettings, max_nonfinite_batches: int, seed: int) -> None:
         """What does not depend on the network.
@@ -99,7 +99,7 @@ class TrainingModule(LightningModule):
         rngs = batch_rngs(self.seed, number, range(rank, size * ranks, ranks))
         everywhere, weights = self.timestep_sampler.sample(size * ranks, timestep_generator(self.seed, number))
         mine = {"timesteps": everywhere[rank::ranks], "weights": weights[rank::ranks]}
-        return Drawn(**mine, everywhere=everywhere, rngs=rngs, noise=normal(rngs, x_0.shape[1:]))
+        return Drawn(**mine, everywhere=everywhere, rngs=rngs, noise=randn(rngs, x_0.shape[1:]))
 
     def _learns(self, values: Mapping[str, Tensor]) -> bool:
         """Whether the loss, the first of the values, is finite on every rank; the means of all are logged, or skipped.
@@ -214,10 +214,10 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the timestep sampler has learned, and how many batches were skipped."""
-        checkpoint["timestep_sampler"] = self.timestep_sampler.state()
+        checkpoint["timestep_sampler"] = self.timestep_sampler.state_dict()
         checkpoint["skipped"], checkpoint["skipped_in_a_row"] = self.skipped, self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with these."""
-        self.timestep_sampler.restore(checkpoint.get("timestep_sampler", {}))
+        self.timestep_sampler.load_state_dict(checkpoint.get("timestep_sampler", {}))
         self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)

@@ -10,24 +10,24 @@ from sagl.shapes import AttentionSite
 from tests.helpers import oracle
 from tests.helpers.toys import NOTHING, Recorder, toy_network
 
-CHAIN = make_schedule(DiffusionSettings(), "10,15,20")
+SCHEDULE = make_schedule(DiffusionSettings(), "10,15,20")
 
 
 def images(dtype=torch.float32):
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def test_the_network_is_told_the_timestep_of_the_original_process_whatever_the_respacing():
+def test_the_network_gets_the_timestep_of_the_original_process():
     network = Recorder(toy_network)
     for step in range(45):
-        make_predictor(network, CHAIN, "learned_range")(images(), step, NOTHING)
-    assert [args[1].tolist() for args, _ in network.calls] == [[t, t] for t in CHAIN.timesteps.tolist()]
+        make_predictor(network, SCHEDULE, "learned_range")(images(), step, NOTHING)
+    assert [args[1].tolist() for args, _ in network.calls] == [[t, t] for t in SCHEDULE.timesteps.tolist()]
 
 
-def test_the_network_is_told_labels_and_sites_and_brings_attention_back():
+def test_the_network_gets_labels_and_sites_and_returns_attention():
     network, site = Recorder(toy_network), AttentionSite("middle")
     condition = Condition(labels=torch.tensor([4, 5]), attention_sites=(site,))
-    prediction = make_predictor(network, CHAIN, "learned_range")(images(), 3, condition)
+    prediction = make_predictor(network, SCHEDULE, "learned_range")(images(), 3, condition)
     (args, kwargs) = network.calls[0]
     assert args[2] is condition.labels
     assert kwargs == {"attention_sites": (site,)}
@@ -41,29 +41,29 @@ def test_the_network_is_told_labels_and_sites_and_brings_attention_back():
 @pytest.mark.parametrize("step", [0, 1, 30, 44])
 def test_eps_is_the_first_channels_and_the_variance_is_the_one_named(variance, step):
     x = images(torch.float64)
-    got = make_predictor(toy_network, CHAIN, variance)(x, step, NOTHING)
-    chain = oracle.Chain("linear", CHAIN.timesteps.tolist())
-    torch.testing.assert_close(got.eps, torch.tanh(0.7 * x + chain.timesteps[step] / 1000))
-    want = torch.as_tensor(chain.log_variance(step, variance, fraction=torch.sin(3 * x).numpy()))
+    got = make_predictor(toy_network, SCHEDULE, variance)(x, step, NOTHING)
+    process = oracle.Process("linear", SCHEDULE.timesteps.tolist())
+    torch.testing.assert_close(got.eps, torch.tanh(0.7 * x + process.timesteps[step] / 1000))
+    want = torch.as_tensor(process.log_variance(step, variance, fraction=torch.sin(3 * x).numpy()))
     torch.testing.assert_close(got.log_variance, want, rtol=0, atol=1e-9)
 
 
-def test_a_fixed_variance_does_without_channels_behind_eps():
+def test_a_fixed_variance_needs_no_variance_channels():
     out = images()
-    eps, log_variance = split_eps_and_variance(out, 3, CHAIN, 5, "fixed_small")
+    eps, log_variance = split_eps_and_variance(out, 3, SCHEDULE, 5, "fixed_small")
     assert torch.equal(eps, out)
-    assert float(log_variance) == pytest.approx(float(CHAIN.log_posterior_variance(5)), abs=1e-6)
+    assert float(log_variance) == pytest.approx(float(SCHEDULE.log_posterior_variance(5)), abs=1e-6)
 
 
-def test_arithmetic_behind_a_half_precision_network_is_the_callers_dtype():
+def test_arithmetic_outside_a_half_precision_network_has_the_dtype_of_x_t():
     def half(x, timesteps, labels=None, *, attention_sites=()):
         return toy_network(x.bfloat16(), timesteps, labels, attention_sites=attention_sites)
 
-    prediction = make_predictor(half, CHAIN, "learned_range")(images(), 5, NOTHING)
+    prediction = make_predictor(half, SCHEDULE, "learned_range")(images(), 5, NOTHING)
     assert prediction.eps.dtype == prediction.log_variance.dtype == torch.float32
 
 
-@pytest.mark.parametrize("made", [Condition(), Prediction(eps=torch.zeros(1), log_variance=torch.zeros(1))])
-def test_what_travels_through_the_seam_cannot_be_changed_on_the_way(made):
+@pytest.mark.parametrize("value", [Condition(), Prediction(eps=torch.zeros(1), log_variance=torch.zeros(1))])
+def test_conditions_and_predictions_are_frozen(value):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.nfe = 2
+        value.nfe = 2

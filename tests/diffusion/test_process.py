@@ -17,9 +17,9 @@ from tests.helpers import oracle
 STEPS = [0, 1, 7, 19]
 
 
-def chain(kind="linear"):
+def process_of(kind="linear"):
     schedule = make_schedule(DiffusionSettings(noise_schedule=kind), "20")
-    return schedule, oracle.Chain(kind, schedule.timesteps.tolist())
+    return schedule, oracle.Process(kind, schedule.timesteps.tolist())
 
 
 def images(count=2, dtype=torch.float64):
@@ -30,14 +30,14 @@ def images(count=2, dtype=torch.float64):
 @pytest.mark.parametrize("step", STEPS)
 def test_x0_hat_of_noised_images_is_the_images(step):
     x_0, noise = images()
-    bar = chain()[0].alpha_bar(step)
+    bar = process_of()[0].alpha_bar(step)
     torch.testing.assert_close(x0_hat_from_eps(add_noise(x_0, noise, bar), noise, bar), x_0, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_eps_of_x0_hat_is_eps(step):
     x_t, eps = images()
-    bar = chain()[0].alpha_bar(step)
+    bar = process_of()[0].alpha_bar(step)
     torch.testing.assert_close(eps_from_x0_hat(x_t, x0_hat_from_eps(x_t, eps, bar), bar), eps, rtol=0, atol=1e-10)
 
 
@@ -52,14 +52,14 @@ def test_noised_images_are_the_weighted_sum():
 def test_posterior_mean_is_that_of_bayes_rule(kind, step):
     """Precisions add: x_t = sqrt(alpha) x_prev + noise of variance beta, x_prev of mean sqrt(bar_prev) x_0."""
     x_0, x_t = images()
-    schedule, tables = chain(kind)
+    schedule, tables = process_of(kind)
     got = posterior_mean(x_0, x_t, schedule.alpha_bar(step), schedule.alpha_bar(step - 1))
     if step == 0:
         want = x_0
     else:
-        beta, before = tables.beta[step], tables.bar_before[step]
-        precision = (1 - beta) / beta + 1 / (1 - before)
-        want = (np.sqrt(1 - beta) / beta * x_t + np.sqrt(before) / (1 - before) * x_0) / precision
+        beta, bar_prev = tables.beta[step], tables.bar_prev[step]
+        precision = (1 - beta) / beta + 1 / (1 - bar_prev)
+        want = (np.sqrt(1 - beta) / beta * x_t + np.sqrt(bar_prev) / (1 - bar_prev) * x_0) / precision
     torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
 
 
@@ -69,26 +69,26 @@ def test_learned_variance_goes_from_the_posteriors_to_beta_in_log_space():
     torch.testing.assert_close(got, torch.tensor([-4.0, -3.5, -3.0, -2.0]))
 
 
-def test_clip_acts_where_it_is_on():
+def test_the_clip_limits_images_if_it_is_on():
     x = torch.tensor([-3.0, -0.5, 0.5, 3.0])
     assert maybe_clip(x, True).tolist() == [-1.0, -0.5, 0.5, 1.0]
     assert maybe_clip(x, False) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_of_float64_coefficients_leaves_the_images_dtype(dtype):
-    schedule, steps = chain()[0], torch.tensor(STEPS)
+def test_a_batch_of_float64_coefficients_keeps_the_images_dtype(dtype):
+    schedule, steps = process_of()[0], torch.tensor(STEPS)
     x, y = images(dtype=dtype)
-    bar, before = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
+    bar, bar_prev = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
     variances = schedule.log_posterior_variance(steps), schedule.log_beta(steps)
-    found = [add_noise(x, y, bar), x0_hat_from_eps(x, y, bar), eps_from_x0_hat(x, y, bar)]
-    found += [posterior_mean(x, y, bar, before), learned_log_variance(x, *variances)]
-    assert {image.dtype for image in found} == {dtype}
+    images_out = [add_noise(x, y, bar), x0_hat_from_eps(x, y, bar), eps_from_x0_hat(x, y, bar)]
+    images_out += [posterior_mean(x, y, bar, bar_prev), learned_log_variance(x, *variances)]
+    assert {image.dtype for image in images_out} == {dtype}
 
 
 @pytest.mark.parametrize("process", [add_noise, x0_hat_from_eps, eps_from_x0_hat])
 def test_every_sample_of_a_batch_has_its_own_coefficient(process):
-    schedule, (x, y) = chain()[0], images()
+    schedule, (x, y) = process_of()[0], images()
     together = process(x, y, schedule.alpha_bar(torch.tensor(STEPS)))
     for row, step in enumerate(STEPS):
         torch.testing.assert_close(together[row], process(x[row], y[row], schedule.alpha_bar(step)), rtol=0, atol=0)

@@ -18,25 +18,25 @@ from sagl.errors import UserError
         ("ddim4", 10, [0, 3, 6, 9]),
     ],
 )
-def test_notation_keeps_these_timesteps(spec, total, want):
+def test_a_respacing_gives_these_timesteps(spec, total, want):
     assert respaced_timesteps(spec, total) == want
 
 
 @pytest.mark.parametrize("count", range(1, 101))
-def test_a_number_keeps_that_many_timesteps_each_once_first_and_last_included(count):
-    kept = respaced_timesteps(str(count), 100)
-    assert len(kept) == count == len(set(kept))
-    assert kept == sorted(kept)
-    assert kept[0] == 0
-    assert kept[-1] == (99 if count > 1 else 0)
+def test_a_number_gives_that_many_timesteps_with_first_and_last_included(count):
+    timesteps = respaced_timesteps(str(count), 100)
+    assert len(timesteps) == count == len(set(timesteps))
+    assert timesteps == sorted(timesteps)
+    assert timesteps[0] == 0
+    assert timesteps[-1] == (99 if count > 1 else 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 50, 100])
-def test_ddim_keeps_one_whole_stride(count):
-    kept = respaced_timesteps(f"ddim{count}", 100)
-    assert len(kept) == count
-    assert kept[0] == 0
-    assert len({after - before for before, after in pairwise(kept)}) <= 1
+def test_ddim_has_one_whole_stride(count):
+    timesteps = respaced_timesteps(f"ddim{count}", 100)
+    assert len(timesteps) == count
+    assert timesteps[0] == 0
+    assert len({b - a for a, b in pairwise(timesteps)}) <= 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_ddim_keeps_one_whole_stride(count):
         ("ddim101", "'ddim101'"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_with_the_argument_and_what_came(spec, named):
+def test_an_impossible_respacing_is_refused_with_its_value(spec, named):
     with pytest.raises(UserError, match="`respacing`") as error:
         respaced_timesteps(spec, 100)
     assert named in str(error.value)

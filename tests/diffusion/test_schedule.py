@@ -11,65 +11,65 @@ WHOLE = [key for key in values("schedules") if key.count(".") == 1]
 RESPACED = [key.removesuffix(".betas") for key in values("schedules") if ".respaced." in key and key.endswith(".betas")]
 
 
-def made(kind="linear", respacing=None, total=1000):
+def schedule_of(kind="linear", respacing=None, total=1000):
     return make_schedule(DiffusionSettings(noise_schedule=kind, num_timesteps=total), respacing)
 
 
 @pytest.mark.parametrize("key", WHOLE)
 def test_betas_are_the_references(key):
-    torch.testing.assert_close(made(key.split(".")[0]).betas, values("schedules")[key], rtol=0, atol=1e-12)
+    torch.testing.assert_close(schedule_of(key.split(".")[0]).betas, values("schedules")[key], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("key", RESPACED)
 def test_respaced_betas_and_timesteps_are_the_references(key):
     kind, respacing = key.split(".respaced.")
-    schedule = made(kind, respacing)
+    schedule = schedule_of(kind, respacing)
     torch.testing.assert_close(schedule.betas, values("schedules")[f"{key}.betas"], rtol=0, atol=1e-12)
     assert schedule.timesteps.tolist() == values("schedules")[f"{key}.timesteps"].tolist()
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize(("respacing", "total"), [(None, 1000), ("17", 1000), ("ddim20", 1000), ("3,4", 400)])
-def test_tables_of_other_chains_are_those_of_a_second_derivation(kind, respacing, total):
-    schedule = made(kind, respacing, total)
-    chain = oracle.Chain(kind, schedule.timesteps.tolist(), total)
+def test_tables_are_those_of_a_second_derivation(kind, respacing, total):
+    schedule = schedule_of(kind, respacing, total)
+    process = oracle.Process(kind, schedule.timesteps.tolist(), total)
     for step in range(schedule.num_steps):
         got = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.betas[step], schedule.log_beta(step)]
-        want = [chain.bar[step], chain.bar_before[step], chain.beta[step], np.log(chain.beta[step])]
+        want = [process.bar[step], process.bar_prev[step], process.beta[step], np.log(process.beta[step])]
         np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-9, atol=1e-12)
-        for variance, found in (
+        for variance, log_variance in (
             ("fixed_small", schedule.log_posterior_variance(step)),
             ("fixed_large", schedule.log_fixed_large_variance(step)),
         ):
-            assert float(found) == pytest.approx(chain.log_variance(step, variance), abs=1e-9)
+            assert float(log_variance) == pytest.approx(process.log_variance(step, variance), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("respacing", ["1000", "ddim1000", "500,500"])
 def test_respacing_to_all_timesteps_is_the_identity(kind, respacing):
-    whole, respaced = made(kind), made(kind, respacing)
+    whole, respaced = schedule_of(kind), schedule_of(kind, respacing)
     assert respaced.timesteps.tolist() == list(range(1000))
     torch.testing.assert_close(respaced.alphas_cumprod, whole.alphas_cumprod, rtol=0, atol=0)
 
 
 def test_respacing_keeps_the_noise_level_of_the_timesteps_it_keeps():
-    whole, respaced = made(), made(respacing="10,15,20")
+    whole, respaced = schedule_of(), schedule_of(respacing="10,15,20")
     assert respaced.num_steps == 45
     for step in range(45):
         assert respaced.alpha_bar(step) == whole.alpha_bar(int(respaced.timesteps[step]))
 
 
 def test_linear_betas_scale_with_the_length_of_the_process():
-    assert float(made(total=250).betas[-1]) == pytest.approx(0.08, abs=1e-12)
-    assert float(made(total=250).betas[0]) == pytest.approx(4e-4, abs=1e-12)
+    assert float(schedule_of(total=250).betas[-1]) == pytest.approx(0.08, abs=1e-12)
+    assert float(schedule_of(total=250).betas[0]) == pytest.approx(4e-4, abs=1e-12)
 
 
 def test_cosine_betas_end_at_their_limit():
-    assert float(made("cosine").betas.max()) == pytest.approx(0.999, abs=1e-12)
+    assert float(schedule_of("cosine").betas.max()) == pytest.approx(0.999, abs=1e-12)
 
 
 def test_a_batch_of_steps_gets_the_values_of_each():
-    schedule, steps = made(respacing="20"), torch.tensor([0, 7, 19])
+    schedule, steps = schedule_of(respacing="20"), torch.tensor([0, 7, 19])
     for table in (
         schedule.alpha_bar,
         schedule.log_beta,
@@ -83,19 +83,19 @@ def test_a_batch_of_steps_gets_the_values_of_each():
 
 
 def test_the_step_before_the_cleanest_is_the_clean_image():
-    schedule = made(respacing="20")
+    schedule = schedule_of(respacing="20")
     assert float(schedule.alpha_bar(-1)) == 1
     assert schedule.alpha_bar(torch.tensor([0, 1]) - 1).flatten().tolist() == [1, float(schedule.alpha_bar(0))]
 
 
-def test_the_network_is_told_the_original_timestep():
-    got = made(respacing="ddim4").timestep(3, 2, torch.device("cpu"))
+def test_the_timestep_is_that_of_the_original_process():
+    got = schedule_of(respacing="ddim4").timestep(3, 2, torch.device("cpu"))
     assert got.tolist() == [750, 750]
     assert got.dtype == torch.int64
 
 
-def test_a_chain_of_one_step_has_finite_tables():
-    schedule = made(respacing="1")
+def test_a_schedule_of_one_step_has_finite_tables():
+    schedule = schedule_of(respacing="1")
     assert isinstance(schedule, Schedule)
     tables = (schedule.log_beta, schedule.log_posterior_variance, schedule.log_fixed_large_variance)
     assert all(torch.isfinite(table(0)) for table in tables)

@@ -5,7 +5,7 @@ from sagl.diffusion.noise import batch_rngs
 from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
-from sagl.guidance.blur_aware import blurred, degraded_batch, training_mask
+from sagl.guidance.blur_aware import blur_each, degradation_mask, degrade_batch
 from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import BlurAwareSettings
@@ -35,7 +35,7 @@ def settings(**changes):
 
 
 def batch(s, chosen, network=None):
-    return degraded_batch(
+    return degrade_batch(
         s,
         network or calm_unet(),
         images(0),
@@ -81,7 +81,7 @@ def test_the_plain_pass_for_the_mask_keeps_no_gradient_and_other_masks_need_none
     x = images(0)
     for kind, passes in (("attention", 1), ("random", 0), ("square", 0), ("global", 0)):
         calls = count_calls(network)
-        mask = training_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, rngs())
+        mask = degradation_mask(settings(mask=kind), network, x, TIMESTEPS, LABELS, rngs())
         assert len(calls) == passes
         assert (mask.dtype, tuple(mask.shape), mask.requires_grad) == (torch.bool, (4, 1, 16, 16), False)
 
@@ -94,7 +94,7 @@ def test_an_image_is_degraded_alike_whichever_images_are_beside_it(mask):
     def made(at):
         own = [rngs()[k] for k in range(4)[at]]
         told = (x[at], noise[at], alpha_bar[at], TIMESTEPS[at], LABELS[at], all_chosen[at])
-        return degraded_batch(s, network, *told, own)[0]
+        return degrade_batch(s, network, *told, own)[0]
 
     torch.testing.assert_close(torch.cat([made(slice(0, 1)), made(slice(1, 4))]), made(slice(0, 4)))
 
@@ -104,7 +104,9 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
     x = torch.zeros(200, 3, 32, 32)
 
     def draw(seed):
-        return training_mask(settings(mask=kind, area_fraction=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200))
+        return degradation_mask(
+            settings(mask=kind, area_fraction=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200)
+        )
 
     assert float(draw(0).float().mean()) == pytest.approx(0.4, abs=0.02)
     assert torch.equal(draw(0), draw(0))
@@ -113,7 +115,9 @@ def test_random_masks_cover_their_share_and_are_drawn_from_the_streams(kind):
 
 
 def test_a_square_is_one_block_without_holes():
-    mask = training_mask(settings(mask="square", area_fraction=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs())
+    mask = degradation_mask(
+        settings(mask="square", area_fraction=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs()
+    )
     for one in mask[:, 0]:
         rows, columns = one.any(dim=1), one.any(dim=0)
         assert (int(rows.sum()), int(columns.sum())) == (8, 8)
@@ -122,7 +126,7 @@ def test_a_square_is_one_block_without_holes():
 
 def test_the_blur_of_every_image_is_drawn_from_the_range():
     x = images(0)
-    got = blurred(x, settings(blur_sigma=(0.5, 4.0)), rngs(3))
+    got = blur_each(x, settings(blur_sigma=(0.5, 4.0)), rngs(3))
     sigmas = [rng.uniform(0.5, 4.0) for rng in rngs(3)]
     want = torch.cat([gaussian_blur(x[i : i + 1], 31, sigmas[i]) for i in range(4)])
     torch.testing.assert_close(got, want)

@@ -76,7 +76,7 @@ def test_a_guided_step_is_algorithm_1_written_out_with_whole_attention_maps(netw
         eps, mask = oracle.sag_eps(
             predict,
             x.double(),
-            oracle.Chain("cosine", schedule.timesteps.tolist()).bar[step],
+            oracle.Process("cosine", schedule.timesteps.tolist()).bar[step],
             scale=chosen.scale,
             threshold=chosen.threshold,
             blur_sigma=chosen.blur_sigma,
@@ -213,7 +213,7 @@ def test_a_patch_transformer_is_guided_through_the_same_seam(sample, scale):
     chain = run(denoiser(network, guidances), sample, condition=condition)
     assert len(network.calls) == 12
     x = initial_noise(0, range(2), SHAPE)
-    chains_bar = oracle.Chain("linear", SCHEDULE.timesteps.tolist()).bar
+    chains_bar = oracle.Process("linear", SCHEDULE.timesteps.tolist()).bar
     for step, after, prediction in chain:
         timesteps = SCHEDULE.timesteps[step].expand(2)
         want, mask = oracle.sag_eps(

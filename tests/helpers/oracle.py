@@ -1,4 +1,4 @@
-"""The same mathematics written a second time, plainly, in float64: what other settings are compared with."""
+"""An independent implementation of the same mathematics in float64, to compare with."""
 
 import math
 
@@ -17,23 +17,23 @@ def betas(kind, total):
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
 
 
-class Chain:
-    """Tables of a respaced chain, entry k for step k."""
+class Process:
+    """Tables of a respaced process, entry k for step k."""
 
-    def __init__(self, kind, kept, total=1000):
-        self.timesteps = np.array(kept)
+    def __init__(self, kind, timesteps, total=1000):
+        self.timesteps = np.array(timesteps)
         self.bar = np.cumprod(1 - betas(kind, total))[self.timesteps]
-        self.bar_before = np.append(1.0, self.bar[:-1])
-        self.beta = 1 - self.bar / self.bar_before
-        self.posterior = self.beta * (1 - self.bar_before) / (1 - self.bar)
+        self.bar_prev = np.append(1.0, self.bar[:-1])
+        self.beta = 1 - self.bar / self.bar_prev
+        self.posterior = self.beta * (1 - self.bar_prev) / (1 - self.bar)
 
     def log_variance(self, step, variance, fraction=0.0):
         low = np.log(self.posterior[max(step, 1)] if len(self.beta) > 1 else self.beta[0])
         high = np.log(self.beta[step])
         if variance == "fixed_large":
             return high if step else low
-        share = (fraction + 1) / 2 if variance == "learned_range" else 0.0
-        return share * high + (1 - share) * low
+        frac = (fraction + 1) / 2 if variance == "learned_range" else 0.0
+        return frac * high + (1 - frac) * low
 
     def x0_hat(self, x, eps, step):
         return (x - np.sqrt(1 - self.bar[step]) * eps) / np.sqrt(self.bar[step])
@@ -48,19 +48,19 @@ class Chain:
 
     def ddim(self, x, eps, step, noise, score=0.0, clip=False, eta=0.0):
         """Song et al., eq. 12."""
-        bar, before = self.bar[step], self.bar_before[step]
+        bar, bar_prev = self.bar[step], self.bar_prev[step]
         if clip:
             eps = (x - np.sqrt(bar) * np.clip(self.x0_hat(x, eps, step), -1, 1)) / np.sqrt(1 - bar)
         eps = eps - np.sqrt(1 - bar) * score
         variance = eta**2 * self.posterior[step]
         return (
-            np.sqrt(before) * self.x0_hat(x, eps, step)
-            + np.sqrt(1 - before - variance) * eps
+            np.sqrt(bar_prev) * self.x0_hat(x, eps, step)
+            + np.sqrt(1 - bar_prev - variance) * eps
             + np.sqrt(variance) * noise
         )
 
     def bound(self, x_0, x, eps, log_variance, step, clip=False):
-        """One term of the bound for each sample, in bits a dimension."""
+        """One term of the bound for each sample, in bits per dimension."""
         x0_hat = self.x0_hat(x, eps, step)
         mean, true_mean = (self.posterior_mean(v, x, step) for v in (np.clip(x0_hat, -1, 1) if clip else x0_hat, x_0))
         if step:
@@ -71,12 +71,14 @@ class Chain:
         return (term * np.ones_like(x_0)).reshape(len(x_0), -1).mean(axis=1) / math.log(2)
 
     def posterior_mean(self, x_0, x, step):
-        bar, before = self.bar[step], self.bar_before[step]
-        return (np.sqrt(before) * self.beta[step] * x_0 + np.sqrt(1 - self.beta[step]) * (1 - before) * x) / (1 - bar)
+        bar, bar_prev = self.bar[step], self.bar_prev[step]
+        return (np.sqrt(bar_prev) * self.beta[step] * x_0 + np.sqrt(1 - self.beta[step]) * (1 - bar_prev) * x) / (
+            1 - bar
+        )
 
 
 def pixel_probability(x, mean, deviation):
-    """Of an 8-bit pixel under a Gaussian, whose distribution function is a tanh (Page 1977)."""
+    """Probability of an 8-bit pixel under a Gaussian, with a tanh for the distribution function (Page 1977)."""
 
     def below(edge):
         z = (edge - mean) / deviation
@@ -98,7 +100,7 @@ def split_heads(qkv, heads, order):
 
 
 def attend(qkv, heads, order):
-    """What attention puts out (B, C, L), and its whole maps (B, head, L, L)."""
+    """Attention: its output (B, C, L) and its whole maps (B, head, L, L)."""
     outs, maps = [], []
     for q, k, v in split_heads(qkv, heads, order):
         weights = torch.einsum("bdi,bdj->bij", q, k).div(math.sqrt(q.shape[1])).softmax(dim=2)
@@ -108,7 +110,7 @@ def attend(qkv, heads, order):
 
 
 def adm(network, x, timesteps, labels=None):
-    """A UNet's channels in float64, read off its state dict, and the whole attention maps by (site, heads)."""
+    """A UNet's output in float64, computed from its state dict, and the whole attention maps by (site, heads)."""
     s, p = network.settings, {name: value.double() for name, value in network.state_dict().items()}
     maps = {}
 
@@ -127,12 +129,12 @@ def adm(network, x, timesteps, labels=None):
 
     def residual(x, name, resample):
         h = conv(resample(F.silu(normed(x, f"{name}.in_layers.0"))), f"{name}.in_layers.2")
-        told = linear(F.silu(emb), f"{name}.emb_layers.1")[:, :, None, None]
+        emb_out = linear(F.silu(emb), f"{name}.emb_layers.1")[:, :, None, None]
         if s.use_scale_shift_norm:
-            scale, shift = told[:, : h.shape[1]], told[:, h.shape[1] :]
+            scale, shift = emb_out[:, : h.shape[1]], emb_out[:, h.shape[1] :]
             h = normed(h, f"{name}.out_layers.0") * (1 + scale) + shift
         else:
-            h = normed(h + told, f"{name}.out_layers.0")
+            h = normed(h + emb_out, f"{name}.out_layers.0")
         x = resample(x)
         x = conv(x, f"{name}.skip_connection") if f"{name}.skip_connection.weight" in p else x
         return x + conv(F.silu(h), f"{name}.out_layers.3")
@@ -188,8 +190,8 @@ def sag_eps(predict, x, bar, *, scale, threshold, blur_sigma, kernel_size, clip)
     """Guided eps and mask; `predict(x)` gives eps and the whole map (B, head, L, L) of a square grid of tokens."""
     eps, maps = predict(x)
     side = math.isqrt(maps.shape[-1])
-    received = maps.mean(dim=1).sum(dim=1).reshape(-1, 1, side, side)
-    mask = F.interpolate((received > threshold).double(), size=x.shape[-2:], mode="nearest")
+    attention_received = maps.mean(dim=1).sum(dim=1).reshape(-1, 1, side, side)
+    mask = F.interpolate((attention_received > threshold).double(), size=x.shape[-2:], mode="nearest")
     x0_hat = (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
     x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
     blurred = gaussian_blur(x0_hat, [kernel_size] * 2, [blur_sigma] * 2)

@@ -21,6 +21,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 META = json.loads((ASSETS / "meta.json").read_text())
 KEY_LISTS = json.loads(gzip.decompress((ASSETS / "adm_state_dict_keys.json.gz").read_bytes()))
 SEED = META["seed"]
+REFERENCE_LABELS = {"adm_a": None, "adm_b": torch.tensor([4, 500, 999])}
 WEIGHTS = {"adm_a": 1, "adm_a8": 1, "adm_b": 2, "classifier_c": 3}
 
 
@@ -38,6 +39,12 @@ def relative_error(got, want):
 
 def generator(offset):
     return torch.Generator().manual_seed(SEED + offset)
+
+
+def loss_inputs():
+    """Images and noise of the reference losses."""
+    g = generator(77)
+    return 2 * torch.rand(3, 3, 32, 32, generator=g) - 1, torch.randn(3, 3, 32, 32, generator=g)
 
 
 def draw_weights(network, offset):

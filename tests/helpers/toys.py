@@ -1,4 +1,4 @@
-"""Networks of no parameters, and wrappers that count and record what they are asked."""
+"""Networks without parameters, recorders of calls, and the guidances of settings."""
 
 from types import SimpleNamespace
 
@@ -11,17 +11,32 @@ from sagl.settings.diffusion import DiffusionSettings
 
 
 def toy_network(x, timesteps, labels=None, *, attention_sites=()):
-    """Channels (eps, variance) that depend on everything; keeps the dtype of x. Its attention is that of its pixels."""
+    """Eps and variance channels that depend on all inputs, in the dtype of x; attention follows the pixels."""
     t = timesteps.to(x.dtype)[:, None, None, None] / 1000
-    told = 0 if labels is None else 0.1 * labels.to(x.dtype)[:, None, None, None]
-    out = torch.cat([torch.tanh(0.7 * x + t + told), torch.sin(3 * x)], dim=1)
-    received = x.abs().mean(dim=1, keepdim=True)[:, :, ::2, ::2]
-    received = received / received.mean(dim=(2, 3), keepdim=True)
-    return SimpleNamespace(out=out, attention=dict.fromkeys(attention_sites, received))
+    label = 0 if labels is None else 0.1 * labels.to(x.dtype)[:, None, None, None]
+    out = torch.cat([torch.tanh(0.7 * x + t + label), torch.sin(3 * x)], dim=1)
+    attention = x.abs().mean(dim=1, keepdim=True)[:, :, ::2, ::2]
+    attention = attention / attention.mean(dim=(2, 3), keepdim=True)
+    return SimpleNamespace(out=out, attention=dict.fromkeys(attention_sites, attention))
+
+
+def toy_model(x, timesteps):
+    """The toy network's channels as a function of images and timesteps."""
+    return toy_network(x, timesteps).out
+
+
+def pixels(seed=0):
+    """Three images of 6x6 pixels in [-1, 1], float64."""
+    return 2 * torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+
+
+def standard_normal(seed=0):
+    """Noise for `pixels`, float64."""
+    return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(seed)).double()
 
 
 class Recorder:
-    """A network or a denoiser that remembers the arguments of every call."""
+    """A function that records the arguments of every call."""
 
     def __init__(self, called):
         self.called, self.calls = called, []
@@ -32,7 +47,7 @@ class Recorder:
 
 
 def plain(x_t, step, condition):
-    """A denoiser of one line."""
+    """A noise predictor of one line."""
     return Prediction(eps=0.5 * x_t + 0.01 * step, log_variance=torch.tensor(-3.0))
 
 
