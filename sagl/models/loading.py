@@ -1,7 +1,6 @@
 """Checkpoints by name or by path; released ones are downloaded at first use."""
 
 import struct
-import sys
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -11,7 +10,6 @@ from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dic
 from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.download import download
-from sagl.utils.download_progress import progress_bar
 from sagl.utils.files import cache_folder
 
 
@@ -61,10 +59,7 @@ def download_pretrained(name: str) -> Path:
         checkpoint = read_checkpoint(path, settings=entry.settings)
         check_state_dict(meta_state_dict(entry.settings), checkpoint.state_dict)
 
-    if not target.is_file():
-        print(f"Downloading {entry.url} ({entry.licence} licence) to {target}", file=sys.stderr, flush=True)
-        with progress_bar(entry.file) as on_progress:
-            download(entry.url, target, check=check, on_progress=on_progress)
+    download(entry.url, target, check=check, licence=entry.licence)
     cached_sha256(target)
     return target
 

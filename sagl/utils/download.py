@@ -1,57 +1,32 @@
-"""Files from the network, whole and checked or not at all: resumed after a cut, one process at a time.
+"""Downloads that resume after an interruption, are checked before use, and run in one process at a time.
 
-Beside a file `a.pt` lie `a.pt.partial` (bytes so far), `a.pt.partial.json` (what they are the beginning of),
-`a.pt.lock` (empty; it stays, since removing it would let two processes in) and `a.pt.sha256`.
+Beside a file `a.pt` lie `a.pt.lock` and, until it is complete, `a.pt.ID.partial`. ID depends on the address, on the
+server's ETag or modification time and on the length, so that bytes of two files are never joined.
 """
 
-import fcntl
-import json
+import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from email.message import Message
-from http.client import HTTPException, HTTPMessage, HTTPResponse
-from io import FileIO
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from sagl.errors import UserError, require
-from sagl.utils.download_progress import Progress, no_progress
 
 CHUNK = 1 << 20
-"""Bytes asked of the socket at once."""
-WORTH_ANOTHER_TRY = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses of servers that are busy rather than without the file."""
-LONGEST_PAUSE_SECONDS = 30.0
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+MAX_PAUSE_SECONDS = 30.0
 
-
-class Redirections(request.HTTPRedirectHandler):
-    """urllib's own, which leaves the connection open where the new address is none."""
-
-    def http_error_302(self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage) -> Any:  # noqa: ANN401 (urllib's own)
-        """Ask at the new address.
-
-        Raises:
-            HTTPError: there is none.
-        """
-        try:
-            return super().http_error_302(req, fp, code, msg, headers)
-        except ValueError as error:
-            raise HTTPError(req.full_url, code, str(error), headers, fp) from error
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-HANDLERS: tuple[Callable[[], request.BaseHandler], ...] = (
-    *(request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler),
-    *(request.HTTPDefaultErrorHandler, Redirections, request.HTTPErrorProcessor),
-)
+OnProgress = Callable[[int, int | None], None]
+"""Receives the number of bytes so far and in total; None if the server does not say."""
 
 
 def download(
@@ -59,351 +34,201 @@ def download(
     target: Path,
     *,
     check: Callable[[Path], None],
-    on_progress: Progress = no_progress,
+    licence: str = "",
     timeout_seconds: float = 30,
     attempts: int = 5,
     pause_seconds: float = 1,
     folder_argument: str = "SAGL_CACHE",
 ) -> Path:
-    """Fetch a file to `target`, unless it is there.
+    """Download a file to `target` unless it exists; show source and progress on stderr.
 
     Args:
-        url: http or https.
-        target: a file in the cache folder; the folder is made where it is missing.
-        check: told the whole file before it gets its name; raises UserError if it is not what it should be.
-        on_progress: told of every piece that comes.
-        timeout_seconds: longest silence of the server.
-        attempts: how many in a row may fail without a byte more than before.
-        pause_seconds: before the second of them; twice as long before each one after, up to half a minute.
-        folder_argument: what the user calls the folder of `target`.
-
-    Returns:
-        `target`.
+        url: http or https address. Redirects from https to http are refused.
+        target: Path of the file; its folder is created.
+        check: Called with the complete file before it gets its name; raises UserError for a wrong file.
+        licence: Licence to show.
+        timeout_seconds: Longest silence of the server.
+        attempts: Number of failures in a row, without a new byte, after which to give up.
+        pause_seconds: Pause after the first failure, doubled at each further one.
+        folder_argument: Name of the parameter or variable that sets the folder, for messages.
 
     Raises:
-        UserError: no such file, no network, a page instead of a file, no room; or what `check` raises.
+        UserError: The file cannot be downloaded, is not the expected one, or cannot be stored.
     """
     require(urlsplit(url).scheme in ("http", "https"), f"`url` must be an http or https address, got {url!r}.")
     if target.is_file():
         return target
-    transfer = _Transfer(
-        url=url,
-        target=target,
-        on_progress=on_progress,
-        timeout_seconds=timeout_seconds,
-        folder_argument=folder_argument,
-    )
-    with _disk(transfer):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(transfer):
-        if not target.is_file():  # another process may have brought it meanwhile
-            with _without_leftovers(transfer):
-                _fetch(transfer, attempts, pause_seconds)
-            _publish(transfer, check)
+        with _lock(target):
+            if target.is_file():  # another process has downloaded it meanwhile
+                return target
+            print(f"Downloading {url}{licence and f' ({licence} licence)'} to {target}", file=sys.stderr, flush=True)
+            with show_progress(target.name) as on_progress:
+                partial = _fetch(url, target, timeout_seconds, attempts, pause_seconds, on_progress)
+            _check(partial, check)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+    except _DownloadError as error:
+        raise UserError(
+            f"`url` must lead to {target.name}, but {url} does not: {error}. "
+            f"Try again, or fetch it elsewhere and put it at {target}."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"`{folder_argument}` must be a folder that can hold {target.name}, but {target.parent} cannot: "
+            f"{error.strerror or error}. Free some space there, or set `{folder_argument}` to another folder."
+        ) from error
     return target
 
 
-# ------------------------------------------------------------------------------------------------- attempts
+class _DownloadError(Exception):
+    def __init__(self, reason: object, *, transient: bool = False) -> None:
+        super().__init__(" ".join(str(reason).split()).removesuffix("."))
+        self.transient = transient
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Transfer:
-    url: str
-    target: Path
-    on_progress: Progress
-    timeout_seconds: float
-    folder_argument: str
+class _Redirects(request.HTTPRedirectHandler):
+    """Follows redirects to https, or from http to http."""
 
-    @property
-    def partial(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial")
-
-    @property
-    def memory(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial.json")
-
-    @property
-    def way_out(self) -> str:
-        return f"Try again, or fetch {self.url} elsewhere and put it at {self.target}."
+    def redirect_request(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:  # noqa: ANN401
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise HTTPError(req.full_url, code, f"redirect to {newurl}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Beginning:
-    """What the bytes of a partial file are the beginning of."""
-
-    url: str
-    validator: str
-    length: int
-
-
-class _AttemptError(Exception):
-    """An attempt failed, and another one may not."""
-
-
-class _UnreachableError(_AttemptError):
-    """There was no server to talk to."""
-
-
-def _fetch(transfer: _Transfer, attempts: int, pause_seconds: float) -> None:
-    """Try until all bytes are in the partial file; `attempts` in a row may bring nothing new."""
-    failed, most = 0, _kept(transfer)
+def _fetch(
+    url: str, target: Path, timeout: float, attempts: int, pause_seconds: float, on_progress: OnProgress
+) -> Path:
+    """Request the missing bytes until the partial file is complete, and return its path."""
+    failures, most = 0, _partial_size(target)
     while True:
         try:
-            return _attempt(transfer)
-        except _AttemptError as error:
-            offline = isinstance(error, _UnreachableError) and failed == 0
-            failed = failed + 1 if _kept(transfer) <= most else 1
-            if offline or failed >= attempts:
-                raise _given_up(transfer, error) from error
-        most = max(most, _kept(transfer))
-        time.sleep(min(LONGEST_PAUSE_SECONDS, pause_seconds * 2 ** (failed - 1)))
+            return _request(url, target, timeout, on_progress)
+        except _DownloadError as error:
+            offline = failures == 0 and type(error.__cause__) is URLError
+            failures = 1 if _partial_size(target) > most else failures + 1
+            most = max(most, _partial_size(target))
+            if offline or not error.transient or failures >= attempts:
+                raise
+        time.sleep(min(MAX_PAUSE_SECONDS, pause_seconds * 2 ** (failures - 1)))
 
 
-@contextmanager
-def _without_leftovers(transfer: _Transfer) -> Iterator[None]:
-    """After a failure, keep bytes only where they can be resumed."""
-    try:
-        yield
-    except BaseException:
-        if _beginning(transfer) is None:
-            _forget(transfer)
-        raise
+def _request(url: str, target: Path, timeout: float, on_progress: OnProgress) -> Path:
+    """Request the missing bytes once, append them to the partial file, and return its path."""
+    with _open(url, timeout) as response:
+        length, etag = response.length, response.headers.get("ETag", "")
+        validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # RFC 9110, 13.1.5
+        identity = hashlib.sha256(f"{url} {validator} {length}".encode()).hexdigest()[:12]
+        partial = target.with_name(f"{target.name}.{identity}.partial")
+        for other in _partials(target):
+            if other != partial or validator is None or length is None:  # cannot be resumed
+                other.unlink()
+        done = partial.stat().st_size if partial.exists() else 0
+        if done == 0:
+            _append(response, partial, 0, length, on_progress)
+    if length is not None and 0 < done < length:
+        with _open(url, timeout, {"Range": f"bytes={done}-", "If-Range": str(validator)}) as response:
+            if response.headers.get("Content-Range") != f"bytes {done}-{length - 1}/{length}":
+                partial.unlink()
+                raise _DownloadError("the server cannot resume the download, or the file has changed", transient=True)
+            _append(response, partial, done, length, on_progress)
+    return partial
 
 
-def _given_up(transfer: _Transfer, error: object) -> UserError:
-    said = " ".join(str(error).split())  # urllib's own have several lines
-    return UserError(f"`url` must be within reach, and {transfer.url} is not: {said}. {transfer.way_out}")
-
-
-def _attempt(transfer: _Transfer) -> None:
-    """Ask once for what is missing, and append it."""
-    begun, kept = _beginning(transfer), _kept(transfer)
-    if begun and kept == begun.length:  # an earlier process ended between the last byte and the new name
-        return
-    with _ask(transfer, begun, kept) as response:
-        _refuse_wrappings(transfer, response)
-        if begun and response.status == 206:
-            if not _continues(response, begun, kept):
-                _forget(transfer)
-                raise _AttemptError("the file on the server has changed")
-            _receive(transfer, response, kept, begun.length)
-        else:
-            total, begun = response.length, _beginning_of(transfer, response)
-            with _network():
-                head = response.read(64)
-            _refuse_pages(transfer, response, head)
-            require(bool(head or total), f"`url` must lead to a file, and {transfer.url} is empty. {transfer.way_out}")
-            _begin(transfer, begun, head)
-            _receive(transfer, response, len(head), total)
-
-
-def _ask(transfer: _Transfer, begun: _Beginning | None, kept: int) -> HTTPResponse:
-    """A response of status 200 or 206."""
-    headers = {"User-Agent": "sagl", "Accept-Encoding": "identity"}
-    if begun:
-        headers |= {"Range": f"bytes={kept}-", "If-Range": begun.validator}
-    asked = request.Request(transfer.url, headers=headers)
-    with _network():
-        try:
-            response: HTTPResponse = _opener().open(asked, timeout=transfer.timeout_seconds)
-            return response
-        except HTTPError as error:
-            with error:
-                raise _refusal(transfer, error) from error
-        except URLError as error:
-            raise _UnreachableError(str(error.reason)) from error
-
-
-def _refusal(transfer: _Transfer, error: HTTPError) -> Exception:
-    """Whether a status is worth another attempt."""
-    said = f"the server answered {error.code} {error.reason}"
-    if error.code == 416:  # fewer bytes there than here
-        _forget(transfer)
-    again = error.code in (416, *WORTH_ANOTHER_TRY)
-    return _AttemptError(said) if again else _given_up(transfer, said)
-
-
-@contextmanager
-def _network() -> Iterator[None]:
-    """Turn a cut, a silence or an address that is none into an attempt that failed."""
-    try:
-        yield
-    except (OSError, HTTPException) as error:
-        raise _AttemptError(str(error) or type(error).__name__) from error
-
-
-def _opener() -> request.OpenerDirector:
-    """Opens http and https alone, redirections included: urllib's own would follow one to ftp."""
-    opener = request.OpenerDirector()
-    for handler in HANDLERS:
-        opener.add_handler(handler())
-    return opener
-
-
-def _refuse_wrappings(transfer: _Transfer, response: HTTPResponse) -> None:
-    """Bytes that are compressed though nobody asked for it, or that came without the protection that was asked for."""
-    coding = response.headers.get("Content-Encoding", "identity")
-    require(
-        coding.lower() == "identity",
-        f"`url` must lead to a file as it is, and {transfer.url} answered with {coding} of it. {transfer.way_out}",
-    )
-    asked, came = urlsplit(transfer.url).scheme, urlsplit(response.url).scheme
-    require(
-        asked != "https" or came == "https",
-        f"`url` must stay with https, and {transfer.url} leads to {response.url}. {transfer.way_out}",
-    )
-
-
-def _refuse_pages(transfer: _Transfer, response: HTTPResponse, head: bytes) -> None:
-    """Networks with a login page answer every address with it, and with status 200."""
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype html", b"<html"))
-    if begins or response.headers.get_content_type() == "text/html":
-        raise UserError(
-            f"`url` must lead to a file, and {transfer.url} answered with a web page: does the network ask for a "
-            f"login? {transfer.way_out}"
+def _open(url: str, timeout: float, headers: dict[str, str] | None = None) -> HTTPResponse:
+    headers = {"User-Agent": "sagl", "Accept-Encoding": "identity", **(headers or {})}
+    with _network_errors():
+        response: HTTPResponse = request.build_opener(_Redirects).open(
+            request.Request(url, headers=headers), None, timeout
         )
+    kind, encoding = response.headers.get_content_type(), response.headers.get("Content-Encoding", "identity")
+    if kind == "text/html" or encoding != "identity":
+        response.close()
+        raise _DownloadError(f"the server sent {kind} in the encoding {encoding} (the network may require a login)")
+    return response
 
 
-def _begin(transfer: _Transfer, begun: _Beginning | None, head: bytes) -> None:
-    """Start the partial file anew."""
-    with _disk(transfer):
-        transfer.memory.unlink(missing_ok=True)
-        transfer.partial.write_bytes(head)
-        if begun:
-            transfer.memory.write_text(json.dumps(asdict(begun)))  # half of it reads as nothing
-
-
-def _receive(transfer: _Transfer, response: HTTPResponse, done: int, total: int | None) -> None:
-    """Append the rest of the body to the first `done` bytes, piece by piece as it comes."""
-    with _disk(transfer):
-        file = transfer.partial.open("ab", buffering=0)  # a killed process leaves all that came
-    with file:
-        transfer.on_progress(done, total or 0)
-        while piece := _read(response, CHUNK if total is None else min(CHUNK, total - done)):
-            with _disk(transfer):
-                _write_all(file, piece)
+def _append(response: HTTPResponse, partial: Path, done: int, length: int | None, on_progress: OnProgress) -> None:
+    """Append the body of a response to the first `done` bytes."""
+    with partial.open("ab") as file:
+        while True:
+            on_progress(done, length)
+            with _network_errors():
+                piece = response.read1(CHUNK if length is None else min(CHUNK, length - done))
+            if not piece:
+                break
+            file.write(piece)
+            file.flush()  # so that a killed process can be resumed
             done += len(piece)
-            transfer.on_progress(done, total or 0)
-    if total is not None and done < total:
-        raise _AttemptError(f"the connection ended after {done} of {total} bytes")
+    if done < (length or 0):
+        raise _DownloadError(f"the connection ended after {done} of {length} bytes", transient=True)
+    if done == 0:
+        raise _DownloadError("the file is empty")
 
 
-def _read(response: HTTPResponse, most: int) -> bytes:
-    """What has come, as soon as something has: nothing is lost if the rest never comes."""
-    with _network():  # most is bytes left: early releases of Python 3.11 do not count those of read1
-        return response.read1(most) if most else b""
-
-
-def _write_all(file: FileIO, piece: bytes) -> None:
-    while piece:
-        piece = piece[file.write(piece) :]
-
-
-def _publish(transfer: _Transfer, check: Callable[[Path], None]) -> None:
-    """Check the whole file and give it its name."""
+@contextmanager
+def _network_errors() -> Iterator[None]:
     try:
-        check(transfer.partial)
+        yield
+    except (OSError, HTTPException, ValueError) as error:
+        refused = isinstance(error, HTTPError) and error.code not in TRANSIENT_STATUSES
+        if isinstance(error, HTTPError):
+            error.close()
+        raise _DownloadError(str(error) or type(error).__name__, transient=not refused) from error
+
+
+def _check(partial: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(partial)
     except UserError as error:
-        _forget(transfer)
-        said = str(error).replace(str(transfer.partial), transfer.target.name)
-        raise UserError(
-            f"`url` must lead to the file that is wanted, and {transfer.url} brought another: {said} {transfer.way_out}"
-        ) from error
-    with _disk(transfer):
-        _sync(transfer.partial)
-        os.replace(transfer.partial, transfer.target)
-        transfer.memory.unlink(missing_ok=True)
-    with suppress(OSError):  # not every file system has this for folders
-        _sync(transfer.target.parent)
+        partial.unlink()
+        raise _DownloadError(error) from error
 
 
-# ------------------------------------------------------------------------------------- what a partial file is
+def _partials(target: Path) -> list[Path]:
+    prefix = f"{target.name}."
+    return [path for path in target.parent.glob("*.partial") if path.name.startswith(prefix)]
 
 
-def _validator(headers: Message) -> str | None:
-    """What If-Range takes: a strong ETag, else the time of the last change (RFC 9110, 13.1.5)."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified")
-
-
-def _beginning_of(transfer: _Transfer, response: HTTPResponse) -> _Beginning | None:
-    """What an unread whole answer begins; None if it could not be resumed."""
-    validator = _validator(response.headers)
-    if response.length is None or validator is None:
-        return None
-    return _Beginning(url=transfer.url, validator=validator, length=response.length)
-
-
-def _continues(response: HTTPResponse, begun: _Beginning, kept: int) -> bool:
-    """Whether a partial answer goes on with the same file; some servers do not read If-Range."""
-    span = response.headers.get("Content-Range", "")
-    kind = "ETag" if begun.validator.startswith('"') else "Last-Modified"
-    unchanged = response.headers.get(kind, begun.validator) == begun.validator
-    return unchanged and span.startswith(f"bytes {kept}-") and span.endswith(f"/{begun.length}")
-
-
-def _beginning(transfer: _Transfer) -> _Beginning | None:
-    """What the partial file is the beginning of; None if it cannot be resumed, or there is none."""
-    try:
-        begun = _Beginning(**json.loads(transfer.memory.read_text()))
-        fits = begun.url == transfer.url and 0 < transfer.partial.stat().st_size <= begun.length
-    except (OSError, ValueError, TypeError):
-        return None
-    return begun if fits else None
-
-
-def _kept(transfer: _Transfer) -> int:
-    """Bytes that can be resumed."""
-    return transfer.partial.stat().st_size if _beginning(transfer) else 0
-
-
-def _forget(transfer: _Transfer) -> None:
-    with suppress(OSError):
-        transfer.partial.unlink(missing_ok=True)
-        transfer.memory.unlink(missing_ok=True)
-
-
-# ----------------------------------------------------------------------------------------------------- disk
+def _partial_size(target: Path) -> int:
+    return sum(path.stat().st_size for path in _partials(target))
 
 
 @contextmanager
-def _disk(transfer: _Transfer) -> Iterator[None]:
-    """Turn a full, closed or missing disk into one line."""
+def _lock(target: Path) -> Iterator[None]:
+    lock = FileLock(target.with_name(f"{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that downloads {target.name}", file=sys.stderr, flush=True)
+        lock.acquire()
     try:
         yield
-    except OSError as error:
-        folder, argument = transfer.target.parent, transfer.folder_argument
-        raise UserError(
-            f"`{argument}` must be a folder that can hold {transfer.target.name}, and {folder} cannot: "
-            f"{error.strerror or error}. Make room there, or set {argument} to another folder."
-        ) from error
+    finally:
+        lock.release()
 
 
 @contextmanager
-def _alone(transfer: _Transfer) -> Iterator[None]:
-    """Wait until no other process fetches the same file, and keep others waiting."""
-    with _disk(transfer):
-        lock = os.open(transfer.target.with_name(transfer.target.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with _disk(transfer):
-            _lock(lock, transfer.target)
-        yield
-    finally:
-        os.close(lock)
+def show_progress(title: str) -> Iterator[OnProgress]:
+    """Show downloaded bytes on stderr: a bar on a terminal, elsewhere a line for each tenth (or 256 MiB)."""
+    from rich import progress as rich
+    from rich.console import Console
 
+    console, shown = Console(stderr=True), -1
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())
+    rates = (rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, *rates, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
 
-def _lock(lock: int, target: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"Waiting for another process that fetches {target.name}", file=sys.stderr, flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        def on_progress(done: int, total: int | None) -> None:
+            nonlocal shown
+            bar.update(task, completed=done, total=total)
+            part = done * 10 // total if total else done >> 28
+            if part > shown and not console.is_terminal:
+                shown = part
+                size = f"{done / 1e6:.1f}" + (f" of {total / 1e6:.1f}" if total else "")
+                print(f"{title}: {size} MB", file=sys.stderr, flush=True)
 
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield on_progress

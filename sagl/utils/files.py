@@ -1,4 +1,4 @@
-"""Files and folders that belong to the user: where they are, and how they are written."""
+"""Files and folders of the user: cache, packaged configs, checksums, atomic writes, checks of output paths."""
 
 import errno
 import hashlib
@@ -11,138 +11,118 @@ from tempfile import TemporaryDirectory
 from sagl.errors import UserError, require
 
 PARTIAL = ".partial"
-"""How the name of a file ends while it is being written."""
+"""Suffix of a file that is being written."""
 
 
 def cache_folder() -> Path:
-    """Where downloads and unpacked data are kept: $SAGL_CACHE, else $XDG_CACHE_HOME/sagl, else ~/.cache/sagl."""
-    if chosen := os.environ.get("SAGL_CACHE"):
-        return Path(chosen).expanduser()
+    """Return the folder of downloads and unpacked data: $SAGL_CACHE, else $XDG_CACHE_HOME/sagl, else ~/.cache/sagl."""
+    if folder := os.environ.get("SAGL_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sagl"
 
 
 def packaged_configs() -> Path:
-    """The folder of the configs that come with the package: inside it, or beside it in a checkout."""
+    """Return the folder of the packaged configs: inside the package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_file(path: Path, argument: str = "output") -> Iterator[Path]:
-    """A file that appears under its name when it is whole, or not at all.
+    """Write a file completely or not at all, replacing an existing one.
 
     Yields:
-        The name to write under. When the block ends well the bytes are on the disk and have their own name.
+        A temporary path to write to. It is synced to disk and renamed to `path` if the block succeeds.
 
     Raises:
-        UserError: no room, no right to write; names `argument`.
+        UserError: The disk is full or read-only, or a folder has this name; names `argument`.
     """
-    require(bool(path.name) and not path.is_dir(), f"`{argument}` must be a file, and {path} is a folder.")
+    require(bool(path.name) and not path.is_dir(), f"`{argument}` must be a file, but {path} is a folder.")
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _settle(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"`{argument}` {path} cannot be written: {_reason(error)}.") from error
+        with _write_errors(path, argument):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
     finally:
-        with suppress(OSError):  # where its folder could not be made
+        with suppress(OSError):  # its folder may not exist
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(folder: Path, argument: str = "output") -> Iterator[Path]:
-    """A folder that appears under its name when all its files are whole, or not at all.
+    """Write a folder of files completely or not at all.
 
     Yields:
-        The folder to write in. When the block ends well the bytes are on the disk and the folder has its own name.
+        A temporary folder to write to. Its files are synced to disk and it is renamed to `folder` if the block
+        succeeds.
 
     Raises:
-        UserError: the folder is in use; no room, no right to write; names `argument`.
+        UserError: The folder is not empty, or the disk is full or read-only; names `argument`.
     """
     require_unused(folder, argument)
-    try:
+    with _write_errors(folder, argument):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}{PARTIAL}-") as around:
-            partial = Path(around) / "folder"  # with the permissions of any new folder, unlike the one around it
+        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}{PARTIAL}-") as temporary:
+            partial = Path(temporary) / "folder"  # has the permissions of a new folder; TemporaryDirectory is private
             partial.mkdir()
             yield partial
             for file in partial.iterdir():
-                _settle(file)
+                _sync(file)
             os.replace(partial, folder)
-    except OSError as error:
-        raise UserError(f"`{argument}` {folder} cannot be written: {_reason(error)}.") from error
 
 
 def require_unused(folder: Path, argument: str = "output") -> None:
-    """Refuse a folder that holds something, or a file of its name.
+    """Refuse a file, or a folder that is not empty.
 
     Raises:
-        UserError: names `argument`.
+        UserError: Names `argument`.
     """
     in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    require(not in_use, f"`{argument}` must be a new or an empty folder, and {folder} is in use. Choose another one.")
+    require(not in_use, f"`{argument}` must be a new or an empty folder, but {folder} is in use. Choose another one.")
 
 
 def require_new(path: Path, *, overwrite: bool) -> None:
-    """Refuse an `--output` file before the work for it: one that is there, or a name that cannot be written.
+    """Refuse an output file that exists or cannot be written, before the work for it.
 
     Raises:
-        UserError: says the way out.
+        UserError: Names `output`.
     """
-    require(not path.is_dir(), f"`output` must be a file, and {path} is a folder.")
-    require(overwrite or not path.exists(), f"`output` {path} is there. Choose another name, or --overwrite.")
+    require(not path.is_dir(), f"`output` must be a file, but {path} is a folder.")
+    require(overwrite or not path.exists(), f"`output` {path} exists. Choose another name, or set `overwrite`.")
     require_writable(path.parent)
 
 
-def require_writable(folder: Path, argument: str = "output", way_out: str = "") -> None:
-    """Refuse a folder that is not there and could not be made, or could not be written to.
+def require_writable(folder: Path, argument: str = "output", hint: str = "") -> None:
+    """Refuse a folder that cannot be created or written to.
 
     Args:
-        folder: there, or not yet.
-        argument: what is called wrong.
-        way_out: where it is no flag.
+        folder: Existing or new folder.
+        argument: Name of the parameter in messages.
+        hint: Last sentence of the message; by default, to choose another folder.
 
     Raises:
-        UserError: says which part of the path stands in the way.
+        UserError: Names `argument` and the part of the path that prevents writing.
     """
+    hint = hint or f"Choose another folder for `{argument}`."
     try:
-        there = nearest_existing(folder)
+        existing = nearest_existing(folder)
     except OSError as error:
-        raise UserError(
-            f"`{argument}` must be a folder that can be made: {error.strerror}. Choose another name."
-        ) from error
-    require(there.is_dir(), f"`{argument}` must be a folder, and {there} is a file. Choose another name.")
-    require(
-        os.access(there, os.W_OK | os.X_OK),
-        f"`{argument}` must be a folder that can be written, and {there} cannot. "
-        + (way_out or f"Choose another with --{argument}."),
-    )
-
-
-def _settle(path: Path) -> None:
-    """Give a file the user's rights, and wait until its bytes are on the disk."""
-    with path.open("rb+") as file:
-        os.fchmod(file.fileno(), 0o666 & ~_umask())  # some writers make files that their owner alone can read
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    """The rights that the user withholds from new files; it can only be read by setting it."""
-    os.umask(umask := os.umask(0o077))
-    return umask
+        raise UserError(f"`{argument}` must be a folder that can be created: {error.strerror}. {hint}") from error
+    require(existing.is_dir(), f"`{argument}` must be a folder, but {existing} is a file. {hint}")
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    require(writable, f"`{argument}` must be a writable folder, but {existing} is not. {hint}")
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the first folder above it that is there and can be looked into."""
+    """Return the path itself, or its nearest parent that exists and can be accessed."""
     for part in (path, *path.absolute().parents):
         with suppress(PermissionError):
             if part.exists() or part.is_symlink():
@@ -150,8 +130,25 @@ def nearest_existing(path: Path) -> Path:
     return Path(path.anchor or ".")
 
 
-def _reason(error: OSError) -> str:
-    """What went wrong, and the way out."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.strerror}. Make room, then give the same command again: it goes on where it stopped"
-    return f"{error.strerror or error}. Choose another place"
+def _sync(path: Path) -> None:
+    """Give a file the default permissions and wait until its bytes are on disk."""
+    with path.open("rb+") as file:
+        os.fchmod(file.fileno(), 0o666 & ~_umask())  # some writers create files that only their owner can read
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    """Return the umask, which can only be read by setting it."""
+    os.umask(umask := os.umask(0o077))
+    return umask
+
+
+@contextmanager
+def _write_errors(path: Path, argument: str) -> Iterator[None]:
+    """Convert an error of the file system to a UserError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "Free some space and repeat the command" if full else "Choose another place"
+        raise UserError(f"`{argument}` {path} cannot be written: {error.strerror or error}. {hint}.") from error

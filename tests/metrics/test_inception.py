@@ -137,7 +137,7 @@ def test_a_download_must_have_the_published_sha256(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     calls = []
 
-    def fake_download(url, target, *, check, on_progress):
+    def fake_download(url, target, *, check, licence):
         calls.append((url, target))
         (tmp_path / "page").write_bytes(b"a page")
         check(tmp_path / "page")
