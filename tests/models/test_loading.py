@@ -158,5 +158,5 @@ def test_a_name_or_file_that_is_not_there_is_refused_with_what_is(name, said, mo
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "tiny"])
 def test_raw_weights_are_refused_of_a_network_that_has_one_set(name, cached):
-    with pytest.raises(UserError, match="`weights` .*(tiny|fashion_mnist)"):
+    with pytest.raises(UserError, match=r"`weights` .*(tiny|fashion_mnist)"):
         load(name, "raw")

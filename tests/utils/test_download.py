@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
@@ -63,10 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def handle(self):
-        try:
+        with suppress(ConnectionError):  # the client needs the headers only
             super().handle()
-        except ConnectionError:  # the client needs the headers only
-            pass
 
     def log_message(self, *_):
         pass
