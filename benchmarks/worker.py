@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import cast_weights
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.models.zoo import get_unet_settings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
@@ -85,7 +86,7 @@ def _network(side: Side, s: UNetSettings) -> UNet:
         network = UNet(s)
     network.load_state_dict(weights_of(s), assign=True)
     network.to(memory_format=torch.channels_last)
-    return cast_weights(network, PRECISIONS[side.precision], torch.device("cpu"))
+    return cast_weights(optimize_for_cpu(network), PRECISIONS[side.precision], torch.device("cpu"))
 
 
 def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
@@ -197,7 +198,7 @@ def measured(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
 
 def live_bytes(unit: Callable[[], Tensor]) -> dict[str, Any]:
     """The most that one unit holds at one time in tensors of its own."""
-    from sagl.models.footprint import MemoryTracker
+    from sagl.models.memory import MemoryTracker
 
     with MemoryTracker() as live:
         unit()

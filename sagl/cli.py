@@ -6,6 +6,7 @@ from importlib import import_module
 
 from sagl.commands.verbs import VERBS
 from sagl.errors import UserError
+from sagl.utils.environment import choose_thread_waiting
 
 
 def usage() -> str:
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}.{_nearest(verb)} See sagl --help.")
+        choose_thread_waiting()
         import_module(VERBS[verb][0]).main(rest)
     except UserError as error:
         return _refuse(verb, str(error))

@@ -10,7 +10,7 @@ from sagl.commands.request import advise, model_part, read_config, sample_parser
 from sagl.errors import UserError, require
 from sagl.models.zoo import RELEASED, get_settings, name_from_filename
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import AnySettings
+from sagl.settings.network import NetworkSettings
 from sagl.utils.files import require_unused, require_writable
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _write(file: "Checkpoint", target: Path, dtype: str | None) -> None:
 
 def _read(
     given: Any,  # noqa: ANN401 (the parser's namespace)
-    model: str | AnySettings | None,
+    model: str | NetworkSettings | None,
     diffusion: DiffusionSettings | None,
 ) -> "Checkpoint":
     """A folder, a file with what is said of it, or a network by its name."""
@@ -111,7 +111,7 @@ def _require_left_out(given: Any) -> None:  # noqa: ANN401
         require(value == left_out, f"`{flag}` is for files, and a folder says it itself; got {value}. Leave it out.")
 
 
-def _advice_for(model: str | AnySettings) -> dict[str, Any]:
+def _advice_for(model: str | NetworkSettings) -> dict[str, Any]:
     """The paper's sampling settings, of the released networks that have them."""
     config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
     return sampling_part(read_config(config)) if config else {}

@@ -116,7 +116,7 @@ def _sized(request: Request, network: UNetSettings, record: dict[str, Any]) -> R
 def _suiting(request: Request, network: UNetSettings) -> int:
     """Up to 64 images at once: on a CPU as many as its caches like, and no more than fit three quarters of memory."""
     from sagl.models.checkpoints import DTYPES
-    from sagl.models.footprint import estimate_memory
+    from sagl.models.memory import estimate_memory
 
     device = select_device(request.device)
     most = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))

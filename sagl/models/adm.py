@@ -1,13 +1,12 @@
-"""The ADM UNet and its encoder classifier (Dhariwal & Nichol 2021), under OpenAI's parameter names.
+"""The ADM UNet and its noisy-image classifier (Dhariwal & Nichol 2021), with OpenAI's parameter names.
 
-Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks count from the coarsest resolution up.
-A network knows nothing of diffusion: it maps (x, timesteps, labels) to channels, and brings back the attention
-that it was asked for.
+Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks are numbered from the coarsest resolution up.
+Feature maps are in channels_last. `cpu_kernels.optimize_for_cpu` replaces layers by faster equivalents on CPUs.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,281 +15,234 @@ from torch.utils.checkpoint import checkpoint
 
 from sagl.errors import require
 from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
-from sagl.models.channels import channel_affine, channel_moments
-from sagl.models.winograd import Conv3x3
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
 from sagl.shapes import AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
-
-
-class UNetOutput(NamedTuple):
-    """What one pass brings back."""
-
-    out: Tensor
-    """(B, C or 2C, H, W) float32: eps, then the variance's channels where the network learns them."""
-    attention: Mapping[AttentionSite, TokenMap]
-    """Attention received at each site that was asked for, (B, head, H, W), mean 1."""
-
-
-# ---------------------------------------------------------------------------------------------------- parts
-
-
-def timestep_embedding(timesteps: Timestep, width: int) -> Tensor:
-    """Cosines, then sines, of the timestep at geometric frequencies 1 … 1/10000: (B,) -> (B, width) float32."""
-    half = width // 2
-    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * exponents.exp()
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
-
-
-class Norm(nn.GroupNorm):
-    """Group normalisation in 32 groups, with the timestep's scale and shift folded into its own gain and offset."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(32, width)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """(B, C, …), (B, C), (B, C) -> the normalised x, times 1 + scale, plus shift."""
-        fused = x.device.type != "cpu" or torch.compiler.is_compiling()  # which makes its own kernel
-        return self._fused(x, scale, shift) if fused else self._composed(x, scale, shift)
-
-    def _fused(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """PyTorch's own. On a CPU its backward pass is slow, and its sums depend on the number of threads."""
-        if scale is None or shift is None:
-            return F.group_norm(x, 32, self.weight, self.bias, self.eps)
-        if len(x) == 1:
-            gain = 1 + scale[0]
-            return F.group_norm(x, 32, self.weight * gain, self.bias * gain + shift[0], self.eps)
-        return channel_affine(F.group_norm(x, 32, self.weight, self.bias, self.eps), 1 + scale, shift)
-
-    def _composed(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Moments and one affine map, each with a backward pass of one multiply-add."""
-        means, variances = (moment.unflatten(1, (32, -1)) for moment in channel_moments(x))
-        mean = means.mean(dim=2)
-        variance = variances.mean(dim=2) + means.var(dim=2, correction=0)
-        share = self.num_channels // 32
-        gain = (variance + self.eps).rsqrt().repeat_interleave(share, dim=1) * self.weight
-        offset = self.bias - mean.repeat_interleave(share, dim=1) * gain
-        if scale is not None and shift is not None:
-            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-        return channel_affine(x, gain, offset)
-
-
-class EvenLinear(nn.Linear):
-    """A linear layer that computes whole eights of rows on a CPU: of others the sums' order depends on the threads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C) -> (B, C')."""
-        over = -len(x) % 8 if x.device.type == "cpu" else 0
-        return super().forward(F.pad(x, (0, 0, 0, over)))[: len(x)]
-
-
-def silu(x: Tensor) -> Tensor:
-    """Times its own sigmoid, in place of x where no gradient is wanted."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+class UNetOutput(NamedTuple):
+    """Output of one forward pass."""
+
+    out: Tensor
+    """(B, C or 2C, H, W) float32: eps, followed by the variance channels if the network learns the variance."""
+    attention: Mapping[AttentionSite, TokenMap]
+    """Attention received at each requested site, (B, head, H, W), mean 1."""
+
+
+# --------------------------------------------------------------------------------------------------- layers
+
+
+def timestep_embedding(timesteps: Timestep, dim: int) -> Tensor:
+    """Embed timesteps as cosines, then sines, at geometric frequencies 1 … 1/10000: (B,) -> (B, dim) float32."""
+    half = dim // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * exponents.exp()
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class AdaGroupNorm(nn.GroupNorm):
+    """Adaptive group normalisation (ADM, section 3.1): (1 + scale) · norm(x) + shift, in 32 groups."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise x (B, C, …); `scale` and `shift` are (B, C), or None for plain group normalisation."""
+        h = super().forward(x)
+        if scale is None or shift is None:
+            return h
+        return h * (1 + scale[..., None, None]) + shift[..., None, None]
+
+
+class SiLU(nn.SiLU):
+    """SiLU that overwrites its input if no gradient is recorded. Use it only on tensors that nothing else reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class Conv1x1(nn.Conv1d):
+    """A 1x1 convolution as one matrix product over channels_last features: (B, C, …) -> (B, C', …).
+
+    Its weight has the three dimensions of the Conv1d in OpenAI's code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the resolution."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
 def zero_module(layer: Layer) -> Layer:
-    """The layer with its parameters at zero."""
+    """Set all parameters of the layer to zero and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-def zero_conv(width: int, out: int) -> Conv3x3:
-    """A 3x3 convolution that begins at zero, so that its branch begins as nothing."""
-    return zero_module(Conv3x3(width, out))
-
-
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2): a strided convolution, or the average of 2x2 pixels."""
+    """(B, C, H, W) -> (B, C, H/2, W/2): a strided convolution if `use_conv`, otherwise average pooling."""
 
-    def __init__(self, width: int, *, learned: bool) -> None:
+    def __init__(self, channels: int, *, use_conv: bool) -> None:
         super().__init__()
-        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1) if learned else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half the side."""
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): each pixel four times, with a convolution after it or not."""
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, followed by a convolution if `use_conv`."""
 
-    def __init__(self, width: int, *, learned: bool) -> None:
+    def __init__(self, channels: int, *, use_conv: bool) -> None:
         super().__init__()
-        self.conv = Conv3x3(width, width) if learned else nn.Identity()
+        self.conv = conv3x3(channels, channels) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Twice the side."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a skip, told the timestep; may change width and, given `resample`, the side."""
+    """Residual block conditioned on the timestep embedding; `resample` acts before the first convolution."""
 
-    def __init__(self, s: EncoderSettings, width: int, out: int, resample: nn.Module | None = None) -> None:
+    def __init__(self, s: EncoderSettings, channels: int, out_channels: int, resample: nn.Module | None = None) -> None:
         super().__init__()
-        self.settings, self.resample = s, resample or nn.Identity()
-        self.in_layers = nn.Sequential(Norm(width), nn.SiLU(), Conv3x3(width, out))
-        self.emb_layers = nn.Sequential(nn.SiLU(), EvenLinear(4 * s.num_channels, out * (1 + s.use_scale_shift_norm)))
-        self.out_layers = nn.Sequential(Norm(out), nn.SiLU(), nn.Dropout(s.dropout), zero_conv(out, out))
-        self.skip_connection = nn.Identity() if width == out else Pointwise(width, out, 1)
+        self.use_scale_shift_norm = s.use_scale_shift_norm
+        self.resample = resample or nn.Identity()
+        emb_channels = out_channels * (2 if s.use_scale_shift_norm else 1)
+        self.in_layers = nn.Sequential(AdaGroupNorm(channels), SiLU(), conv3x3(channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * s.num_channels, emb_channels))
+        self.out_layers = nn.Sequential(
+            AdaGroupNorm(out_channels), SiLU(), nn.Dropout(s.dropout), zero_module(conv3x3(out_channels, out_channels))
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(B, C, H, W), (B, E) -> (B, C', H', W'); recomputed in the backward pass with `use_checkpoint`."""
-        if self.settings.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
-
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        normalise, _, conv = self.in_layers
-        h, told = conv(self.resample(silu(normalise(x)))), self.emb_layers(emb)
-        normalise, _, drop, conv = self.out_layers
-        if self.settings.use_scale_shift_norm:
-            h = normalise(h, *told.chunk(2, dim=1))
+        """(B, C, H, W), (B, E) -> (B, C', H', W')."""
+        h = self.in_layers[-1](self.resample(self.in_layers[:-1](x)))
+        emb_out = self.emb_layers(emb)
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h, scale, shift))
         else:
-            h = normalise(h + told[:, :, None, None].to(h.dtype))
-        return conv(drop(silu(h))).add_(self.skip_connection(self.resample(x)))
+            h = self.out_layers(h + emb_out[:, :, None, None].to(h.dtype))
+        return h.add_(self.skip_connection(self.resample(x)))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a feature map, beside a skip (eq. 13, 14)."""
+    """Residual self-attention over the pixels of a feature map (eq. 13, 14)."""
 
-    def __init__(self, s: EncoderSettings, width: int, num_heads: int) -> None:
+    def __init__(self, s: EncoderSettings, channels: int, num_heads: int) -> None:
         super().__init__()
         self.settings, self.num_heads = s, num_heads
         self.split = split_qkv if s.use_new_attention_order else split_qkv_legacy
-        self.norm = Norm(width)
-        self.qkv = nn.Conv1d(width, 3 * width, 1)
-        self.proj_out = zero_module(nn.Conv1d(width, width, 1))
+        self.norm = AdaGroupNorm(channels)
+        self.qkv = Conv1x1(channels, 3 * channels)
+        self.proj_out = zero_module(Conv1x1(channels, channels))
 
-    def forward(self, x: Tensor, asked: tuple[HeadLayout, ...] = ()) -> tuple[Tensor, list[TokenMap]]:
-        """(B, C, H, W) -> the same shape, and the attention received for each head split asked for."""
-        if self.settings.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, asked, use_reentrant=False)
-        return self._forward(x, asked)
+    def forward(self, x: Tensor, head_layouts: Sequence[HeadLayout] = ()) -> tuple[Tensor, list[TokenMap]]:
+        """Return features of the shape of x, and the attention received under each of `head_layouts`."""
+        size = x.shape[-2:]
+        qkv = self.qkv(self.norm(x)).flatten(2).mT  # (B, L, 3C)
+        h = attention(*self.split(qkv, self.num_heads)).transpose(1, 2).flatten(2)
+        out = x + self.proj_out(h.mT.unflatten(-1, size))
+        return out, [self._attention_received(qkv, heads).unflatten(-1, size) for heads in head_layouts]
 
-    def _forward(self, x: Tensor, asked: tuple[HeadLayout, ...]) -> tuple[Tensor, list[TokenMap]]:
-        qkv = pointwise(self.qkv, self.norm(x)).flatten(2).mT
-        attended = attention(*self.split(qkv, self.num_heads)).transpose(1, 2).flatten(2)
-        out = pointwise(self.proj_out, attended.mT.unflatten(-1, x.shape[-2:]))
-        return x + out, [self._received(qkv, heads, x.shape[-2:]) for heads in asked]
-
-    def _received(self, qkv: Tensor, heads: HeadLayout, side: torch.Size) -> TokenMap:
-        """As the layer splits its heads, or as the released SAG code does: `num_heads` of them, always legacy order."""
-        released = heads == "sag_release"
-        split, num_heads = (split_qkv_legacy, self.settings.num_heads) if released else (self.split, self.num_heads)
-        query, key, _ = split(qkv, num_heads)
-        return attention_received(query, key).unflatten(-1, side)
+    def _attention_received(self, qkv: Tensor, heads: HeadLayout) -> Tensor:
+        """(B, L, 3C) -> (B, head, L); "sag_release" always takes `num_heads` heads in the legacy channel order."""
+        if heads == "sag_release":
+            query, key, _ = split_qkv_legacy(qkv, self.settings.num_heads)
+        else:
+            query, key, _ = self.split(qkv, self.num_heads)
+        return attention_received(query, key)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """What comes out of a network, for the process is never in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class TimestepEmbedSequential(nn.Sequential):
+    """One numbered block: residual blocks receive the timestep embedding, attention blocks the requested layouts."""
 
+    def __init__(self, name: str, layers: Sequence[nn.Module], *, use_checkpoint: bool) -> None:
+        super().__init__(*layers)
+        self.name, self.use_checkpoint = name, use_checkpoint
 
-NARROW = 8
-"""Pixels of a row up to which a matrix product is the faster one on a CPU too."""
-
-
-class Pointwise(nn.Conv2d):
-    """A convolution of 1×1 pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W)."""
-        return pointwise(self, x)
-
-
-def pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of width 1 on a feature map in channels_last: (B, C, H, W) -> (B, C', H, W).
-
-    A matrix product; but on a CPU PyTorch's convolution, which took half its time in float32 on an AMD processor. That
-    goes row by row: over a whole map it may split its sums by threads, and their number would show in the last digits.
-    """
-    pixels, weight = x.permute(0, 2, 3, 1), conv.weight.flatten(1)
-    if x.device.type != "cpu" or x.shape[-1] <= NARROW:
-        return F.linear(pixels, weight, conv.bias).permute(0, 3, 1, 2)
-    rows = pixels.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B·H, C, 1, W)
-    out = F.conv2d(rows, weight[..., None, None], conv.bias)
-    return out.permute(0, 2, 3, 1).unflatten(0, (len(x), -1))[:, :, 0].permute(0, 3, 1, 2)
-
-
-def tokenwise(conv: nn.Conv1d, tokens: Tensor) -> Tensor:
-    """A convolution of width 1 on tokens: (B, L, C) -> (B, L, C')."""
-    return F.linear(tokens, conv.weight[..., 0], conv.bias)
-
-
-class Stage(nn.ModuleList):
-    """One numbered block: a convolution, or a residual block with attention and resampling as they come."""
-
-    def __init__(self, name: str, layers: Sequence[nn.Module]) -> None:
-        super().__init__(layers)
-        self.name = name
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, sites: Sequence[AttentionSite] = ()
     ) -> tuple[Tensor, dict[AttentionSite, TokenMap]]:
-        """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of the sites that are here."""
-        here = [site for site in sites if site.name == self.name]
-        received: list[TokenMap] = []
+        """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of `sites` that name this block."""
+        sites = [site for site in sites if site.name == self.name]
+        maps: list[TokenMap] = []
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = self._call(layer, x, emb)
             elif isinstance(layer, AttentionBlock):
-                x, received = layer(x, tuple(site.heads for site in here))
+                x, maps = self._call(layer, x, [site.heads for site in sites])
             else:
                 x = layer(x)
-        return x, dict(zip(here, received, strict=True))
+        return x, dict(zip(sites, maps, strict=True))
+
+    def _call(self, layer: nn.Module, *args: Any) -> Any:  # noqa: ANN401 (whatever the layer returns)
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
 
 # ------------------------------------------------------------------------------------------------- networks
 
 
 class Encoder(nn.Module):
-    """The way down and the middle, which UNet and classifier share."""
+    """Timestep embedding, input blocks and middle block, shared by UNet and classifier."""
 
     def __init__(self, s: EncoderSettings) -> None:
         super().__init__()
         self.num_channels = s.num_channels
-        self.time_embed: nn.Sequential = nn.Sequential(
-            EvenLinear(s.num_channels, 4 * s.num_channels),
-            nn.SiLU(),
-            EvenLinear(4 * s.num_channels, 4 * s.num_channels),
+        self.time_embed = nn.Sequential(
+            nn.Linear(s.num_channels, 4 * s.num_channels), nn.SiLU(), nn.Linear(4 * s.num_channels, 4 * s.num_channels)
         )
-        self.input_blocks = _numbered("input", _input_layers(s))
-        width = s.widths[-1]
-        middle = [ResBlock(s, width, width), AttentionBlock(s, width, s.heads_of(width)), ResBlock(s, width, width)]
-        self.middle_block = Stage("middle", middle)
+        self.input_blocks = _named_blocks("input", s, _input_layers(s))
+        channels = s.widths[-1]
+        middle = [
+            ResBlock(s, channels, channels),
+            AttentionBlock(s, channels, s.num_heads_for(channels)),
+            ResBlock(s, channels, channels),
+        ]
+        self.middle_block = TimestepEmbedSequential("middle", middle, use_checkpoint=s.use_checkpoint)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights; the first convolution may have a wider one (see `checkpoints.cast_weights`)."""
+        return next(self.time_embed.parameters()).dtype
 
     def embed(self, timesteps: Timestep) -> Tensor:
-        """What the blocks are told of the timestep: (B,) -> (B, 4·num_channels)."""
-        embedding = timestep_embedding(timesteps, self.num_channels)
-        return self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
+        """(B,) -> (B, 4·num_channels)."""
+        return self.time_embed(timestep_embedding(timesteps, self.num_channels).to(self.dtype))
 
     def first_features(self, x: Image, emb: Tensor) -> Tensor:
-        """Behind the first convolution, whose weights may be finer than the rest's: (B, C, H, W) -> (B, C', H, W)."""
-        first, rest = (next(part.parameters()).dtype for part in (self.input_blocks, self.time_embed))
-        h, _ = self.input_blocks[0](x.to(first, memory_format=torch.channels_last), emb)
-        return h if first == rest else h.to(rest)  # under autocast the features' dtype is not the weights'
+        """Apply the first convolution in the data type of its own weights: (B, C, H, W) -> (B, C', H, W)."""
+        dtype = next(self.input_blocks[0].parameters()).dtype
+        h, _ = self.input_blocks[0](x.to(dtype, memory_format=torch.channels_last), emb)
+        return h if dtype == self.dtype else h.to(self.dtype)  # autocast features keep a dtype that no weight has
 
 
 class UNet(Encoder):
-    """The ADM UNet. Its parameters carry OpenAI's names; `UNetSettings` are guided-diffusion's flags."""
+    """The ADM UNet. Its settings are guided-diffusion's flags, its parameters have OpenAI's names."""
 
     def __init__(self, settings: UNetSettings) -> None:
         super().__init__(settings)
         self.settings = settings
+        emb_channels, channels = 4 * settings.num_channels, settings.widths[0]
         if settings.num_classes is not None:
-            self.label_emb = nn.Embedding(settings.num_classes + settings.null_label, 4 * settings.num_channels)
+            self.label_emb = nn.Embedding(settings.num_classes + settings.null_label, emb_channels)
         if settings.degraded_embedding:
-            self.degraded_emb = nn.Parameter(torch.zeros(4 * settings.num_channels))
-        self.output_blocks = _numbered("output", _output_layers(settings))
-        width = settings.widths[0]
-        out_channels = settings.in_channels * (1 + settings.learn_sigma)
-        self.out = nn.Sequential(Norm(width), nn.SiLU(), zero_conv(width, out_channels))
+            self.degraded_emb = nn.Parameter(torch.zeros(emb_channels))
+        self.output_blocks = _named_blocks("output", settings, _output_layers(settings))
+        out_channels = settings.in_channels * (2 if settings.learn_sigma else 1)
+        self.out = nn.Sequential(AdaGroupNorm(channels), SiLU(), zero_module(conv3x3(channels, out_channels)))
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -302,40 +254,38 @@ class UNet(Encoder):
         attention_sites: Sequence[AttentionSite] = (),
         degraded: Tensor | None = None,
     ) -> UNetOutput:
-        """One pass.
+        """Predict eps, and the variance if it is learned.
 
         Args:
             x: (B, C, H, W), noised images.
             timesteps: (B,), 0…999 of the original process, whatever the respacing.
-            labels: (B,) class indices; None is the null label. An unconditional network does not read them.
-            attention_sites: where to bring attention back from.
-            degraded: (B,) bool, which of x were degraded; a network without the embedding does not read it.
+            labels: (B,) class indices; None is the null label. An unconditional network ignores them.
+            attention_sites: sites whose attention is returned.
+            degraded: (B,) bool, which samples of x were degraded; ignored without `degraded_embedding`.
 
         Raises:
-            UserError: a site without attention; no labels, and no null label either.
+            UserError: a site has no attention; or labels are missing and the network has no null label.
         """
         for site in attention_sites:
             self.settings.require_site(*site)
         emb = self._add_label(self.embed(timesteps), labels)
         if degraded is not None and self.settings.degraded_embedding:
             emb = emb + degraded[:, None] * self.degraded_emb
-        received: dict[AttentionSite, TokenMap] = {}
         h = self.first_features(x, emb)
         skips = [h]
-        for stage in self.input_blocks[1:]:
-            h, maps = stage(h, emb, attention_sites)
-            received |= maps
+        attention_maps: dict[AttentionSite, TokenMap] = {}
+        for block in self.input_blocks[1:]:
+            h, maps = block(h, emb, attention_sites)
+            attention_maps |= maps
             skips.append(h)
         h, maps = self.middle_block(h, emb, attention_sites)
-        received |= maps
-        for stage in self.output_blocks:
-            h, maps = stage(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
-            received |= maps
-        normalise, _, conv = self.out
-        return UNetOutput(at_least_float32(conv(silu(normalise(h)))), received)
+        attention_maps |= maps
+        for block in self.output_blocks:
+            h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
+            attention_maps |= maps
+        return UNetOutput(at_least_float32(self.out(h)), attention_maps)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
-        """The timestep's embedding plus the label's, or the null label's where there is none."""
         s = self.settings
         if s.num_classes is None:
             return emb
@@ -346,7 +296,7 @@ class UNet(Encoder):
 
 
 class Classifier(Encoder):
-    """ADM's classifier of noisy images: the encoder under one of four poolings."""
+    """ADM's classifier of noised images: the encoder, followed by one of four poolings."""
 
     def __init__(self, settings: ClassifierSettings) -> None:
         super().__init__(settings)
@@ -355,97 +305,101 @@ class Classifier(Encoder):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Image, timesteps: Timestep) -> Tensor:
-        """Logits: (B, C, H, W), (B,) -> (B, num_classes) float32, or float64 as the weights."""
+        """Return logits, float32 or wider: (B, C, H, W), (B,) -> (B, num_classes)."""
         emb = self.embed(timesteps)
         h = self.first_features(x, emb)
         features = [h]
-        for stage in (*self.input_blocks[1:], self.middle_block):
-            h, _ = stage(h, emb)
+        for block in (*self.input_blocks[1:], self.middle_block):
+            h, _ = block(h, emb)
             features.append(h)
         if self.settings.pool.startswith("spatial"):
             h = torch.cat([f.mean(dim=(2, 3)) for f in features], dim=1)
         return at_least_float32(self.out(h))
 
 
-# ----------------------------------------------------------------------------------- layouts and poolings
-
-Layers = list[nn.Module]
-"""One block to be."""
-
-
-def _numbered(prefix: str, blocks: Iterator[Layers]) -> nn.ModuleList:
-    return nn.ModuleList(Stage(f"{prefix}.{k}", layers) for k, layers in enumerate(blocks))
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half precision to float32; leave float32 and float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _resample(s: EncoderSettings, width: int, kind: type[Downsample] | type[Upsample]) -> nn.Module:
-    """The end of a level: a residual block that resamples, or a plain convolution."""
-    return ResBlock(s, width, width, kind(width, learned=False)) if s.resblock_updown else kind(width, learned=True)
+# ------------------------------------------------------------------------------------- layouts and poolings
 
 
-def _attention(s: EncoderSettings, width: int, side: int, num_heads: int) -> list[nn.Module]:
-    """Self-attention, where the settings ask for it at this side."""
-    return [AttentionBlock(s, width, num_heads)] if side in s.attention_resolutions else []
+def _named_blocks(prefix: str, s: EncoderSettings, blocks: Iterator[list[nn.Module]]) -> nn.ModuleList:
+    return nn.ModuleList(
+        TimestepEmbedSequential(f"{prefix}.{k}", layers, use_checkpoint=s.use_checkpoint)
+        for k, layers in enumerate(blocks)
+    )
 
 
-def _input_layers(s: EncoderSettings) -> Iterator[Layers]:
-    """The way down: a convolution, then for every level its blocks and, but for the last, a halving."""
-    width = s.widths[0]
-    yield [Conv3x3(s.in_channels, width)]
-    for level, (out, side) in enumerate(zip(s.widths, s.resolutions, strict=True)):
+def _resample(s: EncoderSettings, channels: int, kind: type[Downsample] | type[Upsample]) -> nn.Module:
+    if s.resblock_updown:
+        return ResBlock(s, channels, channels, kind(channels, use_conv=False))
+    return kind(channels, use_conv=True)
+
+
+def _attention(s: EncoderSettings, channels: int, resolution: int, num_heads: int) -> list[nn.Module]:
+    return [AttentionBlock(s, channels, num_heads)] if resolution in s.attention_resolutions else []
+
+
+def _input_layers(s: EncoderSettings) -> Iterator[list[nn.Module]]:
+    """Yield the first convolution; then, for every level, a downsampling (except for the first) and its blocks."""
+    channels = s.widths[0]
+    yield [conv3x3(s.in_channels, channels)]
+    for level, (width, resolution) in enumerate(zip(s.widths, s.resolutions, strict=True)):
         if level:
-            yield [_resample(s, width, Downsample)]
+            yield [_resample(s, channels, Downsample)]
         for _ in range(s.num_res_blocks):
-            yield [ResBlock(s, width, out), *_attention(s, out, side, s.heads_of(out))]
-            width = out
+            yield [ResBlock(s, channels, width), *_attention(s, width, resolution, s.num_heads_for(width))]
+            channels = width
 
 
-def _skip_widths(s: EncoderSettings) -> list[int]:
-    """Channels after each input block: what the way down leaves for the way up."""
-    levels = ([width] * (s.num_res_blocks + 1) for width in s.widths)  # each level's last one halves
+def _skip_channels(s: EncoderSettings) -> list[int]:
+    """Return the channels after each input block, which the skip connections carry to the output blocks."""
+    levels = ([width] * (s.num_res_blocks + 1) for width in s.widths)  # blocks, and the next level's downsampling
     return [s.widths[0], *(width for level in levels for width in level)][:-1]
 
 
-def _output_layers(s: UNetSettings) -> Iterator[Layers]:
-    """The way up: for every level, coarsest first, one block more than on the way down, then a doubling."""
-    skips, width = _skip_widths(s), s.widths[-1]
+def _output_layers(s: UNetSettings) -> Iterator[list[nn.Module]]:
+    """Yield, for every level from the coarsest on, one block more than the input has; the last one upsamples."""
+    skips, channels = _skip_channels(s), s.widths[-1]
     for level in reversed(range(len(s.widths))):
-        out, side = s.widths[level], s.resolutions[level]
-        heads = s.heads_of(out) if s.num_head_channels else s.num_heads_upsample or s.num_heads
+        width, resolution = s.widths[level], s.resolutions[level]
+        heads = s.num_heads_for(width) if s.num_head_channels else s.num_heads_upsample or s.num_heads
         for block in range(s.num_res_blocks + 1):
-            layers = [ResBlock(s, width + skips.pop(), out), *_attention(s, out, side, heads)]
+            layers = [ResBlock(s, channels + skips.pop(), width), *_attention(s, width, resolution, heads)]
             if level and block == s.num_res_blocks:
-                layers.append(_resample(s, out, Upsample))
+                layers.append(_resample(s, width, Upsample))
             yield layers
-            width = out
+            channels = width
 
 
 class AttentionPool(nn.Module):
-    """Attention from the mean token to all, with learned positions, as in CLIP: (B, C, H, W) -> (B, classes)."""
+    """Attention from the mean token to all tokens with learned positions, as in CLIP: (B, C, H, W) -> (B, classes)."""
 
     def __init__(self, s: ClassifierSettings) -> None:
         super().__init__()
-        width, tokens = s.widths[-1], s.resolutions[-1] ** 2
-        self.positional_embedding = nn.Parameter(torch.randn(width, tokens + 1) / width**0.5)
-        self.qkv_proj = nn.Conv1d(width, 3 * width, 1)
-        self.c_proj = nn.Conv1d(width, s.num_classes, 1)
-        self.num_heads = s.heads_of(width)
+        channels, num_tokens = s.widths[-1], s.resolutions[-1] ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(channels, num_tokens + 1) / channels**0.5)
+        self.qkv_proj = Conv1x1(channels, 3 * channels)
+        self.c_proj = Conv1x1(channels, s.num_classes)
+        self.num_heads = s.num_heads_for(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean token's answer."""
         tokens = x.flatten(2).mT
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.mT
-        qkv = split_qkv(tokenwise(self.qkv_proj, tokens), self.num_heads)
-        attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
-        return tokenwise(self.c_proj, attended[:, :1])[:, 0]
+        qkv = split_qkv(self.qkv_proj(tokens.mT).mT, self.num_heads)
+        h = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        return self.c_proj(h[:, :1].mT)[..., 0]
 
 
-def _pool(s: ClassifierSettings) -> nn.Module:
-    """From feature maps (attention, adaptive) or their means (spatial, spatial_v2) to logits."""
-    width, means = s.widths[-1], sum(_skip_widths(s)) + s.widths[-1]
+def _pool(s: ClassifierSettings) -> nn.Sequential:
+    """Return the layers from feature maps (attention, adaptive) or their means (spatial, spatial_v2) to logits."""
+    channels, num_means = s.widths[-1], sum(_skip_channels(s)) + s.widths[-1]
     if s.pool == "attention":
-        return nn.Sequential(Norm(width), nn.SiLU(), AttentionPool(s))
+        return nn.Sequential(AdaGroupNorm(channels), nn.SiLU(), AttentionPool(s))
     if s.pool == "adaptive":
-        conv = zero_module(nn.Conv2d(width, s.num_classes, 1))
-        return nn.Sequential(Norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
-    hidden = [nn.ReLU()] if s.pool == "spatial" else [Norm(2048), nn.SiLU()]
-    return nn.Sequential(nn.Linear(means, 2048), *hidden, nn.Linear(2048, s.num_classes))
+        conv = zero_module(nn.Conv2d(channels, s.num_classes, 1))
+        return nn.Sequential(AdaGroupNorm(channels), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+    hidden = [nn.ReLU()] if s.pool == "spatial" else [AdaGroupNorm(2048), nn.SiLU()]
+    return nn.Sequential(nn.Linear(num_means, 2048), *hidden, nn.Linear(2048, s.num_classes))

@@ -6,61 +6,62 @@ from torch.nn import functional as F
 
 from sagl.shapes import Heads
 
-MAP_ELEMENTS = {"cpu": 2**20}
-"""Of an attention map that exist at one time while it is summed: on a CPU so many as its caches hold, else 2^24."""
+MAX_MAP_ELEMENTS = {"cpu": 2**20}
+"""Elements of the attention map that exist at a time during its summation, by device; 2^24 on others.
 
-PLAIN_TOKENS = 1024
-"""Up to so many tokens, attention on a CPU in 16 bits is plain matrix products."""
-
-PLAIN_TOKENS_TRAINED = 256
-"""Up to so many, in more bits too, where a gradient will be taken."""
+On a CPU the part fits into the caches.
+"""
+MAX_UNFUSED_TOKENS_HALF = 1024
+"""On CPUs in half precision, plain matrix products are used up to this many tokens."""
+MAX_UNFUSED_TOKENS_TRAINING = 256
+"""On CPUs with gradients, plain matrix products are used up to this many tokens."""
 
 
 def split_qkv_legacy(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
-    """Channels ordered head, then q | k | v (ADM's legacy order): (B, L, 3·head·d) -> 3 of (B, head, L, d)."""
+    """Split channels ordered head, then q | k | v (ADM's legacy order): (B, L, 3·head·d) -> 3 x (B, head, L, d)."""
     query, key, value = qkv.unflatten(-1, (num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
     return query, key, value
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Heads, Heads, Heads]:
-    """Channels ordered q | k | v, then head (ADM's new order): (B, L, 3·head·d) -> 3 of (B, head, L, d)."""
+    """Split channels ordered q | k | v, then head (ADM's new order): (B, L, 3·head·d) -> 3 x (B, head, L, d)."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
 
 def attention(query: Heads, key: Heads, value: Heads) -> Heads:
-    """softmax(Q Kᵀ / √d) V, eq. 14: 3 of (B, head, L, d) -> (B, head, L, d)."""
-    if _plain_pays(query):
+    """Compute softmax(Q Kᵀ / √d) V, eq. 14: 3 x (B, head, L, d) -> (B, head, L, d)."""
+    if _prefer_unfused(query):
         return ((query * query.shape[-1] ** -0.5) @ key.mT).softmax(dim=-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def _plain_pays(query: Heads) -> bool:
-    """Whether the fused kernel is slower than plain products.
+def _prefer_unfused(query: Heads) -> bool:
+    """Return whether the fused kernel is slower than plain matrix products.
 
-    It is on a CPU in 16 bits: it takes twice their time, forward and backward. In float32 it takes 1.05 of their time
-    where a gradient is taken, and 0.7 forward alone.
+    On CPUs it takes twice their time in half precision, forward and backward; in float32, 1.05 of their time with
+    gradients and 0.7 without.
     """
     if query.device.type != "cpu":
         return False
     if query.element_size() < 4:
-        return query.shape[-2] <= PLAIN_TOKENS
-    return torch.is_grad_enabled() and query.shape[-2] <= PLAIN_TOKENS_TRAINED
+        return query.shape[-2] <= MAX_UNFUSED_TOKENS_HALF
+    return torch.is_grad_enabled() and query.shape[-2] <= MAX_UNFUSED_TOKENS_TRAINING
 
 
 def attention_received(query: Heads, key: Heads) -> Tensor:
-    """Attention each token receives, head by head: (B, head, L, d), (B, head, L, d) -> (B, head, L) float32.
+    """Sum softmax(Q Kᵀ / √d) of eq. 14 over the queries: 2 x (B, head, L, d) -> (B, head, L) float32.
 
-    softmax(Q Kᵀ / √d) of eq. 14, summed over the queries. The rows of a softmax sum to 1, so the mean over
-    tokens is exactly 1: the natural threshold. Only `MAP_ELEMENTS` of the map exist at a time.
+    The rows of a softmax sum to 1, so the mean over tokens is exactly 1: the natural threshold. Only
+    `MAX_MAP_ELEMENTS` of the map exist at a time.
     """
-    _, heads, tokens, width = query.shape
-    each = width**-0.25  # as ADM: q and k scaled by d^-1/4 each, safer in half precision than d^-1/2 after
-    at_once = MAP_ELEMENTS.get(query.device.type, 2**24) // (heads * tokens)  # rows of the map, each of all heads
-    samples, rows = max(1, at_once // tokens), max(1, min(at_once, tokens))
+    _, heads, tokens, head_channels = query.shape
+    scale = head_channels**-0.25  # as ADM: on q and k each, which is safer in half precision than d^-1/2 afterwards
+    rows = MAX_MAP_ELEMENTS.get(query.device.type, 2**24) // (heads * tokens)  # of the map of all heads
+    samples, rows = max(1, rows // tokens), max(1, min(rows, tokens))
     sums = []
-    for some, others in zip(query.split(samples), key.split(samples), strict=True):
-        scaled = (others * each).mT
-        parts = (((chunk * each) @ scaled).float().softmax(dim=-1).sum(dim=-2) for chunk in some.split(rows, dim=-2))
-        sums.append(sum(parts, start=torch.zeros((), device=key.device)))
+    for q, k in zip(query.split(samples), key.split(samples), strict=True):
+        scaled_k = (k * scale).mT
+        maps = (((chunk * scale) @ scaled_k).float().softmax(dim=-1) for chunk in q.split(rows, dim=-2))
+        sums.append(sum((part.sum(dim=-2) for part in maps), start=torch.zeros((), device=key.device)))
     return torch.cat(sums)

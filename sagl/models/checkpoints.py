@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sagl.errors import UserError, require
 from sagl.models.adm import Classifier, UNet
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.models.metadata import (
     METADATA_KEY,
     SETTINGS_CLASSES,
@@ -27,7 +28,7 @@ from sagl.models.metadata import (
     settings_from_metadata,
 )
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import AnySettings, UNetSettings
+from sagl.settings.network import NetworkSettings, UNetSettings
 from sagl.settings.sampling import WeightPrecision
 from sagl.utils.files import atomic_file
 
@@ -38,7 +39,7 @@ AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 class Checkpoint:
     """A network's weights, with all that is needed to use them."""
 
-    model_settings: AnySettings
+    model_settings: NetworkSettings
     diffusion: DiffusionSettings
     state_dict: Mapping[str, Tensor]
     recommended: Mapping[str, Any] = field(default_factory=dict)
@@ -46,7 +47,10 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: Path, weights: str = "ema", settings: AnySettings | None = None, diffusion: DiffusionSettings | None = None
+    path: Path,
+    weights: str = "ema",
+    settings: NetworkSettings | None = None,
+    diffusion: DiffusionSettings | None = None,
 ) -> Checkpoint:
     """Weights and settings of a .safetensors file, a training checkpoint (.ckpt) or a plain state dict (.pt).
 
@@ -145,7 +149,7 @@ def build_classifier(file: Checkpoint) -> Classifier:
     return _loaded(network, file.state_dict)
 
 
-def meta_state_dict(settings: AnySettings) -> dict[str, Tensor]:
+def meta_state_dict(settings: NetworkSettings) -> dict[str, Tensor]:
     """The state dict of a network without storage: names and shapes."""
     return _hollow(settings).state_dict()
 
@@ -297,7 +301,7 @@ def _averaged(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mappin
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _hollow(settings: AnySettings) -> UNet | Classifier:
+def _hollow(settings: NetworkSettings) -> UNet | Classifier:
     """The network without storage."""
     with torch.device("meta"):
         return UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
@@ -306,4 +310,4 @@ def _hollow(settings: AnySettings) -> UNet | Classifier:
 def _loaded(network: AnyNetwork, state: Mapping[str, Tensor]) -> AnyNetwork:
     check_state_dict(network.state_dict(), state)
     network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return optimize_for_cpu(network.to(memory_format=torch.channels_last).eval().requires_grad_(False))

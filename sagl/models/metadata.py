@@ -9,13 +9,13 @@ from typing import Any, TypeVar, get_type_hints
 
 from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import AnySettings, ClassifierSettings, UNetSettings
+from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 
 Settings = TypeVar("Settings")
 
 METADATA_KEY = "sagl"
 """Key of the JSON metadata in the header of a safetensors file."""
-SETTINGS_CLASSES: dict[str, type[AnySettings]] = {"network": UNetSettings, "classifier": ClassifierSettings}
+SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {"network": UNetSettings, "classifier": ClassifierSettings}
 """Keys of the network settings in the metadata; a file has one of them."""
 TRAINING_ONLY = ("dropout", "use_checkpoint")
 """Network settings without effect on the output of a trained network."""
@@ -45,7 +45,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def settings_from_metadata(metadata: Mapping[str, Any], path: Path) -> tuple[AnySettings, DiffusionSettings]:
+def settings_from_metadata(metadata: Mapping[str, Any], path: Path) -> tuple[NetworkSettings, DiffusionSettings]:
     """Build the settings of network and diffusion process from the metadata of the file at `path`.
 
     Raises:
@@ -91,7 +91,7 @@ def require_recommended(metadata: Mapping[str, Any], path: Path) -> None:
     )
 
 
-def check_same_network(expected: AnySettings, actual: AnySettings, path: Path) -> None:
+def check_same_network(expected: NetworkSettings, actual: NetworkSettings, path: Path) -> None:
     """Refuse a file whose network settings differ from the expected ones, except in `TRAINING_ONLY`.
 
     Raises:

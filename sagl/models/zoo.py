@@ -11,7 +11,7 @@ from pathlib import Path
 from sagl.errors import UserError, require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import AnySettings, ClassifierSettings, UNetSettings
+from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 
 DEFAULT_MODEL = "fashion_mnist"
 """Name of the UNet in the package: 32x32 Fashion-MNIST, ten classes and a null label."""
@@ -35,7 +35,7 @@ class PretrainedEntry:
     """Address of the file."""
     licence: str = "MIT"
     """Licence of the repository that released the file; the weights have no other."""
-    settings: AnySettings
+    settings: NetworkSettings
     """Network settings, as in the flags of the public README; `dropout` is that of training."""
     diffusion: DiffusionSettings
     """Diffusion process of training; for a classifier, that of the UNet it guides."""
@@ -135,7 +135,7 @@ def name_from_filename(path: Path) -> str | None:
     return next((name for name, entry in RELEASED.items() if entry.file == path.name), None)
 
 
-def get_settings(name: str) -> tuple[AnySettings, DiffusionSettings]:
+def get_settings(name: str) -> tuple[NetworkSettings, DiffusionSettings]:
     """Return the settings of a pretrained UNet or classifier and of its diffusion process.
 
     Raises:

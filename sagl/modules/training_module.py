@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from sagl.diffusion.noise import SampleRngs, batch_rngs, initial_noise, randn, seed_dropout, timestep_generator
 from sagl.diffusion.timestep_samplers import UniformTimesteps, van_der_corput_timesteps
 from sagl.errors import require
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import OptimizerSettings
 from sagl.shapes import Image, ImageUint8, Labels, PerSample, Timestep
@@ -37,7 +38,7 @@ def seeded_init(build: Callable[[], Network], seed: int) -> Network:
     """A network whose first weights are drawn from the seed alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build()
+        return optimize_for_cpu(build())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of the ADM networks, in guided-diffusion's flag names, as tuples and numbers."""
+"""Settings of the ADM networks, under the names of guided-diffusion's flags."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,54 +14,60 @@ DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
 }
-"""ADM's own multipliers, used where `channel_mult` is left out (Dhariwal & Nichol 2021, appendix I)."""
+"""ADM's multipliers by image size (Dhariwal & Nichol 2021, appendix I)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """What the UNet and the encoder classifier have in common."""
+    """Settings that the UNet and the encoder classifier share."""
 
     image_size: int
-    """Side of the square images, in pixels."""
+    """Side of the square images in pixels."""
     in_channels: int = 3
-    """Channels of an image; a UNet's eps has as many."""
+    """Channels of an image."""
     num_channels: int = 128
-    """Width of the first level, which the multipliers scale."""
+    """Base width of the network, which channel_mult multiplies."""
     num_res_blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     channel_mult: tuple[float, ...] = ()
-    """Width of each level as a multiple of num_channels; empty: ADM's own for the image size."""
+    """Width of each level as a multiple of num_channels; if empty, ADM's multipliers for the image size."""
     attention_resolutions: tuple[int, ...] = (32, 16, 8)
-    """Sides, in pixels, of the feature maps that have self-attention."""
+    """Sides in pixels of the feature maps that have self-attention (not downsampling factors)."""
     num_heads: int = 4
-    """Attention heads, where num_head_channels is not given."""
+    """Number of attention heads, used if num_head_channels is not set."""
     num_head_channels: int | None = None
-    """Channels a head; decides the number of heads from the width."""
+    """Channels per attention head; takes precedence over num_heads."""
     use_new_attention_order: bool = False
-    """Split q, k, v before the heads (True) or after (False); not readable from the weights."""
+    """Order of the qkv channels: q, k, v before heads (true) or heads before q, k, v (false). Weights do not tell."""
     use_scale_shift_norm: bool = True
-    """The timestep scales and shifts the normalised features (True) or is added to them (False)."""
+    """Condition on the timestep by scale and shift after normalisation (true) or by addition (false)."""
     resblock_updown: bool = False
-    """Resample inside residual blocks (True) or by plain convolutions (False)."""
+    """Resample inside residual blocks (true) or by separate layers (false)."""
     dropout: float = 0.0
     """Dropout probability in the residual blocks."""
     use_checkpoint: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Activation checkpointing: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        """Fill in ADM's multipliers and refuse what cannot be built."""
-        _tuples(self)
-        _numbers(self)
+        """Fill in ADM's multipliers.
+
+        Raises:
+            UserError: the network cannot be built.
+        """
+        for name in ("channel_mult", "attention_resolutions"):  # JSON and YAML have lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("image_size", "in_channels", "num_channels", "num_res_blocks", "num_heads"):
+            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        require(0.0 <= self.dropout < 1.0, f"`dropout` must be in [0, 1), got {self.dropout}.")
         if not self.channel_mult:
-            sizes = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
             require(
                 self.image_size in DEFAULT_CHANNEL_MULT,
-                f"`channel_mult` has a default for image_size {sizes} only, got image_size={self.image_size}. "
-                "Give the multipliers, for example channel_mult: [1, 2, 2].",
+                f"`channel_mult` has defaults for `image_size` {', '.join(map(str, DEFAULT_CHANNEL_MULT))} only, got "
+                f"{self.image_size}. Set it, for example channel_mult: [1, 2, 2].",
             )
             object.__setattr__(self, "channel_mult", DEFAULT_CHANNEL_MULT[self.image_size])
-        _geometry(self)
-        _heads(self)
+        self._check_levels()
+        self._check_heads()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -70,35 +76,65 @@ class EncoderSettings:
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Side of each level's feature maps in pixels, finest first."""
+        """Side of the feature maps of each level in pixels, finest first."""
         return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
 
-    def heads_of(self, width: int) -> int:
-        """Number of attention heads in a block of `width` channels."""
-        return width // self.num_head_channels if self.num_head_channels else self.num_heads
+    def num_heads_for(self, channels: int) -> int:
+        """Return the number of attention heads of a block with so many channels."""
+        return channels // self.num_head_channels if self.num_head_channels else self.num_heads
+
+    def _check_levels(self) -> None:
+        factor = 1 << (len(self.channel_mult) - 1)
+        require(
+            self.image_size % factor == 0,
+            f"`image_size` must be divisible by {factor} for {len(self.channel_mult)} levels, got {self.image_size}.",
+        )
+        require(
+            all(width > 0 and width % 32 == 0 for width in self.widths),
+            "`num_channels` times each of `channel_mult` must be a positive multiple of 32 (groups of the "
+            f"normalisation), got {self.widths}.",
+        )
+        missing = [side for side in self.attention_resolutions if side not in self.resolutions]
+        require(
+            not missing,
+            f"`attention_resolutions` must be among the sides of the feature maps {self.resolutions}, got {missing}. "
+            "They are sides in pixels, not downsampling factors.",
+        )
+
+    def _check_heads(self) -> None:
+        """Check that heads divide the channels of every block with attention, including the middle block."""
+        levels = zip(self.widths, self.resolutions, strict=True)
+        widths = {width for width, side in levels if side in self.attention_resolutions} | {self.widths[-1]}
+        names = ("num_head_channels",) if self.num_head_channels is not None else ("num_heads", "num_heads_upsample")
+        for name in names:
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            require(value >= 1, f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
+            for width in sorted(widths):
+                require(width % value == 0, f"`{name}` must divide {width}, a width with attention, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetSettings(EncoderSettings):
-    """The ADM UNet."""
+    """Settings of the ADM UNet."""
 
     learn_sigma: bool = True
-    """The network also predicts the variance, in as many channels again."""
+    """Predict the variance too, in as many output channels again."""
     num_classes: int | None = None
-    """Classes of a class-conditional network; None: unconditional."""
+    """Number of classes of a class-conditional network; null: unconditional."""
     null_label: bool = False
-    """The label embedding has one row more, for "no label" (label dropout, classifier-free guidance)."""
+    """Add a label embedding for "no label", for label dropout and classifier-free guidance."""
     degraded_embedding: bool = False
-    """The network is told whether x_t was degraded (blur-aware training), by an embedding that is zero at the start."""
+    """Add an embedding, initially zero, that marks degraded inputs (blur-aware training)."""
     num_heads_upsample: int | None = None
-    """Heads of the output blocks, where they differ from num_heads; num_head_channels goes before."""
+    """Number of attention heads in the output blocks, if different; num_head_channels takes precedence."""
 
     def __post_init__(self) -> None:
-        """Check what only a UNet has."""
         super().__post_init__()
         require(
             self.num_classes is not None or not self.null_label,
-            "`null_label` needs a class-conditional network, got num_classes=None. Set num_classes.",
+            "`null_label` needs a class-conditional network, got num_classes None. Set `num_classes`.",
         )
         require(
             self.num_classes is None or self.num_classes >= 1,
@@ -107,108 +143,58 @@ class UNetSettings(EncoderSettings):
 
     @property
     def sites(self) -> dict[str, int]:
-        """Blocks that have attention, with the side of their feature maps in pixels."""
-        downs = [side for level, side in enumerate(self.resolutions) for side in self._level(side, level > 0)]
-        ups = [side for side in reversed(self.resolutions) for side in [side] * (self.num_res_blocks + 1)]
-        inputs = {f"input.{k}": side for k, side in enumerate([0, *downs]) if side in self.attention_resolutions}
-        outputs = {f"output.{k}": side for k, side in enumerate(ups) if side in self.attention_resolutions}
-        return {**inputs, "middle": self.resolutions[-1], **outputs}
+        """Blocks with attention, in the order of the forward pass, with the side of their feature maps in pixels."""
+        inputs = [0]  # the first convolution, and each downsampling below, has no attention
+        for level, side in enumerate(self.resolutions):
+            inputs += [0] * (level > 0) + [side] * self.num_res_blocks
+        outputs = [side for side in reversed(self.resolutions) for _ in range(self.num_res_blocks + 1)]
+        return (
+            {f"input.{k}": side for k, side in enumerate(inputs) if side in self.attention_resolutions}
+            | {"middle": self.resolutions[-1]}
+            | {f"output.{k}": side for k, side in enumerate(outputs) if side in self.attention_resolutions}
+        )
 
     def require_site(self, name: str, heads: str = "layer") -> None:
-        """Refuse a site that has no attention, or whose channels do not split as `heads` says.
+        """Check that a block has attention, and that its channels can be split as `heads` says.
 
         Raises:
-            UserError: names the sites that have attention, with their resolutions.
+            UserError: lists the blocks that have attention, with their resolutions.
         """
         sites = self.sites
-        listed = ", ".join(f"{known} ({side}x{side})" for known, side in sites.items())
+        listed = ", ".join(f"{site} ({side}x{side})" for site, side in sites.items())
         require(
             name in sites,
             f"`site` must be a block with attention: {listed}; got {name!r}. "
-            "Output blocks count from the coarsest resolution up.",
+            "Output blocks are numbered from the coarsest resolution up.",
         )
         width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
         require(
             heads == "layer" or width % self.num_heads == 0,
-            f"`heads` sag_release needs num_heads ({self.num_heads}) to divide {name}'s width {width}. Use layer.",
+            f"`heads` sag_release needs a `num_heads` that divides the width of {name}, {width}; got {self.num_heads}. "
+            "Use layer.",
         )
-
-    def _level(self, side: int, halved: bool) -> list[int]:
-        """Sides of a level's input blocks; 0 for the halving, which never has attention."""
-        return [0] * halved + [side] * self.num_res_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(EncoderSettings):
-    """The noisy-image classifier: ADM's encoder under one of four poolings."""
+    """Settings of the classifier of noised images: ADM's encoder, followed by a pooling."""
 
     num_classes: int = 1000
-    """Number of logits."""
+    """Number of classes."""
     num_head_channels: int | None = 64
-    """Channels a head; the attention pool needs it."""
+    """Channels per attention head; required by the attention pool."""
     pool: Pool = "attention"
-    """How the feature maps become logits."""
+    """Pooling of the feature maps."""
 
     def __post_init__(self) -> None:
-        """Check what only a classifier has."""
         super().__post_init__()
         require(self.num_classes >= 1, f"`num_classes` must be at least 1, got {self.num_classes}.")
         require(self.pool in POOLS, f"`pool` must be one of {', '.join(POOLS)}, got {self.pool!r}.")
         require(
             self.pool != "attention" or self.num_head_channels is not None,
-            "`num_head_channels` is needed by pool: attention, got None. Give it, for example 64.",
+            "`num_head_channels` must be set for pool: attention, got None. Set it, for example to 64.",
         )
 
 
-AnySettings = UNetSettings | ClassifierSettings
-"""Of a network of either kind."""
-
-
-def _tuples(s: EncoderSettings) -> None:
-    """Lists become tuples: JSON and YAML have no others."""
-    for name, value in vars(s).items():
-        if isinstance(value, list):
-            object.__setattr__(s, name, tuple(value))
-
-
-def _numbers(s: EncoderSettings) -> None:
-    """Sizes are positive, probabilities are probabilities."""
-    for name in ("image_size", "in_channels", "num_channels", "num_res_blocks", "num_heads"):
-        value = getattr(s, name)
-        require(value >= 1, f"`{name}` must be at least 1, got {value}.")
-    require(0.0 <= s.dropout < 1.0, f"`dropout` must be in [0, 1), got {s.dropout}.")
-
-
-def _geometry(s: EncoderSettings) -> None:
-    """Every level halves evenly, normalises in 32 groups, and attention is asked for where there is a level."""
-    halvings = len(s.channel_mult) - 1
-    require(
-        s.image_size % (1 << halvings) == 0,
-        f"`image_size` must be divisible by {1 << halvings} ({halvings} halvings in channel_mult), got {s.image_size}.",
-    )
-    require(
-        all(width > 0 and width % 32 == 0 for width in s.widths),
-        f"`num_channels` times each of `channel_mult` must be a multiple of 32 (group normalisation), got {s.widths}.",
-    )
-    absent = [side for side in s.attention_resolutions if side not in s.resolutions]
-    require(
-        not absent,
-        f"`attention_resolutions` must be among the levels' sides {s.resolutions}, got {absent}. "
-        "They are sides of feature maps in pixels, not downsampling factors.",
-    )
-
-
-def _heads(s: EncoderSettings) -> None:
-    """Heads divide the width of every block that has attention; the middle always has it."""
-    levels = zip(s.widths, s.resolutions, strict=True)
-    attended = sorted({width for width, side in levels if side in s.attention_resolutions} | {s.widths[-1]})
-    deciding = ("num_head_channels",) if s.num_head_channels is not None else ("num_heads", "num_heads_upsample")
-    for name in deciding:
-        value = getattr(s, name, None)
-        if value is None:
-            continue
-        require(value >= 1, f"`{name}` must be at least 1 or left out, got {value}.")
-        for width in attended:
-            require(
-                width % value == 0, f"`{name}` must divide the width {width} of a block with attention, got {value}."
-            )
+NetworkSettings = UNetSettings | ClassifierSettings
+"""Settings of either kind of network."""

@@ -1,9 +1,11 @@
-"""What suits this machine: its memory, its cores, the numbers that it is fast with."""
+"""This machine and this process: allocator, threads, precision, memory."""
 
 import ctypes
 import math
 import os
 import platform
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,20 +15,23 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Names of glibc's malloc.h."""
+"""Parameters of mallopt, from glibc's malloc.h."""
 NEVER = -1
-"""No free end of the heap is large enough to be given back; 2^31 - 1, the most that an int holds, is less than a
-training step frees, and cost a fifth of it."""
+"""Trim threshold that is never reached. The largest int, 2^31 - 1, is less than what a training step frees."""
 PAD_BYTES = 64 << 20
-"""The heap grows by at least so much."""
+"""Least number of bytes by which the heap grows."""
+SPIN_COUNT = 300_000
+"""libgomp's own default of GOMP_SPINCOUNT, some milliseconds."""
+LOAD_SECONDS = (0.05, 0.1)
+"""Lengths of the two samples of the machine's load."""
 
 
 def disable_malloc_trim() -> bool:
-    """Have the C library keep the memory of freed tensors for the next step, instead of giving it back to the kernel.
+    """Make glibc keep the memory of freed tensors for the next step, instead of returning it to the kernel.
 
-    By default glibc maps every large tensor anew, and the kernel clears its pages again at every step: seen here, a
-    third of a network's time. To be called before the first large tensor. The peak does not change, but the process
-    holds it until its end. Other C libraries are left alone.
+    By default glibc maps every large tensor anew and the kernel clears its pages at every step, about a third of a
+    network's time. Call it before the first large tensor. The peak does not change, but the process holds it until it
+    ends. Other C libraries are not affected.
 
     Returns:
         Whether it took effect.
@@ -34,16 +39,19 @@ def disable_malloc_trim() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, PAD_BYTES))
-    taken = [mallopt(what, value) == 1 for what, value in wanted]
-    return all(taken)
+    options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, PAD_BYTES))
+    results = [mallopt(name, value) for name, value in options]
+    return all(result == 1 for result in results)
+
+
+# ------------------------------------------------------------------------------------------------ processor
 
 
 def default_precision(device: "torch.device") -> WeightPrecision:
-    """The precision of weights that a forward is fastest in at no loss that the images' numbers show.
+    """Return the fastest weight precision that does not change the metrics of the images.
 
-    bfloat16 where the device computes in it (AVX512-BF16, AMX; GPUs from compute capability 8.0 on), else float16 on
-    GPUs and float32 on CPUs.
+    bfloat16 if the device computes in it (AVX512-BF16, AMX; GPUs of compute capability 8.0 and above), otherwise
+    float16 on GPUs and float32 on CPUs.
     """
     if device.type == "cuda":
         import torch
@@ -53,25 +61,36 @@ def default_precision(device: "torch.device") -> WeightPrecision:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the processor has instructions for it; known on Linux alone."""
-    words = set(_text(Path("/proc/cpuinfo")).split())
-    return bool(words & {"avx512_bf16", "amx_bf16"})
+    """Return whether the processor has bfloat16 instructions; always False where /proc/cpuinfo does not exist."""
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def has_amx() -> bool:
+    """Return whether the processor has AMX (Intel Xeons from Sapphire Rapids on)."""
+    return "amx_tile" in _cpu_flags()
+
+
+def _cpu_flags() -> set[str]:
+    return set(read_text_or_empty(Path("/proc/cpuinfo")).split())
+
+
+# --------------------------------------------------------------------------------------------------- memory
 
 
 def available_bytes(device: "torch.device") -> int | None:
-    """Memory that can still be taken on the device; None where that is not known."""
+    """Return the free memory of the device; None if it is unknown."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    for line in _text(Path("/proc/meminfo")).splitlines():
+    for line in read_text_or_empty(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
 
 
 def peak_gigabytes() -> float:
-    """Most memory held so far: the GPU's where there is one, else the process's."""
+    """Return the peak memory so far: of the GPU if there is one, otherwise of the process."""
     import resource
 
     import torch
@@ -81,20 +100,21 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+# -------------------------------------------------------------------------------------------------- threads
+
+
 def available_cpus() -> int:
-    """Cores that this process may keep busy: by affinity, and by a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).strip().partition(" ")
+    """Return the number of cores that this process may use, by affinity and by the container's quota."""
+    cores = len(_affinity())
+    quota, _, period = read_text_or_empty(Path("/sys/fs/cgroup/cpu.max")).strip().partition(" ")
     return min(cores, math.ceil(int(quota) / int(period))) if quota.isdecimal() and period.isdecimal() else cores
 
 
 def set_threads(processes: int = 1) -> int:
-    """Have torch use no more threads than this process's share of the cores, and say how many.
-
-    OMP_NUM_THREADS has its way.
+    """Limit torch to this process's share of the cores, unless OMP_NUM_THREADS is set, and return its threads.
 
     Args:
-        processes: that share this machine.
+        processes: number of processes that share this machine.
     """
     import torch
 
@@ -104,7 +124,63 @@ def set_threads(processes: int = 1) -> int:
     return torch.get_num_threads()
 
 
-def _text(path: Path) -> str:
+def choose_thread_waiting() -> None:
+    """Choose how OpenMP threads wait for each other: spinning on a quiet machine, sleeping beside other programs.
+
+    Spinning is faster while every thread has a core of its own. If another program needs the core, a spinning thread
+    keeps it from the thread that it waits for. The choice is made from the load at the start and set as GOMP_SPINCOUNT,
+    which child processes inherit. libgomp reads it when it is loaded, so call this before torch is imported. A waiting
+    policy that the user has set is kept.
+    """
+    if "torch" in sys.modules or os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        return
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    num_threads = int(threads) if threads.isdecimal() else max(1, available_cpus() // _threads_per_core())
+    os.environ["GOMP_SPINCOUNT"] = "0" if is_busy(num_threads) else str(SPIN_COUNT)
+
+
+def is_busy(num_threads: int) -> bool:
+    """Return whether other programs leave fewer cores idle than `num_threads`, in two samples one after the other.
+
+    The first sample decides alone if it is quiet; a short burst of another program does not make a machine busy.
+    """
+    return all(_idle_cores(seconds) < num_threads - 0.5 for seconds in LOAD_SECONDS)
+
+
+def _idle_cores(seconds: float) -> float:
+    """Return how many of the process's cores were idle over the next `seconds`; infinity without /proc/stat."""
+    before = _core_times()
+    time.sleep(seconds)
+    after = _core_times()
+    spans = [(after[core][0] - idle, after[core][1] - total) for core, (idle, total) in before.items() if core in after]
+    return sum(idle / total if total else 1.0 for idle, total in spans) if spans else math.inf
+
+
+def _core_times() -> dict[int, tuple[int, int]]:
+    """Return (idle, total) clock ticks of each core of the process's affinity."""
+    times = {}
+    for line in read_text_or_empty(Path("/proc/stat")).splitlines():
+        name, *values = line.split() or [""]
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in _affinity():
+            ticks = [int(value) for value in values[:8]]  # user, nice, system, idle, iowait, irq, softirq, steal
+            times[int(name[3:])] = ticks[3] + ticks[4], sum(ticks)
+    return times
+
+
+def _threads_per_core() -> int:
+    """Return the hardware threads per core; torch starts one thread per core."""
+    lines = (line.partition(":") for line in read_text_or_empty(Path("/proc/cpuinfo")).splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    siblings, cores = fields.get("siblings", ""), fields.get("cpu cores", "")
+    return max(1, int(siblings) // int(cores)) if siblings.isdecimal() and cores.isdecimal() else 1
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def read_text_or_empty(path: Path) -> str:
+    """Return the content of a file, or an empty string if it cannot be read."""
     try:
         return path.read_text()
     except OSError:

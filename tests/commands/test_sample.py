@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from sagl.commands import job
 from sagl.commands.request import parse
 from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
-from sagl.models.footprint import estimate_memory
+from sagl.models.memory import estimate_memory
 from sagl.sampling.grid import colorize_masks
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.diffusion import DiffusionSettings

@@ -7,7 +7,7 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
-from sagl.models.footprint import MemoryTracker
+from sagl.models.memory import MemoryTracker
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings

@@ -69,7 +69,7 @@ def test_attention_received_has_mean_one_in_every_head(tokens):
 def test_chunking_changes_nothing(monkeypatch, elements):
     query, key, _ = heads()
     whole = attention_received(query, key)
-    monkeypatch.setitem(module.MAP_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(module.MAX_MAP_ELEMENTS, "cpu", elements)
     torch.testing.assert_close(attention_received(query, key), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_never_more_of_the_map_exists_than_is_summed_at_once(monkeypatch):
             self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
             return out
 
-    monkeypatch.setitem(module.MAP_ELEMENTS, "cpu", 3 * 300 * 10)
+    monkeypatch.setitem(module.MAX_MAP_ELEMENTS, "cpu", 3 * 300 * 10)
     query, key, _ = heads()
     with Largest() as largest:
         attention_received(query, key)

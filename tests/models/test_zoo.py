@@ -160,7 +160,7 @@ def test_unets_are_unets_and_classifiers_classifiers():
 def test_heads_are_those_of_the_public_flags_which_no_weights_show(name):
     settings = RELEASED[name].settings
     sides = dict(zip(settings.resolutions, settings.widths, strict=True))
-    heads = [settings.heads_of(sides[side]) for side in (32, 16, 8)]
+    heads = [settings.num_heads_for(sides[side]) for side in (32, 16, 8)]
     if name in CLASSIFIERS:
         assert [64 * count for count in heads] == [sides[side] for side in (32, 16, 8)]
     else:

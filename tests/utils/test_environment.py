@@ -33,6 +33,7 @@ def faults_of(how):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is told")
 def test_memory_of_freed_tensors_is_kept_for_the_next_step():
     kept, faults = faults_of("kept")
@@ -51,7 +52,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     [("flags: avx2 amx_bf16 x", True), ("flags\t: avx512_bf16", True), ("avx512_bf16_other avx2", False), ("", False)],
 )
 def test_bfloat16_is_fast_where_the_processor_says_so(flags, fast, monkeypatch):
-    monkeypatch.setattr(environment, "_text", lambda _: flags)
+    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: flags)
     assert environment.has_fast_bfloat16() == fast
 
 
@@ -60,7 +61,7 @@ def test_bfloat16_is_fast_where_the_processor_says_so(flags, fast, monkeypatch):
 )
 def test_cores_are_those_of_the_affinity_and_of_the_quota(quota, cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
-    monkeypatch.setattr(environment, "_text", lambda _: quota)
+    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: quota)
     assert environment.available_cpus() == cores
 
 
@@ -79,7 +80,7 @@ def test_threads_are_no_more_than_cores_unless_the_user_says_so(told, threads, m
 
 
 def test_available_memory_is_the_system_s_and_none_where_it_does_not_say(monkeypatch):
-    monkeypatch.setattr(environment, "_text", lambda _: "MemTotal:  9 kB\nMemAvailable:   123 kB\nBuffers: 7 kB\n")
+    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: "MemTotal:  9 kB\nMemAvailable:   123 kB\nBuffers: 7 kB\n")
     assert environment.available_bytes(torch.device("cpu")) == 123 * 1024
-    monkeypatch.setattr(environment, "_text", lambda _: "")
+    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: "")
     assert environment.available_bytes(torch.device("cpu")) is None

@@ -1,7 +1,7 @@
 import torch
 
 from sagl.models.adm import UNet
-from sagl.models.footprint import MemoryTracker, estimate_memory
+from sagl.models.memory import MemoryTracker, estimate_memory
 from sagl.settings.network import UNetSettings
 from tests.helpers.tiny import COLOUR
 
@@ -9,24 +9,24 @@ KB = 1024
 
 
 def test_bytes_are_counted_when_made_and_when_freed():
-    given = torch.ones(256)
+    x = torch.ones(256)
     with MemoryTracker() as live:
-        first = given + 1
-        assert live.now == KB
+        first = x + 1
+        assert live.current == KB
         view = first.view(16, 16).mT
         second = torch.cat([first, first])
-        assert (live.now, live.peak) == (3 * KB, 3 * KB)
+        assert (live.current, live.peak) == (3 * KB, 3 * KB)
         del first, second
-        assert (live.now, live.peak) == (KB, 3 * KB)
+        assert (live.current, live.peak) == (KB, 3 * KB)
         del view
-        assert live.now == 0
+        assert live.current == 0
 
 
 def test_what_is_written_in_place_or_was_there_before_is_not_counted():
-    given = torch.ones(256)
+    x = torch.ones(256)
     with MemoryTracker() as live:
-        given.add_(1).view(4, 64).mul_(2)
-    assert (live.now, live.peak) == (0, 0)
+        x.add_(1).view(4, 64).mul_(2)
+    assert (live.current, live.peak) == (0, 0)
 
 
 def test_a_forward_is_counted_without_computing_as_it_takes_when_computed():
