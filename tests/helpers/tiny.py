@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from sagl import cli
 from sagl.models.adm import Classifier, UNet, UNetOutput
 from sagl.models.checkpoints import Checkpoint, write_checkpoint
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.helpers.reference import draw_weights
@@ -59,12 +60,12 @@ class CalmUNet(UNet):
 
 def calm_unet(**changes):
     """A small colour network with drawn weights whose chains stay tame."""
-    return draw_weights(CalmUNet(UNetSettings(**{**COLOUR, **changes})), 1).requires_grad_(False)
+    return optimize_for_cpu(draw_weights(CalmUNet(UNetSettings(**{**COLOUR, **changes})), 1)).requires_grad_(False)
 
 
 def grey_unet(**changes):
     """A tiny grey network with drawn weights."""
-    return draw_weights(UNet(UNetSettings(**{**GREY, **changes})), 1).requires_grad_(False)
+    return optimize_for_cpu(draw_weights(UNet(UNetSettings(**{**GREY, **changes})), 1)).requires_grad_(False)
 
 
 def network_file(*, recommended=None, diffusion=None, **changes):
@@ -88,7 +89,7 @@ def grey_classifier(**changes):
     """A tiny grey classifier with drawn weights."""
     settings = {**GREY_CLASSIFIER, **changes}
     settings |= {"attention_resolutions": (settings["image_size"],)}
-    return draw_weights(Classifier(ClassifierSettings(**settings)), 1)
+    return optimize_for_cpu(draw_weights(Classifier(ClassifierSettings(**settings)), 1))
 
 
 def write_tiny_classifier(path, *, diffusion=None, **changes):

@@ -17,6 +17,7 @@ from sagl.models.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.reference import draw_weights
 from tests.helpers.tiny import grey_unet, network_file, write_tiny, write_tiny_classifier, write_training_checkpoint
@@ -341,7 +342,7 @@ def test_a_file_with_one_set_of_weights_has_no_others(tmp_path):
 
 def test_a_classifier_comes_back_bit_for_bit_and_is_no_network_that_draws(tmp_path):
     read = read_checkpoint(write_tiny_classifier(tmp_path / "c.safetensors"))
-    drawn = draw_weights(Classifier(read.model_settings), 1)
+    drawn = optimize_for_cpu(draw_weights(Classifier(read.model_settings), 1))
     told = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert torch.equal(build_classifier(read)(*told), drawn(*told))
     with pytest.raises(UserError, match="this one is a classifier"):
