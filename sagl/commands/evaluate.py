@@ -1,157 +1,122 @@
-"""`sagl evaluate`: the numbers of a set of images, measured from a reference, on as many processes as there are."""
+"""`sagl evaluate`: metrics of a set of images against a reference."""
 
 import csv
 import io
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sagl.commands._extraction import add_extraction_settings, extraction_settings
 from sagl.commands.parser import Parser, from_namespace
-from sagl.commands.work import add_work_flags, work_of
 from sagl.errors import require
-from sagl.evaluation.metric_info import METRICS, shown
-from sagl.settings.evaluation import DEFAULT_EXTRACTOR, MetricSettings
-from sagl.utils.distributed import exit_when_parent_dies, global_rank
+from sagl.evaluation.metric_display import format_value, metric_name
+from sagl.evaluation.results import read_results, save_result
+from sagl.sampling.run_folder import is_run
+from sagl.settings.evaluation import MetricSettings
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file, require_new
 
 if TYPE_CHECKING:
-    from sagl.evaluation.results import Evaluation
+    from sagl.evaluation.results import EvaluationResult
 
 
 def evaluate_parser() -> Parser:
-    """The flags."""
-    p = Parser("evaluate", "Numbers of images, measured from a reference: FID, sFID, IS, precision, recall, KID.")
-    p.add_argument(
-        "run",
-        type=str,
-        help="A run's folder, an npz, a folder of pictures, LSUN's LMDB, shards, fashion_mnist_train or _test.",
-    )
-    p.add_argument(
-        "--reference",
-        type=str,
-        default="fashion_mnist_test",
-        help="As for the run, or a file of statistics: OpenAI's, EDM's, or of sagl statistics.",
-    )
-    p.add_argument("--num_samples", type=int, default=None, help="Only so many of the run's images, the first.")
-    add_work_flags(p, of_reference=True)
+    """Return the parser."""
+    p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
+    image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, fashion_mnist_train or fashion_mnist_test"
+    p.add_argument("run", type=str, help=f"Images to evaluate: {image_sets}.")
+    reference = "Reference: images as for `run`, or a statistics file of OpenAI, EDM or sagl statistics."
+    p.add_argument("--reference", type=str, default="fashion_mnist_test", help=reference)
+    p.add_argument("--num_samples", type=int, default=None, help="Number of images to use; default: all.")
+    add_extraction_settings(p)
     p.add_settings(MetricSettings)
-    forms = Literal["table", "json", "csv"]
-    p.add_argument("--format", type=forms, default="table", help="What is printed.")
-    p.add_argument("--output", type=str, default=None, help="A .json or .csv file to write as well.")
-    p.add_argument("--overwrite", action="store_true", help="Write over a file that is there.")
+    p.add_argument("--format", type=Literal["table", "json", "csv"], default="table", help="Format of the output.")
+    p.add_argument("--output", type=str, default=None, help="A .json or .csv file to write in addition.")
+    p.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Measure: `sagl evaluate RUN [--reference R] [--extractor E] [--num_samples N] [--trainer.devices N]`.
+    """Run `sagl evaluate RUN [--reference R] [--extractor E] [--num_samples N] [--trainer.devices N]`.
 
-    A run's folder keeps the numbers in evaluation.json, where `sagl compare` finds them.
+    Results of a run are saved as evaluation.json in its folder, where `sagl compare` reads them.
 
     Raises:
-        UserError: the images, the reference or the extractor are not there, do not go together, or are too few.
+        UserError: an input does not exist, is damaged or too small, or the inputs do not match.
     """
-    given = evaluate_parser().parse(arguments)
+    args = evaluate_parser().parse(arguments)
     disable_malloc_trim()
-    if given.extractor is None:
-        given.extractor = _extractor_of(Path(given.reference))
-    work, settings = work_of(given), from_namespace(MetricSettings, given)
-    if global_rank() > 0:
-        from sagl.commands.measuring import follow
-
-        exit_when_parent_dies()
-        follow(work)
-        return
-    output, run = None if given.output is None else Path(given.output), Path(given.run)
+    (extraction, devices), metrics = extraction_settings(args), from_namespace(MetricSettings, args)
+    output, run = None if args.output is None else Path(args.output), Path(args.run)
     if output is not None:
         require(output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {output}.")
-        require_new(output, overwrite=given.overwrite)
-    from sagl.commands.evaluation import evaluation_of
-    from sagl.evaluation.results import read_evaluations, save_result
+        require_new(output, overwrite=args.overwrite)
+    saves_result = is_run(run) and os.access(run, os.W_OK)
+    if saves_result:
+        read_results(run)  # a damaged file is refused before the work
+    elif is_run(run):
+        print(f"{run} is not writable: the result is not saved there.", file=sys.stderr)
+    from sagl.evaluation.evaluate import evaluate
 
-    kept = _is_kept_in(run)
-    if kept:
-        read_evaluations(run)  # a damaged file is refused before the work
-    made = evaluation_of(given.run, given.reference, given.num_samples, work, settings)
-    if given.format == "table":
-        show(made)
+    result = evaluate(
+        args.run, args.reference, num_samples=args.num_samples, extraction=extraction, metrics=metrics, devices=devices
+    )
+    if args.format == "table":
+        print_table(result)
     else:
-        print(rendered(made, given.format), end="", flush=True)
-    if kept:
-        save_result(run, made)
+        print(format_as(result, args.format), end="", flush=True)
+    if saves_result:
+        save_result(run, result)
     if output is not None:
         with atomic_file(output) as partial:
-            partial.write_text(rendered(made, output.suffix[1:]))
+            partial.write_text(format_as(result, output.suffix[1:]))
 
 
-def rendered(made: "Evaluation", form: str) -> str:
-    """The evaluation as text: json, or csv with a line a number."""
-    if form == "json":
-        return json.dumps(made.written, ensure_ascii=False) + "\n"
+def format_as(result: "EvaluationResult", format: str) -> str:
+    """Return a result as json, or as csv with a line per metric."""
+    fields = asdict(result)
+    if format == "json":
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+    names = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
+    common = [*(fields[name] for name in names), _format_settings(result, "; "), " ".join(result.notes)]
     file = io.StringIO()
-    lines = csv.writer(file, lineterminator="\n")
-    about = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
-    lines.writerow(("metric", "value", "low", "high", "deviation", *about, "settings", "notes"))
-    same = (*(getattr(made, key) for key in about), _said(made, "; "), " ".join(made.notes))
-    for name, value in made.numbers.items():
-        lines.writerow((name, value, *made.intervals.get(name, ("", "")), made.deviations.get(name, ""), *same))
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("metric", "value", "low", "high", "deviation", *names, "settings", "notes"))
+    for name, value in result.values.items():
+        low, high = result.intervals.get(name, ("", ""))
+        writer.writerow((name, value, low, high, result.deviations.get(name, ""), *common))
     return file.getvalue()
 
 
-def show(made: "Evaluation") -> None:
-    """The numbers as a table, with what they belong to above and what one must know below."""
+def print_table(result: "EvaluationResult") -> None:
+    """Print the values as a table, with their inputs above and settings and notes below."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    count = f"{made.num_reference} images" if made.num_reference else "of a file of statistics"
-    for line in (
-        f"{made.images}: {made.num_samples} images, from {made.reference}: {count}",
-        f"{made.extractor} ({made.resize}), {made.seconds} s",
-    ):
+    console, table = Console(highlight=False), Table()
+    count = f"{result.num_reference} images" if result.num_reference else "a statistics file"
+    inputs = f"{result.images}: {result.num_samples} images, reference {result.reference}: {count}"
+    for line in (inputs, f"{result.extractor} ({result.resize}), {result.seconds} s"):
         console.print(Text(line), soft_wrap=True)
-    table = Table()
-    for name in ("", "value", "95 % interval" if made.intervals else "", "over subsets" if made.deviations else ""):
-        if name or not table.columns:
-            table.add_column(name, justify="right" if name else "left")
-    for name, value in made.numbers.items():
-        table.add_row(METRICS[name].name, *_cells(made, name, value))
+    table.add_column("")
+    for title, used in (("value", True), ("95 % interval", result.intervals), ("over subsets", result.deviations)):
+        if used:
+            table.add_column(title, justify="right")
+    for name, value in result.values.items():
+        cells = [metric_name(name), format_value(name, value)]
+        if result.intervals:
+            cells.append(" … ".join(format_value(name, bound) for bound in result.intervals.get(name, ())))
+        if result.deviations:
+            cells.append(f"± {format_value(name, result.deviations[name])}" if name in result.deviations else "")
+        table.add_row(*cells)
     console.print(table)
-    for note in (_said(made, " · "), *made.notes):
+    for note in (_format_settings(result, " · "), *result.notes):
         console.print(Text(note))
 
 
-def _said(made: "Evaluation", between: str) -> str:
-    """The settings behind the numbers, in a line."""
-    return between.join(f"{name} {value}" for name, value in made.settings.items())
-
-
-def _cells(made: "Evaluation", name: str, value: float) -> list[str]:
-    """A row but for its name: the value, and where any number has them its interval and its deviation."""
-    cells = [shown(name, value)]
-    if made.intervals:
-        low_high = made.intervals.get(name)
-        cells.append(" … ".join(shown(name, end) for end in low_high) if low_high else "")
-    if made.deviations:
-        cells.append(f"± {shown(name, made.deviations[name])}" if name in made.deviations else "")
-    return cells
-
-
-def _is_kept_in(run: Path) -> bool:
-    """Whether the numbers are kept beside the images: in a run whose folder can be written."""
-    from sagl.sampling.run_folder import is_run
-
-    if is_run(run) and not os.access(run, os.W_OK):
-        print(f"{run} cannot be written: its numbers are not kept there.", file=sys.stderr)
-        return False
-    return is_run(run)
-
-
-def _extractor_of(reference: Path) -> str:
-    """The extractor of a file of statistics, else the one that needs no download."""
-    from sagl.metrics.reference import has_statistics, read_extractor
-
-    return read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR
+def _format_settings(result: "EvaluationResult", separator: str) -> str:
+    return separator.join(f"{name} {value}" for name, value in result.settings.items())

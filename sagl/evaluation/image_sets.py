@@ -1,13 +1,12 @@
-"""Images to be measured, by their place, wherever they are: a run, an npz, a data set or any source of pictures."""
+"""Sets of images to evaluate, read by index: a sampling run, an npz file, Fashion-MNIST or any image source."""
 
 import hashlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,184 +21,192 @@ from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, sha256
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
-"""Of Fashion-MNIST, padded to 32×32 as the embedded network saw it."""
-RUN = ", a run of sagl sample, an npz, a folder of pictures, LSUN's LMDB or shards"
+"""Splits of Fashion-MNIST, padded to 32×32 as for the training of the embedded network."""
+Size = tuple[int, int]
+"""(H, W) in pixels."""
 
 
-class ImageSet(Protocol):
+class ImageSet(ABC):
     """Images of one size."""
 
-    note: str = ""
-    """What was done to them, where that is not nothing."""
-
-    def __len__(self) -> int:
-        """How many there are."""
+    crop_size: int | None = None
+    """Size that images are cropped and resized to; None if they are not."""
+    preprocessing_note: str = ""
+    """Description of the preprocessing, empty if there is none."""
 
     @abstractmethod
-    def images(self, start: int, stop: int) -> ImageUint8:
-        """Those from `start` to before `stop`: (n, 1 or 3, H, W) uint8.
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> ImageUint8:
+        """Return images `start` to `stop` - 1: (n, 1 or 3, H, W) uint8.
 
         Raises:
-            UserError: one is damaged, or of another size.
+            UserError: an image is damaged, or of another size.
         """
 
     @property
-    def side(self) -> tuple[int, int]:
-        """(H, W) of the first."""
-        height, width = self.images(0, 1).shape[-2:]
+    def image_size(self) -> Size:
+        """Size of the first image."""
+        height, width = self.read(0, 1).shape[-2:]
         return height, width
 
 
-class RunImages(ImageSet):
-    """The images of a run of `sagl sample`, in order of their ids."""
-
-    def __init__(self, folder: Path) -> None:
-        """List its shards; each is read, and checked, when it is needed."""
-        shards = shards_of(folder)
-        self._paths, spans = list(shards.values()), list(shards)
-        self._ends = list(accumulate(last - first + 1 for first, last in spans))
-
-    def __len__(self) -> int:
-        """Images in its shards."""
-        return self._ends[-1] if self._ends else 0
-
-    def images(self, start: int, stop: int) -> ImageUint8:
-        """From as many shards as it takes."""
-        found: list[Pixels] = []
-        place = bisect_right(self._ends, start)
-        while len(found) < stop - start:
-            samples = _shard(self._paths[place])
-            first = start + len(found) - (self._ends[place] - len(samples))
-            found += [pixels(sample.pictures[SAMPLES]) for sample in samples[first : first + stop - start - len(found)]]
-            place += 1
-        return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
-
-
 class TensorImages(ImageSet):
-    """Images in memory."""
+    """Images in memory: (N, 1 or 3, H, W) uint8."""
 
     def __init__(self, images_uint8: ImageUint8) -> None:
-        """(N, 1 or 3, H, W) uint8."""
         self._images = images_uint8
 
     def __len__(self) -> int:
-        """N."""
         return len(self._images)
 
-    def images(self, start: int, stop: int) -> ImageUint8:
-        """A part of them."""
+    def read(self, start: int, stop: int) -> ImageUint8:
         return self._images[start:stop]
 
 
-class SourceImages(ImageSet):
-    """Pictures of a source in colour: as they are, or the square that training cuts from the centre of each."""
+class RunImages(ImageSet):
+    """The images of a run of `sagl sample`, in order of their ids; shards are read and checked when needed."""
 
-    def __init__(self, source: ImageSource, image_size: int | None) -> None:
-        """Cut to `image_size` pixels, or None: they are all of one size."""
-        self.source, self.cut = source, None if image_size is None else CropResize(image_size=image_size, channels=3)
+    def __init__(self, folder: Path) -> None:
+        shards = shards_of(folder)
+        self._paths = list(shards.values())
+        self._ends = list(accumulate(last - first + 1 for first, last in shards))
 
     def __len__(self) -> int:
-        """Pictures of the source."""
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> ImageUint8:
+        images: list[Pixels] = []
+        shard = bisect_right(self._ends, start)
+        while len(images) < stop - start:
+            samples = _read_shard(self._paths[shard])
+            first = start + len(images) - (self._ends[shard] - len(samples))
+            images += [
+                pixels(sample.pictures[SAMPLES]) for sample in samples[first : first + stop - start - len(images)]
+            ]
+            shard += 1
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+class SourceImages(ImageSet):
+    """The images of a source in colour, at their original size or cropped and resized as for training."""
+
+    def __init__(self, source: ImageSource, crop_size: int | None) -> None:
+        self.source, self.crop_size = source, crop_size
+        self._crop = None if crop_size is None else CropResize(image_size=crop_size, channels=3)
+
+    def __len__(self) -> int:
         return len(self.source)
 
     @property
-    def note(self) -> str:  # type: ignore[override]
-        """Whether pictures are cut, by the size of the first."""
-        whole = self._whole(0)
-        if self.cut is None or whole.shape[:2] == (self.cut.image_size, self.cut.image_size):
+    def preprocessing_note(self) -> str:  # type: ignore[override]
+        size = self.crop_size
+        if size is None or self._decode(0).shape[:2] == (size, size):
             return ""
-        size = self.cut.image_size
-        return f"Pictures, the first of them {_size(whole)}, are cut and resized to {size}×{size}."
+        return f"Images, the first of {_size(self._decode(0))} pixels, are cropped and resized to {size}×{size}."
 
-    def images(self, start: int, stop: int) -> ImageUint8:
-        """Decoded and cut."""
-        found = [self._image(index) for index in range(start, stop)]
-        for index, image in enumerate(found):
+    def read(self, start: int, stop: int) -> ImageUint8:
+        images = [self._image(index) for index in range(start, stop)]
+        for index, image in enumerate(images):
             require(
-                image.shape == found[0].shape,
-                f"`image_size` must be given where pictures are of several sizes: {self.source.name(start + index)} "
-                f"is {_size(image)}, the one before {_size(found[0])}. With it each is cut to a square.",
+                image.shape == images[0].shape,
+                f"`image_size` must be given for images of several sizes: {self.source.name(start + index)} has "
+                f"{_size(image)} pixels, the one before {_size(images[0])}. All are then cropped and resized.",
             )
-        return torch.stack(found).permute(0, 3, 1, 2)
+        return torch.stack(images).permute(0, 3, 1, 2)
 
-    def _whole(self, index: int) -> torch.Tensor:
+    def _decode(self, index: int) -> torch.Tensor:
         try:
             return self.source.pixels(index, 3)
-        except Exception as error:  # decoders and file systems say it in many ways
+        except Exception as error:  # decoders and file systems raise many kinds
             raise UserError(
-                f"{self.source.name(index)} cannot be read as a picture, got {type(error).__name__}. Mend it, or "
-                "take it away."
+                f"{self.source.name(index)} cannot be decoded as an image, got {type(error).__name__}. Repair or "
+                "remove it."
             ) from error
 
     def _image(self, index: int) -> torch.Tensor:
-        whole = self._whole(index)
-        return whole if self.cut is None else self.cut(whole, np.random.default_rng(0))
+        image = self._decode(index)
+        return image if self._crop is None else self._crop(image, np.random.default_rng(0))
 
 
-def image_set(name: str, image_size: int | None = None, argument: str = "run") -> ImageSet:
-    """The images that a name on the command line means.
+def open_image_set(name: str, image_size: int | None = None, argument: str = "run") -> ImageSet:
+    """Open a set of at least two images.
 
     Args:
-        name: fashion_mnist_train, fashion_mnist_test, or a path that `sources.open_image_source` knows, or a run's folder.
-        image_size: pixels to which pictures are cut; a run's and an npz file's images stay as they are.
-        argument: what the name was given for.
+        name: fashion_mnist_train, fashion_mnist_test, the folder of a run, or a path for `open_image_source`.
+        image_size: size to crop and resize images of a source to; those of a run or an npz file stay as they are.
+        argument: name of the argument in messages.
 
     Raises:
-        UserError: there are none there.
+        UserError: there are no or too few images.
     """
+    images = _open(name, image_size, argument)
+    require(len(images) >= 2, f"`{argument}` must hold at least 2 images, and {name} holds {len(images)}.")
+    return images
+
+
+def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
     if name in SPLITS:
         prepare_fashion_mnist(cache_folder())
         return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
-    path = _npz_of(Path(name))
+    path = _resolve_npz(Path(name))
     if path.is_dir() and shards_of(path):
         return RunImages(path)
     require(
-        path.exists() or any(sign in name for sign in "*{:"),
-        f"`{argument}` must be one of {', '.join(SPLITS)}{RUN}, and there is nothing at {name}.",
+        path.exists() or any(character in name for character in "*{:"),
+        f"`{argument}` must be one of {', '.join(SPLITS)}, a run of sagl sample, an npz file, a folder of images, "
+        f"LSUN's LMDB or shards, and {name} does not exist.",
     )
     source = open_image_source(str(path), argument=argument)
     return SourceImages(source, None if path.suffix == ".npz" else image_size)
 
 
-def _npz_of(path: Path) -> Path:
-    """A run's npz where its shards were left behind, else the path itself."""
-    left = sorted(path.glob("samples_*.npz")) if path.is_dir() and not shards_of(path) else []
-    return left[0] if left else path
+def _resolve_npz(path: Path) -> Path:
+    """Return the npz file in a run's folder without shards, else the path itself."""
+    files = sorted(path.glob("samples_*.npz")) if path.is_dir() and not shards_of(path) else []
+    return files[0] if files else path
 
 
-def fingerprint(name: str) -> str | None:
-    """What tells whether images are the ones of another day: of files' names, sizes and times; None where unknown.
+def cache_key(name: str) -> str | None:
+    """Return a key that changes with the names, sizes and times of the files at a path.
 
     Args:
-        name: a split of Fashion-MNIST, whose images never change, or a path.
+        name: a split of Fashion-MNIST, whose images never change, or a path. None is returned for a pattern.
     """
     path = Path(name)
     if name in SPLITS:
         return name
     if not path.exists():
         return None
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256(str(path.absolute()).encode())
-    for file in files:
+    for file in _files(path):
         stat = file.stat()
         digest.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     return f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
-def identity(name: str) -> str:
-    """What tells two sets of one name apart, on any machine: sha256 of a file, of a folder's file names and sizes."""
-    path = _npz_of(Path(name))
+def content_digest(name: str) -> str:
+    """Return a digest that tells sets of one name apart on any machine.
+
+    It is the sha256 of a file, or of the file names and sizes of a folder; empty for a name or a pattern.
+    """
+    path = _resolve_npz(Path(name))
     if name in SPLITS or not path.exists():
         return ""
     if path.is_file():
         return sha256(path)[:16]
     folder = path / SHARDS if shards_of(path) else path
-    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in _files(folder))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 @lru_cache(maxsize=2)
-def _shard(path: Path) -> Sequence[Sample]:
+def _read_shard(path: Path) -> Sequence[Sample]:
     return read_shard(path)
 
 

@@ -1,28 +1,41 @@
-"""A page of tables and images, before it is HTML, Markdown or lines on a terminal."""
+"""A report of tables and images, shown on a terminal or written as an HTML page."""
 
-from collections.abc import Sequence
+import base64
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-MARK = "made by sagl compare"
-"""Near the beginning of every file that is written: such a one may be replaced."""
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+GENERATOR_TAG = "made by sagl compare"
+"""Text near the beginning of every page, by which an older page is recognised."""
+TAG_BYTES = 200
+"""Number of bytes at the beginning of a page that contain the tag."""
 SMALL = 64
-"""Images up to this side stand sixteen to a row, larger ones eight, as in the grids of a run."""
+"""Images up to this size are shown enlarged and 16 per row, larger ones 8 per row."""
+WIDTH = 160
+"""Width in characters if the output is not a terminal."""
+NAME_WIDTH = 44
+"""Maximum width in characters of the column of row names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What stands in one place of a table."""
+    """A cell of a table."""
 
     text: str
     note: str = ""
-    """In smaller type beneath."""
+    """Secondary text."""
     best: bool = False
-    """Of its row."""
+    """Whether this is the row's best value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table."""
+    """A row of a table."""
 
     name: Cell
     cells: tuple[Cell, ...]
@@ -39,54 +52,141 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Sections that share their columns."""
+    """Sections with common columns."""
 
     title: str
-    heads: tuple[str, ...]
-    """Of all columns but the first, which holds the rows' names."""
+    columns: tuple[str, ...]
+    """Headings of all columns but that of the row names."""
     sections: tuple[Section, ...]
     note: str = ""
-    aligned: bool = False
-    """Whether its numbers are read from above to below."""
+    right_aligned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """The same samples of several runs."""
+class ImageGrid:
+    """Images of the same ids of several runs."""
 
-    names: tuple[str, ...]
-    """Of the runs."""
     ids: tuple[int, ...]
-    rows: tuple[tuple[bytes, ...], ...]
-    """PNG files: of each run, one an id."""
-    side: int
+    rows: Mapping[str, Sequence[bytes]]
+    """PNG files by the name of the run, one per id."""
+    image_size: int
     """Width of an image in pixels."""
 
     @property
+    def is_small(self) -> bool:
+        """Whether images are enlarged."""
+        return self.image_size <= SMALL
+
+    @property
+    def image_width(self) -> int:
+        """Displayed width in pixels."""
+        return self.image_size * (2 if self.is_small else 1)
+
+    @property
+    def label_width(self) -> int:
+        """Displayed width of the runs' names in rem, for about two characters each."""
+        return min(11, 2 + max(map(len, self.rows)) // 2)
+
+    @property
     def blocks(self) -> list[range]:
-        """Places of the ids that stand beside each other."""
-        width = 16 if self.side <= SMALL else 8
-        return [range(start, min(start + width, len(self.ids))) for start in range(0, len(self.ids), width)]
+        """Indices of the ids that are shown side by side."""
+        width, count = 16 if self.is_small else 8, len(self.ids)
+        return [range(start, min(start + width, count)) for start in range(0, count, width)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """All that is to be shown of some runs."""
+class Report:
+    """Tables and images of some runs."""
 
     title: str
-    lines: tuple[str, ...]
-    """What a reader must know before the tables."""
+    warnings: tuple[str, ...]
+    """Sentences that a reader must know before the tables."""
     tables: tuple[Table, ...]
-    alike: str
-    """The settings that all runs share, in one line; empty where they are in the table."""
-    gallery: Gallery | None = None
+    shared_settings: str = ""
+    """Settings that all runs share, in one line."""
+    images: ImageGrid | None = None
 
 
-def clean(value: object) -> str:
-    """A value as one printable line: line breaks, escape sequences and broken characters are spelled out."""
+def printable(value: object) -> str:
+    """Return a value as one printable line; control characters and surrogates are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def enumerated(names: Sequence[str]) -> str:
-    """a, b and c."""
+def join_with_and(names: Sequence[str]) -> str:
+    """Join names as in "a, b and c"."""
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
+# ---------------------------------------------------------------------------------------------------- HTML
+
+
+def render_html(report: Report) -> str:
+    """Return a self-contained HTML page; equal reports give equal bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template("report.html.jinja").render(report=report, generator=GENERATOR_TAG)
+
+
+def has_generator_tag(path: Path) -> bool:
+    """Return whether a file is a page made by `render_html`."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR_TAG.encode() in file.read(TAG_BYTES)
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+
+def print_report(report: Report) -> None:
+    """Print the tables; the best value of a row is bold and has a star."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for warning in report.warnings:
+        console.print(Text(warning))
+    for table in report.tables:
+        console.print()
+        console.print(Text(table.title, style="bold"))
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+        console.print(_rich_table(table))
+    if report.shared_settings:
+        console.print(Text(f"\nThe same in all runs: {report.shared_settings}", style="dim"))
+    rows = [row for table in report.tables for section in table.sections for row in section.rows]
+    if any(cell.best for row in rows for cell in row.cells):
+        console.print(Text("* best of its row; arrows point to the better direction", style="dim"))
+
+
+def _rich_table(table: Table) -> "RichTable":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    def value(cell: Cell) -> Text:
+        text = Text(cell.text + (" *" if cell.best else ""), style="bold green" if cell.best else "")
+        return text.append(f"\n{cell.note}" if cell.note else "", style="dim not bold")
+
+    result = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    result.add_column("", overflow="fold", max_width=NAME_WIDTH)
+    for column in table.columns:
+        result.add_column(Text(column), overflow="fold", justify="right" if table.right_aligned else "left")
+    for section in table.sections:
+        title = Text(section.title, style="bold")
+        result.add_row(title.append(f"\n{section.note}" if section.note else "", style="dim"))
+        for row in section.rows:
+            name = Text(f"  {row.name.text}").append(f" ({row.name.note})" if row.name.note else "", style="dim")
+            result.add_row(name, *map(value, row.cells))
+        result.add_section()
+    return result

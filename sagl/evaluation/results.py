@@ -1,128 +1,114 @@
-"""evaluation.json in a run's folder: what `sagl evaluate` measured of its images, one entry a measurement."""
+"""evaluation.json in a run's folder: the results of `sagl evaluate`."""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file
 
-EVALUATIONS = "evaluation.json"
+RESULTS_FILE = "evaluation.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Numbers of one measurement, and all that they depend on besides the images."""
+class EvaluationResult:
+    """Values of metrics, with everything that they depend on besides the images."""
 
-    extractor: str
-    """Of the features; numbers of different ones are never compared."""
-    reference: str
-    """What was measured from."""
-    num_samples: int
-    """Images measured, the run's first."""
-    reference_digest: str = ""
-    """Tells references of one name apart; see `image_sets.identity`."""
-    num_reference: int | None = None
-    """Images of the reference, where that is known."""
-    resize: str = ""
-    """How images came to the extractor's size."""
-    numbers: Mapping[str, float]
-    """By metric: fid, sfid, fd, is, is_all, precision, recall, kid, kd."""
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Low and high end, of the metrics that have one."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the metrics: neighbours, chunks, subsets."""
-    deviations: Mapping[str, float] = field(default_factory=dict)
-    """Over subsets, of the kernel distance."""
-    notes: tuple[str, ...] = ()
-    """What a reader must know of these numbers."""
     images: str = ""
-    """What was measured."""
+    """Path or name of the images."""
+    extractor: str
+    """Name of the feature extractor. Values of different ones cannot be compared."""
+    reference: str
+    """Path or name of the reference."""
+    num_samples: int
+    """Number of images, the first of the run."""
+    reference_digest: str = ""
+    """Digest that tells references of one name apart, see `image_sets.content_digest`."""
+    num_reference: int | None = None
+    """Number of reference images, if it is known."""
+    resize: str = ""
+    """Description of how the extractor resizes images."""
+    values: Mapping[str, float]
+    """Values by metric: fid, sfid, fd, sfd, is, is_all, precision, recall, kid, kd."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Confidence intervals (low, high) of the metrics that have one."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the metrics."""
+    deviations: Mapping[str, float] = field(default_factory=dict)
+    """Standard deviation of KID over its subsets."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a reader must know before comparing the values."""
     seconds: float = 0.0
+    """Duration of the evaluation."""
 
-    @property
-    def written(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        return {"images": self.images, **{name: value for name, value in asdict(self).items() if name != "images"}}
-
-    def replaces(self, other: "Evaluation") -> bool:
-        """Whether it is the same measurement, made again."""
-        return all(getattr(self, name) == getattr(other, name) for name in SAME)
+    def is_same_measurement(self, other: "EvaluationResult") -> bool:
+        """Return whether both were computed from the same references and settings."""
+        names = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
-SAME = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
-"""What makes two measurements of one run the same."""
-
-
-def read_evaluations(folder: Path) -> tuple[Evaluation, ...]:
-    """The run's measurements, the oldest first; none where it was not measured.
+def read_results(folder: Path) -> tuple[EvaluationResult, ...]:
+    """Read the results in a run's folder, oldest first; empty if it was not evaluated.
 
     Raises:
         UserError: the file is damaged.
     """
-    path = folder / EVALUATIONS
+    path = folder / RESULTS_FILE
     if not path.is_file():
         return ()
     try:
-        return tuple(_evaluation(entry) for entry in json.loads(path.read_text())["evaluations"])
+        return tuple(_parse(entry) for entry in json.loads(path.read_text())["results"])
     except (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"`run` must hold a whole {EVALUATIONS}, and {path} is damaged. Delete it; sagl evaluate makes it again."
-        ) from error
+        raise UserError(f"`run` {folder} has a damaged file {path}. Delete it, and evaluate the run again.") from error
 
 
-def save_result(folder: Path, made: Evaluation) -> None:
-    """Add a measurement to the run's file, in place of an older one of the same kind.
+def save_result(folder: Path, result: EvaluationResult) -> None:
+    """Append a result to the run's file, in place of an older one of the same measurement.
 
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    others = [evaluation for evaluation in read_evaluations(folder) if not made.replaces(evaluation)]
-    with atomic_file(folder / EVALUATIONS) as partial:
-        entries = [evaluation.written for evaluation in (*others, made)]
-        partial.write_text(json.dumps({"evaluations": entries}, indent=2) + "\n")
+    others = [other for other in read_results(folder) if not result.is_same_measurement(other)]
+    entries = [asdict(entry) for entry in (*others, result)]
+    with atomic_file(folder / RESULTS_FILE) as partial:
+        partial.write_text(json.dumps({"results": entries}, indent=2) + "\n")
 
 
-def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
-    num_reference, resize = entry.get("num_reference"), entry.get("resize") or ""
-    return Evaluation(
-        extractor=_a(str, entry["extractor"]),
-        reference=_a(str, entry["reference"]),
-        reference_digest=_a(str, entry.get("reference_digest") or ""),
-        num_samples=_a(int, entry["num_samples"]),
-        num_reference=None if num_reference is None else _a(int, num_reference),
-        resize=_a(str, resize),
-        numbers={name: _number(value) for name, value in entry["numbers"].items() if value is not None},
-        intervals={name: _ends(value) for name, value in (entry.get("intervals") or {}).items() if value is not None},
+def _parse(entry: Mapping[str, Any]) -> EvaluationResult:
+    num_reference = entry.get("num_reference")
+    return EvaluationResult(
+        images=_checked(str, entry.get("images") or ""),
+        extractor=_checked(str, entry["extractor"]),
+        reference=_checked(str, entry["reference"]),
+        reference_digest=_checked(str, entry.get("reference_digest") or ""),
+        num_samples=_checked(int, entry["num_samples"]),
+        num_reference=None if num_reference is None else _checked(int, num_reference),
+        resize=_checked(str, entry.get("resize") or ""),
+        values={name: _number(value) for name, value in entry["values"].items()},
+        intervals={name: _interval(*bounds) for name, bounds in (entry.get("intervals") or {}).items()},
         settings=dict((entry.get("settings") or {}).items()),
         deviations={name: _number(value) for name, value in (entry.get("deviations") or {}).items()},
-        notes=tuple(_a(str, note) for note in entry.get("notes") or ()),
-        images=_a(str, entry.get("images") or ""),
+        notes=tuple(_checked(str, note) for note in entry.get("notes") or ()),
         seconds=_number(entry.get("seconds") or 0.0),
     )
 
 
-def _a(kind: type, value: Any) -> Any:  # noqa: ANN401 (what JSON holds)
-    """The value, if it is of that kind.
-
-    Raises:
-        TypeError: it is of another.
-    """
+def _checked(kind: type[T], value: Any) -> T:  # noqa: ANN401 (any JSON value)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r:.60} is no {kind.__name__}")
     return value
 
 
 def _number(value: Any) -> float:  # noqa: ANN401
-    found = float(_a(float if isinstance(value, float) else int, value))
-    if not math.isfinite(found):
+    number = float(_checked(float if isinstance(value, float) else int, value))
+    if not math.isfinite(number):
         raise ValueError(f"{value} is not finite")
-    return found
+    return number
 
 
-def _ends(value: Any) -> tuple[float, float]:  # noqa: ANN401
-    low, high = value
+def _interval(low: Any, high: Any) -> tuple[float, float]:  # noqa: ANN401
     return _number(low), _number(high)

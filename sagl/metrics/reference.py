@@ -35,6 +35,8 @@ class Reference:
     """Path or name of the images, if the file has it."""
     image_size: tuple[int, int] | None = None
     """(H, W) of the images before the extractor resized them, if the file has it."""
+    notes: tuple[str, ...] = ()
+    """Notes on how the statistics were obtained; not written to the file."""
 
 
 def has_statistics(path: Path) -> bool:

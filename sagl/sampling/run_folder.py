@@ -197,7 +197,7 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def read_run_json(folder: Path) -> dict[str, Any]:
+def read_run_json(folder: Path, argument: str = "output") -> dict[str, Any]:
     """run.json; empty where there is none.
 
     Raises:
@@ -211,7 +211,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         require(isinstance(record, dict) and isinstance(record.get("settings"), dict), "no settings")
     except ValueError as error:
         raise UserError(
-            f"`output` must hold a whole {RECORD}, and {path} is damaged. Delete it to start again."
+            f"`{argument}` must hold a whole {RECORD}, and {path} is damaged. Delete it to start again."
         ) from error
     return dict(record)
 

@@ -4,17 +4,17 @@ import pytest
 
 from sagl.evaluation.comparison import (
     ABSENT,
-    alike_line,
-    best_of,
+    build_report,
     cost_section,
-    number_sections,
+    format_setting,
+    metric_sections,
     paper_table,
-    said,
     settings_section,
-    shown,
+    shared_settings_line,
     split_settings,
 )
-from tests.helpers.sampled import measured, run
+from sagl.evaluation.metric_display import best_values, format_value
+from tests.helpers.sampled import result, run
 
 SAG = {"sag.scale": 0.3, "sag.site": "output.5", "sag.interval": [0.5, 1.0], "seed": 0}
 PAPER = {"sag.scale": 0.5, "sag.site": "output.2", "sag.threshold": 1.0, "sag.blur_sigma": 9, "sag.interval": [0, 1]}
@@ -22,47 +22,48 @@ PAPER |= {"respacing": "250", "sampler": "ddpm"}
 
 
 def texts(section):
-    """name -> what stands in its cells."""
+    """The texts of the cells by the name of their row."""
     return {row.name.text: [cell.text for cell in row.cells] for row in section.rows}
 
 
-# ----------------------------------------------------------------------------------------------------- settings
+def best(section):
+    """The texts of the cells that are marked."""
+    return [cell.text for row in section.rows for cell in row.cells if cell.best]
 
 
-def test_settings_are_parted_into_those_that_differ_and_those_that_do_not():
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def test_settings_are_split_into_different_and_equal_ones():
     runs = [run(settings=SAG), run(settings=SAG | {"sag.scale": 0.6, "sag.interval": [0.0, 1.0]})]
     assert split_settings(runs) == (["sag.scale", "sag.interval"], ["sag.site", "seed"])
 
 
-def test_a_setting_that_one_run_alone_has_differs():
+def test_a_setting_that_only_one_run_has_is_different():
     runs = [run(settings={"seed": 0}), run(settings={"seed": 0, "compile": True})]
     assert split_settings(runs) == (["compile"], ["seed"])
     assert texts(settings_section(runs, ["compile"])) == {"compile": [ABSENT, "true"]}
 
 
-def test_of_a_guidance_that_is_off_nothing_but_its_scale_counts():
+def test_of_a_guidance_method_that_is_off_only_the_scale_is_compared():
     off = run(settings=SAG | {"sag.scale": 0.0, "sag.site": "middle"})
     assert split_settings([run(settings=SAG), off]) == (["sag.scale"], ["sag.site", "sag.interval", "seed"])
     assert split_settings([off, off]) == ([], ["sag.scale", "seed"])
+    assert "sag.site output.5" in shared_settings_line([off, run(settings=SAG)], ["sag.site"])
 
 
-def test_where_a_setting_differs_a_run_without_that_guidance_says_off():
+def test_a_run_without_the_guidance_has_off_where_a_setting_differs():
     runs = [run(settings=SAG), run(settings=SAG | {"sag.site": "middle"}), run(settings=SAG | {"sag.scale": 0.0})]
-    differ, alike = split_settings(runs)
-    assert texts(settings_section(runs, differ)) == {
+    different, shared = split_settings(runs)
+    assert texts(settings_section(runs, different)) == {
         "sag.scale": ["0.3", "0.3", "0.0"],
         "sag.site": ["output.5", "middle", "off"],
     }
-    assert alike_line(runs, alike) == "sag.interval 0.5, 1.0 · seed 0"
-
-
-def test_the_line_of_what_is_alike_takes_a_guidances_settings_from_a_run_that_has_it():
-    runs = [run(settings=SAG | {"sag.scale": 0.0, "sag.site": "middle"}), run(settings=SAG)]
-    assert "sag.site output.5" in alike_line(runs, split_settings(runs)[1])
+    assert shared_settings_line(runs, shared) == "sag.interval 0.5, 1.0 · seed 0"
 
 
 @pytest.mark.parametrize(
-    ("value", "name", "want"),
+    ("value", "name", "expected"),
     [
         (None, "kernel_size", "default"),
         (True, "compare", "true"),
@@ -71,65 +72,70 @@ def test_the_line_of_what_is_alike_takes_a_guidances_settings_from_a_run_that_ha
         ("a" * 64, "weights_sha256", "a" * 12),
         ("a" * 64, "labels", "a" * 64),
         ("two\nlines\x1b[31m\u202e", "labels", "two\\nlines\\x1b[31m\\u202e"),
-        ("\udcff", "labels", "\\udcff"),
     ],
 )
-def test_values_are_said_in_one_printable_line(value, name, want):
-    assert said(value, name) == want
+def test_a_setting_is_formatted_as_one_printable_line(value, name, expected):
+    assert format_setting(value, name) == expected
+
+
+def test_a_single_run_has_a_table_of_all_its_settings():
+    report = build_report([run(settings=SAG)])
+    assert [section.title for section in report.tables[0].sections][-1] == "Settings"
+    assert report.shared_settings == ""
 
 
 # --------------------------------------------------------------------------------------------------------- cost
 
 
-def test_cost_is_seconds_images_a_second_and_evaluations():
-    found = texts(cost_section([run(num_images=50, seconds=4.0, nfe=15), run("b", num_images=1000, num_asked=2000)]))
-    assert found["images"] == ["50", "1,000 of 2,000"]
-    assert found["pixels of an image"] == ["8×8", "8×8"]
-    assert found["network evaluations an image"] == ["15", "10"]
-    assert found["seconds of all processes"] == ["4.0", "2.0"]
-    assert found["images a second a process"] == ["12.5", "500"]
+def test_cost_has_seconds_rate_and_network_evaluations():
+    rows = texts(cost_section([run(num_images=50, seconds=4.0, nfe=15), run("b", num_images=1000, num_requested=2000)]))
+    assert rows["images"] == ["50", "1,000 of 2,000"]
+    assert rows["pixels of an image"] == ["8×8", "8×8"]
+    assert rows["network evaluations an image"] == ["15", "10"]
+    assert rows["seconds of all processes"] == ["4.0", "2.0"]
+    assert rows["images a second a process"] == ["12.5", "500"]
 
 
-def test_a_run_whose_cost_is_not_known_has_none():
-    found = texts(cost_section([run(num_images=0, seconds=0.0, nfe=None, size=None)]))
-    assert [cells[0] for name, cells in found.items() if name not in ("folder", "images")] == [ABSENT] * 4
+def test_unknown_cost_is_absent():
+    rows = texts(cost_section([run(num_images=0, seconds=0.0, nfe=None, size=None)]))
+    assert [cells[0] for name, cells in rows.items() if name not in ("folder", "images")] == [ABSENT] * 4
 
 
 # ------------------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("name", ["fid", "sfid", "fd", "kid", "kd"])
-def test_the_lower_distance_is_the_best(name):
-    assert best_of(name, {0: 3.0, 1: 2.0, 3: 4.0}) == {1}
+def test_the_lowest_distance_is_the_best(name):
+    assert best_values(name, {0: 3.0, 1: 2.0, 3: 4.0}) == {1}
 
 
 @pytest.mark.parametrize("name", ["is", "is_all", "precision", "recall"])
-def test_the_higher_score_is_the_best(name):
-    assert best_of(name, {0: 0.3, 1: 0.2, 3: 0.4}) == {3}
+def test_the_highest_score_is_the_best(name):
+    assert best_values(name, {0: 0.3, 1: 0.2, 3: 0.4}) == {3}
 
 
-def test_numbers_that_look_alike_are_equally_good_and_where_all_do_none_is_best():
-    assert best_of("fd", {0: 12.301, 1: 12.299, 2: 13.0}) == {0, 1}
-    assert best_of("fd", {0: 12.301, 1: 12.299}) == set()
-    assert best_of("fd", {0: 12.3}) == set()
+def test_values_that_are_displayed_alike_are_equal_and_none_of_equal_ones_is_best():
+    assert best_values("fd", {0: 12.301, 1: 12.299, 2: 13.0}) == {0, 1}
+    assert best_values("fd", {0: 12.301, 1: 12.299}) == set()
+    assert best_values("fd", {0: 12.3}) == set()
 
 
-def test_of_a_metric_that_nobody_knows_none_is_best():
-    assert best_of("charm", {0: 1.0, 1: 2.0}) == set()
+def test_an_unknown_metric_has_no_best_value():
+    assert best_values("charm", {0: 1.0, 1: 2.0}) == set()
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "want"),
+    ("name", "number", "expected"),
     [("fid", 12.345, "12.35"), ("precision", 0.6, "0.600"), ("kd", -1e-9, "0.00000"), ("charm", 1234.5678, "1234.6")],
 )
-def test_numbers_have_the_digits_of_their_metric(name, number, want):
-    assert shown(name, number) == want
+def test_values_have_the_digits_of_their_metric(name, number, expected):
+    assert format_value(name, number) == expected
 
 
-def test_numbers_of_one_measurement_stand_side_by_side_with_the_best_one_marked():
+def test_values_of_the_same_conditions_share_a_row_with_the_best_one_marked():
     interval = {"intervals": {"fd": (12.0, 12.6)}}
-    runs = [run(evaluations=[measured({"fd": 12.3, "is": 4.1}, **interval)]), run(evaluations=[measured({"fd": 14})])]
-    (section,) = number_sections(runs)
+    runs = [run(results=[result({"fd": 12.3, "is": 4.1}, **interval)]), run(results=[result({"fd": 14})])]
+    (section,) = metric_sections(runs)
     assert (section.title, section.note) == (
         "20,000 images against test (10,000 images)",
         "features of effnet_lite0_64",
@@ -152,91 +158,74 @@ def test_numbers_of_one_measurement_stand_side_by_side_with_the_best_one_marked(
         {"num_reference": 500},
         {"num_reference": None},
         {"resize": "bicubic"},
+        {"reference_digest": "b" * 16},
+        {"settings": {"image_size": 32}},
     ],
     ids=str,
 )
-def test_numbers_of_other_measurements_are_never_in_one_row(change):
-    one, other = measured({"fd": 12.3}), measured({"fd": 1.0}, **change)
-    sections = number_sections([run(evaluations=[one]), run(evaluations=[other])])
+def test_values_of_different_conditions_never_share_a_row(change):
+    one, other = result({"fd": 12.3}), result({"fd": 1.0}, **change)
+    sections = metric_sections([run(results=[one]), run(results=[other])])
     assert [texts(section)["Fréchet distance ↓"] for section in sections] == [["12.30", ABSENT], [ABSENT, "1.00"]]
-    assert not any(cell.best for section in sections for row in section.rows for cell in row.cells)
+    assert not any(map(best, sections))
 
 
-def test_several_measurements_of_a_run_meet_their_own_kind_in_the_other():
+def test_several_results_of_a_run_are_matched_with_those_of_the_other():
     near, far = {"num_samples": 500}, {"num_samples": 5000}
-    one = run(evaluations=[measured({"fd": 1.0}, **near), measured({"fd": 2.0}, **far)])
-    other = run(evaluations=[measured({"fd": 3.0}, **far), measured({"fd": 4.0}, **near)])
-    found = [texts(section)["Fréchet distance ↓"] for section in number_sections([one, other])]
-    assert found == [["1.00", "4.00"], ["2.00", "3.00"]]
+    one = run(results=[result({"fd": 1.0}, **near), result({"fd": 2.0}, **far)])
+    other = run(results=[result({"fd": 3.0}, **far), result({"fd": 4.0}, **near)])
+    values = [texts(section)["Fréchet distance ↓"] for section in metric_sections([one, other])]
+    assert values == [["1.00", "4.00"], ["2.00", "3.00"]]
 
 
-def test_a_metric_taken_with_other_settings_has_a_row_of_its_own():
+def test_a_metric_with_different_settings_has_a_row_of_its_own():
     def evaluation(num_neighbors):
-        return measured({"precision": 0.6, "fd": 12.3}, settings={"num_neighbors": num_neighbors})
+        return result({"precision": 0.6, "fd": 12.3}, settings={"num_neighbors": num_neighbors})
 
-    (section,) = number_sections([run(evaluations=[evaluation(3)]), run(evaluations=[evaluation(5)])])
-    found = [(row.name.text, row.name.note, [cell.text for cell in row.cells]) for row in section.rows]
-    assert found == [
+    (section,) = metric_sections([run(results=[evaluation(3)]), run(results=[evaluation(5)])])
+    rows = [(row.name.text, row.name.note, [cell.text for cell in row.cells]) for row in section.rows]
+    assert rows == [
         ("Fréchet distance ↓", "", ["12.30", "12.30"]),
         ("precision ↑", "num_neighbors 3", ["0.600", ABSENT]),
         ("precision ↑", "num_neighbors 5", [ABSENT, "0.600"]),
     ]
 
 
-def test_the_later_of_two_alike_measurements_holds():
-    (section,) = number_sections([run(evaluations=[measured({"fd": 1.0, "kd": 2.0}), measured({"fd": 3.0})])])
+def test_the_later_of_two_results_of_the_same_conditions_is_shown():
+    (section,) = metric_sections([run(results=[result({"fd": 1.0, "kd": 2.0}), result({"fd": 3.0})])])
     assert texts(section) == {"Fréchet distance ↓": ["3.00"], "kernel distance ↓": ["2.00000"]}
 
 
-def test_runs_that_were_not_measured_have_no_numbers():
-    assert number_sections([run(), run()]) == []
+def test_runs_without_results_have_no_section():
+    assert metric_sections([run(), run()]) == []
 
 
 # -------------------------------------------------------------------------------------------------------- paper
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"reference_digest": "b" * 16},
-        {"settings": {"image_size": 32}},
-        {"num_samples": 300},
-        {"resize": "another"},
-    ],
-)
-def test_numbers_from_other_references_or_of_other_images_stand_apart(other):
-    first = measured({"fd": 1.0}, reference_digest="a" * 16)
-    apart = number_sections([run("a", evaluations=[first]), run("b", evaluations=[replace(first, **other)])])
-    assert [row.cells for section in apart for row in section.rows if any(cell.best for cell in row.cells)] == []
-    assert len(apart) == 2
-    assert "reference aaaaaaaa" in apart[0].note
-
-
 @pytest.mark.parametrize(("name", "setting"), [("recall", "max_features"), ("kd", "max_features"), ("kd", "seed")])
-def test_numbers_of_other_settings_stand_in_rows_of_their_own(name, setting):
-    runs = [run(k, evaluations=[measured({name: 0.5 + n}, settings={setting: n})]) for n, k in enumerate("ab")]
-    (section,) = number_sections(runs)
+def test_values_of_other_settings_are_in_different_rows(name, setting):
+    runs = [run(k, results=[result({name: 0.5 + n}, settings={setting: n})]) for n, k in enumerate("ab")]
+    (section,) = metric_sections(runs)
     assert [row.name.note for row in section.rows] == [f"{setting} 0", f"{setting} 1"]
-    assert not any(cell.best for row in section.rows for cell in row.cells)
+    assert best(section) == []
 
 
-def test_notes_and_deviations_come_with_the_numbers():
-    first = measured({"kd": 0.5}, deviations={"kd": 0.25}, notes=("Too few images.",))
-    (section,) = number_sections([run("a", evaluations=[first]), run("b", evaluations=[replace(first, notes=())])])
+def test_notes_and_deviations_are_shown():
+    first = result({"kd": 0.5}, deviations={"kd": 0.25}, notes=("Too few images.",))
+    (section,) = metric_sections([run("a", results=[first]), run("b", results=[replace(first, notes=())])])
     assert section.rows[0].cells[0].note == "± 0.25000"
     assert section.note.endswith(". Too few images.")
 
 
-def test_the_papers_row_stands_above_the_runs_own_inception_numbers_with_images_and_steps_of_both():
+def test_the_papers_row_is_shown_above_the_runs_own_inception_values():
     evaluations = [
-        measured({"fd": 12.3}),
-        measured({"fid": 27.9, "precision": 0.612}, extractor="inception", num_samples=10_000),
+        result({"fd": 12.3}),
+        result({"fid": 27.9, "precision": 0.612}, extractor="inception", num_samples=10_000),
     ]
-    table = paper_table([run(model="imagenet256_uncond", settings=PAPER, evaluations=evaluations), run("plain")])
-    assert table.note.startswith(
-        "Not like for like: the paper measured 50,000 images of 250 steps each, with Inception"
-    )
-    assert table.heads == ("images", "steps", "FID", "sFID", "IS, chunks of 5,000", "precision", "recall")
+    table = paper_table([run(model="imagenet256_uncond", settings=PAPER, results=evaluations), run("plain")])
+    assert "50,000 images of 250 steps" in table.note
+    assert table.columns == ("images", "steps", "FID", "sFID", "IS, chunks of 5,000", "precision", "recall")
     (section,) = table.sections
     assert section.title == "a: imagenet256_uncond, sag.scale 0.5"
     assert texts(section) == {
@@ -245,14 +234,14 @@ def test_the_papers_row_stands_above_the_runs_own_inception_numbers_with_images_
     }
 
 
-def test_a_run_that_was_not_measured_with_inception_says_so_beside_the_paper():
+def test_a_run_without_inception_values_is_shown_beside_the_paper():
     settings = PAPER | {"sag.scale": 0.0, "respacing": "ddim25", "sampler": "ddim"}
-    evaluations = [measured({"fid": 1.0, "precision": 0.6})]
-    (section,) = paper_table([run(model="lsun_cat", settings=settings, evaluations=evaluations)]).sections
+    evaluations = [result({"fid": 1.0, "precision": 0.6})]
+    (section,) = paper_table([run(model="lsun_cat", settings=settings, results=evaluations)]).sections
     assert section.title == "a: lsun_cat, no guidance"
     assert texts(section)["a"] == ["16", "ddim25", *[ABSENT] * 5]
-    assert section.rows[1].name.note == "no numbers of inception yet"
+    assert section.rows[1].name.note == "not evaluated with inception yet"
 
 
-def test_runs_that_the_paper_does_not_have_have_no_table_of_it():
+def test_other_runs_have_no_table_of_the_paper():
     assert paper_table([run(settings=PAPER), run(settings=PAPER, model=None)]) is None

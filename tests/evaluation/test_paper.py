@@ -1,7 +1,7 @@
 import pytest
 
 from sagl.commands.request import read_config, sampling_part
-from sagl.evaluation.paper import paper_rows, rows_like
+from sagl.evaluation.paper import matching_rows, paper_rows
 from sagl.models.zoo import RELEASED
 
 UNCOND = {"sag.scale": 0.5, "sag.site": "output.2", "sag.threshold": 1.0, "sag.blur_sigma": 9.0, "sag.kernel_size": 31}
@@ -9,20 +9,20 @@ UNCOND |= {"sag.interval": [0.0, 1.0], "cfg.scale": 0.0, "classifier.scale": 0.0
 IMAGENET128 = UNCOND | {"sag.scale": 0.1, "sag.site": "output.8", "sag.blur_sigma": 3.0}
 
 
-def found(model, settings):
-    return [(row.table, row.numbers) for row in rows_like(model, settings)]
+def rows_of(model, settings):
+    return [(row.table, row.values) for row in matching_rows(model, settings)]
 
 
 def test_a_run_has_the_row_of_its_network_and_scale():
-    want = {"fid": 20.31, "sfid": 5.09, "is": 45.30, "precision": 0.66, "recall": 0.61}
-    assert found("imagenet256_uncond", UNCOND) == [("Table 2", want)]
-    assert rows_like("imagenet256_uncond", UNCOND)[0].images == 50_000
-    assert rows_like("imagenet256_uncond", UNCOND)[0].steps == 250
+    expected = {"fid": 20.31, "sfid": 5.09, "is": 45.30, "precision": 0.66, "recall": 0.61}
+    assert rows_of("imagenet256_uncond", UNCOND) == [("Table 2", expected)]
+    assert matching_rows("imagenet256_uncond", UNCOND)[0].images == 50_000
+    assert matching_rows("imagenet256_uncond", UNCOND)[0].steps == 250
 
 
-def test_one_run_of_imagenet128_is_in_several_tables_with_their_own_numbers_of_images():
-    rows = rows_like("imagenet128", IMAGENET128)
-    assert [(row.table, row.images, row.numbers["fid"]) for row in rows] == [
+def test_a_run_of_imagenet128_is_in_several_tables():
+    rows = matching_rows("imagenet128", IMAGENET128)
+    assert [(row.table, row.images, row.values["fid"]) for row in rows] == [
         ("Table 3", 50_000, 5.11),
         ("Tables 4-6, 9", 10_000, 5.47),
     ]
@@ -42,21 +42,21 @@ def test_one_run_of_imagenet128_is_in_several_tables_with_their_own_numbers_of_i
         ("sag.blur_sigma", 9.0, "Table 9", 5.70),
     ],
 )
-def test_each_ablation_is_found_by_the_setting_that_it_changes(setting, value, table, fid):
-    rows = rows_like("imagenet128", IMAGENET128 | {setting: value})
-    assert [(row.table, row.numbers["fid"]) for row in rows] == [(table, fid)]
+def test_each_ablation_is_found_by_its_setting(setting, value, table, fid):
+    rows = matching_rows("imagenet128", IMAGENET128 | {setting: value})
+    assert [(row.table, row.values["fid"]) for row in rows] == [(table, fid)]
 
 
-def test_the_classifier_is_part_of_the_guidance():
+def test_classifier_guidance_is_compared():
     both = IMAGENET128 | {"classifier.scale": 0.5}
-    assert [numbers["fid"] for _, numbers in found("imagenet128", both)] == [2.58]
-    assert [numbers["fid"] for _, numbers in found("imagenet128", both | {"sag.scale": 0.0})] == [2.97]
-    assert found("imagenet128", both | {"classifier.scale": 1.0}) == []
+    assert [values["fid"] for _, values in rows_of("imagenet128", both)] == [2.58]
+    assert [values["fid"] for _, values in rows_of("imagenet128", both | {"sag.scale": 0.0})] == [2.97]
+    assert rows_of("imagenet128", both | {"classifier.scale": 1.0}) == []
 
 
-def test_without_guidance_its_other_settings_do_not_matter():
+def test_other_settings_of_a_guidance_that_is_off_are_ignored():
     plain = UNCOND | {"sag.scale": 0.0, "sag.site": "middle", "sag.interval": [0.5, 1.0]}
-    assert [numbers["fid"] for _, numbers in found("imagenet256_uncond", plain)] == [26.21]
+    assert [values["fid"] for _, values in rows_of("imagenet256_uncond", plain)] == [26.21]
 
 
 @pytest.mark.parametrize(
@@ -74,29 +74,29 @@ def test_without_guidance_its_other_settings_do_not_matter():
     ],
     ids=str,
 )
-def test_a_run_guided_in_another_way_has_no_row(change):
-    assert found("imagenet256_uncond", UNCOND | change) == []
+def test_a_run_with_another_guidance_has_no_row(change):
+    assert rows_of("imagenet256_uncond", UNCOND | change) == []
 
 
 @pytest.mark.parametrize("model", [None, "fashion_mnist", "imagenet512"])
-def test_a_network_that_the_paper_does_not_have_has_no_row(model):
-    assert found(model, UNCOND) == []
+def test_another_network_has_no_row(model):
+    assert rows_of(model, UNCOND) == []
 
 
 def test_the_default_kernel_is_the_papers_own():
-    assert found("imagenet256_uncond", UNCOND | {"sag.kernel_size": None}) == found("imagenet256_uncond", UNCOND)
+    assert rows_of("imagenet256_uncond", UNCOND | {"sag.kernel_size": None}) == rows_of("imagenet256_uncond", UNCOND)
 
 
-def test_steps_and_number_of_images_may_be_others():
-    assert found("imagenet256_uncond", UNCOND | {"respacing": "ddim25"}) == found("imagenet256_uncond", UNCOND)
+def test_the_number_of_steps_may_differ():
+    assert rows_of("imagenet256_uncond", UNCOND | {"respacing": "ddim25"}) == rows_of("imagenet256_uncond", UNCOND)
 
 
 @pytest.mark.parametrize("model", sorted({row.model for row in paper_rows()}))
-def test_the_packaged_config_of_a_network_in_the_paper_leads_to_a_row(model):
+def test_the_packaged_config_of_a_network_in_the_paper_has_a_row(model):
     advice = sampling_part(read_config(RELEASED[model].config))
     settings = {f"sag.{name}": value for name, value in advice["sag"].items()} | {"sag.interval": [0.0, 1.0]}
     settings["classifier.scale"] = advice.get("classifier", {}).get("scale", 0.0)
-    assert found(model, settings) != []
+    assert rows_of(model, settings) != []
 
 
 def test_there_are_as_many_rows_as_the_paper_prints():
@@ -104,7 +104,7 @@ def test_there_are_as_many_rows_as_the_paper_prints():
     assert len(paper_rows()) == 9 + 4 + 11
 
 
-def test_numbers_are_of_known_metrics_and_no_two_rows_of_a_table_are_alike():
+def test_no_two_rows_of_a_table_are_equal():
     rows = paper_rows()
-    assert {name for row in rows for name in row.numbers} == {"fid", "sfid", "is", "precision", "recall"}
-    assert len({(row.table, row.model, str(row.sag), row.classifier) for row in rows}) == len(rows)
+    assert {name for row in rows for name in row.values} == {"fid", "sfid", "is", "precision", "recall"}
+    assert len({(row.table, row.model, str(row.guidances)) for row in rows}) == len(rows)

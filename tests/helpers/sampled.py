@@ -1,12 +1,12 @@
-"""Run folders as `sagl sample` writes them, with random pictures in place of a network's, and pure runs beside them."""
+"""Run folders as `sagl sample` writes them, with random images in place of a network's, and their summaries."""
 
 import copy
 import json
 
 import numpy as np
 
-from sagl.evaluation.comparison import Run
-from sagl.evaluation.results import EVALUATIONS, Evaluation
+from sagl.evaluation.results import RESULTS_FILE, EvaluationResult
+from sagl.evaluation.runs import RunSummary
 from sagl.sampling.run_folder import Sample, png, write_run_json, write_shard
 
 SETTINGS = {
@@ -21,44 +21,44 @@ SETTINGS = {
 }
 
 
-def picture(number, side=8):
+def random_png(number, side=8):
     """A PNG file that no other number has."""
     return png(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def write_run(folder, *, ids=range(6), side=8, first_picture=0, sag=None, evaluations=None, settings=None, **record):
-    """A run of these ids in shards of four; returns the folder."""
-    asked = copy.deepcopy(SETTINGS) | (settings or {})
-    asked["sag"] |= sag or {}
-    about = {"settings": asked, "num_samples": len(ids), "batch_size": 4, "model": "fashion_mnist", "nfe": 10}
-    write_run_json(folder, about | {"seconds": 2.0, "versions": {"torch": "2.14.1"}} | record)
+def write_run(folder, *, ids=range(6), side=8, first_image=0, sag=None, results=None, settings=None, **metadata):
+    """Write a run of these ids in shards of four; return the folder."""
+    all_settings = copy.deepcopy(SETTINGS) | (settings or {})
+    all_settings["sag"] |= sag or {}
+    defaults = {"settings": all_settings, "num_samples": len(ids), "batch_size": 4, "model": "fashion_mnist", "nfe": 10}
+    write_run_json(folder, defaults | {"seconds": 2.0, "versions": {"torch": "2.14.1"}} | metadata)
     for start in range(0, len(ids), 4):
         samples = [
-            Sample(id=i, label=-1, seed=0, pictures={"samples": picture(first_picture + i, side)})
+            Sample(id=i, label=-1, seed=0, pictures={"samples": random_png(first_image + i, side)})
             for i in ids[start : start + 4]
         ]
         write_shard(folder, samples)
-    if evaluations is not None:
-        (folder / EVALUATIONS).write_text(json.dumps({"evaluations": evaluations}))
+    if results is not None:
+        (folder / RESULTS_FILE).write_text(json.dumps({"results": results}))
     return folder
 
 
-def entry(numbers, **changes):
-    """One of evaluation.json's."""
-    found = {"images": "x", "num_samples": 20000, "reference": "fashion_mnist_test", "num_reference": 10000}
-    found |= {"extractor": "effnet_lite0_64", "resize": "bilinear to 64×64", "numbers": numbers, "intervals": {}}
+def json_result(values, **changes):
+    """An entry of evaluation.json."""
+    entry = {"images": "x", "num_samples": 20000, "reference": "fashion_mnist_test", "num_reference": 10000}
+    entry |= {"extractor": "effnet_lite0_64", "resize": "bilinear to 64×64", "values": values, "intervals": {}}
     settings = {"num_neighbors": 3, "is_chunk": 5000, "kid_subsets": 100, "kid_subset_size": 1000}
-    return found | {"settings": settings, "seconds": 12.1} | changes
+    return entry | {"settings": settings, "seconds": 12.1} | changes
 
 
-def measured(numbers, **changes):
-    """The same, read."""
-    found = {"num_samples": 20000, "reference": "test", "num_reference": 10000, "extractor": "effnet_lite0_64"}
-    return Evaluation(numbers=numbers, **(found | changes))
+def result(values, **changes):
+    """A result that is in no file."""
+    defaults = {"num_samples": 20000, "reference": "test", "num_reference": 10000, "extractor": "effnet_lite0_64"}
+    return EvaluationResult(values=values, **(defaults | changes))
 
 
-def run(name="a", *, settings=None, evaluations=(), **changes):
-    """A run that is on no disk."""
-    found = {"folder": f"runs/{name}", "model": "fashion_mnist", "num_images": 16, "num_asked": 16, "size": (8, 8)}
-    found |= {"nfe": 10, "seconds": 2.0} | changes
-    return Run(name=name, settings=settings or {}, evaluations=tuple(evaluations), **found)
+def run(name="a", *, settings=None, results=(), **changes):
+    """The summary of a run that is in no folder."""
+    defaults = {"folder": f"runs/{name}", "model": "fashion_mnist", "num_images": 16, "num_requested": 16}
+    defaults |= {"size": (8, 8), "nfe": 10, "seconds": 2.0} | changes
+    return RunSummary(name=name, settings=settings or {}, results=tuple(results), **defaults)

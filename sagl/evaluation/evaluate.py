@@ -1,0 +1,146 @@
+"""Evaluation of images against a reference, in all processes of a command."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sagl.errors import require
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.evaluation.image_sets import ImageSet, RunImages, content_digest, open_image_set
+from sagl.evaluation.references import load_reference
+from sagl.evaluation.results import EvaluationResult
+from sagl.metrics.accumulator import FeatureStatistics
+from sagl.metrics.checks import require_finite_features
+from sagl.metrics.compute import compute_metrics
+from sagl.metrics.features import describe_resize
+from sagl.metrics.inception_score import CHUNK
+from sagl.metrics.reference import Reference, has_statistics, read_extractor, write_reference
+from sagl.sampling.run_folder import read_run_json
+from sagl.settings.evaluation import DEFAULT_EXTRACTOR, INCEPTION, ExtractionSettings, MetricSettings
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import launch
+
+
+def evaluate(
+    run: str,
+    reference: str,
+    *,
+    num_samples: int | None = None,
+    extraction: ExtractionSettings,
+    metrics: MetricSettings,
+    devices: DeviceSettings,
+) -> EvaluationResult:
+    """Compute the metrics of a set of images against a reference. Only rank 0 returns.
+
+    Args:
+        run: the images, see `open_image_set`.
+        reference: an image set, or a statistics file.
+        num_samples: number of images, the first of the set; None for all.
+        extraction: settings of the extraction of features.
+        metrics: settings of the metrics.
+        devices: processes and devices.
+
+    Raises:
+        UserError: an input does not exist, is damaged or too small, or the inputs do not match.
+    """
+    start_time = time.monotonic()
+    with launch(devices) as ranks:
+        name = extraction.extractor or _default_extractor(Path(reference))
+        images = open_image_set(run, extraction.image_size, "run")
+        count, run_notes = _check_num_samples(num_samples, images, run), _run_notes(Path(run), images)
+        extractor = FeatureExtraction.load(name, extraction, ranks)
+        real = load_reference(reference, extractor, images.image_size, metrics.max_features)
+        fake = extractor.statistics(images, count, max_features=count, title=Path(run).name, keep_logits=True)
+    assert real is not None
+    assert fake is not None
+    results = compute_metrics(fake, real.statistics, metrics, inception=name == INCEPTION)
+    resize = describe_resize(extractor.extract)
+    settings = _effective_settings(metrics, fake, real.statistics)
+    return EvaluationResult(
+        images=run,
+        num_samples=count,
+        reference=reference,
+        reference_digest=content_digest(reference),
+        num_reference=real.statistics.num_samples or None,
+        extractor=name,
+        resize=resize,
+        values=results.values,
+        intervals=results.intervals,
+        deviations=results.deviations,
+        settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
+        notes=(*run_notes, *real.notes, *_comparability_notes(fake, real, images, resize)),
+        seconds=round(time.monotonic() - start_time, 1),
+    )
+
+
+def write_statistics(
+    source: str,
+    output: Path,
+    *,
+    num_samples: int | None = None,
+    max_features: int = MetricSettings.max_features,
+    extraction: ExtractionSettings,
+    devices: DeviceSettings,
+) -> Reference:
+    """Extract features of a set of images, write their statistics to a file and return them. Only rank 0 returns.
+
+    Raises:
+        UserError: the images do not exist or are damaged, or the file cannot be written.
+    """
+    require(max_features >= 2, f"`max_features` must be at least 2, got {max_features}.")
+    name = extraction.extractor or DEFAULT_EXTRACTOR
+    with launch(devices) as ranks:
+        images = open_image_set(source, extraction.image_size, "source")
+        count = _check_num_samples(num_samples, images, source)
+        extractor = FeatureExtraction.load(name, extraction, ranks)
+        statistics = extractor.statistics(images, count, max_features=max_features, title=Path(source).name)
+    assert statistics is not None
+    require_finite_features("source", statistics.pooled)
+    reference = Reference(statistics=statistics, extractor=name, source=source, image_size=images.image_size)
+    write_reference(reference, output)
+    return reference
+
+
+def _default_extractor(reference: Path) -> str:
+    return read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR
+
+
+def _check_num_samples(num_samples: int | None, images: ImageSet, name: str) -> int:
+    count = len(images) if num_samples is None else num_samples
+    require(2 <= count <= len(images), f"`num_samples` must be 2 … {len(images)} for {name}, got {count}.")
+    return count
+
+
+def _effective_settings(s: MetricSettings, fake: FeatureStatistics, real: FeatureStatistics) -> dict[str, Any]:
+    """Return the settings that the values depend on; sets smaller than a setting reduce it."""
+    settings = asdict(s) | ({} if fake.logits is None else {"is_chunk": CHUNK})
+    if real.features is None:  # a file of mean and covariance only allows the Fréchet distance
+        return {name: value for name, value in settings.items() if name in ("bootstrap", "seed", "is_chunk")}
+    num_features = len(real.features)
+    subset_size = min(s.kid_subset_size, fake.num_samples, num_features)
+    return settings | {"max_features": num_features, "kid_subset_size": subset_size}
+
+
+def _run_notes(run: Path, images: ImageSet) -> list[str]:
+    requested = read_run_json(run, "run").get("num_samples", 0) if isinstance(images, RunImages) else 0
+    unfinished = f"The run holds {len(images)} of {requested} images so far." if len(images) < requested else ""
+    return [note for note in (images.preprocessing_note, unfinished) if note]
+
+
+def _comparability_notes(fake: FeatureStatistics, real: Reference, images: ImageSet, resize: str) -> list[str]:
+    """Return what a reader must know before comparing the values with others."""
+    notes, num_dims = [], len(fake.pooled.mean)
+    fewest = min(fake.num_samples, real.statistics.num_samples or fake.num_samples)
+    if fewest <= num_dims:
+        notes.append(
+            f"{fewest} images for {num_dims} features: the covariance does not have full rank, and the Fréchet "
+            "distance is far above that of many images. Compare it only with others of the same count."
+        )
+    if real.image_size not in (None, images.image_size):
+        (height, width), (real_height, real_width) = images.image_size, real.image_size
+        notes.append(
+            f"The images have {width}×{height} pixels, those of the reference {real_width}×{real_height}; the "
+            f"extractor resizes both: {resize}."
+        )
+    return notes

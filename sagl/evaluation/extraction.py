@@ -1,0 +1,75 @@
+"""Features of image sets, extracted by all processes of a command."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from sagl.evaluation.image_sets import ImageSet
+from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
+from sagl.metrics.extractors import get_extractor
+from sagl.metrics.features import Extractor, Features, check_features
+from sagl.settings.evaluation import ExtractionSettings
+from sagl.utils.distributed import Ranks
+from sagl.utils.progress import ProgressReporter, show_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExtraction:
+    """An extractor on the devices of all ranks. Its methods must be called by all ranks in the same order."""
+
+    name: str
+    """Name of the extractor."""
+    extract: Extractor
+    ranks: Ranks
+    settings: ExtractionSettings
+
+    @classmethod
+    def load(cls, name: str, settings: ExtractionSettings, ranks: Ranks) -> "FeatureExtraction":
+        """Load an extractor by its name.
+
+        Raises:
+            UserError: there is no such extractor, or its packages or weights are missing.
+        """
+        return cls(name=name, extract=get_extractor(name)(ranks.device), ranks=ranks, settings=settings)
+
+    def statistics(
+        self, images: ImageSet, num_samples: int, *, max_features: int, title: str, keep_logits: bool = False
+    ) -> FeatureStatistics | None:
+        """Extract features of the first images of a set, and return their statistics on rank 0, None on the others.
+
+        Rank r processes micro-batches r, r + world size, …. Rank 0 adds them in their order, so that the statistics do
+        not depend on the number of ranks.
+
+        Args:
+            images: the same set on all ranks.
+            num_samples: number of images, at least 2.
+            max_features: maximum number of features to store.
+            title: title of the progress.
+            keep_logits: whether to store all logits.
+
+        Raises:
+            UserError: an image is damaged, or the extractor returns no features.
+        """
+        accumulator = FeatureAccumulator(total=num_samples, max_features=max_features, keep_logits=keep_logits)
+        ranks, batch_size = self.ranks, self.settings.batch_size
+        with self._progress(title, num_samples) as progress:
+            for first in range(0, num_samples, batch_size * ranks.world_size):
+                start = first + ranks.rank * batch_size
+                for features in ranks.gather(self._features(images, start, min(num_samples, start + batch_size))):
+                    if features is not None:
+                        accumulator.add(features)
+                        progress.images(len(features.pooled))
+        return accumulator.finalize() if ranks.rank == 0 else None
+
+    def _features(self, images: ImageSet, start: int, stop: int) -> Features | None:
+        if start >= stop:
+            return None
+        batch = images.read(start, stop)
+        with torch.inference_mode():
+            return check_features(self.extract(batch), len(batch))
+
+    def _progress(self, title: str, total: int) -> AbstractContextManager[ProgressReporter]:
+        if self.ranks.rank > 0:
+            return nullcontext(ProgressReporter())
+        return show_progress(self.settings.progress, f"{self.name} of {title}", total)

@@ -1,0 +1,87 @@
+"""Statistics of the reference of an evaluation: from a statistics file, from the cache, or from images."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sagl.errors import UserError, require
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.evaluation.image_sets import ImageSet, RunImages, Size, cache_key, open_image_set
+from sagl.metrics.checks import require_finite_features
+from sagl.metrics.reference import Reference, has_images, has_statistics, read_reference, write_reference
+from sagl.settings.evaluation import EXTRACTOR_NAMES
+from sagl.utils.files import cache_folder
+
+
+def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, max_features: int) -> Reference | None:
+    """Return the statistics of a reference on rank 0, None on the others. All ranks must call it.
+
+    Args:
+        name: an image set, see `open_image_set`, or a statistics file.
+        extraction: the extractor.
+        image_size: (H, W) of the evaluated images; images of a reference are cropped and resized to it.
+        max_features: maximum number of features of the reference.
+
+    Raises:
+        UserError: it does not exist, is damaged, or belongs to another extractor.
+    """
+    if has_statistics(Path(name)):
+        return _from_file(name, extraction, max_features)
+    size = extraction.settings.image_size or (image_size[0] if image_size[0] == image_size[1] else None)
+    images = open_image_set(name, size, "reference")
+    note = images.preprocessing_note
+    notes = (f"{Path(name).name}: {note}",) if note else ()
+    path = _cache_path(name, images, extraction.name, max_features)
+    if extraction.ranks.broadcast(path is not None and path.is_file()):
+        assert path is not None
+        return replace(read_reference(path), notes=notes) if extraction.ranks.rank == 0 else None
+    reference = _from_images(name, images, extraction, max_features)
+    if reference is not None and path is not None:
+        try:
+            write_reference(reference, path, "SAGL_CACHE")
+        except UserError as error:  # the cache only saves time
+            print(error, file=sys.stderr)
+    return None if reference is None else replace(reference, notes=notes)
+
+
+def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max_features: int) -> Reference | None:
+    statistics = extraction.statistics(images, len(images), max_features=max_features, title=Path(name).name)
+    if statistics is None:
+        return None
+    require_finite_features("reference", statistics.pooled)
+    return Reference(statistics=statistics, extractor=extraction.name, source=name, image_size=images.image_size)
+
+
+def _from_file(name: str, extraction: FeatureExtraction, max_features: int) -> Reference | None:
+    """Read a statistics file; its images, if it has any, give the features that it lacks."""
+    file = read_reference(Path(name))
+    same_extractor = file.extractor == extraction.name
+    require(
+        same_extractor or has_images(Path(name)),
+        f"`extractor` must be {file.extractor}, which {name} was made with, got {extraction.name}. Metrics of "
+        "different extractors cannot be compared.",
+    )
+    if not has_images(Path(name)) or (file.statistics.features is not None and same_extractor):
+        return file
+    images = open_image_set(name, None, "reference")
+    reference = _from_images(name, images, extraction, max_features)
+    if reference is None:
+        return None
+    if same_extractor:
+        return replace(reference, statistics=replace(file.statistics, features=reference.statistics.features))
+    note = f"The statistics of {name} are of {file.extractor}: only its {len(images)} images are used."
+    return replace(reference, notes=(note,))
+
+
+def _cache_path(name: str, images: ImageSet, extractor: str, max_features: int) -> Path | None:
+    """Return the cached statistics file of a data set.
+
+    Runs and npz files, which change often, and extractors of the user, whose code may change, are not cached.
+    """
+    if extractor not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix == ".npz":
+        return None
+    key = cache_key(name)
+    if key is None:
+        return None
+    crop = [f"{images.crop_size}px"] if images.crop_size else []
+    return cache_folder() / "statistics" / ("-".join([key, extractor, *crop, f"{max_features}"]) + ".npz")

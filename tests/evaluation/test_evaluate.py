@@ -1,0 +1,360 @@
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sagl.errors import UserError
+from sagl.evaluation.evaluate import write_statistics
+from sagl.metrics.extractors import EXTRACTORS
+from sagl.metrics.frechet import frechet_distance, statistics
+from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
+from sagl.metrics.kid import kernel_distance
+from sagl.metrics.precision_recall import precision_recall
+from sagl.sampling.exports import write_images
+from sagl.sampling.exports import write_npz as export_npz
+from sagl.settings.evaluation import ExtractionSettings
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.files import sha256
+from tests.helpers.evaluation import (
+    BATCH_SIZES,
+    USER_EXTRACTOR,
+    all_features,
+    random_images,
+    result_of,
+    row_means,
+    to_tensor,
+    use_fast_extractors,
+    write_folder,
+    write_npz,
+    write_pair,
+)
+from tests.helpers.sampled import write_run
+from tests.helpers.tiny import write_fashion_mnist
+
+
+@pytest.fixture(autouse=True)
+def fast_extractors(tmp_path, monkeypatch):
+    use_fast_extractors(monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Paths of 40 images and of 50, and the images."""
+    return write_pair(tmp_path)
+
+
+def distance(a, b):
+    return frechet_distance(statistics(row_means(a)), statistics(row_means(b)))
+
+
+# -------------------------------------------------------------------------------------------------- values
+
+
+def test_a_result_has_the_values_and_all_that_they_depend_on(pair):
+    run, reference, images, others = pair
+    result = asdict(result_of(run, reference, kid_subsets=5, kid_subset_size=30))
+    fractions = precision_recall(row_means(images), row_means(others))
+    kernel = kernel_distance(row_means(images), row_means(others), num_subsets=5, subset_size=30)
+    assert result.pop("values") == {
+        "fd": pytest.approx(distance(images, others), rel=1e-9),
+        "precision": fractions.precision,
+        "recall": fractions.recall,
+        "kd": pytest.approx(kernel.mean),
+    }
+    assert result.pop("deviations") == {"kd": pytest.approx(kernel.deviation)}
+    assert result.pop("seconds") >= 0
+    settings = {"num_neighbors": 3, "max_features": 50, "kid_subsets": 5, "kid_subset_size": 30}
+    assert result.pop("settings") == settings | {"bootstrap": 0, "seed": 0}
+    assert result == {
+        "images": str(run),
+        "num_samples": 40,
+        "reference": str(reference),
+        "reference_digest": sha256(reference)[:16],
+        "num_reference": 50,
+        "extractor": "effnet_lite0_64",
+        "resize": "its own",
+        "intervals": {},
+        "notes": (),
+    }
+
+
+def test_inception_has_all_metrics_of_the_literature(pair):
+    run, reference, images, others = pair
+    values = result_of(run, reference, extractor="inception").values
+    assert list(values) == ["fid", "sfid", "is", "is_all", "precision", "recall", "kid"]
+    spatial = frechet_distance(*(statistics(all_features(x).spatial) for x in (images, others)))
+    assert values["fid"] == pytest.approx(distance(images, others), rel=1e-9)
+    assert values["sfid"] == pytest.approx(spatial, rel=1e-9)
+    assert values["is"] == pytest.approx(inception_score_in_chunks(all_features(images).logits))
+    assert values["is_all"] == pytest.approx(inception_score(all_features(images).logits))
+
+
+def test_equal_sets_have_distance_0_and_precision_and_recall_1(pair):
+    values = result_of(pair[0], pair[0]).values
+    assert values["fd"] == pytest.approx(0, abs=1e-6)
+    assert (values["precision"], values["recall"]) == (1, 1)
+
+
+def test_values_do_not_depend_on_the_batch_size(pair):
+    one, two = (result_of(*pair[:2], batch_size=n).values for n in (7, 100))
+    assert one == pytest.approx(two, rel=1e-9)
+
+
+def test_num_samples_selects_the_first_images_of_the_run(pair):
+    run, reference, images, others = pair
+    result = result_of(run, reference, num_samples=20)
+    assert (result.num_samples, result.num_reference) == (20, 50)
+    assert result.values["fd"] == pytest.approx(distance(images[:20], others), rel=1e-9)
+
+
+def test_the_distance_has_an_interval_on_request(pair):
+    result = result_of(*pair[:2], bootstrap=20)
+    low, high = result.intervals["fd"]
+    assert low < result.values["fd"] < high
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 41, -3])
+def test_a_number_of_images_that_the_run_does_not_have_is_refused(num_samples, pair):
+    with pytest.raises(UserError, match=f"`num_samples` .* 40 .*got {num_samples}"):
+        result_of(*pair[:2], num_samples=num_samples)
+
+
+def test_features_that_are_not_finite_are_refused(pair, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: lambda images: row_means(images).log().div(0))
+    with pytest.raises(UserError, match=r"`reference` .*finite"):
+        result_of(*pair[:2])
+
+
+# --------------------------------------------------------------------------------------------------- notes
+
+
+def test_few_images_and_different_sizes_are_noted(tmp_path):
+    run, _ = write_npz(tmp_path / "a.npz", 12, 0)
+    reference, _ = write_npz(tmp_path / "b.npz", 50, 1, size=20)
+    rank, size = result_of(run, reference).notes
+    assert "12 images for 12" in rank
+    assert "16×16" in size
+    assert "20×20" in size
+
+
+def test_an_unfinished_run_is_evaluated_with_a_note(tmp_path, pair):
+    run = write_run(tmp_path / "run", side=16, num_samples=1000)
+    assert "6 of 1000" in result_of(run, pair[1]).notes[0]
+    (run / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"`run` .*run\.json"):
+        result_of(run, pair[1])
+
+
+def test_cropping_of_a_reference_is_noted_from_the_cache_too(tmp_path, pair):
+    folder = write_folder(tmp_path / "large", random_images(20, 3, size=24))
+    for _ in range(2):
+        (note,) = result_of(pair[0], folder).notes
+        assert "24×24" in note
+        assert "16×16" in note
+    assert result_of(pair[0], write_folder(tmp_path / "same", random_images(20, 3))).notes == ()
+
+
+# ---------------------------------------------------------------------------------------------- image sets
+
+
+def test_a_run_its_images_and_its_npz_have_the_same_values(tmp_path, pair):
+    run = write_run(tmp_path / "run", ids=range(10), side=16)
+    write_images(run, tmp_path / "images")
+    export_npz(run, tmp_path / "exported.npz", 10)
+    sources = (run, tmp_path / "images", tmp_path / "exported.npz")
+    values = [result_of(source, pair[1], batch_size=3).values for source in sources]
+    assert values[0] == values[1] == values[2]
+    assert result_of(run, pair[1], num_samples=6).values != values[0]
+
+
+def test_a_run_without_shards_is_read_from_its_npz(tmp_path, pair):
+    (tmp_path / "run").mkdir()
+    write_npz(tmp_path / "run" / "samples_40x16x16x3.npz", 40, 0)
+    assert result_of(tmp_path / "run", pair[1]).num_samples == 40
+
+
+def test_images_are_cropped_as_for_training(tmp_path, pair):
+    wide = np.concatenate([random_images(8, 3)] * 2, axis=2)
+    folder = write_folder(tmp_path / "wide", wide)
+    result = result_of(folder, pair[1], image_size=16)
+    assert result.values["fd"] == pytest.approx(distance(to_tensor(wide[:, :, 8:24]), pair[3]), rel=1e-9)
+    assert result.settings["image_size"] == 16
+    assert result_of(pair[0], folder).num_reference == 8  # cropped to the size of the run
+
+
+def test_a_split_of_fashion_mnist_is_an_image_set(tmp_path):
+    write_fashion_mnist(tmp_path / "cache")
+    result = result_of("fashion_mnist_train", "fashion_mnist_test", num_samples=150)
+    assert (result.num_samples, result.num_reference) == (150, 40)
+
+
+def test_references_of_one_name_have_different_digests(tmp_path, pair, monkeypatch):
+    digests = []
+    for name, seed in (("x", 1), ("y", 2)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write_npz(tmp_path / name / "ref.npz", 30, seed)
+        digests.append(result_of(pair[0], "ref.npz").reference_digest)
+    assert len(set(digests)) == 2
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("one.npz", "`reference` .* at least 2 .* 1"),
+        ("absent", "`reference` .*absent"),
+        ("empty", "`reference`"),
+        ("floats.npz", "`reference` .*uint8"),
+        ("flat.npz", "`reference` .*uint8"),
+        ("keys.npz", "`reference` .*arr_0"),
+        ("cut.npz", "`reference`"),
+        ("broken", r"001\.png"),
+    ],
+)
+def test_references_without_usable_images_are_refused(reference, message, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz(tmp_path / "one.npz", 1, 1)
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "flat.npz", arr_0=np.zeros((4, 8), dtype=np.uint8))
+    np.savez(tmp_path / "keys.npz", images=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    (tmp_path / "cut.npz").write_bytes(pair[0].read_bytes()[:5000])
+    write_folder(tmp_path / "broken", random_images(3, 0))
+    (tmp_path / "broken" / "001.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=message):
+        result_of(pair[0], reference)
+
+
+def test_images_of_several_sizes_need_an_image_size(tmp_path, pair):
+    folder = write_folder(tmp_path / "sizes", random_images(3, 0))
+    Image.fromarray(random_images(1, 0, 24)[0]).save(folder / "zz.png")
+    with pytest.raises(UserError, match=r"`image_size` .*zz\.png"):
+        result_of(folder, pair[1])
+    assert result_of(folder, pair[1], image_size=16).num_samples == 4
+
+
+def test_a_damaged_shard_is_refused_and_left_unchanged(tmp_path, pair):
+    run = write_run(tmp_path / "run", side=16)
+    shard = next((run / "shards").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=str(shard)):
+        result_of(run, pair[1])
+    assert shard.read_bytes() == data
+
+
+# --------------------------------------------------------------------------------------------------- cache
+
+
+def test_statistics_of_a_data_set_are_cached(tmp_path):
+    write_fashion_mnist(tmp_path / "cache")
+    run, _ = write_npz(tmp_path / "a.npz", 30, 0, size=32)
+    first = result_of(run, "fashion_mnist_test")
+    assert sum(BATCH_SIZES) == 30 + 40
+    BATCH_SIZES.clear()
+    assert result_of(run, "fashion_mnist_test").values == first.values
+    assert sum(BATCH_SIZES) == 30
+
+
+def test_statistics_of_a_folder_are_cached_until_it_changes(tmp_path, pair):
+    folder = write_folder(tmp_path / "images", random_images(20, 2))
+    before = result_of(pair[0], folder).values
+    BATCH_SIZES.clear()
+    assert result_of(pair[0], folder).values == before
+    assert sum(BATCH_SIZES) == 40
+    Image.fromarray(random_images(1, 9)[0]).save(folder / "more.png")
+    assert result_of(pair[0], folder).num_reference == 21
+
+
+def test_features_of_a_user_s_extractor_and_those_that_are_not_finite_are_not_cached(tmp_path, pair, monkeypatch):
+    folder = write_folder(tmp_path / "images", random_images(20, 3))
+    result_of(pair[0], folder, extractor=USER_EXTRACTOR)
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device: lambda images: row_means(images).log().div(0))
+    with pytest.raises(UserError, match=r"`reference` .*finite"):
+        result_of(pair[0], folder)
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
+def test_a_cache_that_is_not_writable_is_no_error(tmp_path, pair, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "file"))
+    assert result_of(pair[0], write_folder(tmp_path / "images", random_images(20, 3))).num_reference == 20
+    assert "`SAGL_CACHE`" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- statistics files
+
+
+def write_published(path, images, **changes):
+    """Write a file like OpenAI's: statistics of all images, and some of the images."""
+    features = all_features(images)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()[:30]}
+    for suffix, part in (("", features.pooled), ("_s", features.spatial)):
+        arrays |= {f"mu{suffix}": part.double().mean(dim=0).numpy(), f"sigma{suffix}": np.cov(part.double().numpy().T)}
+    np.savez(path, **{name: value for name, value in (arrays | changes).items() if value is not None})
+    return path
+
+
+def write_own(source, path, **options):
+    """Write a statistics file of sagl."""
+    extraction = ExtractionSettings(extractor=options.pop("extractor", None), progress="off")
+    devices = DeviceSettings(accelerator="cpu", devices="1")
+    write_statistics(str(source), path, extraction=extraction, devices=devices, **options)
+    return path
+
+
+def test_a_published_file_has_the_values_of_its_images(tmp_path, pair):
+    run, reference, images, others = pair
+    expected = result_of(run, reference, extractor="inception").values
+    result = result_of(run, write_published(tmp_path / "VIRTUAL.npz", others))
+    assert result.extractor == "inception"
+    for name in ("fid", "sfid", "is", "is_all"):
+        assert result.values[name] == pytest.approx(expected[name], rel=1e-9)
+    fractions = precision_recall(row_means(images), row_means(others[:30]))
+    assert (result.values["precision"], result.values["recall"]) == fractions
+    assert result.num_reference is None
+
+
+def test_a_file_of_statistics_alone_has_the_distance_alone(tmp_path, pair):
+    file = write_published(tmp_path / "edm.npz", pair[3], arr_0=None, mu_s=None, sigma_s=None)
+    assert list(result_of(pair[0], file).values) == ["fid", "is", "is_all"]
+    with pytest.raises(UserError, match=r"`extractor` .*inception.*effnet_lite0_64"):
+        result_of(pair[0], file, extractor="effnet_lite0_64")
+    with pytest.raises(UserError, match=r"`run` .*arr_0"):
+        result_of(file, pair[1])
+
+
+def test_another_extractor_uses_only_the_images_of_a_published_file(tmp_path, pair):
+    result = result_of(pair[0], write_published(tmp_path / "V.npz", pair[3]), extractor="effnet_lite0_64")
+    assert result.num_reference == 30
+    assert result.values["fd"] == pytest.approx(distance(pair[2], pair[3][:30]), rel=1e-9)
+    assert "inception" in result.notes[0]
+    assert "30 images" in result.notes[0]
+
+
+def test_a_statistics_file_of_sagl_has_the_values_of_its_images(tmp_path, pair):
+    run, reference, *_ = pair
+    expected = result_of(run, reference, extractor="inception")
+    file = write_own(reference, tmp_path / "own.npz", extractor="inception")
+    BATCH_SIZES.clear()
+    assert result_of(run, file).values == pytest.approx(expected.values)
+    assert sum(BATCH_SIZES) == 40
+    smaller = write_own(reference, tmp_path / "smaller.npz", num_samples=20, max_features=5)
+    result = result_of(run, smaller)
+    assert (result.num_reference, result.settings["max_features"]) == (20, 5)
+
+
+def test_a_statistics_file_determines_the_extractor_and_the_image_size(tmp_path, pair):
+    large, _ = write_npz(tmp_path / "large.npz", 50, 1, size=24)
+    result = result_of(pair[0], write_own(large, tmp_path / "s.npz", extractor=USER_EXTRACTOR))
+    assert result.extractor == USER_EXTRACTOR
+    assert "24×24" in result.notes[0]
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_samples", 51), ("max_features", 1), ("extractor", "nonsense")])
+def test_statistics_with_wrong_arguments_are_refused(name, value, pair, tmp_path):
+    with pytest.raises(UserError, match=f"`{name}` .*{value}"):
+        write_own(pair[1], tmp_path / "c.npz", **{name: value})
+    assert not list(tmp_path.glob("c.npz*"))

@@ -1,0 +1,166 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sagl.errors import UserError
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.evaluation.image_sets import TensorImages
+from sagl.metrics.features import Features
+from sagl.settings.evaluation import ExtractionSettings
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 120
+IMAGES = torch.randint(0, 256, (47, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def means(device):
+    """Extractor with all three kinds of features, from means of rows and of columns."""
+
+    def extract(images_uint8):
+        x = images_uint8.float()
+        pooled, spatial = x.mean(dim=(1, 3)), x[:, 0].mean(dim=1)
+        return Features(pooled, spatial, pooled[:, :4] / 20)
+
+    return extract
+
+
+class ThreadRanks:
+    """Ranks in threads of this process, with the interface of `sagl.utils.distributed.Ranks`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, world_size, barrier, objects):
+        self.rank, self.world_size, self.barrier, self.objects = rank, world_size, barrier, objects
+
+    def gather(self, obj):
+        self.objects[self.rank] = obj
+        self.barrier.wait()
+        gathered = list(self.objects) if self.rank == 0 else []
+        self.barrier.wait()
+        return gathered
+
+
+def extract_in_threads(world_size, num_samples):
+    """The results of all ranks."""
+    barrier, objects, results = threading.Barrier(world_size), [None] * world_size, [None] * world_size
+    settings = ExtractionSettings(batch_size=4, progress="off")
+
+    def work(rank):
+        ranks = ThreadRanks(rank, world_size, barrier, objects)
+        extraction = FeatureExtraction(name="means", extract=means("cpu"), ranks=ranks, settings=settings)
+        results[rank] = extraction.statistics(
+            TensorImages(IMAGES), num_samples, max_features=30, title="images", keep_logits=True
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("num_samples", [47, 9])
+def test_statistics_do_not_depend_on_the_number_of_ranks(world_size, num_samples):
+    (expected,) = extract_in_threads(1, num_samples)
+    result, *others = extract_in_threads(world_size, num_samples)
+    assert others == [None] * (world_size - 1)
+    for part in ("pooled", "spatial"):
+        assert getattr(result, part).mean.equal(getattr(expected, part).mean)
+        assert getattr(result, part).covariance.equal(getattr(expected, part).covariance)
+    assert result.features.equal(expected.features)
+    assert result.logits.equal(means("cpu")(IMAGES[:num_samples]).logits)
+
+
+def test_an_unknown_extractor_is_refused():
+    with pytest.raises(UserError, match="`extractor`"):
+        FeatureExtraction.load("no.such.function", ExtractionSettings(), ThreadRanks(0, 1, None, []))
+
+
+# ---------------------------------------------------------------------------------------- processes over gloo
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An npz file of 47 images and a folder of 30."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    np.savez(folder / "run.npz", arr_0=IMAGES.permute(0, 2, 3, 1).numpy())
+    (folder / "real").mkdir()
+    for k in range(30):
+        image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "real" / f"{k:02d}.png")
+    return folder
+
+
+def run(cache, command, *arguments, program=("-m", "sagl.cli")):
+    arguments = [command, *arguments, "--extractor", f"{__name__}.means", "--batch_size", 4, "--progress", "lines"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "SAGL_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, program), *map(str, arguments), "--trainer.accelerator", "cpu"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+def evaluate(images, cache, *flags, reference=None, **options):
+    reference = reference or images / "real"
+    return run(
+        cache, "evaluate", images / "run.npz", "--reference", reference, "--format", "json", *flags, **options
+    )
+
+
+def result_of(process):
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "Warning" not in process.stderr
+    result = json.loads(process.stdout)
+    del result["seconds"]
+    return result
+
+
+@pytest.mark.slow
+def test_processes_started_here_and_by_torchrun_compute_what_one_does(images, tmp_path):
+    expected = result_of(evaluate(images, tmp_path / "1"))
+    assert set(expected["values"]) == {"fd", "sfd", "is", "is_all", "precision", "recall", "kd"}
+    for num_processes in (2, 3):
+        process = evaluate(images, tmp_path / f"{num_processes}", "--trainer.devices", num_processes)
+        assert result_of(process) == expected
+        assert "47/47" in process.stderr
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29617, "-m", "sagl.cli")
+    process = evaluate(images, tmp_path / "torchrun", program=torchrun)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["values"] == expected["values"]
+
+
+@pytest.mark.slow
+def test_a_damaged_image_ends_all_processes_with_one_line(images, tmp_path):
+    (tmp_path / "real").mkdir()
+    for image in (images / "real").iterdir():
+        (tmp_path / "real" / image.name).write_bytes(image.read_bytes()[: None if image.stem != "13" else 60])
+    process = evaluate(images, tmp_path / "cache", "--trainer.devices", 2, reference=tmp_path / "real")
+    assert process.returncode == 2, process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if "images," not in line]
+    assert "13.png" in line
+
+
+@pytest.mark.slow
+def test_statistics_of_two_processes_are_those_of_one(images, tmp_path):
+    for num_processes in (1, 2):
+        output = tmp_path / f"{num_processes}.npz"
+        process = run(tmp_path, "statistics", images / "real", "--output", output, "--trainer.devices", num_processes)
+        assert process.returncode == 0, process.stderr
+    one, two = (np.load(tmp_path / f"{num_processes}.npz") for num_processes in (1, 2))
+    assert all(np.array_equal(one[name], two[name]) for name in one.files)
