@@ -1,10 +1,10 @@
-"""How fast pictures reach training: an LMDB in LSUN's layout through `LSUNData`, beside decoding alone with Pillow.
+"""Loading speed: an LMDB in LSUN's layout through `LSUNData`, compared with decoding alone with Pillow.
 
-    python benchmarks/loading.py --pictures 10000 --rounds 3 --report benchmarks/reports/loading.md
+    python benchmarks/loading.py --num_images 10000 --rounds 3 --report benchmarks/reports/loading.md
 
-Made pictures, 256x256 JPEGs of the size of LSUN's; both sides have a process a core. Decoding alone reads the bytes and
-makes arrays of them, and nothing else. The sides take turns. Memory is that of this process and its readers (PSS,
-which counts shared pages once) at the end of every epoch.
+The images are synthetic 256x256 JPEGs of the size of LSUN's. Both sides use one process per core and take turns;
+decoding alone reads the bytes and converts them to arrays. Memory is the PSS (which counts shared pages once) of this
+process and its workers at the end of each epoch.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from sagl.data.dataloader import ResumableDataLoader
 from sagl.data.lsun import LSUNData, LSUNImageSource
 from sagl.utils.environment import available_cpus, disable_malloc_trim
 
-DIFFERENT = 200
-"""Different pictures; the database holds each many times, as bytes of its own."""
+NUM_DISTINCT = 200
+"""Distinct images; the database holds several copies of each."""
 
 
-def picture(number: int) -> bytes:
-    """A JPEG with the detail of a photograph: smooth shapes, edges and grain."""
-    rng = np.random.default_rng(number)
+def synthetic_jpeg(seed: int) -> bytes:
+    """Return a JPEG with the detail of a photograph: smooth shapes, edges and grain."""
+    rng = np.random.default_rng(seed)
     noise = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (9, 60))
     coarse, middle = (np.asarray(Image.fromarray(part).resize((256, 256))) for part in noise)
     pixels = 0.75 * coarse + 0.25 * middle + rng.normal(0, 11, (256, 256, 1))
@@ -39,49 +39,46 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def write(folder: Path, count: int) -> float:
-    """A category's LMDB; returns the mean number of bytes of a picture."""
-    different = [picture(number) for number in range(min(DIFFERENT, count))]
+def write_lmdb(folder: Path, count: int) -> float:
+    """Write the LMDB of a category; return the mean number of bytes per image."""
+    files = [synthetic_jpeg(seed) for seed in range(min(NUM_DISTINCT, count))]
     environment = lmdb.open(str(folder), map_size=1 << 34)
     with environment.begin(write=True) as transaction:
         for i in range(count):
-            transaction.put(f"{i:040x}".encode(), different[i % len(different)])
+            transaction.put(f"{i:040x}".encode(), files[i % len(files)])
     environment.close()
-    return sum(map(len, different)) / len(different)
+    return sum(map(len, files)) / len(files)
 
 
-def decode(folder: Path, places: range) -> int:
-    """Read and decode some of the pictures; returns a sum, so that nothing is left undone."""
+def decode(folder: Path, indices: range) -> int:
+    """Read and decode some images; return a sum of pixels, so that all decoding is done."""
     source = LSUNImageSource(folder)
-    return sum(int(np.asarray(Image.open(io.BytesIO(source.read_bytes(i))).convert("RGB"))[0, 0, 0]) for i in places)
+    return sum(int(np.asarray(Image.open(io.BytesIO(source.read_bytes(i))).convert("RGB"))[0, 0, 0]) for i in indices)
 
 
-def decoding_alone(folder: Path, count: int, processes: int) -> float:
-    """Pictures a second."""
+def decoding_speed(folder: Path, count: int, processes: int) -> float:
+    """Return images per second."""
     with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(abs, range(processes)))  # the processes are there
+        list(pool.map(abs, range(processes)))  # start the processes
         started = time.monotonic()
         list(pool.map(decode, [folder] * processes, [range(k, count, processes) for k in range(processes)]))
         return count / (time.monotonic() - started)
 
 
-def one_epoch(loader: ResumableDataLoader) -> float:
-    """Pictures a second, from the first batch on."""
-    seen, started = 0, 0.0
+def loading_speed(loader: ResumableDataLoader) -> float:
+    """Run one epoch; return images per second after the first batch."""
+    num_images, started = 0, 0.0
     for images, _ in loader:
         started = started or time.monotonic()
-        seen += len(images)
-    return (seen - loader.settings.batch_size) / (time.monotonic() - started)
+        num_images += len(images)
+    return (num_images - loader.settings.batch_size) / (time.monotonic() - started)
 
 
-def megabytes() -> float:
-    """PSS of this process and of those below it."""
-    me = os.getpid()
-    family = [
-        me,
-        *(int(p) for task in Path(f"/proc/{me}/task").iterdir() for p in (task / "children").read_text().split()),
-    ]
-    return sum(_pss(process) for process in family) / 1024
+def memory_megabytes() -> float:
+    """Return the PSS of this process and its children."""
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return sum(_pss(process) for process in (os.getpid(), *children)) / 1024
 
 
 def _pss(process: int) -> int:
@@ -90,19 +87,19 @@ def _pss(process: int) -> int:
 
 
 def main() -> None:
-    """Measure, print and write the report."""
+    """Measure both speeds, print and write the report."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pictures", type=int, default=10_000)
+    p.add_argument("--num_images", type=int, default=10_000)
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--epochs", type=int, default=3, help="of the measurement of memory")
+    p.add_argument("--epochs", type=int, default=3, help="epochs of the memory measurement")
     p.add_argument("--report", type=Path, default=None)
     a = p.parse_args()
-    disable_malloc_trim()  # as sagl fit does, and so for both sides
+    disable_malloc_trim()  # as sagl fit does
     cores = available_cpus()
     with tempfile.TemporaryDirectory() as root:
         os.environ["SAGL_CACHE"] = root
-        size = write(Path(root) / "cat", a.pictures)
+        size = write_lmdb(Path(root) / "cat", a.num_images)
         data = LSUNData(
             category="cat", root=root, batch_size=a.batch_size, num_validation=0, num_workers=cores, image_size=256
         )
@@ -110,12 +107,12 @@ def main() -> None:
         loader = data.train_dataloader()
         rounds = []
         for _ in range(a.rounds):
-            rounds.append((decoding_alone(Path(root) / "cat", a.pictures, cores), one_epoch(loader)))
-            print("decoding alone {:.0f} pictures/s, through the loader {:.0f}".format(*rounds[-1]), flush=True)
+            rounds.append((decoding_speed(Path(root) / "cat", a.num_images, cores), loading_speed(loader)))
+            print("decoding alone {:.0f} images/s, through the loader {:.0f}".format(*rounds[-1]), flush=True)
         memory = []
         for _ in range(a.epochs):
-            one_epoch(loader)
-            memory.append(megabytes())
+            loading_speed(loader)
+            memory.append(memory_megabytes())
     lines = report(a, cores, size, rounds, memory)
     print("\n".join(lines))
     if a.report:
@@ -126,15 +123,15 @@ def main() -> None:
 def report(
     a: argparse.Namespace, cores: int, size: float, rounds: list[tuple[float, float]], memory: list[float]
 ) -> list[str]:
-    """Markdown."""
+    """Return the report in Markdown."""
     ratios = sorted(loader / alone for alone, loader in rounds)
     return [
-        "# Pictures to training",
-        f"{a.pictures} JPEGs of 256x256, {size / 1e3:.1f} kB each, in an LMDB; {cores} cores, a process each, "
+        "# Loading speed",
+        f"{a.num_images} JPEGs of 256x256, {size / 1e3:.1f} kB each, in an LMDB; {cores} cores, one process per core, "
         f"batches of {a.batch_size}; {platform.processor() or platform.machine()}, Python {platform.python_version()}.",
-        f"`python benchmarks/loading.py --pictures {a.pictures} --batch_size {a.batch_size} --rounds {a.rounds}`",
+        f"`python benchmarks/loading.py --num_images {a.num_images} --batch_size {a.batch_size} --rounds {a.rounds}`",
         "",
-        "| round | decoding alone, pictures/s | through the loader, pictures/s | ratio |",
+        "| round | decoding alone, images/s | through the loader, images/s | ratio |",
         "|---|---|---|---|",
         *(f"| {n + 1} | {x:.0f} | {y:.0f} | {y / x:.3f} |" for n, (x, y) in enumerate(rounds)),
         "",

@@ -17,6 +17,7 @@ from sagl.data.dataloader import (
     training_loader,
 )
 from sagl.errors import UserError
+from tests.helpers.image_sources import START_METHODS
 
 
 class Ramps(EpochDataset):
@@ -132,7 +133,7 @@ def test_too_few_images_for_a_batch_are_refused():
 # --------------------------------------------------------------------------------------------------- shared memory
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_workers_of_every_start_method_give_the_same_batches(start_method):
     assert items(loader(num_workers=2, start_method=start_method), 2) == items(loader(), 2)
 

@@ -74,9 +74,9 @@ def test_a_truncated_or_missing_file_is_refused(save, tmp_path):
             NpzImageSource(tmp_path / name)
 
 
-def test_the_data_module_gives_labelled_batches_from_spawned_workers(tmp_path):
+def test_the_data_module_gives_labelled_batches(tmp_path):
     file = write_npz(tmp_path / "a.npz")
-    module = NpzData(file=str(file), batch_size=4, num_workers=1, start_method="spawn", num_validation=2, image_size=8)
+    module = NpzData(file=str(file), batch_size=4, num_workers=0, num_validation=2, image_size=8)
     module.setup("fit")
     batches = list(module.train_dataloader()) + list(module.val_dataloader())
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(NPZ_LABELS.tolist())

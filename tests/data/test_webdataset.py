@@ -154,5 +154,5 @@ def test_two_ranks_share_the_images_of_an_odd_number_of_shards(tmp_path):
 
 def test_labels_stay_with_their_images(tmp_path):
     write_shards(tmp_path / "shards")
-    for images, labels in data_module(tmp_path / "shards", num_workers=1, start_method="spawn").train_dataloader():
+    for images, labels in data_module(tmp_path / "shards").train_dataloader():
         assert [int(image.float().mean()) % 10 for image in images] == labels.tolist()

@@ -5,6 +5,7 @@ import tarfile
 
 import lmdb
 import numpy as np
+import pytest
 from PIL import Image
 from webdataset import TarWriter
 
@@ -14,6 +15,8 @@ FOLDER_FILES = ("dogs/b.png", "cats/1.JPG", "cats/deep/2.webp", "dogs/a.bmp", "b
 LSUN_COUNT = 10
 NPZ_IMAGES = np.random.default_rng(0).integers(0, 256, (10, 12, 9, 3), dtype=np.uint8)
 NPZ_LABELS = np.arange(10) % 4
+START_METHODS = ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
+"""Start methods of workers; those that import sagl again are slow."""
 
 
 def encode(image, kind="PNG", **options):
