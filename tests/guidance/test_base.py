@@ -10,109 +10,109 @@ from sagl.guidance.base import Guidance, extrapolate, limit_to_interval, with_gu
 from sagl.samplers.ddim import ddim
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.shapes import AttentionSite
+from tests.helpers.reference import generator
 from tests.helpers.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
 
 SCHEDULE = make_schedule(DiffusionSettings(), "10")
+X = torch.randn(2, 3, 8, 8, generator=generator(0))
 
 
-def images(batch=2):
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+def by_scaled_input(factor, scale=0.5, **options):
+    """A guidance away from the prediction for a scaled x_t, which costs one more evaluation."""
+
+    def term(predict, x_t, step, condition, base_pred):
+        return extrapolate(predict(factor * x_t, step, condition), base_pred, scale)
+
+    return Guidance(term=term, **options)
 
 
-def away_from_scaled(factor, scale=0.5, **settings):
-    """A guidance away from the prediction for a scaled x_t: one more pass."""
-
-    def direction(denoise, x_t, step, condition, prediction):
-        return extrapolate(denoise(factor * x_t, step, condition), prediction, scale)
-
-    return Guidance(term=direction, **settings)
+def by_score(value):
+    """A guidance by a score, which costs no evaluation."""
+    return Guidance(term=lambda _, x_t, *__: GuidanceTerm(score=value * x_t), extra_nfe=0)
 
 
-def scored(value):
-    """A guidance by a score: no pass."""
-    return Guidance(term=lambda _, x_t, *__: GuidanceTerm(score=value * x_t))
+def guided_positions(interval, num_steps):
+    """Positions, 0 the noisiest, at which a guidance is active."""
+    guidance = limit_to_interval(by_scaled_input(0.5), interval, num_steps)
+    return [num_steps - 1 - step for step in reversed(range(num_steps)) if guidance.is_active(step)]
 
 
-def positions(interval, steps):
-    """Which positions of a chain, 0 the noisiest, a guidance is at work in."""
-    guidance = limit_to_interval(away_from_scaled(0.5), interval, steps)
-    return [steps - 1 - step for step in reversed(range(steps)) if guidance.is_active(step)]
-
-
-def test_guided_by_nothing_is_the_denoiser_itself():
+def test_without_guidances_the_predictor_is_returned_itself():
     assert with_guidance(plain, {}) is plain
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5, 3.0])
-def test_the_direction_away_from_a_weaker_prediction_is_eq_17(scale):
-    x = images()
-    strong, weak = plain(x, 3, NOTHING), plain(0.3 * x, 3, NOTHING)
-    got = extrapolate(weak, strong, scale)
-    torch.testing.assert_close(strong.eps + got.eps, weak.eps + (1 + scale) * (strong.eps - weak.eps))
-    assert got.nfe == 1
-    assert scale != 0 or torch.equal(strong.eps + got.eps, strong.eps)
+def test_extrapolation_is_eq_17_and_adds_exactly_nothing_at_scale_0(scale):
+    base, weak = plain(X, 3, NOTHING), plain(0.3 * X, 3, NOTHING)
+    term = extrapolate(weak, base, scale)
+    torch.testing.assert_close(base.eps + term.eps, weak.eps + (1 + scale) * (base.eps - weak.eps))
+    assert term.nfe == 1
+    assert scale != 0 or torch.equal(base.eps + term.eps, base.eps)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_guidances_cost_one_pass_each_beside_the_plain_one(count):
-    denoise = Recorder(plain)
-    guidances = {str(k): away_from_scaled(0.1 * (k + 1)) for k in range(count)}
-    prediction = with_guidance(denoise, guidances)(images(), 3, NOTHING)
-    assert len(denoise.calls) == 1 + count
-    assert prediction.nfe == 1 + count
+def test_each_guidance_costs_one_evaluation_besides_the_base_prediction(count):
+    predict = Recorder(plain)
+    guidances = {str(k): by_scaled_input(0.1 * (k + 1)) for k in range(count)}
+    prediction = with_guidance(predict, guidances)(X, 3, NOTHING)
+    assert len(predict.calls) == prediction.nfe == 1 + count
 
 
-def test_terms_are_taken_from_the_plain_prediction_and_summed():
-    x = images()
-    guidances = {"a": away_from_scaled(0.5, 0.7), "b": away_from_scaled(-1.0, -0.2), "c": scored(2.0), "d": scored(0.5)}
-    together = with_guidance(plain, guidances)(x, 3, NOTHING)
-    alone = {name: with_guidance(plain, {name: guidance})(x, 3, NOTHING) for name, guidance in guidances.items()}
-    start = plain(x, 3, NOTHING)
-    want = start.eps + sum(prediction.eps - start.eps for prediction in alone.values())
+def test_terms_start_from_the_base_prediction_and_are_summed():
+    guidances = {
+        "a": by_scaled_input(0.5, 0.7),
+        "b": by_scaled_input(-1.0, -0.2),
+        "c": by_score(2.0),
+        "d": by_score(0.5),
+    }
+    together, base = with_guidance(plain, guidances)(X, 3, NOTHING), plain(X, 3, NOTHING)
+    alone = {name: with_guidance(plain, {name: guidance})(X, 3, NOTHING) for name, guidance in guidances.items()}
+    want = base.eps + sum(prediction.eps - base.eps for prediction in alone.values())
     torch.testing.assert_close(together.eps, want, rtol=0, atol=1e-6)
-    torch.testing.assert_close(together.score, 2.5 * x)
+    torch.testing.assert_close(together.score, 2.5 * X)
     assert list(together.terms) == list(guidances)
-    torch.testing.assert_close(together.terms["a"].eps, alone["a"].eps - start.eps, rtol=0, atol=1e-6)
-    assert together.log_variance is not None
-    assert torch.equal(together.log_variance, start.log_variance)
+    torch.testing.assert_close(together.terms["a"].eps, alone["a"].eps - base.eps, rtol=0, atol=1e-6)
+    assert torch.equal(together.log_variance, base.log_variance)
 
 
 def test_the_order_of_guidances_changes_nothing_beyond_rounding():
-    x, guidances = images(), {"a": away_from_scaled(0.5), "b": away_from_scaled(-1.0, 0.9), "c": scored(2.0)}
-    found = [with_guidance(plain, {n: guidances[n] for n in order})(x, 3, NOTHING) for order in permutations(guidances)]
-    for prediction in found[1:]:
-        assert prediction.nfe == found[0].nfe
-        torch.testing.assert_close(prediction.eps, found[0].eps, rtol=0, atol=1e-6)
-        torch.testing.assert_close(prediction.score, found[0].score, rtol=0, atol=1e-6)
-
-
-def test_a_guided_denoiser_can_be_guided_again():
-    x = images()
-    once = with_guidance(plain, {"a": away_from_scaled(0.5, 1.0)})
-    twice = with_guidance(once, {"b": away_from_scaled(0.0, 1.0)})(x, 3, NOTHING)
-    assert twice.nfe == 4
-    weaker = once(0 * x, 3, NOTHING).eps
-    torch.testing.assert_close(twice.eps, 2 * once(x, 3, NOTHING).eps - weaker)
-
-
-def test_only_the_plain_pass_is_asked_for_attention():
-    asked, wanted = AttentionSite("middle"), AttentionSite("output.1")
-    network = Recorder(toy_network)
-    guidance = away_from_scaled(
-        0.5, prepare_condition=lambda c: replace(c, attention_sites=(*c.attention_sites, asked))
+    guidances = {"a": by_scaled_input(0.5), "b": by_scaled_input(-1.0, 0.9), "c": by_score(2.0)}
+    first, *others = (
+        with_guidance(plain, {name: guidances[name] for name in order})(X, 3, NOTHING)
+        for order in permutations(guidances)
     )
-    denoise = with_guidance(make_predictor(network, SCHEDULE, "learned_range"), {"a": guidance, "b": guidance})
-    labels = torch.tensor([1, 2])
-    prediction = denoise(images(), 3, Condition(labels=labels, attention_sites=(wanted,)))
+    for prediction in others:
+        assert prediction.nfe == first.nfe
+        torch.testing.assert_close(prediction.eps, first.eps, rtol=0, atol=1e-6)
+        torch.testing.assert_close(prediction.score, first.score, rtol=0, atol=1e-6)
+
+
+def test_a_guided_predictor_can_be_guided_again():
+    once = with_guidance(plain, {"a": by_scaled_input(0.5, 1.0)})
+    twice = with_guidance(once, {"b": by_scaled_input(0.0, 1.0)})(X, 3, NOTHING)
+    assert twice.nfe == 4
+    torch.testing.assert_close(twice.eps, 2 * once(X, 3, NOTHING).eps - once(0 * X, 3, NOTHING).eps)
+
+
+def test_only_the_base_prediction_returns_attention():
+    by_guidance, by_caller = AttentionSite("middle"), AttentionSite("output.1")
+    network, labels = Recorder(toy_network), torch.tensor([1, 2])
+
+    def prepare(condition):
+        return replace(condition, attention_sites=(*condition.attention_sites, by_guidance))
+
+    guidance = by_scaled_input(0.5, prepare_condition=prepare)
+    predict = with_guidance(make_predictor(network, SCHEDULE, "learned_range"), {"a": guidance, "b": guidance})
+    prediction = predict(X, 3, Condition(labels=labels, attention_sites=(by_caller,)))
     sites = [kwargs["attention_sites"] for _, kwargs in network.calls]
-    assert set(sites[0]) == {asked, wanted}
+    assert set(sites[0]) == {by_guidance, by_caller}
     assert sites[1:] == [(), ()]
     assert all(args[2] is labels for args, _ in network.calls)
-    assert list(prediction.attention) == [wanted]
+    assert list(prediction.attention) == [by_caller]
 
 
 @pytest.mark.parametrize(
-    ("interval", "steps", "want"),
+    ("interval", "num_steps", "want"),
     [
         ((0, 1), 6, [0, 1, 2, 3, 4, 5]),
         ((2 / 3, 1), 6, [4, 5]),
@@ -126,31 +126,30 @@ def test_only_the_plain_pass_is_asked_for_attention():
         ((0.3, 0.8), 250, list(range(75, 200))),
     ],
 )
-def test_an_interval_guides_these_positions_of_the_chain_counted_from_the_noisiest(interval, steps, want):
-    assert positions(interval, steps) == want
+def test_an_interval_guides_these_positions_counted_from_the_noisiest(interval, num_steps, want):
+    assert guided_positions(interval, num_steps) == want
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.25, 0.333, 0.5, 0.77])
-@pytest.mark.parametrize("steps", [1, 7, 10, 250])
-def test_two_intervals_that_meet_guide_every_position_once(cut, steps):
-    assert positions((0, cut), steps) + positions((cut, 1), steps) == list(range(steps))
+@pytest.mark.parametrize("num_steps", [1, 7, 10, 250])
+def test_two_adjacent_intervals_guide_every_position_once(cut, num_steps):
+    positions = guided_positions((0, cut), num_steps) + guided_positions((cut, 1), num_steps)
+    assert positions == list(range(num_steps))
 
 
-def test_outside_the_interval_there_is_no_second_pass_and_the_prediction_is_the_plain_one():
-    denoise = Recorder(plain)
-    guidance = limit_to_interval(away_from_scaled(0.5), (0.2, 0.5), 10)
+def test_outside_the_interval_the_prediction_is_the_base_prediction_at_its_cost():
+    predict = Recorder(plain)
+    guided = with_guidance(predict, {"a": limit_to_interval(by_scaled_input(0.5), (0.2, 0.5), 10)})
     costs = []
-    for step, _, prediction in ddim(
-        with_guidance(denoise, {"a": guidance}), images(), NOTHING, SCHEDULE, forbidden_noise
-    ):
+    for step, _, prediction in ddim(guided, X, NOTHING, SCHEDULE, forbidden_noise):
         costs.append(prediction.nfe)
         assert list(prediction.terms) == (["a"] if prediction.nfe == 2 else [])
-        x_t = denoise.calls[-len(prediction.terms) - 1][0][0]
+        x_t = predict.calls[-len(prediction.terms) - 1][0][0]
         assert torch.equal(prediction.eps, plain(x_t, step, NOTHING).eps) == (prediction.nfe == 1)
     assert costs == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
-    assert len(denoise.calls) == 13
+    assert len(predict.calls) == 13
 
 
-def test_an_interval_narrows_what_a_guidance_says_itself():
-    guidance = limit_to_interval(away_from_scaled(0.5, is_active=lambda step: step % 2 == 0), (0, 0.5), 10)
+def test_an_interval_narrows_the_active_steps_of_a_guidance():
+    guidance = limit_to_interval(by_scaled_input(0.5, is_active=lambda step: step % 2 == 0), (0, 0.5), 10)
     assert [step for step in range(10) if guidance.is_active(step)] == [6, 8]
