@@ -14,7 +14,7 @@ from torch import Tensor
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.registry import GUIDANCES
-from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.diffusion import DiffusionSettings, require_choice
 from sagl.settings.guidance import GuidanceSettings
 from sagl.shapes import Image, Timestep
 
@@ -92,7 +92,13 @@ def limit_to_interval(guidance: Guidance, interval: tuple[float, float], num_ste
 
 
 def build_guidances(settings: Mapping[str, GuidanceSettings], context: GuidanceContext) -> dict[str, Guidance]:
-    """Build the guidances whose scale is not 0, limited to their intervals, in the order of the registry."""
+    """Build the guidances whose scale is not 0, limited to their intervals, in the order of the registry.
+
+    Raises:
+        UserError: a name that the registry does not have, or a method that lacks something, such as a classifier.
+    """
+    for name in settings:
+        require_choice("guidances", name, tuple(GUIDANCES))
     return {
         name: limit_to_interval(
             entry.build(settings[name], context), settings[name].interval, context.schedule.num_steps

@@ -104,7 +104,10 @@ class ClassifierGuidance(GuidanceSettings):
 
     def check_network(self, network: UNetSettings) -> None:
         """Require a classifier; `check_classifier` compares it with the network once it is loaded."""
-        require(self.checkpoint is not None, "`classifier.scale` needs a classifier. Set `classifier.checkpoint`.")
+        require(
+            self.checkpoint is not None,
+            "`classifier.checkpoint` must be a classifier of noisy images for `classifier.scale`, got none.",
+        )
 
 
 def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:

@@ -7,12 +7,7 @@ from typing import Literal
 from sagl.errors import UserError, require, require_finite
 from sagl.settings.diffusion import require_choice
 
-MOST = 10_000_000
-"""Images of one run."""
-MAX_BATCH_SIZE = 65_536
-"""Images of one micro-batch."""
-MAX_PROCESSES = 256
-"""On one machine."""
+MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
 Sampler = Literal["ddpm", "ddim"]
 WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
 Precision = Literal["auto", WeightPrecision]
@@ -21,71 +16,64 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """How one chain goes from noise to image."""
+    """Sampler and its steps."""
 
     sampler: Sampler = "ddpm"
     """ddpm: ancestral sampling; ddim: deterministic at eta 0."""
     respacing: str = "250"
-    """Steps: "250" evenly spaced, "ddim25" at one whole stride, "10,15,20" by thirds of the process."""
+    """Sampling steps: "250" evenly spaced, "ddim25" at one whole stride, "10,15,20" by thirds of the process."""
     eta: float = 0.0
-    """DDIM's share of the ancestral noise; only for sampler ddim."""
+    """Fraction of the ancestral noise that DDIM adds; only for sampler ddim."""
     clip_x0: bool = True
-    """Clip the sampler's estimate of the clean image to [-1, 1]."""
+    """Clip x0_hat to [-1, 1] in every sampler step."""
 
     def __post_init__(self) -> None:
-        """Refuse what has no chain."""
+        """Check the sampler and eta."""
         require_finite(self)
         require_choice("sampler", self.sampler, ("ddpm", "ddim"))
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,
-            f"`eta` is for sampler ddim, got eta {self.eta} with {self.sampler}. Add --sampler ddim.",
+            f"`eta` must be 0 unless `sampler` is ddim, got {self.eta} with {self.sampler}.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Which samples a run makes."""
+    """Samples of a run: number, ids, seed and labels."""
 
     num_samples: int = 16
-    """Images to make; their ids are first_id, first_id + 1, …"""
+    """Number of images; their ids are first_id, first_id + 1, …"""
     first_id: int = 0
     """Id of the first image; an image depends on seed and id alone."""
     batch_size: int | None = None
-    """Images made together, a micro-batch; the last one is computed at full size and cut. null: what suits the size."""
+    """Images per batch; the last batch is computed at full size too. null: chosen by image size and memory."""
     seed: int = 0
-    """Of noise and random labels."""
+    """Random seed of noise and random labels."""
     labels: str = "random"
-    """random, balanced (0, 1, 2, … in turn), null (no label), or classes in turn: "3" or "0,7,9"."""
+    """Class labels: random, balanced (0, 1, 2, … in turn), null (no label), or classes in turn such as "0,7,9"."""
 
     def __post_init__(self) -> None:
-        """Refuse empty runs and labels that are no numbers."""
-        require(self.num_samples >= 1, f"`num_samples` must be at least 1, got {self.num_samples}.")
-        require(self.num_samples <= MOST, f"`num_samples` must be at most {MOST:,}, got {self.num_samples}.")
-        require(self.effective_batch_size >= 1, f"`batch_size` must be at least 1, got {self.batch_size}.")
-        require(
-            self.effective_batch_size <= MAX_BATCH_SIZE,
-            f"`batch_size` must be at most {MAX_BATCH_SIZE}, got {self.batch_size}.",
-        )
-        for name in ("seed", "first_id"):
-            value = getattr(self, name)
-            require(0 <= value < 2**32, f"`{name}` must be in 0 … 2³² - 1, got {value}.")
-        last = self.first_id + self.num_samples - 1
-        require(last < 2**32, f"`first_id` must leave room for {self.num_samples} ids below 2³², got {self.first_id}.")
+        """Check ranges and the form of labels."""
+        require_range("num_samples", self.num_samples, 1, MAX_SAMPLES)
+        if self.batch_size is not None:
+            require_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
+        require_range("seed", self.seed, 0, 2**32 - 1)
+        require_range("first_id", self.first_id, 0, 2**32 - self.num_samples)
         if self.labels not in ("random", "balanced", "null"):
             _ = self.label_list
 
     @property
     def effective_batch_size(self) -> int:
-        """batch_size, or where it is left open all images, up to 64."""
+        """Return `batch_size`, or if it is None the number of images, up to 64."""
         return min(self.num_samples, 64) if self.batch_size is None else self.batch_size
 
     @property
     def label_list(self) -> list[int]:
-        """The classes of a list.
+        """Return the classes of a list such as "0,7,9".
 
         Raises:
-            UserError: `labels` is no list of whole numbers.
+            UserError: `labels` is not a list of whole numbers.
         """
         parts = self.labels.split(",")
         if not all(part.strip().isdecimal() for part in parts):
@@ -94,7 +82,7 @@ class RunSettings:
 
 
 def micro_batches(run: RunSettings) -> Iterator[list[int]]:
-    """Sample ids in groups of exactly the batch size, which start at multiples of it; the last may go over the end."""
+    """Yield batches of sample ids, each of full size and starting at a multiple of it; the last may exceed the run."""
     size = run.effective_batch_size
     for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
         yield list(range(start, start + size))
@@ -102,27 +90,32 @@ def micro_batches(run: RunSettings) -> Iterator[list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """Where, and with which numbers, the network computes."""
+    """Device, precision and processes."""
 
     accelerator: Accelerator = "auto"
-    """auto: a GPU where there is one."""
+    """Device: cpu, gpu, or auto for a GPU if there is one."""
     precision: Precision = "auto"
-    """Of the network's weights; the process itself is always float32. auto: 16 bits where they are fast."""
+    """Precision of the network's weights; the rest is always float32. auto: 16 bits where they are fast."""
     devices: str = "auto"
-    """Processes a node, each with a GPU of its own or its share of the cores. auto: one a GPU, or one on CPUs."""
+    """Processes per machine, each with its own GPU or part of the cores. auto: one per GPU, or one on CPUs."""
     num_nodes: int = 1
-    """Machines that share the run, under torchrun or SLURM."""
+    """Machines of the run, under torchrun or SLURM."""
     compile: bool = False
-    """Have torch.compile make kernels for the network first: for GPUs and long runs, see docs/speed.md."""
+    """Compile the network with torch.compile first: for GPUs and long runs, see docs/speed.md."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown names."""
+        """Check names and numbers."""
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         require_choice("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
         count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
             self.devices in ("auto", "-1") or 1 <= count <= MAX_PROCESSES,
             f"`trainer.devices` must be auto or a number of processes, 1 … {MAX_PROCESSES}, got {self.devices!r}. "
-            "Which GPUs they are is chosen by CUDA_VISIBLE_DEVICES.",
+            "CUDA_VISIBLE_DEVICES chooses the GPUs.",
         )
         require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")
+
+
+def require_range(name: str, value: int, smallest: int, largest: int) -> None:
+    """Raise a `UserError` unless a parameter lies between two limits, both included."""
+    require(smallest <= value <= largest, f"`{name}` must be in {smallest} … {largest}, got {value}.")

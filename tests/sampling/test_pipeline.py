@@ -15,23 +15,24 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings, micro_batches
 from tests.helpers.reference import small_classifier
-from tests.helpers.tiny import calm_unet, count_calls, grey_unet
+from tests.helpers.tiny import calm_unet, count_calls, grey_unet, write_tiny_classifier
 
-CHAINS = [
-    SamplerSettings(sampler="ddpm", respacing="6"),
-    SamplerSettings(sampler="ddim", respacing="ddim8"),
-    SamplerSettings(sampler="ddim", respacing="6", eta=0.7, clip_x0=False),
-]
+SAMPLERS = {
+    "ddpm": SamplerSettings(sampler="ddpm", respacing="6"),
+    "ddim": SamplerSettings(sampler="ddim", respacing="ddim8"),
+    "ddim-eta": SamplerSettings(sampler="ddim", respacing="6", eta=0.7, clip_x0=False),
+}
 SAG = {"scale": 0.5, "site": "output.1", "blur_sigma": 1.0}
-every_chain = pytest.mark.parametrize("chain", CHAINS, ids=["ddpm", "ddim", "ddim-eta"])
+LABELS = torch.tensor([0, 3])
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
-def recipe_of(chain, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffusion=None, **sag):
-    """A recipe on the small colour network, with SAG unless its scale is 0."""
+def pipeline_of(sampler, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffusion=None, **sag):
+    """A pipeline on the small colour network, with SAG unless its scale is 0."""
     return build_pipeline(
         network or calm_unet(),
         diffusion or DiffusionSettings(),
-        chain,
+        SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
         {
             "sag": SelfAttentionGuidance(**{**SAG, **sag}),
             "classifier": ClassifierGuidance(scale=classifier_scale, checkpoint="small"),
@@ -41,77 +42,72 @@ def recipe_of(chain, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffu
     )
 
 
-def images_of(recipe, run, ids=(0, 1)):
-    """What a recipe makes of these ids, and the masked shares."""
+def sampled(pipeline, run, ids=(0, 1)):
+    """The images of these ids, and the mask frequency."""
     with torch.inference_mode():
-        return run_to_end(recipe.sample_progressive(run.seed, list(ids), make_labels(run, list(ids), recipe.network)))
+        return pipeline.sample(run.seed, list(ids), make_labels(run, list(ids), pipeline.network))
 
 
 @cache
-def steps_of(sample_id, run, chain):
+def steps_of(sample_id, run, sampler):
     """One sample of a run, step by step: its image and its mask."""
-    recipe = recipe_of(chain)
+    pipeline = pipeline_of(sampler)
     (ids,) = (ids for ids in micro_batches(run) if sample_id in ids)
     row = ids.index(sample_id)
     with torch.inference_mode():
-        chain = list(recipe.sample_progressive(run.seed, ids, make_labels(run, ids, recipe.network)))
-    return [(x[row], p.terms["sag"].extras["mask"][row]) for _, x, p in chain]
+        steps = list(pipeline.sample_progressive(run.seed, ids, make_labels(run, ids, pipeline.network)))
+    return [(x[row], p.terms["sag"].extras["mask"][row]) for _, x, p in steps]
 
 
 # ---------------------------------------------------------------------------------- one sample, whatever the run
 
 
-@every_chain
+@every_sampler
 @pytest.mark.parametrize(
     "short", [RunSettings(num_samples=6, batch_size=4), RunSettings(num_samples=1, first_id=5, batch_size=4)]
 )
-def test_sample_5_of_a_run_of_8_is_the_same_bytes_in_another_run_at_the_same_batch_size(chain, short):
+def test_a_sample_has_the_same_bytes_in_every_run_of_one_batch_size(sampler, short):
     long = RunSettings(num_samples=8, batch_size=4)
-    for (x, mask), (other, other_mask) in zip(steps_of(5, long, chain), steps_of(5, short, chain), strict=True):
+    for (x, mask), (other, other_mask) in zip(steps_of(5, long, sampler), steps_of(5, short, sampler), strict=True):
         assert torch.equal(x, other)
         assert torch.equal(mask, other_mask)
 
 
-@every_chain
+@every_sampler
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
-def test_sample_5_of_a_run_of_8_is_that_of_a_run_of_6_at_another_batch_size(chain, batch_size, record_property):
-    """Within rounding, up to a step where a token flips over the threshold; flips are counted and named."""
-    want = steps_of(5, RunSettings(num_samples=8, batch_size=4), chain)
-    got = steps_of(5, RunSettings(num_samples=6, batch_size=batch_size), chain)
+def test_a_sample_changes_by_rounding_at_another_batch_size(sampler, batch_size, record_property):
+    """Up to a step in which a token flips over the threshold; flips are counted and named."""
+    want = steps_of(5, RunSettings(num_samples=8, batch_size=4), sampler)
+    got = steps_of(5, RunSettings(num_samples=6, batch_size=batch_size), sampler)
     assert 0.1 < float(want[0][1].float().mean()) < 0.9
-    flips, largest = 0, 0.0
+    num_flips, largest = 0, 0.0
     for (x, mask), (other, other_mask) in zip(want, got, strict=True):
-        flips += int((mask != other_mask)[:, ::2, ::2].sum())  # a token of 8x8 is two pixels wide
-        if flips:
+        num_flips += int((mask != other_mask)[:, ::2, ::2].sum())  # a token of 8x8 is two pixels wide
+        if num_flips:
             break
         largest = max(largest, float((x - other).abs().max()))
-    record_property("tokens flipped", flips)
-    assert flips <= 1, f"{flips} mask tokens flipped in one step: more than rounding at the threshold explains"
-    assert largest <= 1e-5, f"images differ by {largest:.1e}; mask tokens that flipped: {flips}"
+    record_property("tokens flipped", num_flips)
+    assert num_flips <= 1, f"{num_flips} mask tokens flipped in one step: more than rounding at the threshold explains"
+    assert largest <= 1e-5, f"images differ by {largest:.1e}; mask tokens that flipped: {num_flips}"
 
 
-@every_chain
-def test_a_seed_and_an_id_give_an_image_of_their_own(chain):
-    recipe = recipe_of(chain)
-    images, _ = images_of(recipe, RunSettings(seed=0), ids=(0, 1))
-    others, _ = images_of(recipe, RunSettings(seed=1), ids=(0, 1))
-    drawn = [*images, *others]
-    assert min(float((a - b).abs().max()) for i, a in enumerate(drawn) for b in drawn[:i]) > 0.1
+@every_sampler
+def test_every_seed_and_id_has_an_image_of_its_own(sampler):
+    pipeline = pipeline_of(sampler)
+    images = [*sampled(pipeline, RunSettings(seed=0))[0], *sampled(pipeline, RunSettings(seed=1))[0]]
+    assert min(float((a - b).abs().max()) for i, a in enumerate(images) for b in images[:i]) > 0.1
 
 
-@every_chain
-def test_a_chain_is_its_sampler_over_the_guided_network(chain):
-    network = calm_unet()
-    recipe, labels = recipe_of(chain, network=network), torch.tensor([1, 4])
-    shape = (3, 16, 16)
-    denoise = with_guidance(make_predictor(network, recipe.schedule, "learned_range"), recipe.guidances)
-    told = (denoise, initial_noise(7, [2, 3], shape), Condition(labels=labels), recipe.schedule)
+@every_sampler
+def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
+    network, s, shape = calm_unet(), SAMPLERS[sampler], (3, 16, 16)
+    pipeline = pipeline_of(sampler, network=network)
+    predict = with_guidance(make_predictor(network, pipeline.schedule, "learned_range"), pipeline.guidances)
     noise = step_noise(7, [2, 3], shape, torch.device("cpu"))
-    if chain.sampler == "ddpm":
-        want = list(ddpm(*told, noise, clip_x0=chain.clip_x0))
-    else:
-        want = list(ddim(*told, noise, clip_x0=chain.clip_x0, eta=chain.eta))
-    for (step, x, _), (want_step, want_x, _) in zip(recipe.sample_progressive(7, [2, 3], labels), want, strict=True):
+    inputs = (predict, initial_noise(7, [2, 3], shape), Condition(labels=LABELS), pipeline.schedule, noise)
+    want = ddpm(*inputs, clip_x0=s.clip_x0) if s.sampler == "ddpm" else ddim(*inputs, clip_x0=s.clip_x0, eta=s.eta)
+    got = pipeline.sample_progressive(7, [2, 3], LABELS)
+    for (step, x, _), (want_step, want_x, _) in zip(got, want, strict=True):
         assert step == want_step
         assert torch.equal(x, want_x)
 
@@ -122,13 +118,13 @@ def test_a_chain_is_its_sampler_over_the_guided_network(chain):
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
 @pytest.mark.parametrize("first_id", [0, 3, 4, 11])
 @pytest.mark.parametrize("num_samples", [1, 4, 9])
-def test_micro_batches_are_always_whole_aligned_and_hold_every_sample_once(num_samples, first_id, batch_size):
-    wanted = range(first_id, first_id + num_samples)
+def test_micro_batches_are_full_aligned_and_hold_every_sample_once(num_samples, first_id, batch_size):
+    samples = range(first_id, first_id + num_samples)
     batches = list(micro_batches(RunSettings(num_samples=num_samples, first_id=first_id, batch_size=batch_size)))
     assert all(ids == list(range(ids[0], ids[0] + batch_size)) for ids in batches)
     assert all(ids[0] % batch_size == 0 for ids in batches)
-    assert all(set(ids) & set(wanted) for ids in batches)
-    assert [i for ids in batches for i in ids if i in wanted] == list(wanted)
+    assert all(set(ids) & set(samples) for ids in batches)
+    assert [i for ids in batches for i in ids if i in samples] == list(samples)
 
 
 # ------------------------------------------------------------------------------------------------------ labels
@@ -145,16 +141,15 @@ def test_a_random_label_is_a_function_of_seed_and_id_alone():
     assert min(counts.values()) > 200 / 3 * 0.7
 
 
-def test_balanced_labels_are_the_classes_in_turn_by_id():
-    assert make_labels(RunSettings(labels="balanced"), [5, 6, 7, 8], grey_unet()).tolist() == [2, 0, 1, 2]
-
-
-@pytest.mark.parametrize(("labels", "want"), [("2", [2, 2, 2, 2]), ("0,2", [2, 0, 2, 0]), ("2, 0, 1", [1, 2, 0, 1])])
-def test_listed_labels_are_taken_in_turn_by_id(labels, want):
+@pytest.mark.parametrize(
+    ("labels", "want"),
+    [("2", [2, 2, 2, 2]), ("0,2", [2, 0, 2, 0]), ("2, 0, 1", [1, 2, 0, 1]), ("balanced", [2, 0, 1, 2])],
+)
+def test_listed_and_balanced_labels_are_taken_in_turn_by_id(labels, want):
     assert make_labels(RunSettings(labels=labels), [5, 6, 7, 8], grey_unet()).tolist() == want
 
 
-def test_the_null_label_is_no_label():
+def test_the_null_label_is_none():
     assert make_labels(RunSettings(labels="null"), [0, 1], grey_unet()) is None
 
 
@@ -163,101 +158,118 @@ def test_an_unconditional_network_has_no_labels(labels):
     assert make_labels(RunSettings(labels=labels), [0], grey_unet(num_classes=None, null_label=False)) is None
 
 
-@pytest.mark.parametrize(
-    ("labels", "network", "came"),
-    [
-        ("3", {}, "3"),
-        ("0,7,1", {}, "7"),
-        ("null", {"null_label": False}, "null"),
-        ("1", {"num_classes": None, "null_label": False}, "'1'"),
-        ("balanced", {"num_classes": None, "null_label": False}, "'balanced'"),
-    ],
-)
-def test_labels_that_the_network_does_not_have_are_refused(labels, network, came):
-    with pytest.raises(UserError) as error:
-        make_labels(RunSettings(labels=labels), [0], grey_unet(**network))
-    assert "`labels`" in str(error.value)
-    assert came in str(error.value)
-
-
 # ----------------------------------------------------------------------------------------------- scale and cost
 
 
-@every_chain
-def test_scale_0_leaves_guidance_out_and_gives_the_bytes_of_the_unguided_recipe(chain):
+@every_sampler
+def test_scale_0_leaves_guidance_out_and_gives_the_unguided_bytes(sampler):
     network = calm_unet()
-    off, on = recipe_of(chain, network=network, scale=0.0), recipe_of(chain, network=network)
+    off, on = pipeline_of(sampler, network=network, scale=0.0), pipeline_of(sampler, network=network)
     assert off.guidances == {}
     assert off.nfe == on.unguided.nfe == off.schedule.num_steps
-    plain, share = images_of(off, RunSettings())
-    unguided, _ = images_of(on.unguided, RunSettings())
-    assert share is None
-    assert torch.equal(plain, unguided)
-    assert float((images_of(on, RunSettings())[0] - plain).abs().max()) > 1e-3
+    images, mask_frequency = sampled(off, RunSettings())
+    assert mask_frequency is None
+    assert torch.equal(images, sampled(on.unguided, RunSettings())[0])
+    assert float((sampled(on, RunSettings())[0] - images).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("scale", [0.5, -0.1])
 @pytest.mark.parametrize(
-    ("interval", "guided_steps"), [((0, 1), 8), ((0.25, 0.75), 4), ((0.5, 1), 4), ((0, 0.125), 1), ((0.5, 0.5), 0)]
+    ("settings", "nfe"),
+    [
+        ({"scale": 0.0}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({}, [2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"scale": -0.1, "interval": (0.25, 0.75)}, [1, 1, 2, 2, 2, 2, 1, 1]),
+        ({"interval": (0, 0.125)}, [2, 1, 1, 1, 1, 1, 1, 1]),
+        ({"interval": (0.5, 0.5)}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"scale": 0.0, "cfg_scale": 1.0}, [2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"scale": 0.0, "classifier_scale": 3.0}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"cfg_scale": -0.5}, [3, 3, 3, 3, 3, 3, 3, 3]),
+        ({"interval": (0.25, 0.5), "cfg_scale": 1.0}, [2, 2, 3, 3, 2, 2, 2, 2]),
+        ({"interval": (0.5, 1.0), "cfg_scale": 1.0, "classifier_scale": 2.0}, [2, 2, 2, 2, 3, 3, 3, 3]),
+    ],
 )
-def test_nfe_is_the_number_of_network_calls_inside_and_outside_an_interval(interval, guided_steps, scale):
+def test_nfe_counts_every_call_of_the_network(settings, nfe):
     network = calm_unet()
     calls = count_calls(network)
-    recipe = recipe_of(CHAINS[1], network=network, interval=interval, scale=scale)
-    paid, before = [], 0
-    for _, _, prediction in recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])):
-        assert len(calls) - before == prediction.nfe
-        paid, before = [*paid, len(calls) - before], len(calls)
-    start = round(interval[0] * 8)
-    assert paid == [2 if start <= position < start + guided_steps else 1 for position in range(8)]
-    assert recipe.nfe == sum(paid) == 8 + guided_steps
+    pipeline = pipeline_of("ddim", network=network, **settings)
+    with torch.inference_mode():
+        assert [p.nfe for _, _, p in pipeline.sample_progressive(0, [0, 1], LABELS)] == nfe
+    assert pipeline.nfe == len(calls) == sum(nfe)
+    assert pipeline.unguided.nfe == 8
 
 
-@every_chain
-def test_an_interval_of_nothing_gives_the_unguided_bytes(chain):
-    recipe = recipe_of(chain, interval=(0.5, 0.5))
-    images, share = images_of(recipe, RunSettings())
-    assert share is None
-    assert torch.equal(images, images_of(recipe.unguided, RunSettings())[0])
+@every_sampler
+def test_an_empty_interval_gives_the_unguided_bytes(sampler):
+    pipeline = pipeline_of(sampler, interval=(0.5, 0.5))
+    images, mask_frequency = sampled(pipeline, RunSettings())
+    assert mask_frequency is None
+    assert torch.equal(images, sampled(pipeline.unguided, RunSettings())[0])
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("network", "settings", "parts"),
     [
-        ({"site": "output.7"}, ("`site`", "output.1 (8x8)", "'output.7'")),
-        ({"site": "input.0"}, ("`site`", "middle", "'input.0'")),
-        ({"kernel_size": 33}, ("`sag.kernel_size`", "31", "33")),
-        ({"chain": SamplerSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
-        ({"chain": SamplerSettings(respacing="many")}, ("`respacing`", "'many'")),
-        ({"network": {"learn_sigma": False}}, ("`variance`", "learn_sigma", "fixed_small")),
-        ({"network": {"null_label": False}, "cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
+        ({}, {"site": "output.7"}, ("`site`", "output.1 (8x8)", "'output.7'")),
+        ({}, {"sampler": SamplerSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
+        ({"null_label": False}, {"cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
     ],
 )
-def test_prepare_refuses_what_does_not_fit_the_network_before_anything_runs(wrong, named):
-    network = calm_unet(**wrong.pop("network", {}))
+def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated(network, settings, parts):
+    network = calm_unet(**network)
     calls = count_calls(network)
     with pytest.raises(UserError) as error:
-        recipe_of(wrong.pop("chain", CHAINS[0]), network=network, **wrong)
-    assert [part for part in named if part not in str(error.value)] == []
+        pipeline_of(**{"sampler": "ddpm", "network": network, **settings})
+    assert [part for part in parts if part not in str(error.value)] == []
     assert calls == []
 
 
-def test_classifier_guidance_without_a_classifier_is_refused():
-    with pytest.raises(UserError, match=r"`classifier\.scale` needs a classifier"):
-        build_pipeline(calm_unet(), DiffusionSettings(), CHAINS[0], {"classifier": ClassifierGuidance(scale=1.0)})
+def test_an_unknown_guidance_is_refused():
+    with pytest.raises(UserError, match=r"`guidances`.*sag, cfg, classifier.*'pag'"):
+        build_pipeline(calm_unet(), DiffusionSettings(), SAMPLERS["ddim"], {"pag": ClassifierFreeGuidance(scale=1.0)})
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
-    recipe = recipe_of(CHAINS[0], network=calm_unet(learn_sigma=False), diffusion=DiffusionSettings(variance=variance))
-    images, _ = images_of(recipe, RunSettings())
-    assert bool(images.isfinite().all())
+    diffusion = DiffusionSettings(variance=variance)
+    pipeline = pipeline_of("ddpm", network=calm_unet(learn_sigma=False), diffusion=diffusion)
+    assert bool(sampled(pipeline, RunSettings())[0].isfinite().all())
 
 
-# ------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------------------------- classifiers
+
+
+@every_sampler
+def test_sag_and_classifier_guidance_run_together_inside_and_outside_of_inference_mode(sampler):
+    network = calm_unet()
+    both = pipeline_of(sampler, network=network, classifier_scale=3.0)
+    with torch.inference_mode():
+        inside, mask_frequency = both.sample(0, [0, 1], LABELS)
+    outside, _ = both.sample(0, [0, 1], LABELS)
+    assert mask_frequency is not None
+    assert bool(inside.isfinite().all())
+    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-5)
+    for alone in ({}, {"classifier_scale": 3.0, "scale": 0.0}):
+        images, _ = pipeline_of(sampler, network=network, **alone).sample(0, [0, 1], LABELS)
+        assert float((images - outside).abs().max()) > 1e-3
+
+
+def test_a_classifier_is_loaded_by_file_and_compared_with_the_network(tmp_path):
+    guidances = {"classifier": ClassifierGuidance(scale=1.0, checkpoint=str(tmp_path / "c.safetensors"))}
+    arguments = (grey_unet(), DiffusionSettings(), SAMPLERS["ddim"], guidances)
+    with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*c\.safetensors"):
+        build_pipeline(*arguments)
+    write_tiny_classifier(tmp_path / "c.safetensors")
+    images, _ = build_pipeline(*arguments).sample(0, [0, 1], torch.tensor([0, 2]))
+    assert float((images - build_pipeline(*arguments[:3]).sample(0, [0, 1], torch.tensor([0, 2]))[0]).abs().max()) > 0
+    write_tiny_classifier(tmp_path / "c.safetensors", num_classes=4)
+    with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*4 classes"):
+        build_pipeline(*arguments)
+
+
+# ---------------------------------------------------------------------------------- masks and x0 predictions
 
 
 def prediction_with(mask):
@@ -265,134 +277,50 @@ def prediction_with(mask):
     return Prediction(eps=torch.zeros(1, 1, 1, 3), log_variance=torch.tensor(0.0), terms=terms)
 
 
-def test_the_masked_share_counts_guided_steps_alone():
+def test_the_mask_frequency_counts_guided_steps_alone():
     masks = [None, [True, False, True], [True, False, False], None, [True, False, False], [True, False, True]]
-    images, share = run_to_end(
+    images, frequency = run_to_end(
         (5 - k, torch.full((1, 1, 1, 3), float(k)), prediction_with(m)) for k, m in enumerate(masks)
     )
-    assert share.flatten().tolist() == [1.0, 0.0, 0.5]
+    assert frequency.flatten().tolist() == [1.0, 0.0, 0.5]
     assert images.flatten().tolist() == [5.0, 5.0, 5.0]
 
 
-def test_there_is_no_masked_share_where_nothing_was_masked():
-    assert run_to_end(iter([(0, torch.zeros(1, 1, 1, 3), prediction_with(None))]))[1] is None
-
-
-def test_the_masked_share_of_a_run_is_what_its_steps_say():
-    recipe = recipe_of(CHAINS[1], interval=(0.25, 1))
+@every_sampler
+def test_x0_predictions_are_x0_hat_of_every_step_clipped_with_its_mask(sampler):
+    pipeline, ids = pipeline_of(sampler, cfg_scale=1.0, interval=(0.5, 1.0)), [2, 3]
     with torch.inference_mode():
-        chain = list(recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])))
-    masks = [p.terms["sag"].extras["mask"] for _, _, p in chain if p.terms]
-    assert len(masks) == 6
-    images, share = run_to_end(iter(chain))
-    assert share.shape == (2, 1, 16, 16)
-    torch.testing.assert_close(share, sum(mask.double() for mask in masks).float() / 6)
-    assert 0.2 < float(share.mean()) < 0.8
-    assert torch.equal(images, chain[-1][1])
-
-
-# ----------------------------------------------------------------------------------- SAG and a classifier together
-
-
-@every_chain
-def test_sag_and_classifier_guidance_run_together_in_inference_mode_and_out_of_it(chain):
-    network = calm_unet()
-    calls = count_calls(network)
-    both = recipe_of(chain, network=network, classifier_scale=3.0)
-    labels = torch.tensor([0, 3])
-    with torch.inference_mode():
-        inside, share = run_to_end(both.sample_progressive(0, [0, 1], labels))
-    assert len(calls) == both.nfe == 2 * both.schedule.num_steps
-    outside, _ = run_to_end(both.sample_progressive(0, [0, 1], labels))
-    assert share is not None
-    assert bool(inside.isfinite().all())
-    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-5)
-    alone = [recipe_of(chain, network=network), recipe_of(chain, network=network, classifier_scale=3.0, scale=0.0)]
-    for recipe in alone:
-        assert float((run_to_end(recipe.sample_progressive(0, [0, 1], labels))[0] - outside).abs().max()) > 1e-3
-
-
-def test_classifier_guidance_costs_no_call_of_the_network():
-    recipe = recipe_of(CHAINS[0], classifier_scale=3.0, scale=0.0)
-    assert set(recipe.guidances) == {"classifier"}
-    assert recipe.nfe == recipe.schedule.num_steps
-
-
-# ------------------------------------------------------------------------------------------- several guidances
-
-
-@pytest.mark.parametrize(
-    ("guidances", "paid"),
-    [
-        ({"scale": 0.0}, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ({"scale": 0.0, "cfg_scale": 1.0}, [2, 2, 2, 2, 2, 2, 2, 2]),
-        ({"cfg_scale": -0.5}, [3, 3, 3, 3, 3, 3, 3, 3]),
-        ({"interval": (0.25, 0.5), "cfg_scale": 1.0}, [2, 2, 3, 3, 2, 2, 2, 2]),
-        ({"interval": (0.5, 1.0), "cfg_scale": 1.0, "classifier_scale": 2.0}, [2, 2, 2, 2, 3, 3, 3, 3]),
-    ],
-)
-def test_nfe_counts_every_call_of_the_network_by_every_guidance(guidances, paid):
-    network = calm_unet()
-    calls = count_calls(network)
-    recipe = recipe_of(CHAINS[1], network=network, **guidances)
-    with torch.inference_mode():
-        assert [p.nfe for _, _, p in recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1]))] == paid
-    assert recipe.nfe == len(calls) == sum(paid)
-    assert recipe.unguided.nfe == 8
-
-
-# --------------------------------------------------------------------------------------------------- estimates
-
-
-@every_chain
-def test_estimates_are_x0_hat_of_every_step_clipped_with_the_mask_of_the_step(chain):
-    recipe = recipe_of(chain, cfg_scale=1.0, interval=(0.5, 1.0))
-    ids, labels = [2, 3], torch.tensor([1, 4])
-    with torch.inference_mode():
-        got = list(x0_predictions(recipe, 7, ids, labels))
-        steps = list(recipe.sample_progressive(7, ids, labels))
+        got = list(x0_predictions(pipeline, 7, ids, LABELS))
+        steps = list(pipeline.sample_progressive(7, ids, LABELS))
     x = initial_noise(7, ids, (3, 16, 16))
-    for (step, x0_hat, mask), (want_step, after, prediction) in zip(got, steps, strict=True):
-        alpha_bar = float(recipe.schedule.alpha_bar(step))
+    for (step, x0_hat, mask), (want_step, x_next, prediction) in zip(got, steps, strict=True):
+        alpha_bar = float(pipeline.schedule.alpha_bar(step))
         want = (x - (1 - alpha_bar) ** 0.5 * prediction.eps) / alpha_bar**0.5
         assert step == want_step
         torch.testing.assert_close(x0_hat, want.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-        noted = prediction.terms["sag"].extras["mask"] if "sag" in prediction.terms else None
-        assert (mask is None) == (noted is None) == (step >= recipe.schedule.num_steps / 2)
-        assert mask is None or torch.equal(mask, noted)
-        x = after
+        want_mask = prediction.terms["sag"].extras["mask"] if "sag" in prediction.terms else None
+        assert (mask is None) == (want_mask is None) == (step >= pipeline.schedule.num_steps / 2)
+        assert mask is None or torch.equal(mask, want_mask)
+        x = x_next
+    if sampler == "ddim":  # deterministic, so that the last x0_hat is the image
+        torch.testing.assert_close(got[-1][1], steps[-1][1], rtol=0, atol=1e-5)
 
 
-def test_the_last_estimate_of_a_deterministic_chain_is_its_image():
-    recipe = recipe_of(CHAINS[1])
-    with torch.inference_mode():
-        *_, (step, x0_hat, _) = x0_predictions(recipe, 0, [0, 1], torch.tensor([0, 1]))
-    images, _ = run_to_end(recipe.sample_progressive(0, [0, 1], torch.tensor([0, 1])))
-    assert step == 0
-    torch.testing.assert_close(x0_hat, images, rtol=0, atol=1e-5)
-
-
-def test_the_estimates_of_a_recipe_without_guidance_mask_nothing():
-    recipe = recipe_of(CHAINS[0]).unguided
-    with torch.inference_mode():
-        assert [mask for _, _, mask in x0_predictions(recipe, 0, [0], torch.tensor([0]))] == [None] * 6
-
-
-def test_a_compiled_network_is_two_whole_graphs_whatever_the_step_and_the_batch():
+def test_a_compiled_network_is_two_whole_graphs_for_all_steps_and_batches():
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    chain, run = SamplerSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
-    want = [images_of(recipe_of(chain, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
+    sampler, run = SamplerSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
+    want = [sampled(pipeline_of(sampler, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
     network = calm_unet()
     network.compile(dynamic=False, fullgraph=True, backend=backend)
-    recipe = recipe_of(chain, network=network, interval=(0.3, 0.8))
+    pipeline = pipeline_of(sampler, network=network, interval=(0.3, 0.8))
     try:
-        got = [images_of(recipe, run, ids)[0] for ids in ((0, 1), (2, 3))]
+        got = [sampled(pipeline, run, ids)[0] for ids in ((0, 1), (2, 3))]
     finally:
         torch.compiler.reset()
-    assert len(graphs) == 2  # a plain pass, and one that brings attention back
+    assert len(graphs) == 2  # one without attention, one that returns it
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

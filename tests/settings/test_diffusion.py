@@ -16,7 +16,7 @@ from sagl.settings.diffusion import DiffusionSettings, LossSettings
         (LossSettings, {"timestep_sampler": "importance"}),
     ],
 )
-def test_what_has_no_process_is_refused_with_the_argument_and_what_came(settings, changes):
+def test_an_impossible_setting_is_refused_with_its_name_and_value(settings, changes):
     ((name, value),) = changes.items()
     with pytest.raises(UserError) as error:
         settings(**changes)
@@ -26,6 +26,6 @@ def test_what_has_no_process_is_refused_with_the_argument_and_what_came(settings
 
 @pytest.mark.parametrize("noise_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("num_timesteps", [21, 250, 1000, 4000])
-def test_every_process_that_is_allowed_has_betas_between_zero_and_one(noise_schedule, num_timesteps):
+def test_every_allowed_process_has_betas_between_zero_and_one(noise_schedule, num_timesteps):
     betas = make_schedule(DiffusionSettings(noise_schedule=noise_schedule, num_timesteps=num_timesteps)).betas
     assert 0 < float(betas.min()) <= float(betas.max()) < 1

@@ -5,36 +5,44 @@ from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
 
 
 @pytest.mark.parametrize(
-    ("settings", "changes", "named"),
+    ("settings", "changes", "name"),
     [
         (SamplerSettings, {"sampler": "euler"}, "sampler"),
         (SamplerSettings, {"sampler": "ddim", "eta": -0.1}, "eta"),
         (SamplerSettings, {"sampler": "ddim", "eta": 1.5}, "eta"),
+        (SamplerSettings, {"sampler": "ddim", "eta": float("nan")}, "eta"),
         (SamplerSettings, {"sampler": "ddpm", "eta": 0.5}, "eta"),
         (RunSettings, {"num_samples": 0}, "num_samples"),
-        (DeviceSettings, {"devices": "0"}, "trainer.devices"),
-        (DeviceSettings, {"devices": "257"}, "trainer.devices"),
-        (DeviceSettings, {"devices": "0,1"}, "trainer.devices"),
-        (DeviceSettings, {"num_nodes": 0}, "trainer.num_nodes"),
+        (RunSettings, {"num_samples": 10_000_001}, "num_samples"),
         (RunSettings, {"batch_size": 0}, "batch_size"),
+        (RunSettings, {"batch_size": 65_537}, "batch_size"),
         (RunSettings, {"first_id": -1}, "first_id"),
+        (RunSettings, {"first_id": 2**32 - 15}, "first_id"),
         (RunSettings, {"seed": -1}, "seed"),
         (RunSettings, {"labels": "shoes"}, "labels"),
         (RunSettings, {"labels": "1,,2"}, "labels"),
         (RunSettings, {"labels": "-1"}, "labels"),
+        (DeviceSettings, {"devices": "0"}, "trainer.devices"),
+        (DeviceSettings, {"devices": "257"}, "trainer.devices"),
+        (DeviceSettings, {"devices": "0,1"}, "trainer.devices"),
+        (DeviceSettings, {"num_nodes": 0}, "trainer.num_nodes"),
     ],
 )
-def test_what_has_no_chain_or_run_is_refused_with_the_argument_and_what_came(settings, changes, named):
+def test_an_impossible_setting_is_refused_with_its_name_and_value(settings, changes, name):
     with pytest.raises(UserError) as error:
         settings(**changes)
-    assert f"`{named}`" in str(error.value)
+    assert f"`{name}`" in str(error.value)
     assert str(list(changes.values())[-1]) in str(error.value)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_takes_any_share_of_the_ancestral_noise(eta):
+def test_ddim_takes_any_fraction_of_the_ancestral_noise(eta):
     assert SamplerSettings(sampler="ddim", eta=eta).eta == eta
 
 
 def test_labels_may_be_a_list_of_classes():
     assert RunSettings(labels="0, 7,9").label_list == [0, 7, 9]
+
+
+def test_ids_reach_the_last_of_32_bits():
+    assert RunSettings(first_id=2**32 - 16).first_id == 2**32 - 16
