@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 
+from sagl.commands.fit import training_parser, trains_classifier
 from sagl.commands.request import parse
-from sagl.commands.training import FitCLI, FitParser, module_for
+from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import meta_state_dict
@@ -17,9 +17,6 @@ from sagl.settings.compatibility import check_classifier
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from tests.helpers.tiny import QUIET_CLI
-
-pytestmark = QUIET_CLI
 
 PAPER = {
     "imagenet256_uncond": (0.5, "output.2", 9.0),
@@ -41,28 +38,12 @@ def the_environment_is_left_as_it_was(monkeypatch, tmp_path):
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
 
 
-def built(file, tmp_path, *flags):
-    """All that a configuration describes, built; nothing is run, and the network is on the meta device."""
+def built(file, tmp_path):
+    """Build all that a configuration describes; nothing is run, and the network is on the meta device."""
+    arguments = ["--config", str(file), "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    parser = training_parser("fit", classifier=trains_classifier(arguments), full=True)
     with torch.device("meta"):
-        return FitCLI(
-            module_for(["--config", str(file)]),
-            LightningDataModule,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            run=False,
-            parser_class=FitParser,
-            args=[
-                "--config",
-                str(file),
-                "--output",
-                str(tmp_path / "run"),
-                "--trainer.accelerator",
-                "cpu",
-                *flags,
-            ],
-        )
+        return prepare_fit(parser, parser.parse(arguments))
 
 
 def test_there_are_configurations_of_the_paper_s_networks_and_of_ours():
@@ -71,24 +52,24 @@ def test_there_are_configurations_of_the_paper_s_networks_and_of_ours():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
-    said, cli = yaml.safe_load(file.read_text()), built(file, tmp_path)
-    settings = cli.model.network.settings
+    said, run = yaml.safe_load(file.read_text()), built(file, tmp_path)
+    settings = run.module.network.settings
     network = said["model"].get("network") or said["model"]["classifier"]
     if isinstance(network, str):
         assert settings == get_unet_settings(network)[0]
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name
-    assert f"{type(cli.datamodule).__module__}.{type(cli.datamodule).__name__}" == said["data"]["class_path"]
+    assert f"{type(run.data).__module__}.{type(run.data).__name__}" == said["data"]["class_path"]
     for name, value in said["data"]["init_args"].items():
-        assert getattr(cli.datamodule, name) == value, name
-    assert cli.trainer.max_steps == said["trainer"]["max_steps"]
+        assert getattr(run.data, name) == value, name
+    assert run.trainer.max_steps == said["trainer"]["max_steps"]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_configuration_s_network_computes(file, tmp_path):
-    network = built(file, tmp_path).model.network
+    network = built(file, tmp_path).module.network
     with torch.device("meta"):
         s = network.settings
         x, timesteps = torch.empty(2, s.in_channels, s.image_size, s.image_size), torch.zeros(2)
@@ -101,8 +82,8 @@ def test_a_configuration_s_network_computes(file, tmp_path):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_configuration_s_rate_reaches_its_full_height(file, tmp_path):
-    cli = built(file, tmp_path)
-    s, end = cli.model.optimizer_settings, cli.trainer.max_steps
+    run = built(file, tmp_path)
+    s, end = run.module.settings.optimizer, run.trainer.max_steps
     assert end == -1 or end > s.warmup_steps + s.decay_steps
     assert max(s.lr_multiplier(step, end) for step in range(0, 10_000, 50)) == 1
 
@@ -123,13 +104,13 @@ def test_a_network_of_the_paper_is_sampled_as_table_7_says(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
-    cli = built(FILES[0].with_name(f"{name}.yaml"), tmp_path)
-    optimizer, diffusion = cli.model.optimizer_settings, cli.model.diffusion_settings
+    run = built(FILES[0].with_name(f"{name}.yaml"), tmp_path)
+    optimizer, diffusion = run.module.settings.optimizer, run.module.diffusion_settings
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0.0)
     assert (diffusion.noise_schedule, diffusion.num_timesteps) == ("linear", 1000)
-    assert cli.config.ema_decay == 0.9999
-    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 256
-    assert cli.model.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
+    assert run.module.hparams["ema_decay"] == 0.9999
+    assert run.data.batch_size * run.trainer.accumulate_grad_batches == 256
+    assert run.module.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
 
 
 def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():

@@ -71,7 +71,7 @@ def test_two_processes_end_in_the_weights_of_one_in_float64_and_skip_the_same_ba
     record_property("largest difference of weights", worst := largest_difference(alone, together))
     assert worst < 1e-9
     assert alone["timestep_sampler"]["counts"].equal(together["timestep_sampler"]["counts"])
-    assert alone["skipped"] == together["skipped"] == 3
+    assert alone["num_skipped"] == together["num_skipped"] == 3
     assert alone["loops"]["fit_loop"]["state_dict"] == together["loops"]["fit_loop"]["state_dict"]
 
 

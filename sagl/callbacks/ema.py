@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights: one kept by Lightning's `WeightAveraging`, further ones beside it."""
+"""Exponential moving averages (EMA) of the weights: one by Lightning's `WeightAveraging`, further ones beside it."""
 
 from typing import Any
 
@@ -11,94 +11,88 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sagl.settings.training import CheckpointSettings
 
 
-def _young(decay: float, updates: int) -> float:
-    """The decay of an average of so many updates, which forgets faster while there are few."""
-    return min(decay, (1 + updates) / (10 + updates))
+def warmup_decay(decay: float, num_updates: int) -> float:
+    """Return the EMA decay with warm-up, min(decay, (1 + n) / (10 + n)), so that initial weights are soon forgotten."""
+    return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
 class EMA(WeightAveraging):
-    """Average of the weights with one decay; validation sees it, and a checkpoint's `state_dict` holds it.
+    """EMA of the weights, in use during validation and saved as a checkpoint's `state_dict`.
 
-    The raw weights are in the checkpoint's `current_model_state`, and in the module when training ends.
+    The raw weights are saved as `current_model_state`, and are in the module when training ends.
     """
 
     def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
-        """An average that forgets by `settings.ema_decay` a step, and faster at first."""
-        self.decay, self._in_place = settings.ema_decay, False
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(use_buffers=False, multi_avg_fn=self._update)
+        self.decay, self._swapped = settings.ema_decay, False
 
-    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
-        """One update; young averages forget faster, so that the first weights do not linger."""
-        get_ema_multi_avg_fn(_young(self.decay, int(num_averaged)))(averaged, current, num_averaged)
+    def _update(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
+        get_ema_multi_avg_fn(warmup_decay(self.decay, int(num_averaged)))(averaged, current, num_averaged)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Weights and average take the trainer's precision before a checkpoint is read into them, not after."""
+        """Convert the module to the trainer's precision before it is copied and a checkpoint is read into the copy."""
         trainer.precision_plugin.convert_module(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The average lives where the weights do."""
+        """Move the average to the device of the weights."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The average takes the weights' place."""
         super().on_validation_epoch_start(trainer, pl_module)
-        self._in_place = True
+        self._swapped = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The weights are back."""
         super().on_validation_epoch_end(trainer, pl_module)
-        self._in_place = False
+        self._swapped = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that ends while it validates is put right before anything is saved."""
-        if self._in_place:
+        """Put the raw weights back if the run ends during validation."""
+        if self._swapped:
             self.on_validation_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the raw weights in place: checkpoints hold both."""
+        """Leave the raw weights in the module; the base class would overwrite them with the average."""
 
 
 class ExtraEMAs(Callback):
-    """Averages with other decays, `settings.extra_ema_decays`; a checkpoint's `extra_emas` holds them, by decay.
+    """EMAs with the decays of `settings.extra_ema_decays`, saved as a checkpoint's `extra_emas`, by decay.
 
-    They are read as --weights ema:DECAY. Nothing is sampled from them while training.
+    `--weights ema:DECAY` reads them. Validation and previews do not use them.
     """
 
     def __init__(self, settings: CheckpointSettings) -> None:
-        """As many as there are decays."""
-        self.decays, self._updates, self._step = settings.extra_ema_decays, 0, 0
+        self.decays, self._num_updates, self._latest_step = settings.extra_ema_decays, 0, 0
         self._averages: dict[float, dict[str, Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin from the weights, or where the checkpoint left off; beside the weights in either case."""
-        self._step = trainer.global_step
+        """Start from the weights, or from the averages of the checkpoint, on the device of the weights."""
+        self._latest_step = trainer.global_step
         for decay in self.decays:
-            mine = self._averages.get(decay, {})
+            saved = self._averages.get(decay, {})
             self._averages[decay] = {
-                name: mine[name].to(value) if name in mine else value.detach().clone()
-                for name, value in pl_module.named_parameters()
+                name: saved[name].to(weight) if name in saved else weight.detach().clone()
+                for name, weight in pl_module.named_parameters()
             }
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
-        """One update a step of the optimiser; the first takes the weights as they are."""
-        if trainer.global_step == self._step:
+        """Update once per optimiser step; the first update copies the weights."""
+        if trainer.global_step == self._latest_step:
             return
-        current = [parameter.detach() for parameter in pl_module.parameters()]
-        for decay, averages in self._averages.items():
-            kept = _young(decay, self._updates) if self._updates else 0.0
-            torch._foreach_lerp_(list(averages.values()), current, 1 - kept)
-        self._updates, self._step = self._updates + 1, trainer.global_step
+        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        for decay, average in self._averages.items():
+            effective_decay = warmup_decay(decay, self._num_updates) if self._num_updates else 0.0
+            torch._foreach_lerp_(list(average.values()), weights, 1 - effective_decay)
+        self._num_updates, self._latest_step = self._num_updates + 1, trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """All of them, and how many updates they have seen."""
         if self.decays:
-            checkpoint["extra_emas"] = {str(decay): averages for decay, averages in self._averages.items()}
-            checkpoint["num_extra_ema_updates"] = self._updates
+            checkpoint["extra_emas"] = {str(decay): average for decay, average in self._averages.items()}
+            checkpoint["num_extra_ema_updates"] = self._num_updates
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with those that are there; a decay that was not asked for before begins from the weights."""
-        held = checkpoint.get("extra_emas", {})
-        self._averages = {decay: dict(held[str(decay)]) for decay in self.decays if str(decay) in held}
-        self._updates = checkpoint.get("num_extra_ema_updates", 0)
+        """Read the saved averages; a decay that is new starts from the weights."""
+        saved = checkpoint.get("extra_emas", {})
+        self._averages = {decay: dict(saved[str(decay)]) for decay in self.decays if str(decay) in saved}
+        self._num_updates = checkpoint.get("num_extra_ema_updates", 0)

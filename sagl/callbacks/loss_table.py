@@ -1,4 +1,4 @@
-"""What `sagl validate` and `sagl test` print."""
+"""Table of the results of `sagl validate` and `sagl test`."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,15 @@ from torch import Tensor
 from sagl.modules.training_module import NUM_TIMESTEP_BINS
 
 MEANS = ("loss", "mse", "accuracy", "accuracy_top_5")
-Row = tuple[str, str]
-"""What, and its number."""
 
 
 class LossTable(Callback):
-    """Loss whole and by quarter of the timesteps, bits/dim with its standard error, distances where they were taken."""
+    """Prints losses, whole and by range of timesteps, bits/dim with its standard error, and metrics of previews."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print, on rank 0."""
         if trainer.is_global_zero and trainer.state.fn != "fit":
-            images = int(trainer.callback_metrics["val/images"])
-            table = Table("", f"{images} images", title="validation" if trainer.validating else "test")
+            num_images = int(trainer.callback_metrics["val/num_images"])
+            table = Table("", f"{num_images} images", title="validation" if trainer.validating else "test")
             for row in rows(trainer.callback_metrics, pl_module.hparams["diffusion"]["num_timesteps"]):
                 table.add_row(*row)
             Console().print(table)
@@ -30,30 +27,20 @@ class LossTable(Callback):
     on_test_end = on_validation_end
 
 
-def rows(metrics: Mapping[str, Tensor], num_timesteps: int) -> list[Row]:
-    """The lines of the table."""
-    found = [row for name in MEANS if f"val/{name}" in metrics for row in _mean_rows(metrics, name, num_timesteps)]
+def rows(metrics: Mapping[str, Tensor], num_timesteps: int) -> Iterator[tuple[str, str]]:
+    """Yield the name and the formatted value of each row."""
+    for name in MEANS:
+        if f"val/{name}" in metrics:
+            yield name.replace("_", " "), f"{float(metrics[f'val/{name}']):.5f}"
+        for q in range(NUM_TIMESTEP_BINS):
+            if (key := f"val/{name}_q{q}") in metrics:
+                first, end = (k * num_timesteps // NUM_TIMESTEP_BINS for k in (q, q + 1))
+                yield f"  at timesteps {first} to {end - 1}", f"{float(metrics[key]):.5f}"
     if "val/bits_per_dim" in metrics:
-        found.append(("bits/dim", f"{float(metrics['val/bits_per_dim']):.3f} ± {_standard_error(metrics):.3f}"))
-    others = (name for name in metrics if name.startswith(("val/frechet_", "val/inception_score_")))
-    return found + [(_spoken(name), f"{float(metrics[name]):.2f}") for name in others]
-
-
-def _mean_rows(metrics: Mapping[str, Tensor], name: str, num_timesteps: int) -> Iterator[Row]:
-    """A mean over all images, and over those of each quarter of the timesteps where it was taken."""
-    yield name.replace("_", " "), f"{float(metrics[f'val/{name}']):.5f}"
-    for q in range(NUM_TIMESTEP_BINS):
-        if (of_quarter := f"val/{name}_quarter_{q}") in metrics:
-            first, last = q * num_timesteps // NUM_TIMESTEP_BINS, (q + 1) * num_timesteps // NUM_TIMESTEP_BINS - 1
-            yield f"  at timesteps {first} to {last}", f"{float(metrics[of_quarter]):.5f}"
-
-
-def _standard_error(metrics: Mapping[str, Tensor]) -> float:
-    mean, squared = float(metrics["val/bits_per_dim"]), float(metrics["val/bits_per_dim_squared"])
-    return math.sqrt(max(0.0, squared - mean**2) / float(metrics["val/images"]))
-
-
-def _spoken(name: str) -> str:
-    """val/inception_score_0.3 -> inception score at scale 0.3."""
-    what, scale = name.removeprefix("val/").rsplit("_", 1)
-    return f"{what.replace('_', ' ')} at scale {scale}"
+        mean, squared = (float(metrics[f"val/{name}"]) for name in ("bits_per_dim", "bits_per_dim_squared"))
+        standard_error = math.sqrt(max(0.0, squared - mean**2) / float(metrics["val/num_images"]))
+        yield "bits/dim", f"{mean:.3f} ± {standard_error:.3f}"
+    for key, value in metrics.items():
+        if key.startswith(("val/frechet_", "val/inception_score_")):  # such as val/inception_score_0.3
+            name, scale = key.removeprefix("val/").rsplit("_", 1)
+            yield f"{name.replace('_', ' ')} at scale {scale}", f"{float(value):.2f}"

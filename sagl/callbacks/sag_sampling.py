@@ -1,193 +1,224 @@
-"""Guided grids and their numbers, at every validation."""
+"""Previews: image grids at several guidance scales, and their metrics, at every validation."""
 
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from sagl.callbacks.measures import PreviewMetrics
 from sagl.errors import UserError
 from sagl.metrics.extractors import get_extractor
+from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.grid import colorize_masks, image_grid, save_png
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
-from sagl.utils.files import atomic_file
+from sagl.utils.files import atomic_file, cache_folder
 from sagl.utils.images import to_uint8
+
+Pipelines = Mapping[float, SamplingPipeline]
+"""Sampling pipelines by guidance scale."""
+
+
+class PreviewMetrics:
+    """Metrics of one extractor over all processes; sums over the real images are cached by their pixels."""
+
+    def __init__(self, extractor: str, device: torch.device) -> None:
+        self._extract, self._name, self._device = get_extractor(extractor)(device), extractor, device
+        self._metrics: FeatureMetrics | None = None
+
+    def update_real(self, batches: Iterable[ImageUint8]) -> None:
+        """Accumulate features of the real images of this process once, or load the sums from the cache."""
+        if self._metrics is not None:
+            return
+        images = [batch.cpu() for batch in batches]
+        self._metrics = FeatureMetrics(self._extract, images[0][:1], self._device)
+        path = cache_folder() / "statistics" / f"preview-{self._name}-{_fingerprint(images)}.npz"
+        if path.is_file():
+            with np.load(path) as arrays:
+                self._metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            return
+        for batch in images:
+            self._metrics.update_real(batch)
+        state: dict[str, Any] = {name: value.cpu().numpy() for name, value in self._metrics.real_state.items()}
+        with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+            np.savez(file, **state)
+
+    def compute(self, batches: Iterable[ImageUint8]) -> dict[str, float]:
+        """Compute `frechet` and, with class logits, `inception_score` of the generated images of all processes."""
+        assert self._metrics is not None, "update_real comes first"
+        return self._metrics.compute(batches)
 
 
 class SAGSampling(Callback):
-    """Samples the network, unguided and guided by self-attention at several scales, whenever validation ends.
+    """Samples the network at every validation, unguided and with self-attention guidance at several scales.
 
-    Sample ids, and so their noise and labels, are the same every time: what changes is the network. Grids go to the
-    logger and to previews/step_N.png; numbers to val/frechet_SCALE and val/inception_score_SCALE. To be listed before
-    the callback that puts the averages in the weights' place, so that it sees them.
+    Sample ids, and so noise and labels, are the same every time. Grids are written to previews/step_N.png and to the
+    logger; metrics are logged as val/frechet_SCALE and val/inception_score_SCALE. The callback must be listed before
+    `EMA`, which puts the raw weights back at the end of validation.
     """
 
     def __init__(self, folder: Path, settings: PreviewSettings, sag: SelfAttentionGuidance) -> None:
-        """What to draw.
+        """Check that the extractor exists.
 
         Args:
-            folder: of the run: grids go to previews/.
-            settings: how many, at which scales, in how many steps.
-            sag: site, blur and the rest; its scale is not read.
+            folder: folder of the run.
+            settings: numbers of images, scales and sampler.
+            sag: guidance settings; the scale is not used.
 
         Raises:
             UserError: there is no such extractor.
         """
-        get_extractor(settings.extractor)  # refused here, or it is there
+        get_extractor(settings.extractor)
         self.folder, self.settings, self.sag = folder, settings, sag
-        self._measures: PreviewMetrics | None = None
-
-    # ------------------------------------------------------------------------------------------- at validation
+        self._metrics: PreviewMetrics | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse scales and steps that the network cannot have, before hours have been spent.
+        """Check scales and respacing against the network, and print what each validation will cost.
 
-        Where the config says nothing of sag, and its default site is none of the network's, previews are unguided.
+        If `sag` has its default site, and the network has no attention there, previews are unguided.
 
         Raises:
-            UserError: the site has no attention, the kernel does not fit, there are no such steps.
+            UserError: the site has no attention, the kernel is too large, or the respacing is impossible.
         """
         if not (self.settings.num_samples or self.settings.num_metric_samples):
             return
         try:
-            recipes = list(self._recipes(pl_module))
+            pipelines = self._build_pipelines(pl_module)
         except UserError as error:
             if self.sag.site != SelfAttentionGuidance().site or set(self.settings.scales) == {0.0}:
                 raise
             print(f"Previews are unguided: {error}")
             self.settings = replace(self.settings, scales=(0.0,), best_scale=0.0)
-            recipes = list(self._recipes(pl_module))
+            pipelines = self._build_pipelines(pl_module)
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            self._announce(trainer, recipes)
+            self._print_cost(trainer, pipelines)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and measure."""
         if trainer.sanity_checking or not (self.settings.num_samples or self.settings.num_metric_samples):
             return
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            recipes = list(self._recipes(pl_module))
+            pipelines = self._build_pipelines(pl_module)
             if self.settings.num_samples:
-                self._draw(trainer, recipes)
+                self._log_grid(trainer, pipelines)
             if self.settings.num_metric_samples:
-                self._measure(trainer, pl_module, recipes)
+                self._log_metrics(trainer, pl_module, pipelines)
 
-    def _announce(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:
-        """What each validation will cost, before the first step: a forward of the size in use is timed."""
-        images = max(self.settings.num_samples, 0) + self.settings.num_metric_samples
-        passes = images * sum(recipe.nfe for _, recipe in recipes)
-        seconds = passes / trainer.world_size * _seconds_a_pass(recipes[0][1].network, self.settings.batch_size)
-        scales = " ".join(f"{scale:g}" for scale, _ in recipes)
+    def _build_pipelines(self, module: LightningModule) -> Pipelines:
+        assert isinstance(module, DiffusionModule)
+        sampler = SamplerSettings(sampler=self.settings.sampler, respacing=self.settings.respacing)
+        guidances = {scale: {"sag": replace(self.sag, scale=scale)} for scale in self.settings.scales}
+        return {
+            scale: build_pipeline(module.network, module.diffusion_settings, sampler, guidance)
+            for scale, guidance in guidances.items()
+        }
+
+    def _print_cost(self, trainer: Trainer, pipelines: Pipelines) -> None:
+        s = self.settings
+        nfe = (s.num_samples + s.num_metric_samples) * sum(pipeline.nfe for pipeline in pipelines.values())
+        network = next(iter(pipelines.values())).network
+        seconds = nfe / trainer.world_size * _seconds_per_evaluation(network, s.batch_size)
         if trainer.is_global_zero:
             print(
-                f"At every validation: {self.settings.num_samples} images drawn and {self.settings.num_metric_samples} measured at "
-                f"scales {scales}: {passes} network evaluations, about {seconds:.0f} s. --preview.num_samples 0: none."
+                f"Every validation samples {s.num_samples} preview images and {s.num_metric_samples} for metrics at "
+                f"scales {_join(pipelines)}: {nfe} network evaluations, about {seconds:.0f} s. "
+                "Set preview.num_samples to 0 for none."
             )
 
-    # ------------------------------------------------------------------------------------------------- images
-
-    def _recipes(self, module: LightningModule) -> Iterator[tuple[float, SamplingPipeline]]:
-        assert isinstance(module, DiffusionModule)
-        chain = SamplerSettings(sampler=self.settings.sampler, respacing=self.settings.respacing)
-        for scale in self.settings.scales:
-            yield (
-                scale,
-                build_pipeline(
-                    module.network, module.diffusion_settings, chain, {"sag": replace(self.sag, scale=scale)}
-                ),
-            )
-
-    def _made(self, recipe: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
-        """Images of these ids, and the masked shares; of labels every class in turn."""
-        classes = recipe.network.settings.num_classes
-        run = RunSettings(num_samples=len(ids), labels="null" if classes is None else "balanced")
-        x, share = run_to_end(recipe.sample_progressive(run.seed, ids, make_labels(run, ids, recipe.network)))
-        return to_uint8(x), share
-
-    def _draw(self, trainer: Trainer, recipes: Sequence[tuple[float, SamplingPipeline]]) -> None:
-        """One grid on rank 0; the other ranks make their share of it."""
+    def _log_grid(self, trainer: Trainer, pipelines: Pipelines) -> None:
+        """Write a grid with a row of images for each scale and a row of masks under each guided one."""
         rows: list[ImageUint8] = []
-        for _, recipe in recipes:
-            images, shares = [], []
-            for ids in self._shares(trainer, self.settings.num_samples):
-                made, share = self._made(recipe, ids)
-                images.append(made)
-                shares += [] if share is None else [share]
-            rows.append(_of_all(trainer, torch.cat(images))[: self.settings.num_samples])
-            if shares:
-                rows.append(colorize_masks(_of_all(trainer, torch.cat(shares))[: self.settings.num_samples].cpu()))
+        for pipeline in pipelines.values():
+            batches = [_sample(pipeline, ids) for ids in self._rank_batches(trainer, self.settings.num_samples)]
+            images, mask_frequencies = zip(*batches, strict=True)
+            rows.append(self._all_gather(trainer, images))
+            if mask_frequencies[0] is not None:
+                rows.append(colorize_masks(self._all_gather(trainer, mask_frequencies)))
         if trainer.is_global_zero:
-            picture = image_grid([row.cpu() for row in rows])
-            path = self.folder / "previews" / f"step_{trainer.global_step:08d}.png"
-            with atomic_file(path) as partial:
-                save_png(picture, partial)
-            scales = " ".join(f"{scale:g}" for scale, _ in recipes)
+            grid = image_grid(rows)
+            with atomic_file(self.folder / "previews" / f"step_{trainer.global_step:08d}.png") as partial:
+                save_png(grid, partial)
             for logger in trainer.loggers:
-                _show(logger, f"preview/scales {scales}", picture, trainer.global_step)
+                log_image(logger, f"preview/scales {_join(pipelines)}", grid, trainer.global_step)
 
-    def _shares(self, trainer: Trainer, count: int) -> Iterator[list[int]]:
-        """Ids of this rank, a few at a time: every world_size-th; the last go over the end so that all have as many."""
-        world, size = trainer.world_size, self.settings.batch_size
-        mine = list(range(trainer.global_rank, -(-count // world) * world, world))
-        yield from (mine[start : start + size] for start in range(0, len(mine), size))
+    def _log_metrics(self, trainer: Trainer, module: LightningModule, pipelines: Pipelines) -> None:
+        count = self.settings.num_metric_samples
+        self._metrics = self._metrics or PreviewMetrics(self.settings.extractor, module.device)
+        self._metrics.update_real(_validation_images(trainer))
+        for scale, pipeline in pipelines.items():
+            ids = ([i for i in batch if i < count] for batch in self._rank_batches(trainer, count))
+            for name, value in self._metrics.compute(_sample(pipeline, batch)[0] for batch in ids if batch).items():
+                module.log(f"val/{name}_{scale:g}", value, sync_dist=True)
 
-    # ------------------------------------------------------------------------------------------------- numbers
+    def _rank_batches(self, trainer: Trainer, count: int) -> Iterator[list[int]]:
+        """Yield this rank's ids, every world_size-th, in batches; the last ones exceed `count` on some ranks."""
+        world_size, size = trainer.world_size, self.settings.batch_size
+        ids = list(range(trainer.global_rank, -(-count // world_size) * world_size, world_size))
+        yield from (ids[start : start + size] for start in range(0, len(ids), size))
 
-    def _measure(
-        self, trainer: Trainer, module: LightningModule, recipes: Sequence[tuple[float, SamplingPipeline]]
-    ) -> None:
-        self._measures = self._measures or PreviewMetrics(self.settings.extractor, module.device)
-        self._measures.update_real(_batches(trainer))
-        for scale, recipe in recipes:
-            ids = (i for i in self._shares(trainer, self.settings.num_metric_samples))
-            inside = ([i for i in few if i < self.settings.num_metric_samples] for few in ids)
-            for name, value in self._measures.compute(self._made(recipe, few)[0] for few in inside if few).items():
-                module.log(f"val/{name}_{scale:g}", value, rank_zero_only=True)
+    def _all_gather(self, trainer: Trainer, batches: Sequence[Tensor]) -> Tensor:
+        """Concatenate batches of all ranks in the order of sample ids, on the CPU: (num_samples, …)."""
+        rows = torch.cat(list(batches))
+        if trainer.world_size > 1:
+            rows = trainer.strategy.all_gather(rows).transpose(0, 1).flatten(0, 1)
+        return rows[: self.settings.num_samples].cpu()
 
 
-def _batches(trainer: Trainer) -> Iterator[ImageUint8]:
-    """Images of this process's share of the validation images."""
+def log_image(logger: Any, name: str, image: ImageUint8, step: int) -> None:  # noqa: ANN401 (any of Lightning's)
+    """Log a (3, H, W) image to TensorBoard, or to a logger with `log_image`, such as wandb's."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, image, step)
+    elif hasattr(logger, "log_image"):
+        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
+
+
+def _sample(pipeline: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
+    """Sample images of these ids, of every class in turn, and their mask frequencies."""
+    num_classes = pipeline.network.settings.num_classes
+    run = RunSettings(num_samples=len(ids), labels="null" if num_classes is None else "balanced")
+    x, mask_frequency = pipeline.sample(run.seed, ids, make_labels(run, ids, pipeline.network))
+    return to_uint8(x), mask_frequency
+
+
+def _validation_images(trainer: Trainer) -> Iterator[ImageUint8]:
+    """Yield the validation images of this rank."""
     loaders: Any = trainer.val_dataloaders
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         for images, *_ in loader:
             yield images
 
 
-def _show(logger: Any, name: str, picture: ImageUint8, step: int) -> None:  # noqa: ANN401 (any of Lightning's)
-    """A picture, (3, H, W) uint8, to a logger that takes any: TensorBoard, and those with `log_image`, as wandb's."""
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(name, picture, step)
-    elif hasattr(logger, "log_image"):
-        logger.log_image(key=name, images=[picture.permute(1, 2, 0).numpy()], step=step)
-
-
-def _seconds_a_pass(network: UNet, batch_size: int) -> float:
-    """Of one sample's network evaluation in a batch; the second of two is timed."""
+def _seconds_per_evaluation(network: UNet, batch_size: int) -> float:
+    """Time the second of two forward passes of a batch; return seconds per sample."""
     s, device = network.settings, next(network.parameters()).device
     x = torch.zeros(batch_size, s.in_channels, s.image_size, s.image_size, device=device)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=device)
     labels = None if s.num_classes is None else torch.zeros_like(timesteps)
-    started = 0.0
+    start = 0.0
     for _ in range(2):
-        started = time.monotonic()
+        start = time.monotonic()
         network(x, timesteps, labels).out.sum().item()  # waits for a GPU
-    return (time.monotonic() - started) / batch_size
+    return (time.monotonic() - start) / batch_size
 
 
-def _of_all(trainer: Trainer, mine: Tensor) -> Tensor:
-    """Rows of every rank in the order of their ids: (n, …) of each -> (n · world_size, …)."""
-    if trainer.world_size == 1:
-        return mine
-    gathered: Tensor = trainer.strategy.all_gather(mine)
-    return gathered.transpose(0, 1).flatten(0, 1)
+def _join(pipelines: Pipelines) -> str:
+    return " ".join(f"{scale:g}" for scale in pipelines)
+
+
+def _fingerprint(batches: Iterable[ImageUint8]) -> str:
+    """Hash the pixels."""
+    digest = hashlib.sha256()
+    for images in batches:
+        digest.update(images.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

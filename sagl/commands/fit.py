@@ -1,47 +1,139 @@
-"""`sagl fit`: its own flags and a help of two screens; Lightning is loaded for the training alone."""
+"""`sagl fit`, and the parser that it shares with `sagl validate` and `sagl test`."""
 
-from sagl.commands.parser import Parser
-from sagl.settings.diffusion import LossSettings
-from sagl.settings.training import CheckpointSettings, OptimizerSettings
+from argparse import SUPPRESS
+from itertools import pairwise
 
-REST = """groups with more flags than fit here; a --config holds them best:
-  --model.network NAME        a released network's settings by name, or each: --model.network.num_channels 128 …
-  --model.diffusion.…         noise_schedule, num_timesteps, variance
-                              or, in its place, --model.classifier: a classifier of noised images
+from sagl.commands.parser import Parser, parse_interval_arg
+from sagl.commands.request import packaged_config, read_config
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.sampling import SamplerSettings
+from sagl.settings.training import (
+    CheckpointSettings,
+    ClassifierTrainingSettings,
+    DiffusionTrainingSettings,
+    PreviewSettings,
+)
+
+DESCRIPTIONS = {
+    "fit": "Train a diffusion model or a classifier. Everything is written into one folder; --resume continues there.",
+    "validate": "Print the loss by range of timesteps, and bits/dim, on validation images. Nothing is written.",
+    "test": "Print the loss by range of timesteps, and bits/dim, on test images. Nothing is written.",
+}
+EPILOGS = {
+    "fit": f"""further groups of options, which are best set in a --config:
   --data CLASS                sagl.data.folder.FolderData, …webdataset.ShardData, …lsun.LSUNData, …npz.NpzData,
                               …fashion_mnist.FashionMNISTData
   --data.…                    root, batch_size, num_workers, …: sagl fit --data.help CLASS lists those of a class
-  --trainer.…                 any of Lightning's Trainer: devices, max_steps, precision, accumulate_grad_batches, …
-  --preview.…                 num_samples, scales, num_metric_samples, keep_best, …: grids and distances at every validation
-  --sampler, --sag.scale, …   as of sagl sample: written into the checkpoints, which advise them to it
+  --trainer.…                 arguments of Lightning's Trainer: devices, max_steps, precision, …
+  --preview.…                 num_samples, scales, num_metric_samples, keep_best, …: grids and metrics at validation
+  --model.blur_aware.…        training on degraded images
+  --model.classifier …        settings of a classifier, in place of --model.network
+  --sampler, --respacing, …, --{", --".join(f"{name}.…" for name in GUIDANCES)}
+                              as in sagl sample; checkpoints recommend them
 
-sagl fit --help_all shows every flag."""
+sagl fit --help_all shows every option.""",
+    "validate": """RUN sets config, data and EMA weights; --config and --checkpoint name any others.
+All options of sagl fit are accepted too: --data.root, --data.num_validation, --preview.num_metric_samples, …""",
+}
+EPILOGS["test"] = EPILOGS["validate"]
+SHORT_HELP = {
+    "fit": ("config", "output", "resume", "checkpoint", "weights", *CheckpointSettings.__dataclass_fields__, "model."),
+    "validate": ("config", "run", "checkpoint", "weights"),
+    "test": ("config", "run", "checkpoint", "weights"),
+}
+"""Beginnings of the options that --help shows."""
+
+
+def training_parser(verb: str, *, classifier: bool = False, full: bool = False) -> Parser:
+    """Build the parser of `fit`, `validate` or `test`.
+
+    Args:
+        verb: the subcommand.
+        classifier: whether a classifier is trained, and not a diffusion model.
+        full: add `data` and `trainer`, for which Lightning is imported, and show all options in the help.
+    """
+    p = Parser(verb, DESCRIPTIONS[verb], EPILOGS[verb])
+    if verb != "fit":
+        p.add_argument("run", type=str, nargs="?", help="Folder of a run of sagl fit.")
+    p.add_argument("--config", action="config", help="YAML file, or name of a packaged one, such as lsun_cat.")
+    p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
+    p.add_argument("--resume", action="store_true", help="Continue from OUTPUT/checkpoints/last.ckpt if it exists.")
+    p.add_argument("--checkpoint", type=str, default=None, help="File or name of the initial weights.")
+    p.add_argument("--weights", type=str, default="ema", help="Weights of a .ckpt to read: ema, ema:DECAY or raw.")
+    p.add_settings(CheckpointSettings)
+    p.add_settings(ClassifierTrainingSettings if classifier else DiffusionTrainingSettings, "model")
+    if not classifier:
+        p.add_settings(PreviewSettings, "preview")
+        p.add_settings(SamplerSettings)
+        for name, entry in GUIDANCES.items():
+            p.add_settings(entry.settings_class, name)
+    if full:
+        from lightning.pytorch import LightningDataModule, Trainer
+
+        p.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
+        p.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False)
+        p.set_defaults({"trainer.enable_model_summary": False})
+        return p
+    for action in p._actions:
+        if not action.dest.startswith(("help", *SHORT_HELP[verb])) or action.dest.startswith("model.blur_aware"):
+            action.help = SUPPRESS
+        if action.dest in ("model.optimizer", "model.loss") or action.dest.endswith(".help"):  # files; help of a class
+            action.help = SUPPRESS
+    return p
 
 
 def fit_parser() -> Parser:
-    """The flags that are sagl's own, for help and completion."""
-    p = Parser("fit", "Train a network. Everything is written into one folder, from which --resume goes on.", REST)
-    p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
-    p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
-    p.add_argument("--resume", action="store_true", help="Go on from OUTPUT/checkpoints/last.ckpt, if there.")
-    p.add_argument("--checkpoint", type=str, default=None, help="Begin from these weights: a file, or a name.")
-    p.add_settings(CheckpointSettings)
-    p.add_argument("--model.label_dropout", type=float, default=0.0, help="Share of images with the null label.")
-    p.add_argument("--model.seed", type=int, default=0, help="Of first weights, noise, timesteps, dropped labels.")
-    p.add_settings(OptimizerSettings, "model.optimizer")
-    p.add_settings(LossSettings, "model.loss")
-    return p
+    return training_parser("fit")
+
+
+def resolve_config_names(arguments: list[str]) -> list[str]:
+    """Replace the names of packaged configs by their paths: --config lsun_cat.
+
+    Raises:
+        UserError: there is no such config.
+    """
+    separate: list[str] = []
+    for argument in arguments:
+        separate += ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
+    return [str(packaged_config(arg)) if before == "--config" else arg for before, arg in pairwise(["", *separate])]
+
+
+def trains_classifier(arguments: list[str]) -> bool:
+    """Return whether a command line, or one of its configs, has settings of `model.classifier`.
+
+    Raises:
+        UserError: a config cannot be read.
+    """
+    for before, argument in pairwise(["", *arguments]):
+        model = read_config(argument).get("model") if before == "--config" else None
+        if argument.startswith("--model.classifier") or (isinstance(model, dict) and "classifier" in model):
+            return True
+    return False
+
+
+def run_verb(verb: str, arguments: list[str]) -> None:
+    """Print the help, or parse the command line and run `fit`, `validate` or `test`.
+
+    Raises:
+        UserError: the settings are not valid; nothing has been written.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(training_parser(verb).format_help())
+        return
+    arguments = parse_interval_arg(resolve_config_names(arguments))
+    parser = training_parser(verb, classifier=trains_classifier(arguments), full=True)
+    if "--help_all" in arguments:
+        print(parser.format_help())
+        return
+    from sagl.commands.training import run
+
+    run(verb, parser, parser.parse(arguments))
 
 
 def main(arguments: list[str]) -> None:
     """Train: `sagl fit --config FILE --output DIR [--resume]`.
 
     Raises:
-        UserError, ArgumentError: the settings cannot be met; nothing has been written.
+        UserError: the settings are not valid; nothing has been written.
     """
-    if {"--help", "-h"} & set(arguments):
-        print(fit_parser().format_help())
-        return
-    from sagl.commands.training import run_lightning
-
-    run_lightning("fit", ["--help" if argument == "--help_all" else argument for argument in arguments])
+    run_verb("fit", arguments)

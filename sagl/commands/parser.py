@@ -57,24 +57,19 @@ class UserErrorParser(ArgumentParser):
 class Parser(UserErrorParser):
     """Parser of one verb."""
 
-    def __init__(self, verb: str, description: str, epilog: str = "") -> None:
+    def __init__(self, verb: str = "", description: str = "", epilog: str = "", **options: Any) -> None:  # noqa: ANN401
         """A parser without flags yet.
 
         Args:
             verb: the command's name.
             description: first line of its help.
             epilog: its last lines, as they are.
+            options: further arguments, with which jsonargparse builds the parsers of nested classes.
         """
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        super().__init__(
-            prog=f"sagl {verb}",
-            usage=f"sagl {verb} [options]",
-            description=description,
-            epilog=epilog,
-            formatter_class=ShortHelp,
-            exit_on_error=False,
-            allow_abbrev=False,
-        )
+        defaults = {"prog": f"sagl {verb}", "usage": f"sagl {verb} [options]", "formatter_class": ShortHelp}
+        defaults |= {"description": description, "epilog": epilog, "exit_on_error": False, "allow_abbrev": False}
+        super().__init__(**{**defaults, **options})
 
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+|\.?inf|\.?nan)([eE][-+]?\d+)?$")
 
@@ -175,9 +170,8 @@ def format_error(message: str, settings: list[str]) -> str:
     if found := re.search(r'Parser key "(.+?)": Unable to load config (.+?)(?: |$)', line):
         return f"there is no option '--{found[1]}'. --config reads a file; --help lists all."
     if found := re.search(r"arguments are required: (.+)$", line):
-        flags = re.sub(r"\b(fit|validate|test)\.", "--", found[1])
-        where = " A --config has them: lsun_cat, or a .yaml file of yours." if flags != found[1] else ""
-        return f"{flags} must be given.{where} --help lists all options."
+        hint = " A --config has them: lsun_cat, or a .yaml file of yours." if "data" in found[1] else ""
+        return f"{found[1]} must be given.{hint} --help lists all options."
     if found := re.search(r"argument (\S+): expected one argument", line):
         return f"{found[1]} needs a value. --help says which."
     return line

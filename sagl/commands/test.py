@@ -1,18 +1,18 @@
-"""`sagl test`: as `sagl validate`, on images that neither training nor validation saw."""
+"""`sagl test`: `sagl validate` on images that neither training nor validation used."""
 
+from sagl.commands.fit import run_verb, training_parser
 from sagl.commands.parser import Parser
-from sagl.commands.validate import evaluation_parser, look
+from sagl.commands.validate import expand_run_argument
 
 
 def test_parser() -> Parser:
-    """Of `sagl test`."""
-    return evaluation_parser("test")
+    return training_parser("test")
 
 
 def main(arguments: list[str]) -> None:
-    """Look at test images: `sagl test RUN`, or `--config FILE --checkpoint FILE`.
+    """Evaluate on test images: `sagl test RUN`, or `--config FILE --checkpoint FILE`.
 
     Raises:
-        UserError, ArgumentError: the settings cannot be met.
+        UserError: the settings are not valid.
     """
-    look("test", arguments)
+    run_verb("test", expand_run_argument(arguments))

@@ -1,44 +1,37 @@
-"""`sagl validate`: loss by quarter of the timesteps and bits/dim, on validation images."""
+"""`sagl validate`: loss by range of timesteps, and bits/dim, on validation images."""
 
+from pathlib import Path
+
+from sagl.commands.fit import run_verb, training_parser
 from sagl.commands.parser import Parser
-
-REST = """RUN stands for a run's config, data and averaged weights; --config and --checkpoint name any others.
-The flags of sagl fit can be given too: --data.root, --data.num_validation, --trainer.devices, --preview.num_metric_samples, …"""
-
-
-def evaluation_parser(verb: str) -> Parser:
-    """The flags that are sagl's own, for help and completion."""
-    p = Parser(verb, "Loss by quarter of the timesteps, and bits/dim. Nothing is written.", REST)
-    p.add_argument("run", type=str, nargs="?", help="A run of sagl fit: its config, data and averaged weights.")
-    p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
-    p.add_argument("--checkpoint", type=str, default=None, help="The weights: a file, or a name.")
-    p.add_argument("--weights", type=str, default="ema", help="Of a .ckpt: ema, ema:DECAY or raw.")
-    return p
+from sagl.errors import require
 
 
 def validate_parser() -> Parser:
-    """Of `sagl validate`."""
-    return evaluation_parser("validate")
+    return training_parser("validate")
 
 
-def look(verb: str, arguments: list[str]) -> None:
-    """Run one of the two verbs.
+def expand_run_argument(arguments: list[str]) -> list[str]:
+    """Replace the folder of a run in first place by its configuration and EMA weights; later options override them.
 
     Raises:
-        UserError, ArgumentError: the settings cannot be met.
+        UserError: it is not the folder of a run.
     """
-    if {"--help", "-h"} & set(arguments):
-        print(evaluation_parser(verb).format_help())
-        return
-    from sagl.commands.training import of_run, run_lightning
-
-    run_lightning(verb, of_run(arguments))
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    run = Path(arguments[0])
+    config, checkpoint = run / "config.yaml", run / "checkpoints" / "last.ckpt"
+    require(
+        config.is_file() and checkpoint.is_file(),
+        f"`run` must be a folder that sagl fit wrote, with config.yaml and checkpoints/last.ckpt, got {run}.",
+    )
+    return ["--config", str(config), "--checkpoint", str(checkpoint), "--weights", "ema", *arguments[1:]]
 
 
 def main(arguments: list[str]) -> None:
-    """Look at validation images: `sagl validate RUN`, or `--config FILE --checkpoint FILE`.
+    """Evaluate on validation images: `sagl validate RUN`, or `--config FILE --checkpoint FILE`.
 
     Raises:
-        UserError, ArgumentError: the settings cannot be met.
+        UserError: the settings are not valid.
     """
-    look("validate", arguments)
+    run_verb("validate", expand_run_argument(arguments))

@@ -1,108 +1,76 @@
-"""The Lightning shell around a classifier of noised images in training. No formulas."""
+"""LightningModule of the classifier of noised images: loss and accuracies of a batch."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 
 from torch import Tensor
 
 from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
-from sagl.diffusion.schedule import make_schedule
 from sagl.diffusion.timestep_samplers import UniformTimesteps
 from sagl.errors import require
 from sagl.models.adm import Classifier
-from sagl.models.transfer import freeze as freeze_parameters
+from sagl.models.transfer import freeze
 from sagl.models.zoo import get_classifier_settings
 from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import ClassifierSettings
-from sagl.settings.training import OptimizerSettings
+from sagl.settings.training import ClassifierTrainingSettings
 from sagl.shapes import Image, Labels, Timestep
 
 
 class ClassifierModule(TrainingModule):
-    """ADM's classifier in training (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noised images.
+    """Training of ADM's classifier (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noised images.
 
-    Weights begin from the seed; noise and timesteps are drawn as for a network that draws.
+    `settings.diffusion` must be the process of the diffusion model that the classifier will guide.
     """
 
     network: Classifier
 
-    def __init__(
-        self,
-        classifier: ClassifierSettings | str,
-        diffusion: DiffusionSettings | None = None,
-        optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-4, weight_decay=0.05),  # noqa: B008 (frozen)
-        freeze: Sequence[str] = (),
-        max_nonfinite_batches: int = 10,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, settings: ClassifierTrainingSettings) -> None:
         """Build the classifier.
 
-        Args:
-            classifier: its settings, or the name of a released one that has them.
-            diffusion: the process of the network that it will guide; left out, the released classifier's, or ADM's.
-            optimizer: AdamW and its rate; left out, as ADM trained its classifiers.
-            freeze: parameters that stay as they are, by patterns of their names: input_blocks.*, time_embed.*.
-            max_nonfinite_batches: a batch whose loss is not finite is skipped; after so many in a row the training ends.
-            seed: of first weights, noise and timesteps.
-
         Raises:
-            UserError: settings that cannot be met.
+            UserError: there is no released classifier of that name; `freeze` matches no parameter.
         """
-        super().__init__(optimizer, max_nonfinite_batches, seed)
-        named, of_name = (
-            get_classifier_settings(classifier) if isinstance(classifier, str) else (classifier, DiffusionSettings())
-        )
-        self.diffusion_settings = diffusion or of_name
-        settings = {"classifier": asdict(named), "diffusion": asdict(self.diffusion_settings)}
-        more = {"freeze": list(freeze), "max_nonfinite_batches": max_nonfinite_batches, "seed": seed}
-        self.save_hyperparameters({**settings, "optimizer": asdict(optimizer), **more})
-        self.network = seeded_init(lambda: Classifier(named), seed)
-        freeze_parameters(self.network, freeze)
-        self.schedule = make_schedule(self.diffusion_settings)
+        classifier, diffusion = settings.classifier, DiffusionSettings()
+        if isinstance(classifier, str):
+            classifier, diffusion = get_classifier_settings(classifier)
+        super().__init__(replace(settings, classifier=classifier), settings.diffusion or diffusion)
+        self.network = seeded_init(lambda: Classifier(classifier), settings.seed)
+        freeze(self.network, settings.freeze)
         self.timestep_sampler = UniformTimesteps(num_timesteps=self.diffusion_settings.num_timesteps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of a batch, each sample at a timestep of its own; one that trains nothing, if it is not finite.
+        """Return the mean loss of a batch, or a loss without gradients if it is not finite.
 
         Raises:
-            UserError: an image without a label, or of a class too many; too many losses in a row were not finite.
+            UserError: an image has no label, or one that the classifier lacks; too many losses were not finite.
         """
-        x_0 = self._images(batch[0])
-        drawn = self._drawn(x_0)
-        seen = self._classified(x_0, batch[1], drawn.timesteps, drawn.noise)
-        loss = seen.loss.mean()
-        accuracies = {name: seen.accuracy(most).mean() for name, most in self._accuracies.items()}
-        return loss if self._learns({"loss": loss, **accuracies}) else self._nothing()
+        x_0 = self._to_float(batch[0])
+        draw = self._sample_noise(x_0)
+        result = self._compute_loss(x_0, batch[1], draw.timesteps, draw.noise)
+        loss = result.loss.mean()
+        accuracies = {name: result.accuracy(k).mean() for name, k in self._topk.items()}
+        return loss if self._log_if_finite({"loss": loss, **accuracies}) else self._zero_loss()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy, each image at a timestep and noise of its own, whole and by quarter of the timesteps."""
-        x_0 = self._images(batch[0])
-        timesteps, noise = self._shown(x_0)
-        seen = self._classified(x_0, batch[1], timesteps, noise)
-        self._count("loss", seen.loss, timesteps)
-        for name, most in self._accuracies.items():
-            self._count(name, seen.accuracy(most), timesteps)
+        """Accumulate loss and accuracies, whole and by range of timesteps."""
+        x_0 = self._to_float(batch[0])
+        timesteps, noise = self._validation_noise(x_0)
+        result = self._compute_loss(x_0, batch[1], timesteps, noise)
+        self._accumulate("loss", result.loss, timesteps)
+        for name, k in self._topk.items():
+            self._accumulate(name, result.accuracy(k), timesteps)
 
-    def _classified(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> ClassifierLoss:
-        self._require_classes(labels)
-        there = timesteps.to(x_0.device), noise.to(x_0)
-        return classifier_loss(self.network, x_0, labels, *there, self.schedule)
-
-    def _require_classes(self, labels: Labels) -> None:
-        """Refuse labels that the classifier has no logit for.
-
-        Raises:
-            UserError: says which.
-        """
-        least, most, classes = int(labels.min()), int(labels.max()), self.network.settings.num_classes
-        require(least >= 0, "`data` must have a label for every image to train a classifier, and some have none.")
+    def _compute_loss(self, x_0: Image, labels: Labels, timesteps: Timestep, noise: Image) -> ClassifierLoss:
+        low, high, num_classes = int(labels.min()), int(labels.max()), self.network.settings.num_classes
+        require(low >= 0, "`data` must have a label for every image to train a classifier, got images without one.")
         require(
-            most < classes,
-            f"`model.classifier.num_classes` must be above every label of the data, got {classes} and a label {most}.",
+            high < num_classes,
+            f"`model.classifier.num_classes` must be above every label of the data, got {num_classes} and a label "
+            f"{high}.",
         )
+        return classifier_loss(self.network, x_0, labels, timesteps.to(x_0.device), noise.to(x_0), self.schedule)
 
     @property
-    def _accuracies(self) -> dict[str, int]:
-        """How many of the likeliest classes count as an answer, by the name of the log: five where there are ten."""
+    def _topk(self) -> dict[str, int]:
+        """Log names of the accuracies, with k: top 1, and top 5 for ten classes or more."""
         return {"accuracy": 1} | ({"accuracy_top_5": 5} if self.network.settings.num_classes >= 10 else {})

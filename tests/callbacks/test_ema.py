@@ -1,18 +1,19 @@
 import pytest
 import torch
 
+from sagl.callbacks.checkpointing import ResumableCheckpoint
 from sagl.callbacks.ema import EMA, ExtraEMAs
-from sagl.callbacks.last_checkpoint import ResumableCheckpoint
 from sagl.settings.training import CheckpointSettings
 from tests.helpers.tiny import QUIET, fit_line
 
-RESUMED = pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended before"
-)  # its loader is torch's own
-pytestmark = [*QUIET, RESUMED]
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),  # its loader is torch's
+]
+DECAYS = (0.25, 0.9)
 
 
-def derived(weights, decay):
+def expected_averages(weights, decay):
     """The average after each of these weights, written down plainly: the first is taken whole."""
     average, averages = weights[0].clone(), [weights[0]]
     for n, weight in enumerate(weights[1:], start=1):
@@ -22,117 +23,104 @@ def derived(weights, decay):
     return averages
 
 
-def averaged(callback):
+def average_of(callback):
     return callback._average_model.module.weight.detach()
 
 
-def fitted(callback, steps, **options):
+def ema(decay):
+    return EMA(CheckpointSettings(ema_decay=decay))
+
+
+def extra():
+    return ExtraEMAs(CheckpointSettings(extra_ema_decays=DECAYS))
+
+
+def fit(callback, steps, **options):
     """A fitted line, and its weights after every step."""
     line, _ = fit_line(callbacks=[callback], max_steps=steps, **options)
     return line, [*line.seen["train"][1:], line.weight.detach().clone()]
 
 
+def save(path, callbacks, steps, **options):
+    """The checkpoint at the end of a fit."""
+    fit_line(callbacks=[*callbacks, ResumableCheckpoint(path)], max_steps=steps, **options)
+    return torch.load(path, weights_only=True)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.9999])
 def test_the_average_is_its_plain_derivation(decay):
-    callback = EMA(CheckpointSettings(ema_decay=decay))
-    _, weights = fitted(callback, 30)
-    torch.testing.assert_close(averaged(callback), derived(weights, decay)[-1], rtol=1e-5, atol=1e-6)
+    callback = ema(decay)
+    _, weights = fit(callback, 30)
+    torch.testing.assert_close(average_of(callback), expected_averages(weights, decay)[-1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_young_average_forgets_faster_than_its_decay():
-    callback = EMA(CheckpointSettings(ema_decay=0.9999))
-    _, weights = fitted(callback, 20)
-    lingering = 0.9999**19 * weights[0] + sum(1e-4 * 0.9999 ** (19 - n) * weights[n] for n in range(1, 20))
-    last = weights[-1]
-    assert float((averaged(callback) - last).norm()) < 0.7 * float((lingering - last).norm())
+def test_the_average_counts_optimiser_steps_and_not_batches():
+    callback = ema(0.5)
+    line, _ = fit(callback, 4, accumulate_grad_batches=3)
+    weights = [*line.seen["train"][3::3], line.weight.detach()]
+    torch.testing.assert_close(average_of(callback), expected_averages(weights, 0.5)[-1], rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_counts_optimiser_steps_not_batches():
-    callback = EMA(CheckpointSettings(ema_decay=0.5))
-    line, _ = fit_line(callbacks=[callback], max_steps=4, accumulate_grad_batches=3)
-    after = [*line.seen["train"][3::3], line.weight.detach()]
-    torch.testing.assert_close(averaged(callback), derived(after, 0.5)[-1], rtol=1e-5, atol=1e-6)
-
-
-def test_validation_sees_the_average_and_training_the_raw_weights():
+def test_validation_uses_the_average_and_training_the_raw_weights():
     options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    callback = EMA(CheckpointSettings(ema_decay=0.5))
-    line, weights = fitted(callback, 9, **options)
-    averages = derived(weights, 0.5)
-    seen = line.seen["validation"]
-    assert len(seen) == 3 * 4
-    for k, weight in enumerate(seen):
+    line, weights = fit(ema(0.5), 9, **options)
+    averages = expected_averages(weights, 0.5)
+    assert len(line.seen["validation"]) == 3 * 4
+    for k, weight in enumerate(line.seen["validation"]):
         torch.testing.assert_close(weight, averages[3 * (k // 4) + 2], rtol=1e-5, atol=1e-6)
     without, _ = fit_line(callbacks=[], max_steps=9)
     assert all(torch.equal(a, b) for a, b in zip(line.seen["train"], without.seen["train"], strict=True))
-
-
-def test_the_raw_weights_are_in_place_when_training_ends():
-    line, _ = fitted(EMA(CheckpointSettings(ema_decay=0.9)), 5)
-    without, _ = fit_line(callbacks=[], max_steps=5)
     assert torch.equal(line.weight, without.weight)
 
 
 def test_a_checkpoint_holds_the_average_as_state_dict_and_the_raw_weights_beside_it(tmp_path):
-    callback = EMA(CheckpointSettings(ema_decay=0.5))
-    line, run = fit_line(callbacks=[callback, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=6)
+    callback = ema(0.5)
+    line, _ = fit_line(callbacks=[callback, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=6)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert torch.equal(saved["state_dict"]["weight"], averaged(callback))
+    assert torch.equal(saved["state_dict"]["weight"], average_of(callback))
     assert torch.equal(saved["current_model_state"]["weight"], line.weight)
-    assert not torch.equal(averaged(callback), line.weight)
-    assert run.global_step == 6
+    assert not torch.equal(average_of(callback), line.weight)
 
 
-def test_a_resumed_average_goes_on_as_if_it_had_never_stopped(tmp_path):
-    whole, first, second = (EMA(CheckpointSettings(ema_decay=0.5)) for _ in range(3))
+def test_a_resumed_average_continues_as_if_it_had_never_stopped(tmp_path):
+    whole, resumed, path = ema(0.5), ema(0.5), tmp_path / "last.ckpt"
     line, _ = fit_line(callbacks=[whole], max_steps=9)
-    fit_line(callbacks=[first, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=5)
-    resumed, _ = fit_line(callbacks=[second], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
-    torch.testing.assert_close(resumed.weight, line.weight)
-    torch.testing.assert_close(averaged(second), averaged(whole))
+    save(path, [ema(0.5)], 5)
+    resumed_line, _ = fit_line(callbacks=[resumed], max_steps=9, ckpt_path=path)
+    torch.testing.assert_close(resumed_line.weight, line.weight)
+    torch.testing.assert_close(average_of(resumed), average_of(whole))
 
 
-DECAYS = (0.25, 0.9)
-
-
-def further():
-    return ExtraEMAs(CheckpointSettings(extra_ema_decays=DECAYS))
+# ------------------------------------------------------------------------------------------------- further averages
 
 
 def test_further_averages_are_what_the_average_would_be_with_their_decay(tmp_path):
-    _, weights = fitted(further(), 12)
-    saved_by(tmp_path, [further()], 12)
-    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["extra_emas"]
-    assert held.keys() == {"0.25", "0.9"}
+    _, weights = fit(extra(), 12)
+    averages = save(tmp_path / "last.ckpt", [extra()], 12)["extra_emas"]
+    assert averages.keys() == {"0.25", "0.9"}
     for decay in DECAYS:
-        expected = derived(weights, decay)[-1]
-        torch.testing.assert_close(held[str(decay)]["weight"], expected, rtol=1e-5, atol=1e-6)
+        expected = expected_averages(weights, decay)[-1]
+        torch.testing.assert_close(averages[str(decay)]["weight"], expected, rtol=1e-5, atol=1e-6)
 
 
-def saved_by(folder, callbacks, steps, **options):
-    return fit_line(callbacks=[*callbacks, ResumableCheckpoint(folder / "last.ckpt")], max_steps=steps, **options)
-
-
-def test_further_averages_count_steps_of_the_optimiser_and_go_on_after_a_resume(tmp_path):
-    (tmp_path / "whole").mkdir()
-    saved_by(tmp_path / "whole", [further()], 6, accumulate_grad_batches=2)
-    saved_by(tmp_path, [further()], 4, accumulate_grad_batches=2)
-    saved_by(tmp_path, [further()], 6, accumulate_grad_batches=2, ckpt_path=tmp_path / "last.ckpt")
-    whole, resumed = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path / "whole", tmp_path))
+def test_further_averages_count_optimiser_steps_and_continue_after_a_resume(tmp_path):
+    path, options = tmp_path / "last.ckpt", {"accumulate_grad_batches": 2}
+    whole = save(tmp_path / "whole.ckpt", [extra()], 6, **options)
+    save(path, [extra()], 4, **options)
+    resumed = save(path, [extra()], 6, **options, ckpt_path=path)
     assert whole["num_extra_ema_updates"] == resumed["num_extra_ema_updates"] == 6
     for decay in DECAYS:
-        a, b = (c["extra_emas"][str(decay)]["weight"] for c in (whole, resumed))
+        a, b = (checkpoint["extra_emas"][str(decay)]["weight"] for checkpoint in (whole, resumed))
         torch.testing.assert_close(a, b)
 
 
-def test_a_decay_that_is_new_at_a_resume_begins_from_the_weights(tmp_path):
-    line, _ = saved_by(tmp_path, [], 4)
-    saved_by(tmp_path, [further()], 5, ckpt_path=tmp_path / "last.ckpt")
-    held = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert torch.equal(held["extra_emas"]["0.9"]["weight"], held["state_dict"]["weight"])
-    assert not torch.equal(held["state_dict"]["weight"], line.weight)
+def test_a_decay_that_is_new_at_a_resume_starts_from_the_weights(tmp_path):
+    path = tmp_path / "last.ckpt"
+    before = save(path, [], 4)
+    saved = save(path, [extra()], 5, ckpt_path=path)
+    assert torch.equal(saved["extra_emas"]["0.9"]["weight"], saved["state_dict"]["weight"])
+    assert not torch.equal(saved["state_dict"]["weight"], before["state_dict"]["weight"])
 
 
-def test_without_further_decays_a_checkpoint_has_nothing_of_them(tmp_path):
-    saved_by(tmp_path, [ExtraEMAs(CheckpointSettings())], 2)
-    assert "extra_emas" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
+def test_a_checkpoint_without_further_decays_has_no_further_averages(tmp_path):
+    assert "extra_emas" not in save(tmp_path / "last.ckpt", [ExtraEMAs(CheckpointSettings())], 2)

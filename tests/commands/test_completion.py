@@ -31,9 +31,9 @@ def test_the_first_word_is_a_subcommand(complete):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_options_of_a_subcommand_are_those_in_its_help(verb, complete):
-    text = getattr(import_module(VERBS[verb][0]), f"{verb}_parser")().format_help().split("groups with more flags")[0]
+    text = getattr(import_module(VERBS[verb][0]), f"{verb}_parser")().format_help().split("further groups")[0]
     options = re.findall(r"^  (?:-h, )?(--[\w.]+)", text, re.M)
-    assert sorted(complete(verb, "--")) == sorted(options)
+    assert set(options) <= set(complete(verb, "--"))  # a union of settings and a name has its settings besides
 
 
 @pytest.mark.parametrize(

@@ -128,14 +128,14 @@ def overflow():
     """Have the last rank's loss be infinite in one batch of step 1, and in both of step 3, where two make a step."""
     from sagl.modules.diffusion_module import DiffusionModule
 
-    step = DiffusionModule._training_losses
+    step = DiffusionModule._compute_losses
 
     def losses(module, *args):
         found, trainer = step(module, *args), module.trainer
         bad = trainer.fit_loop.total_batch_idx in (3, 6, 7) and trainer.global_rank == trainer.world_size - 1
         return replace(found, total=found.total * float("inf")) if bad else found
 
-    DiffusionModule._training_losses = losses
+    DiffusionModule._compute_losses = losses
 
 
 # ------------------------------------------------------------------------------------------------ what came out
@@ -170,7 +170,7 @@ def curves(output):
     found = {}
     for path in sorted(logs(output), key=lambda path: path.name.split(".")[3]):  # when they were begun
         found |= scalars_in(path)
-    timings = ("train/images_per_second", "train/peak_gigabytes")
+    timings = ("train/images_per_second", "train/peak_memory_gb")
     return {key: value for key, value in found.items() if key[0] not in timings}
 
 

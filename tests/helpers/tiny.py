@@ -36,17 +36,6 @@ QUIET = [
     )
 ]
 """What Lightning says of itself, or advises without need, in any short fit."""
-QUIET_CLI = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        "LightningCLI's args parameter is intended to run from within Python",  # as here
-        r"\s*By default only one JsonargparseDeprecationWarning",  # LightningCLI calls jsonargparse's older names
-        r"\s*``ArgumentParser.add_instantiator`` was deprecated",
-        r"\s*``instantiate_classes`` was deprecated",
-        r"\s*skip_none parameter was deprecated",
-    )
-]
-"""What LightningCLI says besides."""
 
 
 class CalmUNet(UNet):

@@ -1,14 +1,190 @@
+"""Laws that hold for any `TrainingModule`, tested on the diffusion module or the classifier, whichever is simpler."""
+
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from sagl.errors import UserError
+from sagl.modules.classifier_module import ClassifierModule
+from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.training_module import seeded_init
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.training import ClassifierTrainingSettings, DiffusionTrainingSettings, OptimizerSettings
+from tests.helpers.modules import IMAGES, LABELS, loss_of_step, record_steps, validate, with_stub_trainer
+from tests.helpers.tiny import GREY, GREY_CLASSIFIER, QUIET, trainer
+
+pytestmark = QUIET
 
 
-def test_first_weights_come_from_the_seed_alone_and_leave_the_global_generator_as_it_was():
+def diffusion(**options):
+    return DiffusionModule(DiffusionTrainingSettings(network=UNetSettings(**GREY), **options))
+
+
+def classifier(**options):
+    return ClassifierModule(ClassifierTrainingSettings(classifier=ClassifierSettings(**GREY_CLASSIFIER), **options))
+
+
+BOTH = pytest.mark.parametrize("build", [diffusion, classifier])
+
+
+def test_initial_weights_come_from_the_seed_alone_and_leave_the_global_generator_as_it_was():
     torch.manual_seed(1)
-    want = torch.randn(3)
+    expected = torch.randn(3)
     torch.manual_seed(1)
     first, other = (seeded_init(lambda: nn.Linear(3, 3), seed) for seed in (5, 6))
-    assert torch.equal(torch.randn(3), want)
+    assert torch.equal(torch.randn(3), expected)
     assert torch.equal(seeded_init(lambda: nn.Linear(3, 3), 5).weight, first.weight)
     assert not torch.equal(first.weight, other.weight)
+
+
+@BOTH
+@pytest.mark.parametrize("other", [{"seed": 4}, {"batch": 11}, {"rank": 0}])
+def test_the_loss_of_a_step_depends_on_seed_batch_and_rank_alone(build, other):
+    def loss(seed=3, batch=10, rank=1):
+        return loss_of_step(with_stub_trainer(build(seed=seed), batch=batch, rank=rank, ranks=2))
+
+    torch.manual_seed(1)
+    first = loss()
+    torch.manual_seed(2)
+    assert loss() == first
+    assert loss(**other) != first
+
+
+def test_timesteps_are_uniform_and_noise_is_standard_normal():
+    noise = with_stub_trainer(classifier())._sample_noise(torch.zeros(4000, 1, 2, 2))
+    fractions = torch.histc(noise.timesteps.float(), bins=4, min=0, max=1000) / 4000
+    assert fractions.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+    assert (float(noise.noise.mean()), float(noise.noise.std())) == pytest.approx((0, 1), abs=0.03)
+    assert len({x.numpy().tobytes() for x in noise.noise}) == 4000
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+@BOTH
+def test_validation_does_not_depend_on_batch_size_number_of_ranks_or_training(build):
+    whole = validate(with_stub_trainer(build()), (IMAGES, LABELS))
+    torch.manual_seed(9)
+    assert validate(with_stub_trainer(build(), batch=50), (IMAGES, LABELS)) == whole
+    halves = (IMAGES[:5], LABELS[:5]), (IMAGES[5:], LABELS[5:])
+    assert validate(with_stub_trainer(build()), *halves) == pytest.approx(whole)
+    modules = [with_stub_trainer(build(), rank=rank, ranks=3) for rank in range(3)]
+    for rank, module in enumerate(modules):
+        validate(module, (IMAGES[rank::3], LABELS[rank::3]))
+    single = with_stub_trainer(build())
+    single._sums = {name: sum(module._sums[name] for module in modules) for name in modules[0]._sums}
+    single.on_validation_epoch_end()
+    assert single.logged == pytest.approx(whole)
+
+
+@BOTH
+def test_the_loss_of_a_range_of_timesteps_is_that_of_its_images(build):
+    whole = validate(with_stub_trainer(build()), (IMAGES, LABELS))
+    bins = [whole[f"val/loss_q{q}"] for q in range(4)]
+    assert sum(bins) / 4 == pytest.approx(whole["val/loss"], rel=1e-5)
+    images = IMAGES.clone()
+    images[2], images[6] = 255 - images[2], 255 - images[6]  # at timesteps 250 and 375
+    changed = validate(with_stub_trainer(build()), (images, LABELS))
+    assert [changed[f"val/loss_q{q}"] != bins[q] for q in range(4)] == [False, True, False, False]
+
+
+def test_a_range_of_timesteps_without_images_is_not_logged():
+    logged = validate(with_stub_trainer(diffusion()), (IMAGES[:2], LABELS[:2]))
+    assert {name for name in logged if "loss_q" in name} == {"val/loss_q0", "val/loss_q2"}
+
+
+# ------------------------------------------------------------------------------------------------------- optimiser
+
+
+def test_the_optimiser_is_adamw_with_the_settings_and_without_frozen_parameters():
+    settings = OptimizerSettings(learning_rate=0.01, betas=(0.8, 0.95), weight_decay=0.2)
+    module = with_stub_trainer(diffusion(optimizer=settings, freeze=("input_blocks.*",)))
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert (group["initial_lr"], group["betas"], group["weight_decay"]) == (0.01, (0.8, 0.95), 0.2)
+    trained = {id(p) for n, p in module.network.named_parameters() if not n.startswith("input_blocks.")}
+    assert {id(p) for p in group["params"]} == trained
+
+
+def test_a_classifier_has_adm_s_learning_rate_and_weight_decay_by_default():
+    (group,) = with_stub_trainer(classifier()).configure_optimizers()["optimizer"].param_groups
+    assert (group["initial_lr"], group["weight_decay"]) == (3e-4, 0.05)
+
+
+def test_the_learning_rate_of_every_step_follows_warm_up_and_decay():
+    module = diffusion(optimizer=OptimizerSettings(learning_rate=0.01, warmup_steps=3, decay_steps=4))
+    run = trainer(max_steps=10)
+    steps, loader = record_steps(module, run), DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+    run.fit(module, loader, loader)
+    rates = [step["train/lr"] / 0.01 for step in steps]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+# ------------------------------------------------------------------------------------------- losses that overflow
+
+
+def fit_with_nan(nan_batches, steps=4, accumulate_grad_batches=1, **options):
+    """Fit with a loss of nan in these batches; return the module and a weight after every batch."""
+    module, weights = diffusion(optimizer=OptimizerSettings(learning_rate=1e-3), **options), []
+    log_if_finite = module._log_if_finite
+
+    def with_nan(values):
+        bad = module.trainer.fit_loop.total_batch_idx in nan_batches
+        return log_if_finite({**values, "loss": values["loss"] * (torch.nan if bad else 1)})
+
+    module._log_if_finite = with_nan
+    module.on_train_batch_end = lambda *_: weights.append(module.network.out[2].weight.detach().clone())
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+    trainer(max_steps=steps, accumulate_grad_batches=accumulate_grad_batches).fit(module, loader, loader)
+    return module, weights
+
+
+def test_a_batch_with_a_loss_that_is_not_finite_is_skipped_and_counted():
+    module, weights = fit_with_nan((1,))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert (module.num_skipped, module.num_skipped_in_a_row) == (1, 0)
+
+
+def test_too_many_skipped_batches_in_a_row_end_the_training():
+    with pytest.raises(UserError) as error:
+        fit_with_nan((1, 2, 3), steps=8, max_nonfinite_batches=2)
+    assert "max_nonfinite_batches" in str(error.value)
+    assert "learning_rate" in str(error.value)
+    assert fit_with_nan((1, 2, 4, 5), steps=8, max_nonfinite_batches=2)[0].num_skipped == 4
+
+
+@pytest.mark.parametrize(("nan_batches", "learns"), [((2, 3), False), ((2,), True), ((3,), True)])
+def test_an_accumulated_step_learns_from_its_finite_batches(nan_batches, learns):
+    module, weights = fit_with_nan(nan_batches, accumulate_grad_batches=2)
+    assert torch.equal(weights[1], weights[3]) != learns
+    assert torch.isfinite(weights[-1]).all()
+    assert module.num_skipped == len(nan_batches)
+
+
+# ------------------------------------------------------------------------------------------------- hyperparameters
+
+
+def is_plain(value):
+    """Whether a value consists of dicts, lists, tuples, numbers and strings alone."""
+    if isinstance(value, dict):
+        return all(type(name) is str and is_plain(inner) for name, inner in value.items())
+    if type(value) in (list, tuple):
+        return all(is_plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@BOTH
+def test_hyperparameters_are_plain_and_rebuild_the_settings(build):
+    cosine, optimizer = DiffusionSettings(noise_schedule="cosine"), OptimizerSettings(warmup_steps=7)
+    module = build(diffusion=cosine, optimizer=optimizer, freeze=("time_embed.*",), seed=5)
+    saved = dict(module.hparams)
+    assert is_plain(saved)
+    name, settings_class = {diffusion: ("network", UNetSettings), classifier: ("classifier", ClassifierSettings)}[build]
+    assert settings_class(**saved[name]) == module.network.settings
+    assert DiffusionSettings(**saved["diffusion"]) == cosine
+    assert OptimizerSettings(**saved["optimizer"]) == optimizer
+    assert (saved["freeze"], saved["seed"], saved["max_nonfinite_batches"]) == (("time_embed.*",), 5, 10)

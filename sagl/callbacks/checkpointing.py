@@ -1,0 +1,151 @@
+"""Files of a training run: last.ckpt for an exact resume, the best checkpoints, and config.yaml."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from sagl.settings.training import CheckpointSettings, PreviewSettings
+from sagl.utils.files import atomic_file
+
+
+class SaveConfig(Callback):
+    """Writes the configuration of a training to config.yaml; a resumed run overwrites it."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            with atomic_file(self.path) as partial:
+                partial.write_text(self.text)
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Saves last.ckpt, from which a resumed run continues exactly: periodically, at SIGTERM and at the end.
+
+    A save follows an optimiser step, so that no accumulated gradient is lost, and the validation due at that step.
+    The file is written under another name and renamed, so that a kill leaves a whole file. SIGTERM is handled at the
+    next such moment by all ranks together. Lightning's own handler may stop between two accumulated batches, and may
+    let ranks wait for each other.
+    """
+
+    def __init__(self, path: Path, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
+        self.path, self.settings = path, settings
+        self._step, self._saved_step, self._saved_time = 0, 0, time.monotonic()
+        self._stepped, self._stop_requested = False, False
+
+    # ------------------------------------------------------------------------------------------------------ when
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the resumed step, install the handler of SIGTERM and remove partial files of a killed run."""
+        self._step = self._saved_step = trainer.global_step
+        self._saved_time, self._stepped = time.monotonic(), False
+        self._stop_requested = trainer.received_sigterm
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)  # Lightning restores the previous handlers at the end
+        if trainer.is_global_zero:
+            for stale in self.path.parent.glob("*.partial"):
+                stale.unlink()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+        """Save if it is due, after the logs, so that the curves of a killed run have no gap."""
+        self._stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        if self._stepped and not _validation_follows(trainer) and self._should_save(trainer):
+            trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer)
+            self._stop_if_requested(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was due at the optimiser step before the validation."""
+        if self._stepped and self._should_save(trainer):
+            self._save(trainer)
+            self._stop_if_requested(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_step or not trainer.global_step:
+            self._save(trainer)
+
+    def _on_sigterm(self, *_: Any) -> None:  # noqa: ANN401 (a signal and its frame)
+        self._stop_requested = True
+
+    def _should_save(self, trainer: Trainer) -> bool:
+        """Return whether any rank has a reason: clocks may differ, and SIGTERM may reach one rank alone."""
+        steps = trainer.global_step - self._saved_step >= self.settings.save_every_steps
+        minutes = time.monotonic() - self._saved_time >= 60 * self.settings.save_every_minutes
+        return trainer.strategy.reduce_boolean_decision(steps or minutes or self._stop_requested, all=False)
+
+    def _stop_if_requested(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
+            raise SIGTERMException  # Lightning then tears everything down and exits with code 0
+
+    # ------------------------------------------------------------------------------------------------------ what
+
+    def _save(self, trainer: Trainer) -> None:
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            os.replace(partial, self.path)
+        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rewrite the progress of the loops so that a resumed run continues with the next batch.
+
+        Lightning infers from the progress in which of six hooks a checkpoint was saved, and counts batches, epochs and
+        logged steps accordingly; a run resumed at the end of an epoch would count one too many.
+        """
+        progress = checkpoint["loops"]["fit_loop"]
+        batches, epochs = progress["epoch_loop.batch_progress"], progress["epoch_progress"]
+        epoch_ended, num_started = batches["is_last_batch"], epochs["current"]["ready"]
+        num_batches, total = 0 if epoch_ended else batches["current"]["ready"], batches["total"]["ready"]
+        checkpoint["epoch"] = num_ended = num_started if epoch_ended else num_started - 1
+        counts = {"ready": num_started, "started": num_started, "processed": num_ended, "completed": num_ended}
+        progress["epoch_progress"] = {"total": counts, "current": dict(counts)}
+        batches["current"] = dict.fromkeys(batches["current"], num_batches)
+        batches["total"] = dict.fromkeys(batches["total"], total) | {"started": total + 1}  # matches none of the hooks
+        batches["is_last_batch"] = False
+        progress["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1  # Lightning adds one
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Keeps the checkpoints with the smallest finite val/frechet_SCALE, within a number and a limit on disk space."""
+
+    def __init__(self, folder: Path, settings: PreviewSettings) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best_{step:08d}",
+            auto_insert_metric_name=False,
+            monitor=f"val/frechet_{settings.best_scale:g}",
+            mode="min",
+            save_top_k=settings.keep_best,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.max_bytes = settings.max_checkpoint_gb * 1e9
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the checkpoint if it is among the best, then remove the worst while all exceed the limit."""
+        super().on_validation_end(trainer, pl_module)
+        while len(self.best_k_models) > 1 and trainer.strategy.broadcast(self._num_bytes() > self.max_bytes):
+            worst = max(self.best_k_models, key=lambda path: self.best_k_models[path])
+            del self.best_k_models[worst]
+            self._remove_checkpoint(trainer, worst)
+
+    def _num_bytes(self) -> int:
+        return sum(os.path.getsize(path) for path in self.best_k_models if os.path.exists(path))

@@ -1,0 +1,272 @@
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from sagl.callbacks import checkpointing
+from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint
+from sagl.callbacks.ema import EMA
+from sagl.settings.training import CheckpointSettings, PreviewSettings
+from tests.helpers.tiny import QUIET, fit_line
+
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),  # its loader is torch's
+]
+VALIDATION = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it."""
+    hand = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: hand.seconds))
+    return hand
+
+
+class SlowSteps(Callback):
+    """Moves the clock at every step."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def on_train_batch_start(self, *_):
+        self.clock.seconds += self.seconds
+
+
+class Recorder(ResumableCheckpoint):
+    """Remembers the steps at which it saved."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = []
+
+    def _save(self, trainer):
+        super()._save(trainer)
+        self.steps.append(trainer.global_step)
+
+
+class EndAt(Callback):
+    """Ends a run at a step, by an exception or by SIGTERM, in training or in validation."""
+
+    def __init__(self, step, exception=None, *, in_validation=False):
+        self.step, self.exception, self.in_validation = step, exception, in_validation
+
+    def on_train_batch_start(self, trainer, *_):
+        if not self.in_validation:
+            self._end(trainer)
+
+    def on_validation_batch_start(self, trainer, *_):
+        if self.in_validation:
+            self._end(trainer)
+
+    def _end(self, trainer):
+        if trainer.global_step == self.step:
+            if self.exception:
+                raise self.exception
+            signal.raise_signal(signal.SIGTERM)
+
+
+def last(path, **settings):
+    return ResumableCheckpoint(path, CheckpointSettings(**settings))
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------- last.ckpt: when
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"save_every_steps": 4}, [4, 8, 10]),
+        ({"save_every_steps": 5}, [5, 10]),
+        ({"save_every_minutes": 2.5, "seconds": 60}, [3, 6, 9, 10]),
+        ({"save_every_minutes": 5.0, "seconds": 1}, [10]),
+        ({"save_every_steps": 4, "save_every_minutes": 3.0, "seconds": 60}, [3, 6, 9, 10]),
+        ({"save_every_steps": 2, "save_every_minutes": 3.0, "seconds": 60}, [2, 4, 6, 8, 10]),
+    ],
+)
+def test_it_is_saved_every_so_many_steps_or_minutes_and_once_at_the_end(options, steps, tmp_path, clock):
+    slow = SlowSteps(clock, options.pop("seconds", 0))
+    callback = Recorder(tmp_path / "checkpoints" / "last.ckpt", CheckpointSettings(**options))
+    fit_line(callbacks=[callback, slow], max_steps=10)
+    assert callback.steps == steps
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert read(callback.path)["global_step"] == 10
+
+
+def test_a_resumed_run_counts_from_the_step_that_it_continues_from(tmp_path, clock):
+    path = tmp_path / "last.ckpt"
+    fit_line(callbacks=[last(path)], max_steps=3)
+    callback = Recorder(path, CheckpointSettings(save_every_steps=4))
+    fit_line(callbacks=[callback], max_steps=12, ckpt_path=path)
+    assert callback.steps == [7, 11, 12]
+
+
+# --------------------------------------------------------------------------------- last.ckpt: whole or not at all
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("out of memory"), MemoryError()])
+def test_a_run_that_fails_leaves_the_last_save_which_continues_to_the_same_weights(exception, tmp_path, clock):
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(type(exception)):
+        fit_line(callbacks=[last(path, save_every_steps=5), EndAt(7, exception)], max_steps=12)
+    assert read(path)["global_step"] == 5
+    resumed, _ = fit_line(callbacks=[], max_steps=12, ckpt_path=path)
+    whole, _ = fit_line(callbacks=[], max_steps=12)
+    assert len(resumed.seen["train"]) == 7
+    torch.testing.assert_close(resumed.weight, whole.weight)
+
+
+def test_a_save_that_fails_leaves_the_previous_file(tmp_path, clock, monkeypatch):
+    path = tmp_path / "last.ckpt"
+
+    def fail(target):
+        target.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    class Full(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                monkeypatch.setattr(trainer, "save_checkpoint", fail)
+
+    with pytest.raises(OSError, match="no space"):
+        fit_line(callbacks=[last(path, save_every_steps=3), Full()], max_steps=9)
+    assert read(path)["global_step"] == 3
+
+
+def test_partial_files_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / "last.partial").write_bytes(b"half")
+    fit_line(callbacks=[last(tmp_path / "last.ckpt")], max_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+# ------------------------------------------------------------------------------------------- last.ckpt: SIGTERM
+
+
+def test_sigterm_is_handled_after_the_step_and_the_previous_handler_is_restored(tmp_path, clock):
+    path, handler = tmp_path / "last.ckpt", signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        fit_line(callbacks=[last(path), EndAt(3)], max_steps=9)
+    whole, _ = fit_line(callbacks=[], max_steps=4)
+    assert read(path)["global_step"] == 4
+    assert torch.equal(read(path)["state_dict"]["weight"], whole.weight)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_sigterm_during_validation_saves_average_and_raw_weights_each_in_its_place(tmp_path, clock):
+    path, settings = tmp_path / "last.ckpt", CheckpointSettings(ema_decay=0.5)
+    with pytest.raises(SystemExit):
+        fit_line(callbacks=[EMA(settings), last(path), EndAt(6, in_validation=True)], max_steps=9, **VALIDATION)
+    whole, _ = fit_line(callbacks=[ema := EMA(settings)], max_steps=6)
+    assert read(path)["global_step"] == 6
+    torch.testing.assert_close(read(path)["current_model_state"]["weight"], whole.weight.detach())
+    torch.testing.assert_close(read(path)["state_dict"]["weight"], ema._average_model.module.weight.detach())
+
+
+def test_sigterm_waits_until_accumulated_gradients_have_been_applied(tmp_path, clock):
+    path, options = tmp_path / "last.ckpt", {"max_steps": 9, "accumulate_grad_batches": 3}
+    with pytest.raises(SystemExit) as ended:
+        fit_line(callbacks=[last(path), EndAt(4)], **options)
+    assert ended.value.code in (None, 0)
+    assert read(path)["global_step"] == 5
+    resumed, _ = fit_line(callbacks=[], ckpt_path=path, **options)
+    whole, _ = fit_line(callbacks=[], **options)
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+# ------------------------------------------------------------------------------------------- last.ckpt: progress
+
+SIX_BATCHES = {"limit_train_batches": 6, "accumulate_grad_batches": 2}
+
+
+class Counts(Callback):
+    """Records Lightning's counters at every batch, and the steps of the validations."""
+
+    def __init__(self):
+        self.batches, self.validations = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        loop = trainer.fit_loop
+        logged = loop.epoch_loop._batches_that_stepped
+        self.batches.append((batch_idx, loop.total_batch_idx, trainer.global_step, logged, trainer.current_epoch))
+
+    def on_validation_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.validations.append(trainer.global_step)
+
+
+def count(path, stops):
+    """Return what is counted over runs to each of these steps in turn, each resumed from the one before."""
+    counts = Counts()
+    for k, stop in enumerate(stops):
+        callbacks = [counts, last(path, save_every_steps=1)]
+        fit_line(callbacks=callbacks, max_steps=stop, ckpt_path=path if k else None, **SIX_BATCHES, **VALIDATION)
+    return counts
+
+
+@pytest.mark.parametrize("stops", [[1, 12], [6, 9, 12], [3, 6, 7, 12]])
+def test_a_resumed_run_counts_batches_steps_and_epochs_as_one_that_was_never_stopped(stops, tmp_path, clock):
+    whole, cut = count(tmp_path / "1.ckpt", [12]), count(tmp_path / "2.ckpt", stops)
+    assert cut.batches == whole.batches
+    assert [epoch for *_, epoch in whole.batches] == [k // 6 for k in range(24)]
+    assert cut.validations == whole.validations == [1, 3, 4, 6, 7, 9, 10, 12]
+
+
+def test_a_run_stopped_before_a_due_validation_validates_when_it_is_resumed(tmp_path, clock):
+    options, path = {**SIX_BATCHES, **VALIDATION, "val_check_interval": 4, "max_steps": 12}, tmp_path / "last.ckpt"
+    with pytest.raises(MemoryError):
+        fit_line(callbacks=[last(path, save_every_steps=1), EndAt(4, MemoryError(), in_validation=True)], **options)
+    assert read(path)["global_step"] == 3
+    counts = Counts()
+    fit_line(callbacks=[counts, last(path)], ckpt_path=path, **options)
+    assert counts.validations == [4, 6, 8, 10, 12]
+
+
+# ---------------------------------------------------------------------------------------------- best checkpoints
+
+
+class Distances(Callback):
+    """Logs one distance after the other as previews do."""
+
+    def __init__(self, distances):
+        self.distances = iter(distances)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/frechet_0.5", next(self.distances))
+        pl_module.log("val/frechet_0", 0.0)
+
+
+def fit_best(folder, distances, ckpt_path=None, max_steps=None, **settings):
+    """Fit with a validation every third step; return the names of the files."""
+    defaults = {"num_metric_samples": 4, "keep_best": 2, "scales": (0.0, 0.5), "best_scale": 0.5}
+    best = BestCheckpoints(folder / "best", PreviewSettings(**{**defaults, **settings}))
+    callbacks = [Distances(distances), best, last(folder / "last.ckpt")]
+    fit_line(callbacks=callbacks, max_steps=max_steps or 3 * len(distances), ckpt_path=ckpt_path, **VALIDATION)
+    return sorted(path.name for path in (folder / "best").iterdir())
+
+
+def test_the_checkpoints_with_the_smallest_distances_are_kept(tmp_path):
+    assert fit_best(tmp_path, [5.0, 3.0, 4.0, 6.0]) == ["best_00000006.ckpt", "best_00000009.ckpt"]
+    assert read(tmp_path / "best" / "best_00000006.ckpt")["global_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_run_compares_with_those_that_it_has(tmp_path):
+    fit_best(tmp_path, [5.0, 3.0, 4.0])
+    files = fit_best(tmp_path, [3.5, 9.0], ckpt_path=tmp_path / "last.ckpt", max_steps=15)
+    assert files == ["best_00000006.ckpt", "best_00000012.ckpt"]
+
+
+def test_a_limit_on_disk_space_keeps_fewer_but_always_the_best(tmp_path):
+    assert fit_best(tmp_path, [5.0, 3.0, 4.0], max_checkpoint_gb=1e-9) == ["best_00000006.ckpt"]
+
+
+@pytest.mark.parametrize("distance", [float("nan"), float("inf")])
+def test_a_distance_that_is_not_finite_is_never_among_the_best(tmp_path, distance):
+    assert fit_best(tmp_path, [distance, 3.0]) == ["best_00000006.ckpt"]
