@@ -13,6 +13,7 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.guidance.base import with_guidance
 from sagl.models.adm import Classifier, UNet
+from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.helpers.toys import guidances_of
@@ -31,10 +32,10 @@ def values(name):
     return load_file(ASSETS / f"{name}.safetensors")
 
 
-def relative_error(got, want):
+def relative_error(actual, expected):
     """Largest difference as a share of the largest value."""
-    assert got.shape == want.shape, (got.shape, want.shape)
-    return float((got.detach().double() - want.double()).abs().max() / want.double().abs().max())
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float((actual.detach().double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def generator(offset):
@@ -77,23 +78,25 @@ def _numbers(text):
 
 
 @cache
-def network(name):
-    """A reference UNet; `META` has the flags of guided-diffusion."""
+def network(name, optimized=True):
+    """A reference UNet, with or without kernels for CPUs; `META` has the flags of guided-diffusion."""
     flags = dict(META["models"][name])
     flags.pop("noise_schedule")
     flags["num_classes"] = 1000 if flags.pop("class_cond") else None
     for sides in ("channel_mult", "attention_resolutions"):
         flags[sides] = _numbers(flags[sides])
-    return draw_weights(UNet(UNetSettings(**flags)), WEIGHTS[name])
+    network = draw_weights(UNet(UNetSettings(**flags)), WEIGHTS[name])
+    return optimize_for_cpu(network) if optimized else network
 
 
 @cache
-def classifier():
+def classifier(optimized=True):
     flags = dict(META["models"]["classifier_c"])
     flags["num_channels"], flags["num_classes"] = flags.pop("model_channels"), flags.pop("out_channels")
     flags["attention_resolutions"] = tuple(flags["image_size"] // f for f in flags["attention_resolutions"])
     flags["channel_mult"] = tuple(flags["channel_mult"])
-    return draw_weights(Classifier(ClassifierSettings(**flags)), WEIGHTS["classifier_c"])
+    network = draw_weights(Classifier(ClassifierSettings(**flags)), WEIGHTS["classifier_c"])
+    return optimize_for_cpu(network) if optimized else network
 
 
 def schedule_of(name, respacing=None):
@@ -107,13 +110,13 @@ def trajectory_names(sampler):
 
 def trajectory_error(name, sample):
     """Run a trajectory by `sample` (ddpm or ddim): the largest relative error of each step."""
-    m, want = META["trajectories"][name], values("trajectories")[name]
+    m, expected = META["trajectories"][name], values("trajectories")[name]
     schedule = schedule_of(m["model"], m["respacing"])
     steps = schedule.num_steps
     g = generator(5)
-    x = torch.randn(want.shape[1:], generator=g)
+    x = torch.randn(expected.shape[1:], generator=g)
     noise = {step: torch.randn(x.shape, generator=g) for step in reversed(range(steps))}
-    torch.testing.assert_close(x, want[0], rtol=0, atol=0)
+    torch.testing.assert_close(x, expected[0], rtol=0, atol=0)
     sag = {name: m[name] for name in ("site", "threshold", "blur_sigma", "kernel_size", "clip_x0")}
     sag["scale"], sag["heads"] = m["sag_scale"], "sag_release" if "as_released" in name else "layer"
     sag["interval"] = (0.0 if m["guide_last_steps"] is None else 1 - m["guide_last_steps"] / steps, 1.0)
@@ -125,5 +128,5 @@ def trajectory_error(name, sample):
     with torch.inference_mode():
         chain = list(sample(predict, x, condition, schedule, noise.__getitem__, **options))
     assert [step for step, _, _ in chain] == list(reversed(range(steps)))
-    assert len(want) == steps + 1
-    return [relative_error(x, after) for (_, x, _), after in zip(chain, want[1:], strict=True)]
+    assert len(expected) == steps + 1
+    return [relative_error(x, after) for (_, x, _), after in zip(chain, expected[1:], strict=True)]

@@ -20,20 +20,20 @@ def explicit_map(query, key):
 
 @pytest.mark.parametrize(("split", "order"), [(split_qkv_legacy, "legacy"), (split_qkv, "new")])
 @pytest.mark.parametrize("num_heads", [1, 2, 6])
-def test_channels_are_split_into_heads_in_the_order_of_the_name(split, order, num_heads):
+def test_channels_are_split_into_heads_in_the_legacy_or_the_new_order(split, order, num_heads):
     qkv = torch.randn(2, 36, 7, generator=torch.Generator().manual_seed(0))
-    got = split(qkv.mT, num_heads)
-    want = oracle.split_heads(qkv, num_heads, order)
+    actual = split(qkv.mT, num_heads)
+    expected = oracle.split_heads(qkv, num_heads, order)
     for i in range(3):
-        torch.testing.assert_close(got[i].mT, torch.stack([head[i] for head in want], dim=1), rtol=0, atol=0)
+        torch.testing.assert_close(actual[i].mT, torch.stack([head[i] for head in expected], dim=1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_attention_is_the_softmax_of_the_products_whether_trained_or_not(trained):
+def test_attention_is_the_softmax_of_the_products_with_and_without_gradients(trained):
     query, key, value = heads()
-    want = explicit_map(query, key) @ value.double()
-    got = attention(query.requires_grad_(trained), key, value)
-    torch.testing.assert_close(got.detach().double(), want, rtol=1e-5, atol=1e-5)
+    expected = explicit_map(query, key) @ value.double()
+    actual = attention(query.requires_grad_(trained), key, value)
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_attention_are_those_of_the_products():
@@ -44,17 +44,17 @@ def test_gradients_of_attention_are_those_of_the_products():
 def test_gradients_in_16_bits_are_those_of_float64_to_rounding():
     halves = [x.bfloat16().requires_grad_() for x in heads()]
     doubles = [x.detach().double().requires_grad_() for x in halves]
-    given = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = torch.autograd.grad(attention(*halves), halves, given)
-    want = torch.autograd.grad(attention(*doubles), doubles, given.double())
-    for g, w in zip(got, want, strict=True):
-        assert (g.double() - w).norm() <= 0.02 * w.norm()
+    weights = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    actual = torch.autograd.grad(attention(*halves), halves, weights)
+    expected = torch.autograd.grad(attention(*doubles), doubles, weights.double())
+    for half, double in zip(actual, expected, strict=True):
+        assert (half.double() - double).norm() <= 0.02 * double.norm()
 
 
 def test_attention_received_is_the_map_summed_over_queries():
     query, key, _ = heads()
-    want = explicit_map(query, key).sum(dim=-2)
-    torch.testing.assert_close(attention_received(query, key).double(), want, rtol=1e-5, atol=1e-5)
+    expected = explicit_map(query, key).sum(dim=-2)
+    torch.testing.assert_close(attention_received(query, key).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 300])
@@ -73,7 +73,7 @@ def test_chunking_changes_nothing(monkeypatch, elements):
     torch.testing.assert_close(attention_received(query, key), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_never_more_of_the_map_exists_than_is_summed_at_once(monkeypatch):
+def test_only_a_part_of_the_map_exists_at_a_time(monkeypatch):
     class Largest(TorchFunctionMode):
         numel = 0
 
@@ -91,7 +91,7 @@ def test_never_more_of_the_map_exists_than_is_summed_at_once(monkeypatch):
 
 def test_attention_received_is_float32_and_close_for_half_precision_keys():
     query, key, _ = heads()
-    got = attention_received(query.bfloat16(), key.bfloat16())
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.mean(dim=-1), torch.ones(2, 3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(got, attention_received(query, key), rtol=0.2, atol=0.05)
+    actual = attention_received(query.bfloat16(), key.bfloat16())
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.mean(dim=-1), torch.ones(2, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, attention_received(query, key), rtol=0.2, atol=0.05)

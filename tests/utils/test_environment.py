@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ SCRIPT = """
 import json, resource, sys
 import torch
 from sagl.utils.environment import disable_malloc_trim
-kept = sys.argv[1] == "kept" and disable_malloc_trim()
+disabled = sys.argv[1] == "disabled" and disable_malloc_trim()
 def step():
     x = torch.ones(64, 1024, 1024)
     return float((x * 2 + x).sum())
@@ -23,54 +24,76 @@ for _ in range(3):
 before = faults()
 for _ in range(5):
     step()
-print(json.dumps([kept, faults() - before]))
+print(json.dumps([disabled, faults() - before]))
 """
 
 
-def faults_of(how):
-    """Whether it took effect, and page faults of five steps that follow three."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+def page_faults(mode):
+    """Return whether trimming was disabled, and the page faults of five steps that follow three."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is told")
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has mallopt")
 def test_memory_of_freed_tensors_is_kept_for_the_next_step():
-    kept, faults = faults_of("kept")
-    assert kept
-    assert faults < 0.2 * faults_of("given back")[1]  # not 0: the heap may still have to grow by one tensor
+    disabled, faults = page_faults("disabled")
+    assert disabled
+    assert faults < 0.2 * page_faults("default")[1]  # not 0: the heap may still have to grow by one tensor
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch):
-
+def test_other_c_libraries_are_not_affected(monkeypatch):
     monkeypatch.setattr(environment.platform, "libc_ver", lambda: ("musl", "1.2"))
     assert environment.disable_malloc_trim() is False
 
 
+@pytest.fixture
+def files(monkeypatch):
+    """Contents of files by path; others are empty."""
+    contents = {}
+    monkeypatch.setattr(environment, "read_text_or_empty", lambda path: contents.get(path, ""))
+    return contents
+
+
 @pytest.mark.parametrize(
-    ("flags", "fast"),
-    [("flags: avx2 amx_bf16 x", True), ("flags\t: avx512_bf16", True), ("avx512_bf16_other avx2", False), ("", False)],
+    ("flags", "bfloat16", "amx"),
+    [
+        ("flags: avx2 amx_bf16 amx_tile x", True, True),
+        ("flags\t: avx512_bf16", True, False),
+        ("avx512_bf16_other avx2", False, False),
+        ("", False, False),
+    ],
 )
-def test_bfloat16_is_fast_where_the_processor_says_so(flags, fast, monkeypatch):
-    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: flags)
-    assert environment.has_fast_bfloat16() == fast
+def test_instructions_are_read_from_the_processors_flags(flags, bfloat16, amx, files):
+    files[Path("/proc/cpuinfo")] = flags
+    assert environment.has_fast_bfloat16() == bfloat16
+    assert environment.has_amx() == amx
+
+
+def test_available_memory_is_the_systems_and_none_if_unknown(files):
+    assert environment.available_bytes(torch.device("cpu")) is None
+    files[Path("/proc/meminfo")] = "MemTotal:  9 kB\nMemAvailable:   123 kB\nBuffers: 7 kB\n"
+    assert environment.available_bytes(torch.device("cpu")) == 123 * 1024
+
+
+# -------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 4), ("150000 100000", 2), ("800000 100000", 4), ("50000 100000", 1), ("", 4)]
 )
-def test_cores_are_those_of_the_affinity_and_of_the_quota(quota, cores, monkeypatch):
+def test_cores_are_those_of_the_affinity_and_of_the_quota(quota, cores, files, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
-    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: quota)
+    files[Path("/sys/fs/cgroup/cpu.max")] = quota
     assert environment.available_cpus() == cores
 
 
-@pytest.mark.parametrize(("told", "threads"), [(None, 1), ("2", 2)])
-def test_threads_are_no_more_than_cores_unless_the_user_says_so(told, threads, monkeypatch):
+@pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
+def test_threads_are_no_more_than_cores_unless_the_user_sets_them(setting, threads, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if told:
-        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    if setting:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
     monkeypatch.setattr(environment, "available_cpus", lambda: 1)
     try:
         torch.set_num_threads(2)
@@ -79,8 +102,97 @@ def test_threads_are_no_more_than_cores_unless_the_user_says_so(told, threads, m
         torch.set_num_threads(before)
 
 
-def test_available_memory_is_the_system_s_and_none_where_it_does_not_say(monkeypatch):
-    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: "MemTotal:  9 kB\nMemAvailable:   123 kB\nBuffers: 7 kB\n")
-    assert environment.available_bytes(torch.device("cpu")) == 123 * 1024
-    monkeypatch.setattr(environment, "read_text_or_empty", lambda _: "")
-    assert environment.available_bytes(torch.device("cpu")) is None
+class Machine:
+    """A /proc/stat whose cores are busy for a share of every interval; a share per interval, for all cores."""
+
+    def __init__(self, monkeypatch, busy, cpuinfo=""):
+        self.busy, self.cpuinfo, self.intervals = busy, cpuinfo, 0
+        self.ticks = {core: [0, 0] for core in range(len(busy[0]))}
+        monkeypatch.setattr(environment, "read_text_or_empty", self.read)
+        monkeypatch.setattr(environment.time, "sleep", self.sleep)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(len(busy[0]))), raising=False)
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        monkeypatch.delitem(sys.modules, "torch")
+
+    def read(self, path):
+        if path == Path("/proc/cpuinfo"):
+            return self.cpuinfo
+        if path != Path("/proc/stat"):
+            return ""
+        lines = [f"cpu{core} {user} 0 0 {idle} 0 0 0 0 0 0" for core, (user, idle) in self.ticks.items()]
+        return "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *lines, "cpu7 5 0 0 0 0 0 0 0 0 0", "ctxt 1234"])
+
+    def sleep(self, seconds):
+        for core, share in enumerate(self.busy[min(self.intervals, len(self.busy) - 1)]):
+            self.ticks[core][0] += round(1000 * seconds * share)
+            self.ticks[core][1] += round(1000 * seconds * (1 - share))
+        self.intervals += 1
+
+
+@pytest.mark.parametrize(
+    ("busy", "spins"),
+    [
+        ([(0, 0)], True),
+        ([(0.2, 0.2)], True),
+        ([(1, 0)], False),
+        ([(1, 1)], False),
+        ([(0.4, 0.4)], False),
+        ([(1, 1), (0, 0)], True),
+        ([(0, 0), (1, 1)], True),
+    ],
+    ids=["quiet", "little", "one core", "both cores", "half", "burst before", "quiet first"],
+)
+def test_threads_spin_on_a_quiet_machine_and_sleep_beside_other_programs(busy, spins, monkeypatch):
+    Machine(monkeypatch, busy)
+    environment.choose_thread_waiting()
+    assert (os.environ["GOMP_SPINCOUNT"] != "0") == spins
+
+
+@pytest.mark.parametrize(("threads", "spins"), [("1", True), ("2", True), ("3", False), ("", False)])
+def test_threads_spin_while_each_has_an_idle_core(threads, spins, monkeypatch):
+    Machine(monkeypatch, [(1, 1, 0, 0)])
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    environment.choose_thread_waiting()
+    assert (os.environ["GOMP_SPINCOUNT"] != "0") == spins
+
+
+def test_hardware_threads_beyond_the_cores_may_be_busy(monkeypatch):
+    Machine(monkeypatch, [(1, 1, 0, 0)], cpuinfo="siblings\t: 4\ncpu cores\t: 2\n")
+    environment.choose_thread_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] != "0"
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_a_waiting_policy_that_the_user_set_is_kept(name, monkeypatch):
+    machine = Machine(monkeypatch, [(1, 1)])
+    monkeypatch.setenv(name, "user's")
+    environment.choose_thread_waiting()
+    assert {key: os.environ.get(key) for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} == {
+        "OMP_WAIT_POLICY": None,
+        "GOMP_SPINCOUNT": None,
+        name: "user's",
+    }
+    assert machine.intervals == 0
+
+
+def test_the_choice_is_made_once_for_child_processes_too(monkeypatch):
+    machine = Machine(monkeypatch, [(0, 0), (1, 1)])
+    environment.choose_thread_waiting()
+    environment.choose_thread_waiting()
+    assert machine.intervals == 1
+
+
+def test_nothing_is_chosen_after_torch_has_been_loaded(monkeypatch):
+    machine = Machine(monkeypatch, [(1, 1)])
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    environment.choose_thread_waiting()
+    assert machine.intervals == 0
+
+
+def test_a_machine_without_proc_stat_counts_as_quiet(monkeypatch):
+    machine = Machine(monkeypatch, [(1, 1)])
+    monkeypatch.setattr(machine, "read", lambda path: "")
+    monkeypatch.setattr(environment, "read_text_or_empty", machine.read)
+    assert not environment.is_busy(2)
