@@ -1,4 +1,4 @@
-"""Every file in configs/ is one that `sagl fit` can run: parsed with its parser, and built."""
+"""`sagl fit` can parse and instantiate every file in configs/."""
 
 from pathlib import Path
 
@@ -26,85 +26,79 @@ PAPER = {
     "imagenet128": (0.1, "output.8", 3.0),
 }
 """Table 7: scale, site, blur_sigma."""
-OURS = ("fashion_mnist", "fashion_mnist_classifier")
+FASHION_MNIST = ("fashion_mnist", "fashion_mnist_classifier")
 FILES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def the_environment_is_left_as_it_was(monkeypatch, tmp_path):
+def restored_environment(monkeypatch, tmp_path):
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
 
 
-def built(file, tmp_path):
-    """Build all that a configuration describes; nothing is run, and the network is on the meta device."""
+def instantiate(file, tmp_path):
+    """Instantiate everything that a configuration describes, with the network on the meta device."""
     arguments = ["--config", str(file), "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     parser = training_parser("fit", classifier=trains_classifier(arguments), full=True)
     with torch.device("meta"):
         return prepare_fit(parser, parser.parse(arguments))
 
 
-def test_there_are_configurations_of_the_paper_s_networks_and_of_ours():
-    assert {file.stem for file in FILES} == {*OURS, "my_images", *PAPER}
+def test_there_are_configurations_of_the_papers_networks_and_of_fashion_mnist():
+    assert {file.stem for file in FILES} == {*FASHION_MNIST, "my_images", *PAPER}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_configuration_is_parsed_and_built_as_it_says(file, tmp_path):
-    said, run = yaml.safe_load(file.read_text()), built(file, tmp_path)
+def test_a_configuration_is_instantiated_as_written(file, tmp_path):
+    config, run = yaml.safe_load(file.read_text()), instantiate(file, tmp_path)
     settings = run.module.network.settings
-    network = said["model"].get("network") or said["model"]["classifier"]
+    network = config["model"].get("network") or config["model"]["classifier"]
     if isinstance(network, str):
         assert settings == get_unet_settings(network)[0]
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name
-    assert f"{type(run.data).__module__}.{type(run.data).__name__}" == said["data"]["class_path"]
-    for name, value in said["data"]["init_args"].items():
+    assert f"{type(run.data).__module__}.{type(run.data).__name__}" == config["data"]["class_path"]
+    for name, value in config["data"]["init_args"].items():
         assert getattr(run.data, name) == value, name
-    assert run.trainer.max_steps == said["trainer"]["max_steps"]
+    assert run.trainer.max_steps == config["trainer"]["max_steps"]
     assert list(tmp_path.iterdir()) == []
+    check_output_shape(run.module.network)
+    optimizer, max_steps = run.module.settings.optimizer, run.trainer.max_steps
+    assert max_steps == -1 or max_steps > optimizer.warmup_steps + optimizer.decay_steps
+    assert max(optimizer.lr_multiplier(step, max_steps) for step in range(0, 10_000, 50)) == 1
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_configuration_s_network_computes(file, tmp_path):
-    network = built(file, tmp_path).module.network
+def check_output_shape(network):
+    s = network.settings
     with torch.device("meta"):
-        s = network.settings
         x, timesteps = torch.empty(2, s.in_channels, s.image_size, s.image_size), torch.zeros(2)
         if isinstance(network, Classifier):
             assert network(x, timesteps).shape == (2, s.num_classes)
-            return
-        out = network(x, timesteps, torch.zeros(2, dtype=torch.long)).out
-    assert out.shape == (2, s.in_channels * (1 + s.learn_sigma), s.image_size, s.image_size)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_configuration_s_rate_reaches_its_full_height(file, tmp_path):
-    run = built(file, tmp_path)
-    s, end = run.module.settings.optimizer, run.trainer.max_steps
-    assert end == -1 or end > s.warmup_steps + s.decay_steps
-    assert max(s.lr_multiplier(step, end) for step in range(0, 10_000, 50)) == 1
+        else:
+            out = network(x, timesteps, torch.zeros(2, dtype=torch.long)).out
+            assert out.shape == (2, s.in_channels * (1 + s.learn_sigma), s.image_size, s.image_size)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_network_of_the_paper_is_sampled_as_table_7_says(name):
+def test_networks_of_the_paper_are_sampled_with_the_settings_of_table_7(name):
     scale, site, blur_sigma = PAPER[name]
-    wanted = SelfAttentionGuidance(scale=scale, site=site, threshold=1.0, blur_sigma=blur_sigma, kernel_size=31)
+    expected = SelfAttentionGuidance(scale=scale, site=site, threshold=1.0, blur_sigma=blur_sigma, kernel_size=31)
     for flags in (["--config", name], ["--model", name]):
         request = parse(flags)
         assert request.source.name == name
         assert request.source.network == RELEASED[name].settings
-        assert request.guidances["sag"] == wanted
+        assert request.guidances["sag"] == expected
         assert (request.chain.sampler, request.chain.respacing) == ("ddpm", "250")
-        guided_by = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)
-        assert (request.guidances["classifier"].checkpoint, request.guidances["classifier"].scale) == guided_by
+        classifier = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)
+        assert (request.guidances["classifier"].checkpoint, request.guidances["classifier"].scale) == classifier
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
-    run = built(FILES[0].with_name(f"{name}.yaml"), tmp_path)
+def test_networks_of_the_paper_are_trained_with_adms_settings(name, tmp_path):
+    run = instantiate(FILES[0].with_name(f"{name}.yaml"), tmp_path)
     optimizer, diffusion = run.module.settings.optimizer, run.module.diffusion_settings
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0.0)
     assert (diffusion.noise_schedule, diffusion.num_timesteps) == ("linear", 1000)
@@ -113,7 +107,7 @@ def test_a_network_of_the_paper_is_trained_as_adm_was(name, tmp_path):
     assert run.module.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
 
 
-def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():
+def test_the_configuration_of_the_embedded_network_recommends_what_its_file_does():
     by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]), parse([])
     assert (by_config.chain, by_config.guidances["sag"], by_config.run) == (
         by_file.chain,
@@ -122,17 +116,19 @@ def test_the_configuration_of_the_embedded_network_advises_what_its_file_does():
     )
 
 
-def test_the_classifier_s_configuration_is_of_the_embedded_network_s_images_and_process_and_fits_the_package():
-    network, classifier = (yaml.safe_load((FILES[0].with_name(f"{name}.yaml")).read_text())["model"] for name in OURS)
+def test_the_classifier_configuration_has_the_process_of_the_embedded_network_and_is_small():
+    network, classifier = (
+        yaml.safe_load((FILES[0].with_name(f"{name}.yaml")).read_text())["model"] for name in FASHION_MNIST
+    )
     assert classifier["diffusion"] == network["diffusion"]
     settings = ClassifierSettings(**classifier["classifier"])
     check_classifier(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
     assert sum(tensor.numel() for tensor in meta_state_dict(settings).values()) <= 1.3e6
 
 
-def test_a_misspelt_name_in_a_configuration_is_found(tmp_path):
-    said = yaml.safe_load(FILES[0].read_text())
-    said["model"]["network"]["num_chanels"] = 32
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(said))
+def test_a_misspelt_name_in_a_configuration_is_refused(tmp_path):
+    config = yaml.safe_load(FILES[0].read_text())
+    config["model"]["network"]["num_chanels"] = 32
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="num_chanels"):
-        built(tmp_path / "wrong.yaml", tmp_path)
+        instantiate(tmp_path / "wrong.yaml", tmp_path)
