@@ -87,7 +87,7 @@ def test_a_file_with_settings_of_its_own_keeps_them_whatever_it_is_called(entry,
 
 
 def test_a_file_of_another_name_that_says_nothing_of_itself_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"`checkpoint` .*other\.pt does not say which network it is for"):
+    with pytest.raises(UserError, match=r"`model` .*other\.pt"):
         load(write_state(tmp_path / "other.pt"))
 
 
