@@ -175,7 +175,7 @@ def _load_pickle(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
     except UnpicklingError as error:
         raise UserError(
-            f"`checkpoint` {path} is damaged, or contains code, which is not run. Download it again, or save its tensors "
+            f"`checkpoint` {path} is damaged, or contains code, which is not run. Download it again, or save it "
             "as .safetensors."
         ) from error
     except Exception as error:  # torch raises many types for a damaged file

@@ -1,9 +1,9 @@
-"""The ADM UNet as diffusers' `UNet2DModel`, and back: the same function under other names.
+"""Conversion between the ADM UNet and diffusers' `UNet2DModel`: the same function under other names.
 
-Configurations and state dicts are mapped as dictionaries, without diffusers itself. Three things differ. Where ADM
-numbers all blocks of the way down and up, diffusers counts by level and hangs the resampling at a level's end.
-Attention is three linear layers there, not one convolution of width 1. And a `UNet2DModel` has one width of head for
-all its blocks, and a timestep embedding as wide as its first level, which not every ADM has.
+Configurations and state dicts are converted as dictionaries, without diffusers. ADM numbers all blocks of encoder and
+decoder; diffusers counts per level, with the resampling at the end of a level. Attention is three linear layers in
+diffusers, one convolution of width 1 in ADM. A `UNet2DModel` has one head width for all blocks, and a timestep
+embedding as wide as its first level, which not every ADM network has.
 """
 
 import json
@@ -26,11 +26,11 @@ from sagl.settings.network import UNetSettings
 from sagl.utils.files import atomic_folder
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-"""The files of a folder, as `UNet2DModel` reads and writes them."""
-OWN_KEY = "_sagl"
-"""What a `UNet2DModel` has no key for; diffusers keeps keys that begin with _, without a word, also when it saves."""
+"""Files of a folder that `UNet2DModel` reads and writes."""
+SAGL_KEY = "_sagl"
+"""Key for what `UNet2DModel` has no key for. diffusers keeps keys that begin with _, also when it saves."""
 
-FIXED: dict[str, tuple[Any, ...]] = {
+REQUIRED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "freq_shift": (0,),
@@ -44,8 +44,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
-"""Keys whose value ADM leaves no choice; diffusers' default is the first of those allowed."""
-FREE: dict[str, Any] = {
+"""Keys with the only values that ADM supports; the first one is diffusers' default."""
+DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
@@ -62,112 +62,115 @@ FREE: dict[str, Any] = {
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
 }
-"""The other keys that matter, with diffusers' defaults: a configuration may leave them out."""
+"""Other keys, with diffusers' defaults for configurations that leave them out."""
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D"),
 }
-"""Of a level: resampled by a convolution, inside a residual block, or (with attention) as `…sample_type` says."""
+"""Types of a level: resampling by a convolution, by a residual block, or (with attention) as `…sample_type` says."""
 
 
 def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An ADM as `UNet2DModel`: the contents of config.json, and the state dict, which shares memory where it can.
+    """Convert an ADM network: return the contents of config.json and the state dict, which shares memory if possible.
 
     Raises:
-        UserError: a `UNet2DModel` cannot express the settings; names or shapes do not fit them.
+        UserError: `UNet2DModel` cannot express the settings, or names or shapes do not match them.
     """
-    config = _config(settings)
+    config = _config_from_settings(settings)
     check_state_dict(meta_state_dict(settings), state)
-    return config | {OWN_KEY: {"network": asdict(settings)}}, _renamed(settings, state)
+    return config | {SAGL_KEY: {"network": asdict(settings)}}, _to_diffusers_names(settings, state)
 
 
 def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[UNetSettings, dict[str, Tensor]]:
-    """A `UNet2DModel` as ADM, from the contents of config.json and the state dict, which shares memory where it can.
+    """Convert a `UNet2DModel`: return ADM's settings and the state dict, which shares memory if possible.
 
-    Attention comes in the new order (q | k | v, then head) unless sagl noted another one. Keys that `UNet2DModel`
-    does not know are passed over, as diffusers does: its average of weights leaves some there.
+    Attention has the new order (q | k | v, then heads) unless sagl stored another one. Keys that `UNet2DModel` does not
+    know are ignored, as in diffusers, whose EMA adds some.
+
+    Args:
+        config: Contents of config.json.
+        state: State dict of the `UNet2DModel`.
 
     Raises:
-        UserError: ADM cannot express the configuration, or parameters do not fit it.
+        UserError: ADM cannot express the configuration, or parameters do not match it.
     """
-    settings = _noted(config, _settings(config))
-    ours = meta_state_dict(settings)
-    way_out = " If an older diffusers wrote it, load and save it with a current one."
-    check_state_dict(_renamed(settings, ours), state, way_out)
-    names = _names(settings, ours)
-    found = {name: _joined(settings, [state[part] for part in theirs]) for name, theirs in names.items()}
-    return settings, {name: tensor.reshape(ours[name].shape) for name, tensor in found.items()}
+    settings = _stored_settings(config, _settings_from_config(config))
+    expected = meta_state_dict(settings)
+    hint = " If an old version of diffusers wrote it, load and save it with a current one."
+    check_state_dict(_to_diffusers_names(settings, expected), state, hint)
+    result = {}
+    for name, names in _names(settings, expected).items():
+        result[name] = _join(settings, [state[part] for part in names]).reshape(expected[name].shape)
+    return settings, result
 
 
 def write_diffusers(file: Checkpoint, folder: Path) -> None:
-    """Write the folder that `UNet2DModel.from_pretrained` loads, whole or not at all.
+    """Write a folder for `UNet2DModel.from_pretrained`, completely or not at all.
 
-    Args:
-        file: the network; what diffusers has no key for is noted in config.json, so that nothing is lost.
-        folder: a new or an empty one.
+    Settings without a key in diffusers go to `SAGL_KEY` of config.json, so that nothing is lost.
 
     Raises:
-        UserError: the folder is in use or cannot be written, or a `UNet2DModel` cannot express the network.
+        UserError: The folder is not empty or cannot be written, or `UNet2DModel` cannot express the network.
     """
     if not isinstance(file.model_settings, UNetSettings):
-        raise UserError("`checkpoint` must be a network that draws to go to diffusers, and this one is a classifier.")
+        raise UserError("`checkpoint` must be a diffusion model to be converted to diffusers, but it is a classifier.")
     config, state = to_diffusers(file.model_settings, file.state_dict)
-    config[OWN_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
+    config[SAGL_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
     with atomic_folder(folder.resolve(), "target") as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_tensors(state, partial / WEIGHTS, {"format": "pt"})
 
 
 def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> Checkpoint:
-    """A folder that `UNet2DModel.save_pretrained` wrote, or `write_diffusers`.
+    """Read a folder written by `UNet2DModel.save_pretrained` or `write_diffusers`.
 
     Args:
-        folder: with configuration and weights.
-        diffusion: of the process, where sagl did not note it; left out, the linear one, with the variance that the
-            channels tell of.
+        folder: Folder with configuration and weights.
+        diffusion: Diffusion settings for a folder without sagl's own; by default the linear schedule, with learned
+            variance if the network predicts one.
 
     Raises:
-        UserError: a file is missing or damaged, or ADM cannot express the network.
+        UserError: A file is missing or damaged, or ADM cannot express the network.
     """
     for name in (CONFIG, WEIGHTS):
         require(
             (folder / name).is_file(),
-            f"`checkpoint` must be a folder with {CONFIG} and {WEIGHTS}, and {folder} has no {name}. "
+            f"`checkpoint` must be a folder with {CONFIG} and {WEIGHTS}, but {folder} has no {name}. "
             "UNet2DModel.save_pretrained(folder, max_shard_size='100GB') writes both.",
         )
     try:
         config, state = dict(json.loads((folder / CONFIG).read_text())), load_file(folder / WEIGHTS)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
-        raise UserError(f"`checkpoint` must be a folder with whole files, and one in {folder} is damaged.") from error
+        raise UserError(f"`checkpoint` must be a folder of complete files, but one in {folder} is damaged.") from error
     network, state = from_diffusers(config, state)
-    noted = config.get(OWN_KEY, {})
-    require_recommended(noted, folder / CONFIG)
-    told = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
+    stored = config.get(SAGL_KEY, {})
+    require_recommended(stored, folder / CONFIG)
+    default = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
     try:
-        diffusion = build_settings(DiffusionSettings, noted.get("diffusion", asdict(diffusion or told)))
+        diffusion = build_settings(DiffusionSettings, stored.get("diffusion", asdict(diffusion or default)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     return Checkpoint(
-        model_settings=network, diffusion=diffusion, state_dict=state, recommended=noted.get("recommended") or {}
+        model_settings=network, diffusion=diffusion, state_dict=state, recommended=stored.get("recommended") or {}
     )
 
 
 # -------------------------------------------------------------------------------------------- configurations
 
 
-def _config(s: UNetSettings) -> dict[str, Any]:
-    """The settings in the keys of `UNet2DModel`."""
+def _config_from_settings(s: UNetSettings) -> dict[str, Any]:
+    """Return the configuration of `UNet2DModel`."""
     require(
         s.widths[0] == s.num_channels,
-        "`channel_mult` must begin with 1 for a UNet2DModel, whose timestep embedding is as wide as its first level, "
-        f"got {s.channel_mult}. Keep the network in sagl's own format.",
+        "`channel_mult` must begin with 1 for UNet2DModel, whose timestep embedding is as wide as its first level, "
+        f"got {s.channel_mult}. Keep the network in sagl's format.",
     )
-    attended = [side in s.attention_resolutions for side in s.resolutions]
-    down, up = ([types[2 if here else s.resblock_updown] for here in attended] for types in BLOCK_TYPES.values())
+    has_attention = [side in s.attention_resolutions for side in s.resolutions]
+    down, up = ([types[2 if att else s.resblock_updown] for att in has_attention] for types in BLOCK_TYPES.values())
     resample = "resnet" if s.resblock_updown else "conv"
     return {
         "_class_name": "UNet2DModel",
-        **{name: allowed[0] for name, allowed in FIXED.items()},
+        **{name: values[0] for name, values in REQUIRED.items()},
         "sample_size": s.image_size,
         "in_channels": s.in_channels,
         "out_channels": s.in_channels * (1 + s.learn_sigma),
@@ -186,56 +189,55 @@ def _config(s: UNetSettings) -> dict[str, Any]:
 
 
 def _head_width(s: UNetSettings) -> int | None:
-    """Channels of every head of the network; None: each block is one head, as wide as it is."""
+    """Return the number of channels of all heads; None if each block has a single head."""
     if s.num_head_channels:
         return s.num_head_channels
-    attended = {width for width, side in zip(s.widths, s.resolutions, strict=True) if side in s.attention_resolutions}
-    heads = {(width, s.num_heads) for width in attended | {s.widths[-1]}}  # the middle always has attention
-    heads |= {(width, s.num_heads_upsample or s.num_heads) for width in attended}
+    levels = {width for width, side in zip(s.widths, s.resolutions, strict=True) if side in s.attention_resolutions}
+    heads = {(width, s.num_heads) for width in levels | {s.widths[-1]}}  # the middle block always has attention
+    heads |= {(width, s.num_heads_upsample or s.num_heads) for width in levels}
     widths = {width // number for width, number in heads}
     if {number for _, number in heads} == {1}:
         return None
     require(
         len(widths) == 1,
-        "`num_heads` must give heads of one width for a UNet2DModel, whose `attention_head_dim` goes for all blocks, "
+        "`num_heads` must give heads of one width for UNet2DModel, which has one `attention_head_dim` for all blocks, "
         f"got num_heads={s.num_heads}, num_heads_upsample={s.num_heads_upsample}, which give heads of "
-        f"{', '.join(map(str, sorted(widths)))} channels. Keep the network in sagl's own format.",
+        f"{', '.join(map(str, sorted(widths)))} channels. Keep the network in sagl's format.",
     )
     return widths.pop()
 
 
-def _settings(config: Mapping[str, Any]) -> UNetSettings:
-    """What the keys of `UNet2DModel` tell, as ADM's settings, whatever the values are.
+def _settings_from_config(config: Mapping[str, Any]) -> UNetSettings:
+    """Return ADM's settings for a configuration of `UNet2DModel`, whatever its values.
 
     Raises:
-        UserError: ADM cannot express them, or no `UNet2DModel` has them.
+        UserError: ADM cannot express them, or they are not those of a `UNet2DModel`.
     """
     try:
-        return _expressed({name: allowed[0] for name, allowed in FIXED.items()} | FREE | dict(config))
+        return _convert_config({name: values[0] for name, values in REQUIRED.items()} | DEFAULTS | dict(config))
     except UserError:
         raise
     except (TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"`config` must be that of a UNet2DModel, and has values of another kind: {error}.") from error
+        raise UserError(f"`config` must be that of a UNet2DModel, but has a value of another type: {error}.") from error
 
 
-def _expressed(c: Mapping[str, Any]) -> UNetSettings:
-    """A whole configuration as ADM's settings."""
-    _require_expressible(c)
+def _convert_config(c: Mapping[str, Any]) -> UNetSettings:
+    """Convert a complete configuration."""
+    resampling = _check_config(c)
     widths, side = c["block_out_channels"], _side(c["sample_size"])
-    attended = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
-    head_width = c["attention_head_dim"]
+    has_attention = [name == "AttnDownBlock2D" for name in c["down_block_types"]]
     settings = {
         "image_size": side,
         "in_channels": c["in_channels"],
         "num_channels": widths[0],
         "num_res_blocks": c["layers_per_block"],
-        "channel_mult": tuple(_multiple(width, widths[0]) for width in widths),
-        "attention_resolutions": tuple(side >> level for level, here in enumerate(attended) if here),
-        "num_heads": 4 if head_width else 1,  # no width of head: one head of all channels
-        "num_head_channels": head_width,
+        "channel_mult": tuple(_multiplier(width, widths[0]) for width in widths),
+        "attention_resolutions": tuple(side >> level for level, attention in enumerate(has_attention) if attention),
+        "num_heads": 4 if c["attention_head_dim"] else 1,  # without a head width, one head of all channels
+        "num_head_channels": c["attention_head_dim"],
         "use_new_attention_order": True,
         "use_scale_shift_norm": c["resnet_time_scale_shift"] == "scale_shift",
-        "resblock_updown": _resampling(c) == {"resnet"},
+        "resblock_updown": resampling == "resnet",
         "dropout": c["dropout"],
         "learn_sigma": c["out_channels"] == 2 * c["in_channels"],
         "num_classes": c["num_class_embeds"],
@@ -243,98 +245,88 @@ def _expressed(c: Mapping[str, Any]) -> UNetSettings:
     try:
         return build_settings(UNetSettings, settings)
     except UserError as error:
-        raise UserError(
-            f"`config` must be one that ADM can express, and as ADM's settings it is none: {error}"
-        ) from error
+        raise UserError(f"`config` must be one that ADM can express, but as settings of ADM: {error}") from error
 
 
-def _require_expressible(c: Mapping[str, Any]) -> None:
-    """Refuse a value that ADM has no setting for."""
-    scaled = c["resnet_time_scale_shift"] == "scale_shift"
+def _check_config(c: Mapping[str, Any]) -> str:
+    """Refuse values that ADM has no settings for; return how levels are resampled, conv or resnet."""
+    # How each level is resampled; the last block of encoder and decoder resamples nothing.
+    resampling = {
+        c[key] if name.startswith("Attn") else "resnet" if name.startswith("Resnet") else "conv"
+        for key, blocks in zip(("downsample_type", "upsample_type"), BLOCK_TYPES, strict=True)
+        for name in c[blocks][:-1]
+    } or {c["downsample_type"]}
+    scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
     width, channels = c["block_out_channels"][0], c["in_channels"]
-    allowed = FIXED | {
+    allowed = REQUIRED | {
         "_class_name": ("UNet2DModel",),
         "out_channels": (channels, 2 * channels),
         "time_embedding_dim": (None, 4 * width),
         "downsample_type": ("conv", "resnet"),
         "upsample_type": ("conv", "resnet"),
         "resnet_time_scale_shift": ("default", "scale_shift"),
-        "attn_norm_num_groups": (32,) if scaled else (None, 32),  # None with scale_shift: a middle without its norm
+        "attn_norm_num_groups": (32,) if scale_shift else (None, 32),  # None and scale_shift: a middle without norm
     }
-    if _resampling(c) == {"resnet"}:
-        del allowed["downsample_padding"]  # of the convolutions that are not there
+    if resampling == {"resnet"}:
+        del allowed["downsample_padding"]  # of convolutions
     for name, values in allowed.items():
-        got = c.get(name, values[0])
-        require(got in values, _inexpressible(name, " or ".join(map(repr, values)), got))
-    for name, known in BLOCK_TYPES.items():
-        require(set(c[name]) <= set(known), _inexpressible(name, f"made of {', '.join(known)}", list(c[name])))
-        same = len(c[name]) == len(c["block_out_channels"])
-        require(same, _inexpressible(name, f"{len(c['block_out_channels'])} blocks", list(c[name])))
+        value = c.get(name, values[0])
+        _require(value in values, name, " or ".join(map(repr, values)), value)
+    for name, types in BLOCK_TYPES.items():
+        _require(set(c[name]) <= set(types), name, f"made of {', '.join(types)}", c[name])
+        _require(len(c[name]) == len(c["block_out_channels"]), name, f"{len(c['block_out_channels'])} blocks", c[name])
     down, up = ([name.startswith("Attn") for name in c[key]] for key in BLOCK_TYPES)
-    require(down == up[::-1], _inexpressible("up_block_types", "as down_block_types in attention", c["up_block_types"]))
-    alike = len(kinds := _resampling(c)) == 1
-    require(
-        alike, _inexpressible("down_block_types", "as up_block_types, and all levels, in resampling", sorted(kinds))
-    )
+    _require(down == up[::-1], "up_block_types", "like down_block_types in attention", c["up_block_types"])
+    _require(len(resampling) == 1, "down_block_types", "like up_block_types in resampling", sorted(resampling))
+    return resampling.pop()
 
 
-def _inexpressible(name: str, allowed: str, got: object) -> str:
-    return f"`{name}` of a UNet2DModel must be {allowed} for ADM to express it, got {got!r}."
-
-
-def _resampling(c: Mapping[str, Any]) -> set[str]:
-    """How levels are resampled, by a convolution (conv) or in a residual block (resnet): one word where they agree."""
-    kinds = {
-        c[own] if name.startswith("Attn") else "resnet" if name.startswith("Resnet") else "conv"
-        for own, key in zip(("downsample_type", "upsample_type"), BLOCK_TYPES, strict=True)
-        for name in c[key][:-1]  # the last block of either way resamples nothing
-    }
-    return kinds or {c["downsample_type"]}
+def _require(condition: bool, name: str, allowed: str, value: object) -> None:
+    require(condition, f"`{name}` of a UNet2DModel must be {allowed} for ADM to express it, got {value!r}.")
 
 
 def _side(sample_size: int | Sequence[int] | None) -> int:
-    """Of square images: a number, or the same one twice."""
+    """Return the side of square images from a number, or the same number twice."""
     sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
-    require(len(sides) == 1, _inexpressible("sample_size", "the side of square images", sample_size))
+    _require(len(sides) == 1, "sample_size", "the side of square images", sample_size)
     return sides.pop()
 
 
-def _multiple(width: int, base: int) -> float:
-    """A channel multiplier that gives just this width, whatever the division rounds to."""
+def _multiplier(width: int, base: int) -> float:
+    """Return a multiplier m with int(m * base) == width, however the division is rounded."""
     if width % base == 0:
         return width // base
     return width / base if int(width / base * base) == width else math.nextafter(width / base, math.inf)
 
 
-def _noted(config: Mapping[str, Any], told: UNetSettings) -> UNetSettings:
-    """The settings that sagl noted, which say more than the keys of `UNet2DModel`, or else those."""
-    if OWN_KEY not in config:
-        return told
+def _stored_settings(config: Mapping[str, Any], converted: UNetSettings) -> UNetSettings:
+    """Return the settings that sagl stored, which contain more than the keys of `UNet2DModel`, or else `converted`."""
+    if SAGL_KEY not in config:
+        return converted
     try:
-        noted = build_settings(UNetSettings, config[OWN_KEY]["network"])
+        stored = build_settings(UNetSettings, config[SAGL_KEY]["network"])
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(error) from error
-    ours, theirs = _config(noted), _config(told)
-    different = [name for name in theirs if ours[name] != theirs[name]]
-    name = (*different, OWN_KEY)[0]
-    require(
-        not different,
-        f"`{name}` of the configuration must be what sagl noted in {OWN_KEY}, {ours.get(name)!r}, "
-        f"got {theirs.get(name)!r}. Delete {OWN_KEY} to go by the other keys.",
-    )
-    return noted
+    expected, actual = _config_from_settings(stored), _config_from_settings(converted)
+    for name, value in actual.items():
+        require(
+            expected[name] == value,
+            f"`{name}` of the configuration must agree with {SAGL_KEY}, {expected[name]!r}, got {value!r}. "
+            f"Delete {SAGL_KEY} to use the other keys.",
+        )
+    return stored
 
 
 def _unreadable(error: Exception) -> UserError:
     return UserError(
-        f"`{OWN_KEY}` of the configuration must be what sagl notes there, and is not ({error}). "
-        "Delete it to go by the other keys."
+        f"`{SAGL_KEY}` of the configuration must be as sagl wrote it, but is not ({error}). "
+        "Delete it to use the other keys."
     )
 
 
 # ------------------------------------------------------------------------------------------------ parameters
 
-TOP = {
+TOP_LEVEL = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb": "class_embedding",
@@ -342,8 +334,8 @@ TOP = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-"""ADM's layers outside of blocks, and diffusers'."""
-INSIDE = {
+"""ADM's names of layers outside of blocks, and diffusers' names."""
+IN_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -356,69 +348,69 @@ INSIDE = {
     "op": "conv",
     "conv": "conv",
 }
-"""ADM's layers in a residual block, an attention block, a halving, a doubling; to_qkv stands for three."""
+"""ADM's names of layers in residual, attention and resampling blocks, and diffusers'; to_qkv stands for three."""
 
 
 def _blocks(s: UNetSettings) -> Iterator[tuple[str, str]]:
-    """ADM's name of each block, and diffusers'; of attention also where a level has none."""
-    per_level = s.num_res_blocks + 1  # on the way down the last one halves, on the way up there is one more
+    """Yield ADM's name of each block, and diffusers'; attention blocks also for levels without attention."""
+    per_level = s.num_res_blocks + 1  # in the encoder the last one downsamples, the decoder has one more
     for level in range(len(s.widths)):
         for block in range(s.num_res_blocks):
-            stage = f"input_blocks.{level * per_level + block + 1}"
-            yield f"{stage}.0", f"down_blocks.{level}.resnets.{block}"
-            yield f"{stage}.1", f"down_blocks.{level}.attentions.{block}"
+            name = f"input_blocks.{level * per_level + block + 1}"
+            yield f"{name}.0", f"down_blocks.{level}.resnets.{block}"
+            yield f"{name}.1", f"down_blocks.{level}.attentions.{block}"
         yield f"input_blocks.{(level + 1) * per_level}.0", f"down_blocks.{level}.downsamplers.0"
-    for ours, theirs in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"middle_block.{ours}", f"mid_block.{theirs}"
+    for index, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield f"middle_block.{index}", f"mid_block.{name}"
     for level, side in enumerate(reversed(s.resolutions)):
-        attended = side in s.attention_resolutions
+        has_attention = side in s.attention_resolutions
         for block in range(per_level):
-            stage = f"output_blocks.{level * per_level + block}"
-            yield f"{stage}.0", f"up_blocks.{level}.resnets.{block}"
-            if attended:
-                yield f"{stage}.1", f"up_blocks.{level}.attentions.{block}"
-        yield f"{stage}.{1 + attended}", f"up_blocks.{level}.upsamplers.0"
+            name = f"output_blocks.{level * per_level + block}"
+            yield f"{name}.0", f"up_blocks.{level}.resnets.{block}"
+            if has_attention:
+                yield f"{name}.1", f"up_blocks.{level}.attentions.{block}"
+        yield f"{name}.{1 + has_attention}", f"up_blocks.{level}.upsamplers.0"
 
 
 def _names(s: UNetSettings, parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """ADM's name of each parameter, and diffusers': one, or those of q, k and v."""
-    layers = {f"{a}.{x}": f"{b}.{y}" for a, b in _blocks(s) for x, y in INSIDE.items()} | TOP
+    """Return diffusers' names of each ADM parameter: one, or those of q, k and v."""
+    layers = {f"{a}.{x}": f"{b}.{y}" for a, b in _blocks(s) for x, y in IN_BLOCK.items()} | TOP_LEVEL
     names = {}
     for name in parameters:
         layer, _, leaf = name.rpartition(".")
-        kinds = ("to_q", "to_k", "to_v") if layer.endswith(".qkv") else ("",)
-        names[name] = tuple(f"{layers[layer].replace('to_qkv', kind)}.{leaf}" for kind in kinds)
+        parts = ("to_q", "to_k", "to_v") if layer.endswith(".qkv") else ("",)
+        names[name] = tuple(f"{layers[layer].replace('to_qkv', part)}.{leaf}" for part in parts)
     return names
 
 
-def _renamed(s: UNetSettings, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ADM's parameters under diffusers' names, q, k and v apart, convolutions of width 1 as matrices."""
+def _to_diffusers_names(s: UNetSettings, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ADM's parameters under diffusers' names: q, k and v separate, convolutions of width 1 as matrices."""
     out: dict[str, Tensor] = {}
-    for name, theirs in _names(s, state).items():
+    for name, names in _names(s, state).items():
         tensor = state[name].squeeze(-1) if state[name].dim() == 3 else state[name]
-        out |= zip(theirs, _split(s, tensor) if len(theirs) == 3 else [tensor], strict=True)
+        out |= zip(names, _split(s, tensor) if len(names) == 3 else [tensor], strict=True)
     return out
 
 
 def _split(s: UNetSettings, rows: Tensor) -> list[Tensor]:
-    """ADM's rows of q, k and v, in either order, one by one: (3·C, …) -> 3 of (C, …)."""
+    """Split ADM's rows of q, k and v, in either order: (3·C, …) -> 3 of (C, …)."""
     if not s.use_new_attention_order:
-        rows = _swapped(rows, _num_heads(s, len(rows) // 3), 3)
+        rows = _swap(rows, _num_heads(s, len(rows) // 3), 3)
     return [part.clone() for part in rows.chunk(3)]
 
 
-def _joined(s: UNetSettings, parts: Sequence[Tensor]) -> Tensor:
-    """The parameter, or the inverse of `_split`: 3 of (C, …) -> (3·C, …)."""
+def _join(s: UNetSettings, parts: Sequence[Tensor]) -> Tensor:
+    """Return the only part, or the inverse of `_split`: 3 of (C, …) -> (3·C, …)."""
     if len(parts) == 1:
         return parts[0]
     rows = torch.cat(list(parts))
-    return rows if s.use_new_attention_order else _swapped(rows, 3, _num_heads(s, len(parts[0])))
+    return rows if s.use_new_attention_order else _swap(rows, 3, _num_heads(s, len(parts[0])))
 
 
 def _num_heads(s: UNetSettings, width: int) -> int:
     return width // (_head_width(s) or width)
 
 
-def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows that lie by outer, then inner, lie by inner, then outer: (outer·inner·d, …) -> the same shape."""
+def _swap(rows: Tensor, outer: int, inner: int) -> Tensor:
+    """Reorder rows from (outer, inner, d) to (inner, outer, d): (outer·inner·d, …) -> the same shape."""
     return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)

@@ -1,7 +1,4 @@
-"""A network on the Hugging Face Hub: weights as safetensors, settings beside them, a model card of ours.
-
-Needs the extra `hub`; nothing else in sagl imports this.
-"""
+"""UNets on the Hugging Face Hub. Needs the extra `hub`; no other module of sagl imports this one."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,69 +6,73 @@ from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import Checkpoint, build_network, check_state_dict
+from sagl.models.checkpoints import Checkpoint, build_network, check_state_dict, read_state_dict
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 
 CARD = """---
-library_name: sagl
-pipeline_tag: unconditional-image-generation
-tags:
-- diffusion
-- self-attention-guidance
+{{ card_data }}
 ---
-# {title}
+# ADM {{ settings.image_size }}x{{ settings.image_size }}
 
-An ADM network (Dhariwal & Nichol 2021) for {side}x{side} images, {classes}, {millions:.1f} million parameters, in
-OpenAI's parameter names; to be sampled with self-attention guidance (Hong et al. 2023).
+An ADM network (Dhariwal & Nichol 2021) for {{ settings.image_size }}x{{ settings.image_size }} images with
+{{ "%.1f" | format(millions) }} million parameters, {{ settings.num_classes or "no" }} classes, and OpenAI's parameter
+names. It can be sampled with self-attention guidance (Hong et al. 2023).
 
 ```python
 from sagl.models.hub import HubUNet
 
-file = HubUNet.from_pretrained("{repository}").file
+checkpoint = HubUNet.from_pretrained("{{ repo_id | default('OWNER/NAME') }}").checkpoint
 ```
 
 | setting | value |
 |---|---|
-{rows}
-
-What it was trained on, for what it may be used, and how good its images are is for its makers to add here.
+{% for name, value in settings.items() -%}
+| `{{ name }}` | {{ value }} |
+{% endfor %}
+Please add: training data, intended use, quality of the images.
 """
 
 
-class HubUNet(UNet, PyTorchModelHubMixin):
-    """An ADM UNet with `from_pretrained`, `save_pretrained` and `push_to_hub`; strict in what it loads."""
+class HubUNet(
+    UNet,
+    PyTorchModelHubMixin,
+    library_name="sagl",
+    pipeline_tag="unconditional-image-generation",
+    tags=["diffusion", "self-attention-guidance"],
+    model_card_template=CARD,
+):
+    """An ADM UNet with `from_pretrained`, `save_pretrained` and `push_to_hub`, which loads strictly."""
 
     def __init__(
         self, settings: UNetSettings, diffusion: DiffusionSettings, recommended: dict[str, Any] | None = None
     ) -> None:
-        """An untrained network.
+        """Build an untrained network.
 
         Args:
-            settings: of the UNet.
-            diffusion: the process it is for.
-            recommended: sampling settings to advise, by flag name.
+            settings: Settings of the UNet.
+            diffusion: Settings of its diffusion process.
+            recommended: Recommended sampling settings, by parameter name.
         """
         super().__init__(settings)
         self.diffusion, self.recommended = diffusion, recommended or {}
 
     @classmethod
-    def of(cls, file: Checkpoint) -> "HubUNet":
-        """The network of a file, to be pushed.
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "HubUNet":
+        """Build the network of a checkpoint, in evaluation mode.
 
         Raises:
-            UserError: its weights do not fit its settings.
+            UserError: Its weights do not match its settings.
         """
-        trained = build_network(file)
-        network = cls(trained.settings, file.diffusion, dict(file.recommended))
+        trained = build_network(checkpoint)
+        network = cls(trained.settings, checkpoint.diffusion, dict(checkpoint.recommended))
         network.load_state_dict(trained.state_dict())
         return network.eval()
 
     @property
-    def file(self) -> Checkpoint:
-        """What `sagl.sampling.pipeline` and `sagl convert` work with."""
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint for `sagl.sampling.pipeline` and `write_checkpoint`."""
         return Checkpoint(
             model_settings=self.settings,
             diffusion=self.diffusion,
@@ -81,48 +82,24 @@ class HubUNet(UNet, PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:  # noqa: ANN401
-        """In evaluation mode; always strict, with the difference in words.
+        """Load weights, in evaluation mode; strict whatever the argument, unlike the mixin.
 
         Raises:
-            UserError: names or shapes are others.
+            UserError: The file is damaged or contains code, or names or shapes differ.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state = load_file(model_file, device=map_location)
-        except SafetensorError as error:
-            raise UserError(f"`checkpoint` must be a whole .safetensors file, and {model_file} is damaged.") from error
-        check_state_dict(model.state_dict(), state)
-        model.load_state_dict(state, strict=True)
+        state_dict = read_state_dict(Path(model_file))
+        check_state_dict(model.state_dict(), state_dict)
+        model.load_state_dict(state_dict)
         return model.eval()
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:  # noqa: ANN401
-        """Where the Hub has no safetensors.
-
-        Raises:
-            UserError: always: such weights would be taken whatever their names are.
-        """
-        raise UserError(
-            f"`checkpoint` must be on the Hub as model.safetensors, and there is {Path(model_file).name} alone. "
-            "sagl convert writes safetensors."
-        )
+    _load_as_pickle = _load_as_safetensor
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # noqa: ANN401
-        """Upload weights, settings and card; returns the commit's address."""
+        """Upload weights, settings and model card; return the address of the commit."""
         return super().push_to_hub(repo_id, **{"model_card_kwargs": {"repo_id": repo_id}, **kwargs})
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:  # noqa: ANN401 (the mixin's own)
-        """What can be said of any network; the rest is its makers' to add."""
-        s = self.settings
-        rows = [f"| `{name}` | {value} |" for part in (s, self.diffusion) for name, value in asdict(part).items()]
-        text = CARD.format(
-            title=f"ADM {s.image_size}x{s.image_size}",
-            side=s.image_size,
-            classes=f"{s.num_classes} classes" if s.num_classes else "unconditional",
-            millions=sum(parameter.numel() for parameter in self.parameters()) / 1e6,
-            repository=kwargs.get("repo_id") or "OWNER/NAME",
-            rows="\n".join(rows),
-        )
-        return ModelCard(text)
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:  # noqa: ANN401
+        """Fill in the template."""
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        settings = asdict(self.settings) | asdict(self.diffusion)
+        return super().generate_model_card(*args, settings=settings, millions=millions, **kwargs)
