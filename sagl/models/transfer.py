@@ -31,14 +31,16 @@ def load_pretrained_weights(network: UNet | Classifier, state_dict: Mapping[str,
         UserError: Names or shapes differ elsewhere; lists the first five.
     """
     target, source = network.state_dict(), dict(state_dict)
-    adapt = _adapt_logits if isinstance(network, Classifier) else _adapt_embeddings
-    message = adapt(network.settings, target, source)
+    if isinstance(network, Classifier):
+        message = _adapt_logits(target, source)
+    else:
+        message = _adapt_embeddings(network.settings, target, source)
     check_state_dict(target, source, " Only the classes of a checkpoint may differ from those of the network.")
     network.load_state_dict(source)
     return message
 
 
-def _adapt_logits(settings: object, target: Mapping[str, Tensor], source: dict[str, Tensor]) -> str | None:
+def _adapt_logits(target: Mapping[str, Tensor], source: dict[str, Tensor]) -> str | None:
     """Replace the last layer in `source` by that of the classifier, if the classes differ."""
     weight, bias = list(target)[-2:]
     if not {weight, bias} <= source.keys() or source[weight].shape[1:] != target[weight].shape[1:]:
