@@ -1,11 +1,12 @@
 # make sample   a grid of guided and unguided images from the embedded network
-# make test     the tests;  make check  all that CI runs;  make fix  formatting
+# make test     the quick tests;  make check  everything that CI runs;  make fix  formatting
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # make bench    speed beside the public code: make bench ADM=../guided-diffusion SAG=../Self-Attention-Guidance
-.PHONY: install sample test check lint types bench fix clean
+.PHONY: install sample test test-all check lint types bench fix clean
 
 install: $(VENV)/installed
 
@@ -19,7 +20,10 @@ sample: install
 	$(BIN)/sagl sample --compare --num_samples 16 --batch_size 16 --output samples
 
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -28,7 +32,7 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test-all
 
 bench: install
 	$(BIN)/python benchmarks/speed.py $(if $(ADM),--reference-adm $(ADM)) $(if $(SAG),--reference-sag $(SAG)) \
