@@ -64,15 +64,15 @@ def main(arguments: list[str]) -> None:
     result = evaluate(
         args.run, args.reference, num_samples=args.num_samples, extraction=extraction, metrics=metrics, devices=devices
     )
-    if args.format == "table":
-        print_table(result)
-    else:
-        print(format_as(result, args.format), end="", flush=True)
     if saves_result:
         save_result(run, result)
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(format_as(result, output.suffix[1:]))
+    if args.format == "table":
+        print_table(result)
+    else:
+        print(format_as(result, args.format), end="", flush=True)
 
 
 def format_as(result: "EvaluationResult", format: str) -> str:
