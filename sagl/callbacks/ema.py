@@ -59,7 +59,7 @@ class EMA(WeightAveraging):
 class ExtraEMAs(Callback):
     """EMAs with the decays of `settings.extra_ema_decays`, saved as a checkpoint's `extra_emas`, by decay.
 
-    `--weights ema:DECAY` reads them. Validation and previews do not use them.
+    The weights `ema:DECAY` of a checkpoint are read from there. Validation and previews do not use them.
     """
 
     def __init__(self, settings: CheckpointSettings) -> None:

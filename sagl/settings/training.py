@@ -18,7 +18,7 @@ class CheckpointSettings:
     ema_decay: float = 0.9999
     """EMA decay per optimiser step."""
     extra_ema_decays: tuple[float, ...] = ()
-    """Decays of further EMAs, each of which costs the memory of the weights; read as --weights ema:DECAY."""
+    """Decays of further EMAs, each of which costs the memory of the weights; read as weights ema:DECAY."""
     save_every_steps: int = 1000
     """Optimiser steps between two checkpoints."""
     save_every_minutes: float = 5.0
