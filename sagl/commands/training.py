@@ -83,16 +83,10 @@ def prepare_fit(parser: Parser, config: Namespace) -> Run:
         load_training_checkpoint(last)  # raises a UserError now rather than a traceback later
     init = parser.instantiate(config)
     module = _build_module(init)
-    settings = from_namespace(CheckpointSettings, config)
-    module.hparams["ema_decay"] = settings.ema_decay
+    module.hparams["ema_decay"] = config.ema_decay
     module.hparams["recommended"] = _sampling_settings(init) if isinstance(module, DiffusionModule) else {}
-    callbacks: list[Callback] = [EMA(settings), ExtraEMAs(settings)]
-    if isinstance(module, DiffusionModule):
-        callbacks.insert(0, SAGSampling(output, init.preview, init.sag))
-        if init.preview.keep_best:
-            callbacks.append(BestCheckpoints(last.parent, init.preview))
-    text = parser.dump(config, skip_unset=False)
-    callbacks += [ResumableCheckpoint(last, settings), SaveConfig(output / "config.yaml", text)]
+    callbacks = _fit_callbacks(init, output, isinstance(module, DiffusionModule))
+    callbacks.append(SaveConfig(output / "config.yaml", parser.dump(config, skip_unset=False)))
     options = init.trainer.as_dict()
     if SLURMEnvironment.detect() and options["plugins"] is None:
         options["plugins"] = SLURMEnvironment(auto_requeue=False)  # Lightning's requeueing does not resume exactly
@@ -100,6 +94,16 @@ def prepare_fit(parser: Parser, config: Namespace) -> Run:
         options["logger"] = TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
     return Run(trainer, module, init.data, last if resumed else None)
+
+
+def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Callback]:
+    """Build the callbacks of a training; those that use the EMA weights during validation come before `EMA`."""
+    settings, folder = from_namespace(CheckpointSettings, init), output / "checkpoints"
+    callbacks: list[Callback] = [SAGSampling(output, init.preview, init.sag)] if has_previews else []
+    callbacks += [EMA(settings), ExtraEMAs(settings)]
+    if has_previews and init.preview.keep_best:
+        callbacks.append(BestCheckpoints(folder, init.preview))
+    return [*callbacks, ResumableCheckpoint(folder / "last.ckpt", settings)]
 
 
 def prepare_evaluation(parser: Parser, config: Namespace) -> Run:
