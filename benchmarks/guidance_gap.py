@@ -1,9 +1,9 @@
-"""How far the prediction for the degraded x_t is from the plain one, over the chain: what guidance has to push with.
+"""Difference between the predictions for x_t and for the degraded x_t in every sampling step.
 
     python benchmarks/guidance_gap.py plain.safetensors blur_aware.safetensors --site output.5 --blur_sigma 1.5
 
-Root mean square of eps - eps_degraded over pixels and samples, a row a step, a column a network. The chains are guided
-so weakly that they are the unguided ones, and so the same x_t but for what the networks themselves differ in.
+Prints the root mean square of eps - eps_degraded over pixels and samples, one row per step, one column per network.
+The scale is so small that the samples are those without guidance.
 """
 
 import argparse
@@ -23,22 +23,22 @@ SCALE = 1e-6
 
 @torch.inference_mode()
 def gaps(checkpoint: Path, chain: SamplerSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
-    """Timestep -> root mean square of eps - eps_degraded, the noisiest first."""
+    """Return the root mean square of eps - eps_degraded by timestep, the noisiest first."""
     file = read_checkpoint(checkpoint)
     network = build_network(file)
-    recipe, ids = (
+    pipeline, ids = (
         build_pipeline(network, file.diffusion, chain, {"sag": sag}),
         range(run.first_id, run.first_id + run.num_samples),
     )
     result = {}
-    for step, _, prediction in recipe.sample_progressive(run.seed, ids, make_labels(run, ids, network)):
+    for step, _, prediction in pipeline.sample_progressive(run.seed, ids, make_labels(run, ids, network)):
         eps = torch.as_tensor(prediction.terms["sag"].eps) / SCALE
-        result[int(recipe.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
+        result[int(pipeline.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
     return result
 
 
 def main() -> None:
-    """Print the table."""
+    """Parse the arguments and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", type=Path, nargs="*", default=[DEFAULT_CHECKPOINT])
     p.add_argument("--num_samples", type=int, default=100)

@@ -1,11 +1,10 @@
-"""Fréchet distance over guidance settings at equal seeds: which site, blur, scale and interval help a network.
+"""Fréchet distance of many guidance settings at equal seeds, to find site, blur, scale and interval of a network.
 
     python benchmarks/guidance_study.py study.jsonl --num_samples 1000 --sampler ddpm --respacing ddim20
 
-Each line of the output file is one measured setting; settings that are already in it are not measured again, so a
-study that was stopped goes on. The unguided run is one of them and is shared by all. Features are kept beside the
-file, and the differences from the unguided run of the same network, and from the first setting of all, are given with
-a paired 95 % interval.
+Each line of the output file is one setting. Settings that are in the file already are skipped, so that a study can be
+resumed. Features are saved beside the file. Differences from the unguided run of the same network and from the first
+setting are printed with a paired 95 % interval.
 """
 
 import argparse
@@ -52,7 +51,7 @@ class Setting:
     dtype: str
     sag: dict[str, Any]
     key: dict[str, Any]
-    """All that decides its images."""
+    """Everything that determines its images."""
 
     @property
     def name(self) -> str:
@@ -60,37 +59,37 @@ class Setting:
         return json.dumps(self.key, sort_keys=True)
 
     @property
-    def shown(self) -> str:
-        """What sets it apart."""
+    def label(self) -> str:
+        """Network and guidance as text."""
         return json.dumps({"network": self.checkpoint.stem, "dtype": self.dtype, **self.sag})
 
     def features(self, study: Path) -> Path:
-        """Where its features are kept."""
+        """Return the path of its features."""
         return study.with_suffix(".features") / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.npy"
 
 
 def grid(a: argparse.Namespace, chain: SamplerSettings, run: RunSettings) -> list[Setting]:
-    """The settings to measure, network by network, the unguided one first."""
+    """Return the settings, network by network, the unguided one first."""
     keys = ("scale", "site", "blur_sigma", "interval")
     values = product(a.scales, a.sites, a.blur_sigmas, [tuple(map(float, i.split("-"))) for i in a.intervals])
     of_sag = [{"scale": 0.0}, *(dict(zip(keys, value, strict=True)) for value in values)]
-    made = []
+    settings = []
     for path in a.checkpoints:
-        about = {"checkpoint": sha256(path), "chain": asdict(chain), "run": asdict(run)}
+        common = {"checkpoint": sha256(path), "chain": asdict(chain), "run": asdict(run)}
         for sag, dtype in product(of_sag, a.dtypes):
-            key = json.loads(json.dumps({**about, "dtype": dtype, "sag": sag}))
-            made.append(Setting(checkpoint=path, dtype=dtype, sag=sag, key=key))
-    return made
+            key = json.loads(json.dumps({**common, "dtype": dtype, "sag": sag}))
+            settings.append(Setting(checkpoint=path, dtype=dtype, sag=sag, key=key))
+    return settings
 
 
-def measured(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines of the study so far, by their settings."""
+def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of the study by their settings."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {json.dumps(line["key"], sort_keys=True): line for line in lines}
 
 
 def main() -> None:
-    """Measure what is missing, then print all, best first."""
+    """Evaluate the missing settings, then print all."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", type=Path)
     p.add_argument("--checkpoints", type=Path, nargs="+", default=[DEFAULT_CHECKPOINT])
@@ -104,7 +103,7 @@ def main() -> None:
     p.add_argument("--blur_sigmas", type=float, nargs="+", default=[1.0, 2.0])
     p.add_argument("--intervals", nargs="+", default=["0-1"])
     p.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32"], help="of the weights")
-    p.add_argument("--draws", type=int, default=200, help="of the paired bootstrap; 0: no intervals")
+    p.add_argument("--num_resamples", type=int, default=200, help="of the paired bootstrap; 0: no intervals")
     a = p.parse_args()
     disable_malloc_trim()
     a.study.parent.mkdir(parents=True, exist_ok=True)
@@ -116,60 +115,60 @@ def main() -> None:
     test_split = extract_features(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
     distance_to_test = FrechetReference(statistics(test_split))
     settings = grid(a, chain, run)
-    todo = [s for s in settings if s.name not in measured(a.study) or not s.features(a.study).exists()]
-    recipes = [recipe_of(setting, chain) for setting in todo]
-    passes = a.num_samples * sum(recipe.nfe for recipe in recipes)
+    todo = [s for s in settings if s.name not in read_lines(a.study) or not s.features(a.study).exists()]
+    pipelines = [pipeline_of(setting, chain) for setting in todo]
+    passes = a.num_samples * sum(pipeline.nfe for pipeline in pipelines)
     print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
-    for setting, recipe in zip(todo, recipes, strict=True):
-        started = time.monotonic()
-        features = extract_features(images_of(recipe, run)[: a.num_samples], extract).pooled
+    for setting, pipeline in zip(todo, pipelines, strict=True):
+        start_time = time.monotonic()
+        features = extract_features(sample_images(pipeline, run)[: a.num_samples], extract).pooled
         save_features(features, setting.features(a.study))
-        line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": recipe.nfe}
-        line["seconds"] = round(time.monotonic() - started, 1)
+        line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": pipeline.nfe}
+        line["seconds"] = round(time.monotonic() - start_time, 1)
         with a.study.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        print(f"{line['distance']:8.2f}  {line['seconds']} s  {setting.shown}", flush=True)
-    report(a.study, settings, lambda features: distance_to_test(statistics(features)), a.draws)
+        print(f"{line['distance']:8.2f}  {line['seconds']} s  {setting.label}", flush=True)
+    report(a.study, settings, lambda features: distance_to_test(statistics(features)), a.num_resamples)
 
 
 @cache
-def network_of(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
-    """A network in a precision, and its process."""
+def load_network(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
+    """Load a network in a precision, and its diffusion settings."""
     file = read_checkpoint(checkpoint)
     return cast_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
 
 
-def recipe_of(setting: Setting, chain: SamplerSettings) -> SamplingPipeline:
-    """How a setting's images are made."""
-    network, diffusion = network_of(setting.checkpoint, setting.dtype)
+def pipeline_of(setting: Setting, chain: SamplerSettings) -> SamplingPipeline:
+    """Return the pipeline of a setting."""
+    network, diffusion = load_network(setting.checkpoint, setting.dtype)
     return build_pipeline(network, diffusion, chain, {"sag": SelfAttentionGuidance(**setting.sag)})
 
 
 @torch.inference_mode()
-def images_of(recipe: SamplingPipeline, run: RunSettings) -> ImageUint8:
-    """All images of a run."""
-    made = (recipe.sample(run.seed, i, make_labels(run, i, recipe.network))[0] for i in micro_batches(run))
-    return torch.cat([to_uint8(x) for x in made])
+def sample_images(pipeline: SamplingPipeline, run: RunSettings) -> ImageUint8:
+    """Sample all images of a run."""
+    samples = (pipeline.sample(run.seed, i, make_labels(run, i, pipeline.network))[0] for i in micro_batches(run))
+    return torch.cat([to_uint8(x) for x in samples])
 
 
-def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], float], draws: int) -> None:
-    """All settings asked for, and how far each is from its network's unguided run and from the first of all."""
+def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], float], num_resamples: int) -> None:
+    """Print all settings with their differences from the unguided run and from the first setting."""
     own = {(s.checkpoint, s.dtype): s for s in settings if not s.sag["scale"]}
     for setting in settings:
-        line = measured(study)[setting.name]
-        print(f"{line['distance']:8.2f}  {setting.shown}")
+        line = read_lines(study)[setting.name]
+        print(f"{line['distance']:8.2f}  {setting.label}")
         others = {"its unguided run": own[setting.checkpoint, setting.dtype], "the first": settings[0]}
         for what, other in others.items():
-            if other is setting or not draws or (what == "the first" and other is others["its unguided run"]):
+            if other is setting or not num_resamples or (what == "the first" and other is others["its unguided run"]):
                 continue
-            base, mine = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
-            interval, of = paired_interval(base, mine, distance, num_resamples=draws), distance(base)
+            base, features = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
+            interval, of = paired_interval(base, features, distance, num_resamples=num_resamples), distance(base)
             print("          from {}: {:+.2f} ({:+.2f} … {:+.2f})".format(what, *interval), end="")
             print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / of for end in interval)), flush=True)
 
 
 def save_features(features: Tensor, path: Path) -> None:
-    """Whole or not at all."""
+    """Write features atomically."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial.npy")
     np.save(partial, features.float().numpy())

@@ -1,26 +1,19 @@
 """`sagl evaluate`: metrics of a set of images against a reference."""
 
-import csv
-import io
-import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sagl.commands._extraction import add_extraction_settings, extraction_settings
 from sagl.commands.parser import Parser, from_namespace
 from sagl.errors import require
-from sagl.evaluation.metric_display import format_value, metric_name
+from sagl.evaluation.metric_display import format_result, print_result
 from sagl.evaluation.results import read_results, save_result
 from sagl.sampling.run_folder import is_run
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file, require_new
-
-if TYPE_CHECKING:
-    from sagl.evaluation.results import EvaluationResult
 
 
 def evaluate_parser() -> Parser:
@@ -68,55 +61,8 @@ def main(arguments: list[str]) -> None:
         save_result(run, result)
     if output is not None:
         with atomic_file(output) as partial:
-            partial.write_text(format_as(result, output.suffix[1:]))
+            partial.write_text(format_result(result, output.suffix[1:]))
     if args.format == "table":
-        print_table(result)
+        print_result(result)
     else:
-        print(format_as(result, args.format), end="", flush=True)
-
-
-def format_as(result: "EvaluationResult", format: str) -> str:
-    """Return a result as json, or as csv with a line per metric."""
-    fields = asdict(result)
-    if format == "json":
-        return json.dumps(fields, ensure_ascii=False) + "\n"
-    names = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
-    common = [*(fields[name] for name in names), _format_settings(result, "; "), " ".join(result.notes)]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("metric", "value", "low", "high", "deviation", *names, "settings", "notes"))
-    for name, value in result.values.items():
-        low, high = result.intervals.get(name, ("", ""))
-        writer.writerow((name, value, low, high, result.deviations.get(name, ""), *common))
-    return file.getvalue()
-
-
-def print_table(result: "EvaluationResult") -> None:
-    """Print the values as a table, with their inputs above and settings and notes below."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console, table = Console(highlight=False), Table()
-    count = f"{result.num_reference} images" if result.num_reference else "a statistics file"
-    inputs = f"{result.images}: {result.num_samples} images, reference {result.reference}: {count}"
-    for line in (inputs, f"{result.extractor} ({result.resize}), {result.seconds} s"):
-        console.print(Text(line), soft_wrap=True)
-    table.add_column("")
-    for title, used in (("value", True), ("95 % interval", result.intervals), ("over subsets", result.deviations)):
-        if used:
-            table.add_column(title, justify="right")
-    for name, value in result.values.items():
-        cells = [metric_name(name), format_value(name, value)]
-        if result.intervals:
-            cells.append(" … ".join(format_value(name, bound) for bound in result.intervals.get(name, ())))
-        if result.deviations:
-            cells.append(f"± {format_value(name, result.deviations[name])}" if name in result.deviations else "")
-        table.add_row(*cells)
-    console.print(table)
-    for note in (_format_settings(result, " · "), *result.notes):
-        console.print(Text(note))
-
-
-def _format_settings(result: "EvaluationResult", separator: str) -> str:
-    return separator.join(f"{name} {value}" for name, value in result.settings.items())
+        print(format_result(result, args.format), end="", flush=True)

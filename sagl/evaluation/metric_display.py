@@ -1,6 +1,11 @@
-"""Names and number formats of the metrics in tables."""
+"""Display of metrics and of the results of evaluations."""
 
-from dataclasses import dataclass
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+
+from sagl.evaluation.results import EvaluationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +59,50 @@ def best_values(name: str, values: dict[int, float]) -> set[int]:
     best = (max if info.higher_is_better else min)(rounded.values())
     winners = {key for key, value in rounded.items() if value == best}
     return winners if len(winners) < len(values) else set()
+
+
+def format_result(result: EvaluationResult, format: str) -> str:
+    """Return a result as json, or as csv with a line per metric."""
+    fields = asdict(result)
+    if format == "json":
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+    names = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
+    common = [*(fields[name] for name in names), _format_settings(result, "; "), " ".join(result.notes)]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("metric", "value", "low", "high", "deviation", *names, "settings", "notes"))
+    for name, value in result.values.items():
+        low, high = result.intervals.get(name, ("", ""))
+        writer.writerow((name, value, low, high, result.deviations.get(name, ""), *common))
+    return file.getvalue()
+
+
+def print_result(result: EvaluationResult) -> None:
+    """Print the values as a table, with their inputs above and settings and notes below."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(highlight=False), Table()
+    count = f"{result.num_reference} images" if result.num_reference else "a statistics file"
+    inputs = f"{result.images}: {result.num_samples} images, reference {result.reference}: {count}"
+    for line in (inputs, f"{result.extractor} ({result.resize}), {result.seconds} s"):
+        console.print(Text(line), soft_wrap=True)
+    table.add_column("")
+    for title, used in (("value", True), ("95 % interval", result.intervals), ("over subsets", result.deviations)):
+        if used:
+            table.add_column(title, justify="right")
+    for name, value in result.values.items():
+        cells = [metric_name(name), format_value(name, value)]
+        if result.intervals:
+            cells.append(" … ".join(format_value(name, bound) for bound in result.intervals.get(name, ())))
+        if result.deviations:
+            cells.append(f"± {format_value(name, result.deviations[name])}" if name in result.deviations else "")
+        table.add_row(*cells)
+    console.print(table)
+    for note in (_format_settings(result, " · "), *result.notes):
+        console.print(Text(note))
+
+
+def _format_settings(result: EvaluationResult, separator: str) -> str:
+    return separator.join(f"{name} {value}" for name, value in result.settings.items())
