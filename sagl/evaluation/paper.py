@@ -55,7 +55,8 @@ def matching_rows(model: str | None, settings: Mapping[str, Any]) -> list[PaperR
 
 def _has_guidance(row: PaperRow, settings: Mapping[str, Any]) -> bool:
     """Return whether the scales are the row's and, of the methods that are on, all settings that the paper lists."""
-    for name, expected in row.guidances.items():
+    for name in GUIDANCES:
+        expected = row.guidances.get(name, {})
         scale = expected.get("scale", 0)
         if settings.get(f"{name}.scale", 0) != scale:
             return False

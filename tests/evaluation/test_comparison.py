@@ -14,6 +14,7 @@ from sagl.evaluation.comparison import (
     split_settings,
 )
 from sagl.evaluation.metric_display import best_values, format_value
+from sagl.guidance.registry import GUIDANCES
 from tests.helpers.sampled import result, run
 
 SAG = {"sag.scale": 0.3, "sag.site": "output.5", "sag.interval": [0.5, 1.0], "seed": 0}
@@ -241,6 +242,14 @@ def test_a_run_without_inception_values_is_shown_beside_the_paper():
     assert section.title == "a: lsun_cat, no guidance"
     assert texts(section)["a"] == ["16", "ddim25", *[ABSENT] * 5]
     assert section.rows[1].name.note == "not evaluated with inception yet"
+
+
+def test_a_registered_guidance_method_is_named_and_sets_a_run_apart_from_the_paper(monkeypatch):
+    monkeypatch.setitem(GUIDANCES, "new", GUIDANCES["cfg"])
+    runs = [run(model="imagenet256_uncond", settings=PAPER | {"new.scale": scale, "new.k": 1}) for scale in (0, 2.0)]
+    assert [summary.guidance for summary in runs] == ["sag.scale 0.5", "sag.scale 0.5, new.scale 2.0"]
+    assert texts(settings_section(runs, ["new.k"])) == {"new.k": ["off", "1"]}
+    assert [section.title for section in paper_table(runs).sections] == ["a: imagenet256_uncond, sag.scale 0.5"]
 
 
 def test_other_runs_have_no_table_of_the_paper():

@@ -117,9 +117,7 @@ def run(cache, command, *arguments, program=("-m", "sagl.cli")):
 
 def evaluate(images, cache, *flags, reference=None, **options):
     reference = reference or images / "real"
-    return run(
-        cache, "evaluate", images / "run.npz", "--reference", reference, "--format", "json", *flags, **options
-    )
+    return run(cache, "evaluate", images / "run.npz", "--reference", reference, "--format", "json", *flags, **options)
 
 
 def result_of(process):
