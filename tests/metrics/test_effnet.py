@@ -84,16 +84,19 @@ def test_the_image_size_is_part_of_the_extractor():
     )
 
 
+@pytest.mark.slow
 def test_the_distance_grows_with_noise():
     distances = [distance(noisy(amount)) for amount in (0.05, 0.2, 0.6)]
     assert distance(images()) < 0.01 < distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.slow
 def test_the_distance_grows_with_blur():
     distances = [distance(blurred(sigma)) for sigma in (0.5, 1.0, 2.5)]
     assert 0.01 < distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.slow
 def test_images_of_the_same_distribution_are_nearer_than_noise():
     assert distance(images(seed=1)) < distance(noisy(0.6))
 
