@@ -1,67 +1,69 @@
-"""The `sagl` command: a table of verbs, each loaded when it is called, so that help and refusals are quick."""
+"""The `sagl` command: a table of subcommands, whose modules are imported when they run."""
 
+import re
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
-from sagl.commands.verbs import VERBS
+from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from sagl.utils.environment import choose_thread_waiting
 
 
 def usage() -> str:
-    """What `sagl --help` prints."""
-    lines = [f"  {verb:<12}{line}" for verb, (_, line) in VERBS.items()]
-    return "\n".join(["usage: sagl VERB [options]", "", *lines, "", "sagl VERB --help shows the options of a verb."])
+    """Return the text of `sagl --help`."""
+    lines = [f"  {command:<12}{text}" for command, (_, text) in SUBCOMMANDS.items()]
+    return "\n".join(["usage: sagl COMMAND [options]", "", *lines, "", "sagl COMMAND --help shows its options."])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        arguments: without the program's name; None takes the process's own.
+        arguments: without the program's name; None stands for those of the process.
 
     Returns:
-        The exit code: 0; 2 where the request cannot be met, with one line that says why; 130 where it was stopped.
+        The exit code: 0; 2 after a `UserError`, whose message is printed as one line; 130 after an interrupt.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
-    verb, *rest = arguments
+    command, *rest = arguments
+    if command not in SUBCOMMANDS:
+        similar = get_close_matches(command, SUBCOMMANDS, n=1)
+        hint = f" Did you mean {similar[0]}?" if similar else ""
+        print_error(command, f"the command must be one of {', '.join(SUBCOMMANDS)}, got {command!r}.{hint}")
+        return 2
+    choose_thread_waiting()
+    module = import_module(SUBCOMMANDS[command][0])
     try:
-        if verb not in VERBS:
-            raise UserError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}.{_nearest(verb)} See sagl --help.")
-        choose_thread_waiting()
-        import_module(VERBS[verb][0]).main(rest)
+        module.main(rest)
     except UserError as error:
-        return _refuse(verb, str(error))
+        print_error(command, with_flags(str(error), command, module) if command in ("sample", "export") else str(error))
+        return 2
     except KeyboardInterrupt:
-        print(
-            f"sagl {verb}: stopped. What is on the disk is whole; the same command goes on from there.", file=sys.stderr
-        )
+        print_error(command, "interrupted. All files are intact, and the same command continues from them.")
         return 130
-    except Exception as error:
-        if type(error).__name__ != "ArgumentError":  # the parser's own; not imported for its type alone
-            raise
-        return _refuse(verb, str(error))
     return 0
 
 
+def with_flags(message: str, command: str, module: ModuleType) -> str:
+    """Replace names of parameters in backticks by their flags: `sag.scale` -> --sag.scale. Other names remain."""
+    make_parser = getattr(module, f"{command}_parser", None)
+    flags = make_parser().options if make_parser else []
+    return re.sub(r"`([\w.]+)`", lambda match: f"--{match[1]}" if f"--{match[1]}" in flags else match[0], message)
+
+
+def print_error(command: str, message: str) -> None:
+    """Print a message as one line on stderr."""
+    print(f"sagl {command}: {' '.join(message.split())}", file=sys.stderr)
+
+
 def run() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     sys.exit(main())
-
-
-def _nearest(verb: str) -> str:
-    close = get_close_matches(verb, VERBS, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _refuse(verb: str, message: str) -> int:
-    line = " ".join(message.split())
-    print(f"sagl {verb}: {line}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def flags_id(value):
         (["--sag.heads", "all"], ("`sag.heads`", "layer, sag_release", "got all")),
         (["--trainer.precision", "64"], ("`trainer.precision`", "auto, 32-true, bf16-true, 16-true", "got 64")),
         (["--trainer.accelerator", "tpu"], ("`trainer.accelerator`", "auto, cpu, gpu", "got tpu")),
-        (["--views", "grid,film"], ("`views`", "grid, images, npz, strip", "'film'")),
+        (["--exports", "grid,film"], ("`views`", "grid, images, npz, strip", "'film'")),
         (["--progress", "loud"], ("`progress`", "auto, bar, lines, off", "got loud")),
         (["--weights", "raw"], ("`weights`", "got raw", "Leave it out")),
         (["--compare"], ("`compare`", "--sag.scale")),

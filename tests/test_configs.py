@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
+from sagl.commands._config import parse_sample_config
 from sagl.commands.fit import training_parser, trains_classifier
-from sagl.commands.request import parse
 from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
@@ -87,11 +87,11 @@ def test_networks_of_the_paper_are_sampled_with_the_settings_of_table_7(name):
     scale, site, blur_sigma = PAPER[name]
     expected = SelfAttentionGuidance(scale=scale, site=site, threshold=1.0, blur_sigma=blur_sigma, kernel_size=31)
     for flags in (["--config", name], ["--model", name]):
-        request = parse(flags)
-        assert request.source.name == name
-        assert request.source.network == RELEASED[name].settings
+        request = parse_sample_config(flags)
+        assert request.model == name
+        assert request.network == RELEASED[name].settings
         assert request.guidances["sag"] == expected
-        assert (request.chain.sampler, request.chain.respacing) == ("ddpm", "250")
+        assert (request.sampler.sampler, request.sampler.respacing) == ("ddpm", "250")
         classifier = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)
         assert (request.guidances["classifier"].checkpoint, request.guidances["classifier"].scale) == classifier
 
@@ -108,9 +108,12 @@ def test_networks_of_the_paper_are_trained_with_adms_settings(name, tmp_path):
 
 
 def test_the_configuration_of_the_embedded_network_recommends_what_its_file_does():
-    by_config, by_file = parse(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]), parse([])
-    assert (by_config.chain, by_config.guidances["sag"], by_config.run) == (
-        by_file.chain,
+    by_config, by_file = (
+        parse_sample_config(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]),
+        parse_sample_config([]),
+    )
+    assert (by_config.sampler, by_config.guidances["sag"], by_config.run) == (
+        by_file.sampler,
         by_file.guidances["sag"],
         by_file.run,
     )

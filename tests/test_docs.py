@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sagl.commands.verbs import VERBS
+from sagl.commands.subcommands import SUBCOMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -52,7 +52,7 @@ SHORTER = {
 
 def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
     commands = re.findall(r"^\| `sagl ([^`]+)`", (ROOT / "README.md").read_text(), flags=re.M)
-    assert {command.split()[0] for command in commands} == set(VERBS)
+    assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for command in commands:
         verb, *arguments = shlex.split(command)

@@ -134,7 +134,7 @@ def as_command_line(pairs):
     forms = [lambda name, text: [f"--{name}", text], lambda name, text: [f"--{name}={text}"]]
     draws = [st.sampled_from(forms).map(lambda form, pair=pair: form(pair[0], as_text(pair[1]))) for pair in pairs]
     stray = st.sampled_from(
-        [[]] * 12 + [["stray"], [""], ["--dry_run"], ["--compare"], ["--views", "grid"], ["--views"]]
+        [[]] * 12 + [["stray"], [""], ["--dry_run"], ["--compare"], ["--exports", "grid"], ["--exports"]]
     )
     return st.tuples(*draws, stray).map(lambda parts: [part for flag in parts for part in flag])
 

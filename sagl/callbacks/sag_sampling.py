@@ -18,14 +18,14 @@ from sagl.metrics.extractors import get_extractor
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.sampling.grid import colorize_masks, image_grid, save_png
+from sagl.sampling.exports import colorize_masks
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
 from sagl.utils.files import atomic_file, cache_folder
-from sagl.utils.images import to_uint8
+from sagl.utils.images import image_grid, save_png, to_uint8
 
 Pipelines = Mapping[float, SamplingPipeline]
 """Sampling pipelines by guidance scale."""

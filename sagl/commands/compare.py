@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sagl.commands.parser import Parser
+from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.evaluation.comparison import build_report
 from sagl.evaluation.report import has_generator_tag, print_report, render_html

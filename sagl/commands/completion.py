@@ -6,8 +6,8 @@ from typing import Literal
 import shtab
 from jsonargparse import ArgumentParser
 
-from sagl.commands.parser import Parser
-from sagl.commands.verbs import VERBS
+from sagl.commands._parser import Parser
+from sagl.commands.subcommands import SUBCOMMANDS
 
 
 def completion_parser() -> Parser:
@@ -30,7 +30,7 @@ def completion_script(shell: str) -> str:
     """Return the script that completes subcommands, options, their choices, and file names."""
     root = ArgumentParser(prog="sagl")
     subcommands = root.add_subcommands()
-    for name, (module, description) in VERBS.items():
+    for name, (module, description) in SUBCOMMANDS.items():
         parser = getattr(import_module(module), f"{name}_parser")()
         for action in parser._actions:
             if getattr(action, "_typehint", None) in (str, str | None, list[str]):

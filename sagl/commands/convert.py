@@ -5,8 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sagl.commands.parser import Parser
-from sagl.commands.request import advise, model_part, read_config, sample_parser, sampling_part
+from sagl.commands._config import (
+    model_settings,
+    read_config,
+    sample_parser,
+    sampling_settings,
+    set_recommended_defaults,
+)
+from sagl.commands._parser import Parser
 from sagl.errors import UserError, require
 from sagl.models.zoo import RELEASED, get_settings, name_from_filename
 from sagl.settings.diffusion import DiffusionSettings
@@ -45,7 +51,7 @@ def main(arguments: list[str]) -> None:
     target = Path(given.target)
     _require_target(target)
     recommended = None if given.recommended is None else _advice(given.recommended)
-    read_metadata = {} if given.config is None else model_part(read_config(given.config))
+    read_metadata = {} if given.config is None else model_settings(read_config(given.config))
     of_config = read_metadata.get("network") or read_metadata.get("classifier")
     model = given.model or of_config or name_from_filename(Path(given.checkpoint))
     file = _read(given, model, read_metadata.get("diffusion"))
@@ -114,7 +120,7 @@ def _require_left_out(given: Any) -> None:  # noqa: ANN401
 def _advice_for(model: str | NetworkSettings) -> dict[str, Any]:
     """The paper's sampling settings, of the released networks that have them."""
     config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
-    return sampling_part(read_config(config)) if config else {}
+    return sampling_settings(read_config(config)) if config else {}
 
 
 def _advice(text: str) -> dict[str, Any]:
@@ -123,5 +129,5 @@ def _advice(text: str) -> dict[str, Any]:
         recommended = dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(f"`recommended` must be a JSON object, got {text!r}.") from error
-    advise(sample_parser(), recommended)
+    set_recommended_defaults(sample_parser(), recommended)
     return recommended

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from sagl.commands.parser import Parser
+from sagl.commands._parser import Parser
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.environment import available_cpus, has_fast_bfloat16
 from sagl.utils.files import cache_folder, nearest_existing, packaged_configs

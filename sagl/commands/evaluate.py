@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from sagl.commands._extraction import add_extraction_settings, extraction_settings
-from sagl.commands.parser import Parser, from_namespace
+from sagl.commands._parser import Parser, from_namespace
 from sagl.errors import require
 from sagl.evaluation.metric_display import format_result, print_result
 from sagl.evaluation.results import read_results, save_result

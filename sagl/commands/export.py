@@ -1,45 +1,45 @@
-"""`sagl export`: files for people and other programs from the shards of a run."""
+"""`sagl export`: grid, images or npz file from the shards of a run."""
 
 from pathlib import Path
 
-from sagl.commands.parser import Parser
-from sagl.errors import UserError, require
+from sagl.commands._parser import Parser
+from sagl.errors import require
 from sagl.sampling.run_folder import count_images, read_run_json
 
 
 def export_parser() -> Parser:
-    """The flags."""
-    p = Parser("export", "Make a grid, images or an npz from the shards of a run.")
-    p.add_argument("run", type=str, help="Folder that sagl sample wrote.")
+    """Build the parser."""
+    p = Parser("export", "Write a grid, single images or an npz file from the shards of a run.")
+    p.add_argument("run", type=str, help="Run folder of sagl sample.")
     p.add_argument("--npz", type=str, default=None, help="File for arr_0 (N, H, W, 3) uint8 and arr_1, the labels.")
-    p.add_argument("--images", type=str, default=None, help="Folder for one PNG a sample.")
-    p.add_argument("--grid", type=str, default=None, help="PNG of the first samples, with what they are compared to.")
-    p.add_argument("--num_samples", type=int, default=None, help="Only so many, the first; default: all.")
+    p.add_argument("--images", type=str, default=None, help="Folder for one PNG per sample.")
+    p.add_argument("--grid", type=str, default=None, help="PNG of the first samples and the images to compare with.")
+    p.add_argument("--num_samples", type=int, default=None, help="Number of samples, the first ones; default: all.")
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Export: `sagl export RUN [--npz FILE] [--images DIR] [--grid FILE]`.
+    """Run `sagl export RUN [--npz FILE] [--images DIR] [--grid FILE]`.
 
     Raises:
-        UserError: no run, a damaged one, or nothing asked for; files are written whole or not at all.
+        UserError: there is no run, it is damaged, or no export is requested; files are written whole or not at all.
     """
-    given = export_parser().parse(arguments)
-    run = Path(given.run)
-    require(count_images(run) > 0, f"`run` must be the folder of a run, with images, and {run} is none.")
-    require(bool(given.npz or given.images or given.grid), "`export` needs --npz FILE, --images DIR or --grid FILE.")
-    there = count_images(run)
-    wanted = there if given.num_samples is None else given.num_samples
-    require(1 <= wanted <= there, f"`num_samples` must be 1 … {there} for {run}, got {wanted}.")
-    asked = read_run_json(run).get("num_samples", there)
-    if asked > there:
-        print(f"{run} holds {there} of {asked} images so far.")
+    flags = export_parser().parse(arguments)
+    run = Path(flags.run)
+    count = count_images(run)
+    require(count > 0, f"`run` must be a run folder with images, and {run} is none.")
+    require(
+        any((flags.npz, flags.images, flags.grid)),
+        "an export must be requested: `npz` FILE, `images` DIR, `grid` FILE.",
+    )
+    num_samples = count if flags.num_samples is None else flags.num_samples
+    require(1 <= num_samples <= count, f"`num_samples` must be 1 … {count} for {run}, got {num_samples}.")
+    num_requested = read_run_json(run).get("num_samples", count)
+    if num_requested > count:
+        print(f"{run} has {count} of {num_requested} images so far.")
     from sagl.sampling.exports import write_grid, write_images, write_npz
 
     for name, write in (("grid", write_grid), ("images", write_images), ("npz", write_npz)):
-        if (path := given[name]) is not None:
-            try:
-                write(run, Path(path), wanted)
-            except UserError as error:
-                raise UserError(str(error).replace("`output`", f"`{name}`")) from error
-            print(f"{path}: made of {wanted} images.")
+        if (path := flags[name]) is not None:
+            write(run, Path(path), num_samples, argument=name)
+            print(f"{path}: {num_samples} images.")

@@ -3,8 +3,8 @@
 from argparse import SUPPRESS
 from itertools import pairwise
 
-from sagl.commands.parser import Parser, parse_interval_arg
-from sagl.commands.request import packaged_config, read_config
+from sagl.commands._config import packaged_config, read_config
+from sagl.commands._parser import Parser, parse_interval_arg
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import (

@@ -1,227 +1,122 @@
-"""`sagl sample`: images from a network, guided or not, and beside each other."""
+"""`sagl sample`: sample images from a diffusion model, with or without guidance."""
 
-import os
-import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
 
-from sagl.commands.drawing import Drawing, Plan, recipe_of
-from sagl.commands.job import Job, job_of
-from sagl.commands.request import Request, parse, sample_parser  # noqa: F401 (of completion)
-from sagl.sampling.run_folder import (
-    count_images,
-    missing_batches,
-    read_run_json,
-    remove_damaged,
-    remove_partial,
-    write_run_json,
-)
-from sagl.settings.guidance import DEFAULT_KERNEL_SIZE, SelfAttentionGuidance, effective_kernel_size
-from sagl.utils.distributed import exit_when_parent_dies, global_rank, has_peers, num_processes
+from sagl.commands._config import parse_sample_config, sample_parser
+from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun
+from sagl.sampling.run_folder import count_images
+from sagl.utils.distributed import global_rank, has_peers, launch, num_processes, select_device
 from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
-from sagl.utils.files import require_writable
-from sagl.utils.progress import show_progress
-from sagl.utils.run_lock import RunLock, locked
+from sagl.utils.progress import ProgressReporter
 
-if TYPE_CHECKING:  # torch is imported once the command line has been accepted
+__all__ = ["main", "sample_parser"]
+
+if TYPE_CHECKING:
     from sagl.sampling.pipeline import SamplingPipeline
-
-LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
-STRIP_SAMPLES = 4
-"""The denoising strip shows so many, the first of the run."""
 
 
 def main(arguments: list[str]) -> None:
-    """Sample: `sagl sample [--sag.scale S] [--compare] [--output DIR] [--trainer.devices N] …`.
+    """Run `sagl sample [--sag.scale S] [--compare] [--output DIR] [--trainer.devices N] …`.
 
     Raises:
-        UserError: the request cannot be met; nothing has been written.
+        UserError: the request cannot be met; what has been written is intact.
     """
-    request = parse(arguments)
+    config = parse_sample_config(arguments)
     disable_malloc_trim()
-    if global_rank() > 0:  # the first process decides, and refuses, for all
-        from sagl.commands.spread import follow
-
-        exit_when_parent_dies()
-        follow(request)
+    if global_rank() > 0:
+        sample_missing(config)
         return
-    job = job_of(request)
-    if request.dry_run:
-        _print_cost(request, job)
+    run = SamplingRun.open(config, shlex.join(["sagl", "sample", *arguments]))
+    if config.dry_run:
+        print_cost(config, run)
         return
-    with _held(job) as lock:
-        _make(request, job, arguments, lock)
+    with run.lock():
+        batches, pipeline = run.missing_batches(), None
+        if batches:
+            run.prepare_folder(batches)
+            print_choices(config, run)
+        if batches or has_peers():
+            pipeline = sample_missing(config, run, batches)
+        elif not run.missing_exports():
+            print(f"{run.folder} already contains this run.")
+            return
+        run.export(pipeline)
+        print_summary(run)
 
 
-@contextmanager
-def _held(job: Job) -> Iterator[RunLock | None]:
-    """The run's folder for this command alone; one that cannot be written may still hold all that is asked for."""
-    if job.record and not os.access(job.folder, os.W_OK):
-        yield None
-    else:
-        with locked(job.folder) as lock:
-            yield lock
-
-
-def _make(asked: Request, job: Job, arguments: list[str], lock: RunLock | None) -> None:
-    """What is missing of the images, then of the views."""
-    missing = missing_batches(job.folder, job.batches)
-    record, recipe = _record(job, arguments), None
-    if missing or has_peers():
-        recipe = _draw(asked, job, missing, record, lock)
-        record = read_run_json(job.folder)
-    views = _views_to_make(job, record)
-    if not missing and not views:
-        print(f"{job.folder} already holds this run.")
-        return
-    if "strip" in views and recipe is None:
-        recipe = recipe_of(job)
-    _make_views(job, recipe, views, record)
-    _report(job, record)
-
-
-# ------------------------------------------------------------------------------------------------------- images
-
-
-def _say_choices(asked: Request, job: Job, side: int) -> None:
-    """What was left to this machine and to the size of the images, once, before the work."""
-    sag = asked.guidances["sag"]
-    assert isinstance(sag, SelfAttentionGuidance)
-    if sag.scale and sag.kernel_size is None and (fits := effective_kernel_size(None, side)) < DEFAULT_KERNEL_SIZE:
-        print(f"Blur kernel {fits}: the largest that fits {side}x{side} images.")
-    chosen = {
-        "trainer.precision": asked.device.precision == "auto" and job.request.device.precision,
-        "batch_size": asked.run.batch_size is None and job.run.effective_batch_size,
-    }
-    threads = set_threads(num_processes(asked.device)[0])
-    if shown := [f"--{name} {value}" for name, value in chosen.items() if value]:
-        print(" ".join(["Chosen for this machine:", *shown, f"OMP_NUM_THREADS={threads}"]))
-
-
-def _draw(
-    asked: Request, job: Job, missing: Sequence[Sequence[int]], record: dict[str, Any], lock: RunLock | None
+def sample_missing(
+    config: SampleConfig, run: SamplingRun | None = None, batches: Sequence[Sequence[int]] = ()
 ) -> "SamplingPipeline":
-    """Make the missing micro-batches, in this process or in several."""
-    require_writable(job.folder)
-    assert lock is not None
-    recipe = recipe_of(job)
-    _say_choices(asked, job, recipe.network.settings.image_size)
-    remove_partial(job.folder)
-    remove_damaged(job.folder, missing)
-    here, processes = num_processes(job.request.device)
-    plan = Plan(job=job, missing=missing, record=record | {"nfe": recipe.nfe, "views": {}})
-    with show_progress(
-        job.request.progress, "guided" if recipe.guidances else "sampling", sum(map(len, missing))
-    ) as watch:
-        drawing = Drawing(plan=plan, recipe=recipe, watch=watch, processes=processes)
-        if processes > 1:
-            from sagl.commands.spread import spread
+    """Sample the missing micro-batches in all processes of this command, and return the pipeline.
 
-            spread(drawing, here, lock)
-        else:
-            for wanted in missing:
-                drawing.lead(wanted)
-                watch.images(len(wanted))
-    return recipe
+    Rank 0 sends `run` and `batches` to the others. Each writes the shards of its share, whose bytes do not depend on
+    the rank.
+    """
+    with launch(config.devices) as ranks:
+        run, batches = ranks.broadcast((run, batches))
+        assert run is not None
+        pipeline = run.build_pipeline(ranks.device)
+        title, kind = "guided" if pipeline.guidances else "sampling", config.progress if ranks.rank == 0 else "off"
+        with ProgressReporter(title, sum(map(len, batches)), kind) as progress:
 
+            def update_progress() -> None:
+                progress.update(run.count_sampled(batches))
 
-# ---------------------------------------------------------------------------------------------- views and record
+            for ids in ranks.share(batches):
+                start = time.monotonic()
+                run.sample_batch(pipeline, ids, progress)
+                if ranks.rank == 0:
+                    run.record_batch(pipeline, (time.monotonic() - start) * ranks.world_size)
+                    update_progress()
+            ranks.wait(update_progress)
+    return pipeline
 
 
-def _record(job: Job, arguments: list[str]) -> dict[str, Any]:
-    """run.json before the run goes on."""
-    return {
-        "settings": job.settings,
-        "num_samples": max(job.run.num_samples, job.record.get("num_samples", 0)),
-        "batch_size": job.run.effective_batch_size,
-        "model": job.request.source.name,
-        "checkpoint": str(job.weights.resolve()),
-        "nfe": job.record.get("nfe", 0),
-        "seconds": job.record.get("seconds", 0.0),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "command": shlex.join(["sagl", "sample", *arguments]),
-        "views": job.record.get("views", {}),
-    }
+def print_choices(config: SampleConfig, run: SamplingRun) -> None:
+    """Print the settings that were chosen for this machine and for the size of the images."""
+    for guidance in config.guidances.values():
+        for note in guidance.notes(run.network) if guidance.scale else ():
+            print(note)
+    choices = []
+    if config.devices.precision == "auto":
+        choices.append(f"--trainer.precision {run.config.devices.precision}")
+    if config.run.batch_size is None:
+        choices.append(f"--batch_size {run.config.run.batch_size}")
+    if choices:
+        print("Chosen for this machine:", *choices, f"OMP_NUM_THREADS={set_threads(num_processes(config.devices)[0])}")
 
 
-def _views_to_make(job: Job, record: dict[str, Any]) -> tuple[str, ...]:
-    """The views asked for that were not made of all images that the folder holds."""
-    count = count_images(job.folder)
-    return tuple(view for view in job.request.views_of(count) if record["views"].get(view) != count)
+def print_summary(run: SamplingRun) -> None:
+    """Print what the run folder contains and how to go on."""
+    cost = f"{run.metadata['seconds']:.1f} s, {run.metadata['nfe']} network evaluations each"
+    print(f"{count_images(run.folder)} images in {run.folder}, {cost}.")
+    exports = ", ".join(EXPORTS[name] for name in run.metadata["exports"]) or "shards/ only"
+    print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")
 
 
-def _make_views(job: Job, recipe: "SamplingPipeline | None", views: Sequence[str], record: dict[str, Any]) -> None:
-    """Make the views from the shards, and note in run.json that they are there."""
-    from sagl.sampling.exports import npz_name, write_grid, write_images, write_npz
-
-    count = count_images(job.folder)
-    for view in views:
-        if view == "grid":
-            write_grid(job.folder, job.folder / "grid.png")
-        elif view == "images":
-            write_images(job.folder, job.folder / "images")
-        elif view == "npz":
-            for older in job.folder.glob("samples_*.npz"):
-                older.unlink()
-            write_npz(job.folder, job.folder / npz_name(job.folder, count), count)
-        elif recipe is not None:
-            _write_strip(job, recipe)
-        record["views"][view] = count
-        write_run_json(job.folder, record)
-
-
-def _write_strip(job: Job, recipe: "SamplingPipeline") -> None:
-    import torch
-
-    from sagl.sampling.pipeline import make_labels, x0_predictions
-    from sagl.sampling.strip import Frame, kept_steps, write_strip
-    from sagl.utils.images import to_uint8
-
-    ids = list(range(job.run.first_id, job.run.first_id + min(STRIP_SAMPLES, job.run.num_samples)))
-    kept = kept_steps(recipe.schedule.num_steps)
-    with torch.inference_mode():
-        chain = x0_predictions(recipe, job.run.seed, ids, make_labels(job.run, ids, recipe.network))
-        frames = [
-            Frame(step=s, x0_hat=to_uint8(x).cpu(), mask=None if m is None else m.cpu())
-            for s, x, m in chain
-            if s in kept
-        ]
-    write_strip(frames, job.folder)
-
-
-def _report(job: Job, record: dict[str, Any]) -> None:
-    cost = f"{record['seconds']:.1f} s, {record['nfe']} network evaluations each"
-    print(f"{count_images(job.folder)} images in {job.folder}, {cost}.")
-    made = record["views"]
-    files = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
-    shown = ", ".join(files[view] for view in made) or "shards/ only"
-    print(f"Made: {shown}. Next: sagl evaluate {job.folder}, or sagl export {job.folder} --help.")
-
-
-def _print_cost(asked: Request, job: Job) -> None:
-    """Time one micro-batch's step, and say what the run would cost."""
+def print_cost(config: SampleConfig, run: SamplingRun) -> None:
+    """Time one network evaluation of a micro-batch, and print what the run would cost."""
     import torch
 
     from sagl.sampling.pipeline import make_labels
 
-    recipe = recipe_of(job)
-    _say_choices(asked, job, recipe.network.settings.image_size)
-    ids = list(range(job.run.effective_batch_size))
-    steps_done: list[float] = [time.monotonic()]
+    print_choices(config, run)
+    pipeline = run.build_pipeline(select_device(config.devices))
+    settings = run.config.run
+    ids = list(range(settings.effective_batch_size))
     with torch.inference_mode():
-        for _ in recipe.unguided.sample_progressive(job.run.seed, ids, make_labels(job.run, ids, recipe.network)):
-            steps_done.append(time.monotonic())
-            if len(steps_done) == 3:
-                break
-    seconds = steps_done[-1] - steps_done[-2]
-    evaluations = recipe.nfe + recipe.schedule.num_steps * job.request.compare
-    batches = len(missing_batches(job.folder, job.batches))
+        labels = make_labels(settings, ids, pipeline.network)
+        steps = pipeline.unguided.sample_progressive(settings.seed, ids, labels)
+        times = [time.monotonic(), *(time.monotonic() for _ in islice(steps, 2))]
+    seconds = [end - start for start, end in pairwise(times)][-1]  # the first evaluation is slower
+    evaluations = pipeline.nfe + pipeline.schedule.num_steps * config.compare
+    num_batches = len(run.missing_batches())
     print(
-        f"{job.run.num_samples} images, {recipe.nfe} network evaluations each, {batches} micro-batches of {len(ids)} "
-        f"to do: about {seconds * evaluations * batches:.1f} s ({seconds:.3f} s an evaluation of {len(ids)} images), "
-        f"{peak_gigabytes():.1f} GB of memory. Nothing was written."
+        f"{settings.num_samples} images, {pipeline.nfe} network evaluations each, {num_batches} micro-batches of "
+        f"{len(ids)} to do: about {seconds * evaluations * num_batches:.1f} s ({seconds:.3f} s per evaluation of "
+        f"{len(ids)} images), {peak_gigabytes():.1f} GB of memory. Nothing was written."
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from sagl.commands.parser import Parser
+from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.utils.files import require_writable
 from sagl.utils.progress import show_progress
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     source = open_image_source(args.source, args.labels)
     shards = plan_shards(output, name, len(source), args.shard_size)
     with show_progress(args.progress, name, len(source)) as progress:
-        num_existing = write_shards(source, shards, progress.images)
+        num_existing = write_shards(source, shards, progress.advance)
     print(f"{output}: {len(source)} images in {len(shards)} shards, {num_existing} of which existed.")
     print(f"Train on them: --data sagl.data.webdataset.ShardData --data.shards {output}")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sagl.commands._extraction import add_extraction_settings, extraction_settings
-from sagl.commands.parser import Parser
+from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.environment import disable_malloc_trim

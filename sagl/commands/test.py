@@ -1,7 +1,7 @@
 """`sagl test`: `sagl validate` on images that neither training nor validation used."""
 
+from sagl.commands._parser import Parser
 from sagl.commands.fit import run_verb, training_parser
-from sagl.commands.parser import Parser
 from sagl.commands.validate import expand_run_argument
 
 

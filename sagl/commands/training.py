@@ -15,7 +15,7 @@ from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint, S
 from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGSampling
-from sagl.commands.parser import Parser, field_names, from_namespace
+from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import load_training_checkpoint, read_state_dict

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from sagl.commands._parser import Parser
 from sagl.commands.fit import run_verb, training_parser
-from sagl.commands.parser import Parser
 from sagl.errors import require
 
 

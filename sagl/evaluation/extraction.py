@@ -59,7 +59,7 @@ class FeatureExtraction:
                 for features in ranks.gather(self._features(images, start, min(num_samples, start + batch_size))):
                     if features is not None:
                         accumulator.add(features)
-                        progress.images(len(features.pooled))
+                        progress.advance(len(features.pooled))
         return accumulator.finalize() if ranks.rank == 0 else None
 
     def _features(self, images: ImageSet, start: int, stop: int) -> Features | None:

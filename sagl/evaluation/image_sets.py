@@ -16,7 +16,7 @@ from sagl.data.image_data import ImageSource
 from sagl.data.registry import open_image_source
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError, require
-from sagl.sampling.run_folder import SAMPLES, SHARDS, Pixels, Sample, pixels, read_shard, shards_of
+from sagl.sampling.run_folder import SAMPLES, SHARDS, Pixels, Sample, decode_png, list_shards, read_shard
 from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, sha256
 
@@ -69,7 +69,7 @@ class RunImages(ImageSet):
     """The images of a run of `sagl sample`, in order of their ids; shards are read and checked when needed."""
 
     def __init__(self, folder: Path) -> None:
-        shards = shards_of(folder)
+        shards = list_shards(folder)
         self._paths = list(shards.values())
         self._ends = list(accumulate(last - first + 1 for first, last in shards))
 
@@ -83,7 +83,7 @@ class RunImages(ImageSet):
             samples = _read_shard(self._paths[shard])
             first = start + len(images) - (self._ends[shard] - len(samples))
             images += [
-                pixels(sample.pictures[SAMPLES]) for sample in samples[first : first + stop - start - len(images)]
+                decode_png(sample.pngs[SAMPLES]) for sample in samples[first : first + stop - start - len(images)]
             ]
             shard += 1
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -151,7 +151,7 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
         prepare_fashion_mnist(cache_folder())
         return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
     path = _resolve_npz(Path(name))
-    if path.is_dir() and shards_of(path):
+    if path.is_dir() and list_shards(path):
         return RunImages(path)
     require(
         path.exists() or any(character in name for character in "*{:"),
@@ -164,7 +164,7 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
 
 def _resolve_npz(path: Path) -> Path:
     """Return the npz file in a run's folder without shards, else the path itself."""
-    files = sorted(path.glob("samples_*.npz")) if path.is_dir() and not shards_of(path) else []
+    files = sorted(path.glob("samples_*.npz")) if path.is_dir() and not list_shards(path) else []
     return files[0] if files else path
 
 
@@ -196,7 +196,7 @@ def content_digest(name: str) -> str:
         return ""
     if path.is_file():
         return sha256(path)[:16]
-    folder = path / SHARDS if shards_of(path) else path
+    folder = path / SHARDS if list_shards(path) else path
     files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in _files(folder))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 

@@ -12,11 +12,11 @@ from sagl.guidance.registry import GUIDANCES
 from sagl.sampling.run_folder import (
     SAMPLES,
     count_images,
-    flat,
+    decode_png,
+    flatten,
     get_samples,
     is_run,
     iter_samples,
-    pixels,
     read_run_json,
     shared_ids,
 )
@@ -87,13 +87,13 @@ def _read_run(folder: Path, name: str) -> RunSummary:
     model, checkpoint, num_images = metadata.get("model"), metadata.get("checkpoint"), count_images(folder)
     network = model or (Path(checkpoint).name if isinstance(checkpoint, str) else None)
     first = next(iter_samples(folder, 1), None)
-    height, width = (0, 0) if first is None else pixels(first.pictures[SAMPLES]).shape[:2]
-    settings = {"model": network, **flat(metadata["settings"]), "batch_size": metadata.get("batch_size")}
+    height, width = (0, 0) if first is None else decode_png(first.pngs[SAMPLES]).shape[:2]
+    settings = {"model": network, **flatten(metadata["settings"]), "batch_size": metadata.get("batch_size")}
     return RunSummary(
         name=name,
         folder=str(folder),
         model=model if isinstance(model, str) else None,
-        settings=settings | flat({"versions": metadata.get("versions", {})}),
+        settings=settings | flatten({"versions": metadata.get("versions", {})}),
         num_images=num_images,
         num_requested=max(num_images, int(_number(metadata.get("num_samples")) or 0)),
         size=(width, height) if first else None,
@@ -132,7 +132,7 @@ def read_images(runs: Sequence[RunSummary], num_samples: int | None = None) -> I
     if not ids or len(sizes) != 1 or runs[0].size is None:
         return None
     rows = {
-        run.name: tuple(sample.pictures[SAMPLES] for sample in get_samples(folder, ids))
+        run.name: tuple(sample.pngs[SAMPLES] for sample in get_samples(folder, ids))
         for run, folder in zip(runs, folders, strict=True)
     }
     return ImageGrid(ids=tuple(ids), rows=rows, image_size=runs[0].size[0])

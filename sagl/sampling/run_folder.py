@@ -1,8 +1,9 @@
-"""A sampling run on disk: run.json says what was asked, and shards/ holds the images, a micro-batch a file.
+"""Run folder on disk: run.json describes the run, and shards/ contains its images, one micro-batch per file.
 
-A shard is a tar of PNG files and one JSON a sample; its last member, index.json, has length and sha256 of the others.
-WebDataset reads it (`select` what has a "png"). Shards are written whole or not at all, and nothing in them depends on
-when, where or in how many goes the run was made. All else in the folder is made from them (`sagl.sampling.exports`).
+A shard is a tar file of a PNG and a JSON file per sample; its last member, index.json, contains length and sha256 of
+the others. WebDataset can read it (`select` the samples that have a "png"). Shards are written whole or not at all, and
+nothing in them depends on when, by which process or in how many attempts the run was made. All other files in the
+folder are exports, made from the shards by `sagl.sampling.exports`.
 """
 
 import hashlib
@@ -21,159 +22,153 @@ from PIL import Image as PILImage
 
 from sagl.errors import UserError, require
 from sagl.utils.files import PARTIAL, atomic_file
-from sagl.utils.run_lock import LOCK
+from sagl.utils.run_lock import LOCK_NAME
 
-RECORD, INDEX, SHARDS = "run.json", "index.json", "shards"
+RUN_JSON, INDEX, SHARDS = "run.json", "index.json", "shards"
 Pixels = npt.NDArray[np.uint8]
-"""(H, W, 3) of an image."""
+"""An image, (H, W, 3)."""
 SAMPLES = "samples"
-"""The row of images that a run is made for; others stand beside it for comparison."""
+"""Row of the run's images; other rows hold images to compare them with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image of a run, and what was kept beside it."""
+    """One image of a run with its label, and the images to compare it with."""
 
     id: int
     label: int
-    """Its class; -1 for none."""
+    """Class; -1 for none."""
     seed: int
-    """Of the run."""
-    pictures: Mapping[str, bytes]
-    """PNG files by row: "samples", and with --compare "unguided" and "masks"."""
+    """Seed of the run."""
+    pngs: Mapping[str, bytes]
+    """PNG files by row: "samples", and in a run with `compare` also "unguided" and "masks"."""
 
 
 # ------------------------------------------------------------------------------------------------------- shards
 
 
-def png(image: Pixels) -> bytes:
-    """One image as a PNG file: (H, W, 3) uint8 -> bytes."""
+def encode_png(image: Pixels) -> bytes:
+    """Encode an image, (H, W, 3) uint8."""
     file = io.BytesIO()
     PILImage.fromarray(image).save(file, format="PNG")
     return file.getvalue()
 
 
-def pixels(picture: bytes) -> Pixels:
-    """A PNG file of a shard as (H, W, 3) uint8."""
-    with PILImage.open(io.BytesIO(picture)) as opened:
-        return np.asarray(opened.convert("RGB"))
+def decode_png(png: bytes) -> Pixels:
+    """Decode a PNG file to (H, W, 3) uint8."""
+    with PILImage.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def write_shard(folder: Path, samples: Sequence[Sample]) -> Path:
-    """Samples of consecutive ids as shards/FIRST-LAST.tar: the same samples give the same bytes.
+    """Write samples of consecutive ids as shards/FIRST-LAST.tar; equal samples give equal bytes.
 
     Raises:
-        UserError: it cannot be written; nothing is left of it.
+        UserError: the file cannot be written; no part of it remains.
     """
     path = folder / SHARDS / f"{samples[0].id:06d}-{samples[-1].id:06d}.tar"
     with atomic_file(path) as partial:
-        partial.write_bytes(_tar(samples))
+        partial.write_bytes(_encode_shard(samples))
     return path
 
 
 def read_shard(path: Path) -> list[Sample]:
-    """The samples of a shard, in order of their ids. Every byte is checked: it must be what these samples give.
+    """Read the samples of a shard in order of their ids, and check that writing them gives the bytes of the file.
 
     Raises:
-        UserError: the file is damaged; the same `sagl sample` makes it again.
+        UserError: the file is damaged.
     """
-    damaged = f"{path} is damaged. The command of its run makes it again."
+    message = f"{path} is damaged. The command of its run makes it again."
     try:
         data = path.read_bytes()
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        heads = [json.loads(content) for name, content in members.items() if name.endswith(".json") and name != INDEX]
-        samples = [Sample(**head, pictures=_pictures(f"{head['id']:06d}", members)) for head in heads]
-        whole = bool(samples) and _tar(samples) == data
+        headers = [json.loads(content) for name, content in members.items() if name.endswith(".json") and name != INDEX]
+        samples = [Sample(**header, pngs=_rows(f"{header['id']:06d}", members)) for header in headers]
+        is_intact = bool(samples) and _encode_shard(samples) == data
     except (tarfile.TarError, OSError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
-        raise UserError(damaged) from error
-    require(whole, damaged)
+        raise UserError(message) from error
+    require(is_intact, message)
     return samples
 
 
-def shards_of(folder: Path) -> dict[tuple[int, int], Path]:
-    """The run's shards by their first and last id, in order; without those whose ids another holds too.
+def list_shards(folder: Path) -> dict[tuple[int, int], Path]:
+    """Return the run's shards by first and last id, in order, without those whose ids another shard contains too.
 
-    A shorter shard stays behind where a run was stopped between writing a longer one and deleting it.
+    A shorter shard remains if a run is stopped between writing a longer one and deleting the shorter one.
     """
-    found = {}
-    for path in sorted((folder / SHARDS).glob("*-*.tar")):
+    paths = {}
+    for path in (folder / SHARDS).glob("*-*.tar"):
         first, _, last = path.stem.partition("-")
         if first.isdecimal() and last.isdecimal():
-            found[int(first), int(last)] = path
-    held, end = {}, -1
-    for span in sorted(found, key=lambda span: (span[0], -span[1])):
+            paths[int(first), int(last)] = path
+    shards, end = {}, -1
+    for span in sorted(paths, key=lambda span: (span[0], -span[1])):
         if span[1] > end:
-            held[span], end = found[span], span[1]
-    return held
+            shards[span], end = paths[span], span[1]
+    return shards
 
 
 def count_images(folder: Path) -> int:
-    """How many images the run's shards hold."""
-    return sum(last - first + 1 for first, last in shards_of(folder))
+    """Return the number of images in the run's shards."""
+    return sum(last - first + 1 for first, last in list_shards(folder))
 
 
 def iter_samples(folder: Path, num_samples: int | None = None) -> Iterator[Sample]:
-    """A run's samples in order of their ids, one shard in memory at a time; the first `num_samples`, or all.
+    """Yield the first `num_samples` samples of a run, or all, in order of ids; one shard at a time is in memory.
 
     Raises:
         UserError: a shard is damaged.
     """
-    left = num_samples
-    for path in shards_of(folder).values():
-        if left is not None and left <= 0:
-            return
-        samples = read_shard(path)[:left]
-        left = None if left is None else left - len(samples)
-        yield from samples
+    return islice(chain.from_iterable(map(read_shard, list_shards(folder).values())), num_samples)
 
 
 def shared_ids(folders: Sequence[Path], count: int) -> list[int]:
-    """The first `count` ids that all of these runs hold; fewer where they share fewer."""
-    spans = list(shards_of(folders[0]))
+    """Return the first `count` ids that all of these runs contain; fewer if they share fewer."""
+    spans = list(list_shards(folders[0]))
     for folder in folders[1:]:
-        others = list(shards_of(folder))
-        both = [(max(a, c), min(b, d)) for a, b in spans for c, d in others]
-        spans = [(first, last) for first, last in both if first <= last]
+        others = list(list_shards(folder))
+        overlaps = [(max(a, c), min(b, d)) for a, b in spans for c, d in others]
+        spans = [(first, last) for first, last in overlaps if first <= last]
     return list(islice(chain.from_iterable(range(first, last + 1) for first, last in sorted(spans)), count))
 
 
 def get_samples(folder: Path, ids: Sequence[int]) -> list[Sample]:
-    """A run's samples of these ids, in their order; only the shards that hold them are read.
+    """Return a run's samples of these ids, in this order; reads only the shards that contain them.
 
     Raises:
-        UserError: a shard is damaged, or the run holds no such id.
+        UserError: a shard is damaged, or the run does not contain an id.
     """
-    found: dict[int, Sample] = {}
-    for (first, last), path in shards_of(folder).items():
+    samples: dict[int, Sample] = {}
+    for (first, last), path in list_shards(folder).items():
         if any(first <= i <= last for i in ids):
-            found |= {sample.id: sample for sample in read_shard(path)}
-    missing = [i for i in ids if i not in found]
-    require(not missing, f"`run` must hold image {missing and missing[0]}, and {folder} does not.")
-    return [found[i] for i in ids]
+            samples |= {sample.id: sample for sample in read_shard(path)}
+    missing = [i for i in ids if i not in samples]
+    require(not missing, f"`run` must contain image {missing and missing[0]}, and {folder} does not.")
+    return [samples[i] for i in ids]
 
 
-def _tar(samples: Sequence[Sample]) -> bytes:
-    """The samples, then the index of what came before it. Owner, mode and time are tarfile's own: root, 0644, 1970."""
+def _encode_shard(samples: Sequence[Sample]) -> bytes:
+    """Encode samples and their index. Owner, mode and time are tarfile's defaults: root, 0644, 1970."""
     members = [member for sample in samples for member in _members(sample)]
     index = {name: {"length": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in members}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in (*members, (INDEX, _json(index))):
-            head = tarfile.TarInfo(name)
-            head.size = len(data)
-            tar.addfile(head, io.BytesIO(data))
+        for name, data in (*members, (INDEX, _to_json(index))):
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
     return file.getvalue()
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
     key = f"{sample.id:06d}"
-    for row, picture in sample.pictures.items():
-        yield (f"{key}.png" if row == SAMPLES else f"{key}.{row}.png"), picture
-    yield f"{key}.json", _json({"id": sample.id, "label": sample.label, "seed": sample.seed})
+    for row, png in sample.pngs.items():
+        yield (f"{key}.png" if row == SAMPLES else f"{key}.{row}.png"), png
+    yield f"{key}.json", _to_json({"id": sample.id, "label": sample.label, "seed": sample.seed})
 
 
-def _pictures(key: str, members: Mapping[str, bytes]) -> dict[str, bytes]:
+def _rows(key: str, members: Mapping[str, bytes]) -> dict[str, bytes]:
     rows = {
         name.removeprefix(f"{key}.").removesuffix("png").rstrip("."): data
         for name, data in members.items()
@@ -182,126 +177,120 @@ def _pictures(key: str, members: Mapping[str, bytes]) -> dict[str, bytes]:
     return {row or SAMPLES: data for row, data in rows.items()}
 
 
-def _json(value: object) -> bytes:
+def _to_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-# ------------------------------------------------------------------------------------------------------- record
+# ----------------------------------------------------------------------------------------------------- metadata
 
 
 def is_run(folder: Path) -> bool:
-    """Whether there is a run.json to be seen."""
+    """Return whether the folder has a run.json that this process may see."""
     try:
-        return (folder / RECORD).is_file()
+        return (folder / RUN_JSON).is_file()
     except OSError:
         return False
 
 
 def read_run_json(folder: Path, argument: str = "output") -> dict[str, Any]:
-    """run.json; empty where there is none.
+    """Return the content of run.json; empty if there is none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged; names `argument`.
     """
-    path = folder / RECORD
+    path = folder / RUN_JSON
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
-        require(isinstance(record, dict) and isinstance(record.get("settings"), dict), "no settings")
+        metadata = json.loads(path.read_text())
+        require(isinstance(metadata, dict) and isinstance(metadata.get("settings"), dict), "no settings")
     except ValueError as error:
         raise UserError(
-            f"`{argument}` must hold a whole {RECORD}, and {path} is damaged. Delete it to start again."
+            f"`{argument}` must have an intact {RUN_JSON}, and {path} is damaged. Delete it to start again."
         ) from error
-    return dict(record)
+    return dict(metadata)
 
 
-def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
-    """run.json, whole or not at all.
+def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write run.json, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    with atomic_file(folder / RECORD) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+    with atomic_file(folder / RUN_JSON) as partial:
+        partial.write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def check_same_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The folder's record, if the folder is new or holds a run of these settings.
+def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that the folder is new or empty, or contains a run of these settings.
 
     Args:
         folder: may be missing.
-        settings: all that decides an image, nested as it may be; the number of images is none of it.
+        settings: nested settings that decide an image; the number of images is not among them.
 
     Raises:
-        UserError: it holds a run of other settings (names the first that differs), or other files.
+        UserError: it contains a run of other settings (names the first difference), or other files.
     """
-    record = read_run_json(folder)
-    if not record:
-        others = (
-            [p.name for p in sorted(folder.iterdir()) if p.name != LOCK and not p.name.endswith(PARTIAL)]
-            if folder.is_dir()
-            else []
-        )
+    metadata = read_run_json(folder)
+    if not metadata:
+        files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        others = [name for name in files if name != LOCK_NAME and not name.endswith(PARTIAL)]
         require(
             not others,
-            f"`output` must be a new folder or a run of sagl sample, and {folder} holds {others and others[0]}. "
+            f"`output` must be a new folder or a run of sagl sample, and {folder} contains {others and others[0]}. "
             "Choose another folder.",
         )
-        return {}
-    found, asked = flat(record["settings"]), flat(json.loads(json.dumps(settings)))
-    for name in dict.fromkeys((*asked, *found)):
+        return
+    old, new = flatten(metadata["settings"]), flatten(json.loads(json.dumps(settings)))
+    for name in dict.fromkeys((*new, *old)):
         require(
-            found.get(name) == asked.get(name),
-            f"`output` {folder} holds a run with {name} {found.get(name)!r}, got {asked.get(name)!r}. "
+            old.get(name) == new.get(name),
+            f"`output` {folder} contains a run with {name} {old.get(name)!r}, got {new.get(name)!r}. "
             "Choose another folder, or delete this one.",
         )
-    return record
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by full names, in their order: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by full names, in their order: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
     names: dict[str, Any] = {}
     for name, value in settings.items():
-        names |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        names |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return names
 
 
-def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Those of the micro-batches that no whole shard of the folder holds.
+# --------------------------------------------------------------------------------------- missing and broken files
 
-    Args:
-        folder: the run.
-        batches: ids wanted of each micro-batch, consecutive.
-    """
-    there = shards_of(folder)
-    return [ids for ids in batches if not any(_holds(span, path, ids) for span, path in there.items())]
+
+def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return the micro-batches, as consecutive ids, that no intact shard of the folder contains."""
+    shards = list_shards(folder)
+    return [ids for ids in batches if not any(_contains(span, path, ids) for span, path in shards.items())]
 
 
 def remove_superseded(folder: Path) -> None:
-    """Delete shards of a shorter run, whose ids a longer shard holds too."""
-    kept = set(shards_of(folder).values())
+    """Delete shards whose ids a longer shard contains too."""
+    shards = set(list_shards(folder).values())
     for path in (folder / SHARDS).glob("*-*.tar"):
-        if path not in kept:
+        if path not in shards:
             path.unlink()
 
 
-def remove_damaged(folder: Path, missing: Sequence[Sequence[int]]) -> None:
-    """Delete damaged shards that hold ids of the missing micro-batches, before these are made again."""
-    for (first, last), path in shards_of(folder).items():
-        overlaps = any(ids[0] <= last and first <= ids[-1] for ids in missing)
-        if overlaps and not _holds((first, last), path, (first, last)):
+def remove_damaged(folder: Path, batches: Sequence[Sequence[int]]) -> None:
+    """Delete damaged shards that contain ids of these micro-batches, before the batches are made again."""
+    for (first, last), path in list_shards(folder).items():
+        overlaps = any(ids[0] <= last and first <= ids[-1] for ids in batches)
+        if overlaps and not _contains((first, last), path, (first, last)):
             path.unlink()
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete files that a process had not finished when it was killed; no other may be at work in the folder."""
-    for place in (folder, folder / SHARDS):
-        for path in place.glob(f"*{PARTIAL}"):
+    """Delete files that a killed process had not finished; no other process may be writing to the folder."""
+    for parent in (folder, folder / SHARDS):
+        for path in parent.glob(f"*{PARTIAL}"):
             path.unlink()
 
 
-def _holds(span: tuple[int, int], path: Path, ids: Sequence[int]) -> bool:
+def _contains(span: tuple[int, int], path: Path, ids: Sequence[int]) -> bool:
     if not (span[0] <= ids[0] and ids[-1] <= span[1]):
         return False
     try:

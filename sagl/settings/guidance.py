@@ -37,6 +37,10 @@ class GuidanceSettings:
     def check_network(self, network: UNetSettings) -> None:
         """Raise a `UserError` if the method cannot guide this network. Called if the scale is not 0."""
 
+    def notes(self, network: UNetSettings) -> list[str]:
+        """Return sentences about settings that were left open and are chosen for this network."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAttentionGuidance(GuidanceSettings):
@@ -73,6 +77,12 @@ class SelfAttentionGuidance(GuidanceSettings):
         """Require attention at the site and an image that is large enough for the kernel."""
         network.require_site(self.site, self.heads)
         effective_kernel_size(self.kernel_size, network.image_size)
+
+    def notes(self, network: UNetSettings) -> list[str]:
+        """Name the blur kernel if the default one does not fit."""
+        side, size = network.image_size, effective_kernel_size(self.kernel_size, network.image_size)
+        is_smaller = self.kernel_size is None and size < DEFAULT_KERNEL_SIZE
+        return [f"Blur kernel {size}: the largest that fits {side}x{side} images."] if is_smaller else []
 
 
 @dataclass(frozen=True, kw_only=True)

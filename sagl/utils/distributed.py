@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIMEOUT = timedelta(days=30)
 """Longest wait for another process. It is never reached: the launcher ends all processes when one dies."""
-POLL_SECONDS = 0.02
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.005, 0.2
 ERROR_KEY, LEFT_KEY = "sagl/error", "sagl/left"
 
 
@@ -173,11 +173,12 @@ class Ranks:
     def _wait_for_count(self, key: str, *on_poll: Callable[[], None]) -> None:
         if self.store is None:
             return
-        count = self.store.add(key, 1)
+        count, seconds = self.store.add(key, 1), MIN_POLL_SECONDS
         while count < self.world_size:
             for function in on_poll:
                 function()
-            time.sleep(POLL_SECONDS)
+            time.sleep(seconds)
+            seconds = min(1.5 * seconds, MAX_POLL_SECONDS)
             count = self.store.add(key, 0)
 
     def _raise_if_failed(self) -> None:

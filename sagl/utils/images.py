@@ -1,20 +1,61 @@
-"""Pixels as bytes and pixels as numbers: uint8 in 0…255 <-> float in [-1, 1]. The one place that converts."""
+"""Images: conversion between uint8 in 0…255 and float in [-1, 1], grids, PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
+from torchvision.utils import make_grid
 
 from sagl.shapes import Image, ImageUint8
 
+SMALL = 64
+"""A grid shows images up to this side at twice their size and sixteen per row; larger ones eight per row."""
+
 
 def to_float(images_uint8: ImageUint8) -> Image:
-    """0…255 -> [-1, 1]: (B, C, H, W) uint8 -> float32."""
+    """Convert 0…255 to [-1, 1]: (B, C, H, W) uint8 -> float32."""
     return images_uint8.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Image) -> ImageUint8:
-    """[-1, 1] -> 0…255, as in the public code: floor(clamp((x + 1) · 127.5)): (B, C, H, W) -> uint8."""
+    """Convert [-1, 1] to 0…255 as the public code does, floor(clamp((x + 1) · 127.5)): (B, C, H, W) -> uint8."""
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
 def to_rgb(images_uint8: ImageUint8) -> ImageUint8:
-    """Grey images in three equal channels, others as they are: (B, 1 or C, H, W) -> (B, 3 or C, H, W)."""
+    """Repeat the channel of gray images three times: (B, 1, H, W) -> (B, 3, H, W). Others are returned unchanged."""
     return images_uint8.expand(-1, 3, -1, -1) if images_uint8.shape[1] == 1 else images_uint8
+
+
+def image_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding: int = 2) -> ImageUint8:
+    """Arrange images in a grid: R rows of (B, C, H, W) -> (3, H', W').
+
+    Image i of every row is below image i of the row before. After `columns` images a new block of rows begins.
+    """
+    is_small = rows[0].shape[-1] <= SMALL
+    columns = min(columns or (16 if is_small else 8), len(rows[0]))
+    blocks = []
+    for start in range(0, len(rows[0]), columns):
+        for row in rows:
+            part = to_rgb(row[start : start + columns])
+            blank = part.new_full((columns - len(part), *part.shape[1:]), 255)
+            blocks.append(torch.cat([part, blank]))
+    zoom = 2 if is_small else 1
+    enlarged = torch.cat(blocks).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    return make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
+
+
+def save_png(image: ImageUint8, path: Path, software: str | None = None) -> None:
+    """Write a PNG file; call it inside `atomic_file`.
+
+    Args:
+        image: (C, H, W) uint8.
+        path: the file.
+        software: the file's Software tag.
+    """
+    tags = PngInfo()
+    if software:
+        tags.add_text("Software", software)
+    PILImage.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG", pnginfo=tags)

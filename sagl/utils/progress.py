@@ -1,81 +1,110 @@
-"""How far a run over images is: a bar, with an inner one for the steps of sampling, or plain lines in a log."""
+"""Progress of a command on stderr: bars on a terminal, lines in a log."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-LINES_EVERY_SECONDS = 30.0
-"""Without a terminal, one line about so often; the first and the last always."""
-
-
-class ProgressReporter:
-    """Told of every step; see `show_progress`."""
-
-    def steps(self, chain: Iterator[Any], num_steps: int) -> Iterator[Any]:
-        """The chain, unchanged."""
-        return chain
-
-    def images(self, count: int) -> None:
-        """So many images more are done."""
-
-
-class RichProgress(ProgressReporter):
-    """Images, and inside them the steps of the micro-batch in hand."""
-
-    def __init__(self, bars: Progress, title: str, total: int) -> None:
-        self.bars = bars
-        self.outer = bars.add_task(title, total=total)
-        self.inner = bars.add_task("  denoising", total=None, start=False, visible=False)
-
-    def steps(self, chain: Iterator[Any], num_steps: int) -> Iterator[Any]:
-        """The chain; every step moves the inner bar."""
-        self.bars.reset(self.inner, total=num_steps, visible=True)
-        for item in chain:
-            self.bars.advance(self.inner)
-            yield item
-
-    def images(self, count: int) -> None:
-        """Move the outer bar."""
-        self.bars.advance(self.outer, count)
+T = TypeVar("T")
+ProgressKind = Literal["auto", "bar", "lines", "off"]
+"""auto: a bar on a terminal, lines elsewhere."""
+LINE_INTERVAL_SECONDS = 30.0
+"""Least time between two lines; the first and the last are always printed."""
 
 
-class LogProgress(ProgressReporter):
-    """A line now and then, for logs."""
-
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self.console, self.title, self.total, self.done = console, title, total, 0
-        self.started = self.said = time.monotonic()
-
-    def images(self, count: int) -> None:
-        """Say how many are done, how fast, and how long it will take."""
-        first, now = self.done == 0, time.monotonic()
-        self.done += count
-        if not first and self.done < self.total and now - self.said < LINES_EVERY_SECONDS:
-            return
-        self.said, rate = now, self.done / max(now - self.started, 1e-9)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if self.done < self.total else ""
-        self.console.print(f"{self.title}: {self.done}/{self.total} images, {rate:.2f}/s{left}", highlight=False)
-
-
-@contextmanager
-def show_progress(kind: str, title: str, total: int) -> Iterator[ProgressReporter]:
-    """Show the progress of `total` images on the error stream.
+class ProgressReporter(AbstractContextManager["ProgressReporter"]):
+    """Shows how many of `total` images or bytes are done, and how long the rest will take.
 
     Args:
-        kind: bar, lines, off, or auto: a bar on a terminal, lines elsewhere.
         title: what is being done.
-        total: images.
+        total: number of images or bytes; None if it is not known yet.
+        kind: how to show it.
+        unit: images or bytes.
     """
-    console = Console(stderr=True)
-    if kind == "off":
-        yield ProgressReporter()
-    elif kind == "lines" or (kind == "auto" and not console.is_terminal):
-        yield LogProgress(console, title, total)
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bars:
-            yield RichProgress(bars, title, total)
+
+    def __init__(
+        self,
+        title: str = "",
+        total: int | None = None,
+        kind: ProgressKind = "auto",
+        unit: Literal["images", "bytes"] = "images",
+    ) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.completed = 0
+        self.console = Console(stderr=True)
+        self.kind = ("bar" if self.console.is_terminal else "lines") if kind == "auto" else kind
+        counts = (MofNCompleteColumn(),) if unit == "images" else (DownloadColumn(), TransferSpeedColumn())
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *counts,
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=self.kind != "bar",
+        )
+        self._task: TaskID | None = None
+        self._steps_task: TaskID | None = None
+        self._start = time.monotonic()
+        self._last_line: float | None = None
+
+    def __enter__(self) -> "ProgressReporter":
+        self._bars.start()
+        if self.total is not None:
+            self.update(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def advance(self, count: int = 1) -> None:
+        """Report `count` more images or bytes."""
+        self.update(self.completed + count)
+
+    def update(self, completed: int, total: int | None = None) -> None:
+        """Report the number of images or bytes that are done, and the total once it is known."""
+        self.completed, self.total = completed, total or self.total
+        if self._task is None:  # what an earlier command has done does not count as speed
+            self._task = self._bars.add_task(self.title, total=self.total, completed=completed)
+        self._bars.update(self._task, completed=completed, total=self.total)
+        if self.kind == "lines" and completed:
+            self._print_line()
+
+    def track_steps(self, steps: Iterator[T], num_steps: int) -> Iterator[T]:
+        """Yield the steps of one batch and show them in a second bar."""
+        if self._steps_task is None:
+            self._steps_task = self._bars.add_task("  denoising", total=num_steps)
+        self._bars.reset(self._steps_task, total=num_steps)
+        for step in steps:
+            self._bars.advance(self._steps_task)
+            yield step
+
+    def _print_line(self) -> None:
+        now, is_last = time.monotonic(), self.completed == self.total
+        if self._last_line is not None and now - self._last_line < LINE_INTERVAL_SECONDS and not is_last:
+            return
+        self._last_line, rate = now, self.completed / max(now - self._start, 1e-9)
+        left = f", {(self.total - self.completed) / rate:.0f} s left" if self.total and not is_last else ""
+        done = f"{self._format(self.completed)}/{self._format(self.total)}"
+        text = f"{done} images, {rate:.2f}/s" if self.unit == "images" else f"{done} MB, {rate / 1e6:.1f} MB/s"
+        self.console.print(f"{self.title}: {text}{left}", highlight=False)
+
+    def _format(self, count: int | None) -> str:
+        return "?" if count is None else str(count) if self.unit == "images" else f"{count / 1e6:.1f}"
+
+
+def show_progress(kind: Any, title: str, total: int) -> ProgressReporter:  # noqa: ANN401 (a value of a parser)
+    """Return a reporter of `total` images."""
+    return ProgressReporter(title, total, kind)

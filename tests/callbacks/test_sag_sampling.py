@@ -11,7 +11,7 @@ from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import Features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.sampling.grid import colorize_masks, image_grid
+from sagl.sampling.exports import colorize_masks
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
@@ -22,7 +22,7 @@ from sagl.settings.training import (
     OptimizerSettings,
     PreviewSettings,
 )
-from sagl.utils.images import to_uint8
+from sagl.utils.images import image_grid, to_uint8
 from tests.helpers.reference import draw_weights
 from tests.helpers.tiny import GREY, QUIET, read_png, trainer
 

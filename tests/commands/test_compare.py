@@ -172,7 +172,7 @@ def test_runs_of_sagl_sample_are_compared(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "page.html").read_text()
     assert re.search(r"sag\.scale</th><td>0\.0</td><td>0\.5</td>", page)
     assert re.search(r"network evaluations an image</th><td>2</td><td>4</td>", page)
-    expected = [sample.pictures[SAMPLES] for name in ("plain", "guided") for sample in iter_samples(tmp_path / name)]
+    expected = [sample.pngs[SAMPLES] for name in ("plain", "guided") for sample in iter_samples(tmp_path / name)]
     assert images_in(tmp_path / "page.html") == expected
 
 

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 from sagl.commands.completion import completion_script, main
-from sagl.commands.verbs import VERBS
+from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from tests.helpers.tiny import exit_code
 
@@ -25,13 +25,13 @@ def complete():
 
 
 def test_the_first_word_is_a_subcommand(complete):
-    assert complete("") == list(VERBS)
+    assert complete("") == list(SUBCOMMANDS)
     assert complete("e") == ["evaluate", "export"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", SUBCOMMANDS)
 def test_the_options_of_a_subcommand_are_those_in_its_help(verb, complete):
-    text = getattr(import_module(VERBS[verb][0]), f"{verb}_parser")().format_help().split("further groups")[0]
+    text = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")().format_help().split("further groups")[0]
     options = re.findall(r"^  (?:-h, )?(--[\w.]+)", text, re.M)
     assert set(options) <= set(complete(verb, "--"))  # a union of settings and a name has its settings besides
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sagl.commands.request import read_config, sampling_part
+from sagl.commands._config import read_config, sampling_settings
 from sagl.models.checkpoints import build_network, in_dtype, read_checkpoint, write_checkpoint
 from sagl.models.metadata import read_metadata
 from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED
@@ -169,7 +169,7 @@ def test_the_paper_s_settings_go_with_a_released_network(how, cat, tmp_path):
     }
     assert exit_code("convert", source[how][0], tmp_path / "cat.safetensors", *source[how][1:]) == 0
     about = read_metadata(tmp_path / "cat.safetensors")
-    assert about["recommended"] == sampling_part(read_config("lsun_cat"))
+    assert about["recommended"] == sampling_settings(read_config("lsun_cat"))
     assert about["recommended"]["sag"]["scale"] == 0.05
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sagl.sampling.run_folder import iter_samples, shards_of
-from sagl.utils.run_lock import locked
+from sagl.sampling.run_folder import iter_samples, list_shards
+from sagl.utils.run_lock import lock_folder
 from tests.helpers.tiny import exit_code, write_tiny
 
 COUNT, BATCH = 90, 3
-FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--views", "npz"]
+FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--exports", "npz"]
 FLAGS += ["--sag.scale", 0.5, "--sag.site", "output.0", "--sag.blur_sigma", 1, "--seed", 3]
 FLAGS += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--progress", "lines"]
 PATIENCE_SECONDS = 60
@@ -91,8 +91,8 @@ def wait_for(happened):
 
 def wait_for_more(folder, run):
     """Until the run has written a shard that was not there."""
-    before = len(shards_of(folder))
-    wait_for(lambda: len(shards_of(folder)) > before or run.poll() is not None)
+    before = len(list_shards(folder))
+    wait_for(lambda: len(list_shards(folder)) > before or run.poll() is not None)
     assert run.poll() is None, "it ended before it could be killed"
 
 
@@ -119,7 +119,7 @@ def test_five_kills_and_other_numbers_of_processes_change_no_byte(alone, samplin
         run.wait(PATIENCE_SECONDS)
         assert run.returncode == -signal.SIGKILL
         wait_for(lambda others=others: not any(map(is_alive, others)))
-    held = len(shards_of(folder))
+    held = len(list_shards(folder))
     assert 0 < held < COUNT // BATCH
     ends_well(sampling("run", 2))
     assert files(folder) == alone
@@ -139,7 +139,7 @@ def test_a_damaged_shard_is_made_again_by_any_number_of_processes(alone, samplin
 
 def test_a_run_that_another_command_holds_is_left_alone(sampling, network, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sagl.utils.run_lock.PATIENCE_SECONDS", 0.2)
-    with locked(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         command = ["sample", "--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
         assert exit_code(*command) == 2
         said = capsys.readouterr().err

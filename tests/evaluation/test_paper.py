@@ -1,6 +1,6 @@
 import pytest
 
-from sagl.commands.request import read_config, sampling_part
+from sagl.commands._config import read_config, sampling_settings
 from sagl.evaluation.paper import matching_rows, paper_rows
 from sagl.models.zoo import RELEASED
 
@@ -93,7 +93,7 @@ def test_the_number_of_steps_may_differ():
 
 @pytest.mark.parametrize("model", sorted({row.model for row in paper_rows()}))
 def test_the_packaged_config_of_a_network_in_the_paper_has_a_row(model):
-    advice = sampling_part(read_config(RELEASED[model].config))
+    advice = sampling_settings(read_config(RELEASED[model].config))
     settings = {f"sag.{name}": value for name, value in advice["sag"].items()} | {"sag.interval": [0.0, 1.0]}
     settings["classifier.scale"] = advice.get("classifier", {}).get("scale", 0.0)
     assert rows_of(model, settings) != []

@@ -7,7 +7,7 @@ import numpy as np
 
 from sagl.evaluation.results import RESULTS_FILE, EvaluationResult
 from sagl.evaluation.runs import RunSummary
-from sagl.sampling.run_folder import Sample, png, write_run_json, write_shard
+from sagl.sampling.run_folder import Sample, encode_png, write_run_json, write_shard
 
 SETTINGS = {
     "seed": 0,
@@ -23,7 +23,7 @@ SETTINGS = {
 
 def random_png(number, side=8):
     """A PNG file that no other number has."""
-    return png(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return encode_png(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def write_run(folder, *, ids=range(6), side=8, first_image=0, sag=None, results=None, settings=None, **metadata):
@@ -34,7 +34,7 @@ def write_run(folder, *, ids=range(6), side=8, first_image=0, sag=None, results=
     write_run_json(folder, defaults | {"seconds": 2.0, "versions": {"torch": "2.14.1"}} | metadata)
     for start in range(0, len(ids), 4):
         samples = [
-            Sample(id=i, label=-1, seed=0, pictures={"samples": random_png(first_image + i, side)})
+            Sample(id=i, label=-1, seed=0, pngs={"samples": random_png(first_image + i, side)})
             for i in ids[start : start + 4]
         ]
         write_shard(folder, samples)

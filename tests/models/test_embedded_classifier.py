@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from sagl.commands.request import parse
+from sagl.commands._config import parse_sample_config
 from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
@@ -54,7 +54,7 @@ def test_it_is_small_and_the_one_that_the_configuration_trains(file):
 def test_it_may_guide_the_embedded_network(file):
     network = load("fashion_mnist")
     check_classifier(file.model_settings, file.diffusion, network.model_settings, network.diffusion)
-    assert parse(["--classifier.scale", "1"]).classifier.checkpoint == DEFAULT_CLASSIFIER
+    assert parse_sample_config(["--classifier.scale", "1"]).guidances["classifier"].checkpoint == DEFAULT_CLASSIFIER
 
 
 def test_it_knows_garments_and_the_better_the_less_noise_there_is(seen):

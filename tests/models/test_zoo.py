@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sagl.commands.request import parse
+from sagl.commands._config import parse_sample_config
 from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_checkpoint
@@ -96,35 +96,41 @@ def test_the_embedded_network_is_the_one_that_the_configuration_trains():
 
 
 def test_the_embedded_network_s_advice_can_be_followed():
-    request, file = parse([]), read_checkpoint(DEFAULT_CHECKPOINT)
-    assert request.source.checkpoint == DEFAULT_CHECKPOINT
+    request, file = parse_sample_config([]), read_checkpoint(DEFAULT_CHECKPOINT)
+    assert request.checkpoint == DEFAULT_CHECKPOINT
     network = build_network(file)
-    recipe = build_pipeline(network, file.diffusion, request.chain, request.guidances)
+    recipe = build_pipeline(network, file.diffusion, request.sampler, request.guidances)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.guidances["sag"].interval)
     assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.guidances["sag"].scale else 0)
     make_labels(request.run, [0, 1], network)
 
 
 def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
-    request, file = parse(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
+    request, file = parse_sample_config(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
     assert request.guidances["sag"].scale == 0.05
-    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.chain, request.guidances).guidances
+    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.sampler, request.guidances).guidances
 
 
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
 def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
-    labels = make_labels(parse(["--labels", label]).run, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT)))
+    labels = make_labels(
+        parse_sample_config(["--labels", label]).run, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT))
+    )
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
 
 
 def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_another_is_named(tmp_path):
     asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
     found = [
-        parse([word for pair in flags.items() for word in pair]).guidances["classifier"].checkpoint for flags in asked
+        parse_sample_config([word for pair in flags.items() for word in pair]).guidances["classifier"].checkpoint
+        for flags in asked
     ]
     assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
     other = write_tiny(tmp_path / "other.safetensors")
-    assert parse(["--checkpoint", str(other), "--classifier.scale", "1"]).guidances["classifier"].checkpoint is None
+    assert (
+        parse_sample_config(["--checkpoint", str(other), "--classifier.scale", "1"]).guidances["classifier"].checkpoint
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])

@@ -1,29 +1,41 @@
 import tracemalloc
 import zipfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from sagl.errors import UserError
-from sagl.sampling.exports import npz_name, write_grid, write_images, write_npz
-from sagl.sampling.grid import colorize_masks, image_grid
-from sagl.sampling.run_folder import Sample, png, write_shard
+from sagl.sampling.exports import (
+    GIF_MILLISECONDS,
+    Frame,
+    colorize_masks,
+    draw_strip,
+    evenly_spaced_steps,
+    npz_name,
+    write_grid,
+    write_images,
+    write_npz,
+)
+from sagl.sampling.run_folder import Sample, encode_png, write_shard
+from sagl.utils.images import image_grid, to_rgb
 from tests.helpers.tiny import contents, read_png
 
 
-def pictures(count, seed=0, side=8):
+def random_images(count, seed=0, side=8):
     """(N, H, W, 3) uint8."""
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def run_of(folder, rows, *, batch=4):
-    """A run whose rows are these arrays, with labels 5, 6, …; returns the folder."""
-    files = {name: [png(image) for image in row] for name, row in rows.items()}
+def write_run(folder, rows, *, batch=4):
+    """Write a run of these arrays with labels 5, 6, …; return the folder."""
+    files = {name: [encode_png(image) for image in row] for name, row in rows.items()}
     ids = range(len(rows["samples"]))
     for start in ids[::batch]:
         part = [
-            Sample(id=i, label=5 + i, seed=0, pictures={name: row[i] for name, row in files.items()})
+            Sample(id=i, label=5 + i, seed=0, pngs={name: row[i] for name, row in files.items()})
             for i in ids[start : start + batch]
         ]
         write_shard(folder, part)
@@ -38,29 +50,31 @@ def as_tensor(images):
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_an_npz_is_what_numpy_would_have_saved_of_the_first_images(count, tmp_path):
-    images = pictures(6)
-    write_npz(run_of(tmp_path / "run", {"samples": images}), tmp_path / "a.npz", count)
+def test_an_npz_is_what_numpy_saves_of_the_first_images(count, tmp_path):
+    images = random_images(6)
+    write_npz(write_run(tmp_path / "run", {"samples": images}), tmp_path / "a.npz", count)
     np.savez(tmp_path / "b.npz", images[:count], np.arange(5, 5 + count))
-    with zipfile.ZipFile(tmp_path / "a.npz") as got, zipfile.ZipFile(tmp_path / "b.npz") as want:
-        assert got.namelist() == want.namelist() == ["arr_0.npy", "arr_1.npy"]
-        assert [got.read(name) for name in got.namelist()] == [want.read(name) for name in want.namelist()]
+    with zipfile.ZipFile(tmp_path / "a.npz") as actual, zipfile.ZipFile(tmp_path / "b.npz") as expected:
+        assert actual.namelist() == expected.namelist() == ["arr_0.npy", "arr_1.npy"]
+        assert [actual.read(name) for name in actual.namelist()] == [
+            expected.read(name) for name in expected.namelist()
+        ]
     with np.load(tmp_path / "a.npz") as arrays:
         assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (count, 8, 8, 3))
         assert (arrays["arr_1"].dtype, arrays["arr_1"].tolist()) == (np.int64, list(range(5, 5 + count)))
 
 
-def test_the_same_images_give_the_same_npz_however_they_lie_in_shards(tmp_path):
+def test_an_npz_does_not_depend_on_the_size_of_the_shards(tmp_path):
     for batch in (1, 4):
-        run = run_of(tmp_path / f"run{batch}", {"samples": pictures(6)}, batch=batch)
+        run = write_run(tmp_path / f"run{batch}", {"samples": random_images(6)}, batch=batch)
         write_npz(run, tmp_path / f"{batch}.npz", 6)
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "4.npz").read_bytes()
 
 
-def test_the_memory_of_an_npz_does_not_grow_with_the_run(tmp_path):
+def test_the_memory_for_an_npz_does_not_grow_with_the_run(tmp_path):
     peaks = {}
     for count in (4, 8, 80):  # the first one fills caches
-        run = run_of(tmp_path / str(count), {"samples": pictures(count, side=48)})
+        run = write_run(tmp_path / str(count), {"samples": random_images(count, side=48)})
         tracemalloc.start()
         write_npz(run, tmp_path / "a.npz", count)
         peaks[count] = tracemalloc.get_traced_memory()[1]
@@ -68,18 +82,18 @@ def test_the_memory_of_an_npz_does_not_grow_with_the_run(tmp_path):
     assert peaks[80] < 1.5 * peaks[8] < 80 * 48 * 48 * 3
 
 
-@pytest.mark.parametrize("there", [0, 3])
-def test_an_npz_of_more_images_than_there_are_is_refused_and_leaves_nothing(there, tmp_path):
-    if there:
-        run_of(tmp_path, {"samples": pictures(there)})
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_npz_of_more_images_than_the_run_has_is_refused_and_leaves_nothing(count, tmp_path):
+    if count:
+        write_run(tmp_path, {"samples": random_images(count)})
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"`run` must hold 4 images, and .* holds {there}"):
+    with pytest.raises(UserError, match=f"`run`.*4.*{count}"):
         write_npz(tmp_path, tmp_path / "a.npz", 4)
     assert contents(tmp_path) == before
 
 
-def test_the_name_of_an_npz_tells_its_shape(tmp_path):
-    assert npz_name(run_of(tmp_path, {"samples": pictures(2, side=16)}), 2) == "samples_2x16x16x3.npz"
+def test_the_name_of_an_npz_contains_its_shape(tmp_path):
+    assert npz_name(write_run(tmp_path, {"samples": random_images(2, side=16)}), 2) == "samples_2x16x16x3.npz"
 
 
 # -------------------------------------------------------------------------------------------------------- grid
@@ -87,33 +101,135 @@ def test_the_name_of_an_npz_tells_its_shape(tmp_path):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_grid_has_unguided_images_above_the_samples_above_their_masks(masks, tmp_path):
-    shares = pictures(6, seed=3)[..., :1].repeat(3, axis=-1)
-    rows = {"samples": pictures(6), "unguided": pictures(6, seed=1)} | ({"masks": shares} if masks else {})
-    write_grid(run_of(tmp_path / "run", rows), tmp_path / "new" / "grid.png")
-    want = [as_tensor(rows["unguided"]), as_tensor(rows["samples"])]
-    want += [colorize_masks(as_tensor(shares)[:, :1] / 255)] if masks else []
-    assert (read_png(tmp_path / "new" / "grid.png") == image_grid(want).permute(1, 2, 0).numpy()).all()
+    mask_frequencies = random_images(6, seed=3)[..., :1].repeat(3, axis=-1)
+    rows = {"samples": random_images(6), "unguided": random_images(6, seed=1)} | (
+        {"masks": mask_frequencies} if masks else {}
+    )
+    write_grid(write_run(tmp_path / "run", rows), tmp_path / "new" / "grid.png")
+    expected = [as_tensor(rows["unguided"]), as_tensor(rows["samples"])]
+    expected += [colorize_masks(as_tensor(mask_frequencies)[:, :1] / 255)] if masks else []
+    assert (read_png(tmp_path / "new" / "grid.png") == image_grid(expected).permute(1, 2, 0).numpy()).all()
 
 
-@pytest.mark.parametrize(("asked", "shown"), [(3, 3), (None, 256), (300, 256)])
-def test_a_grid_shows_as_many_as_asked_and_never_more_than_256(asked, shown, tmp_path):
-    images = pictures(300, side=2)
-    write_grid(run_of(tmp_path, {"samples": images}, batch=300), tmp_path / "grid.png", asked)
-    want = image_grid([as_tensor(images[:shown])]).permute(1, 2, 0).numpy()
-    assert np.array_equal(read_png(tmp_path / "grid.png"), want)
+@pytest.mark.parametrize(("num_samples", "shown"), [(3, 3), (None, 256), (300, 256)])
+def test_a_grid_shows_at_most_256_samples(num_samples, shown, tmp_path):
+    images = random_images(300, side=2)
+    write_grid(write_run(tmp_path, {"samples": images}, batch=300), tmp_path / "grid.png", num_samples)
+    expected = image_grid([as_tensor(images[:shown])]).permute(1, 2, 0).numpy()
+    assert np.array_equal(read_png(tmp_path / "grid.png"), expected)
 
 
-def test_a_grid_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="`run` must hold images"):
+def test_a_grid_of_an_empty_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="`run`"):
         write_grid(tmp_path, tmp_path / "grid.png")
 
 
 # ------------------------------------------------------------------------------------------------------ images
 
 
-@pytest.mark.parametrize("asked", [None, 5])
-def test_images_are_the_pngs_of_the_shards_byte_for_byte_by_their_ids(asked, tmp_path):
-    images = pictures(6)
-    write_images(run_of(tmp_path / "run", {"samples": images, "unguided": images}), tmp_path / "images", asked)
-    got = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
-    assert got == {f"{i:06d}.png": png(image) for i, image in enumerate(images[:asked])}
+@pytest.mark.parametrize("num_samples", [None, 5])
+def test_images_have_the_bytes_of_the_shards_and_are_named_by_their_ids(num_samples, tmp_path):
+    images = random_images(6)
+    write_images(write_run(tmp_path / "run", {"samples": images, "unguided": images}), tmp_path / "images", num_samples)
+    actual = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert actual == {f"{i:06d}.png": encode_png(image) for i, image in enumerate(images[:num_samples])}
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+def test_never_mnum_samples_is_black_and_always_mnum_samples_is_white():
+    image = colorize_masks(torch.tensor([0.0, 1.0]).view(1, 1, 1, 2))
+    assert (image.shape, image.dtype) == ((1, 3, 1, 2), torch.uint8)
+    assert image[0, :, 0, 0].tolist() == [0, 0, 0]
+    assert image[0, :, 0, 1].tolist() == [255, 255, 255]
+
+
+def test_a_larger_mask_frequency_is_brighter():
+    colors = colorize_masks(torch.linspace(0, 1, 31).view(1, 1, 1, 31))[0, :, 0].double()
+    brightness = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ colors
+    assert bool((brightness.diff() > 0).all())
+
+
+def test_thirds_are_the_color_stops_with_a_straight_line_between_them():
+    colors = colorize_masks(torch.tensor([1 / 3, 0.5, 2 / 3]).view(3, 1, 1, 1)).flatten(1).double()
+    assert colors[0].tolist() == pytest.approx([38, 42, 110], abs=1)
+    assert colors[2].tolist() == pytest.approx([222, 120, 40], abs=1)
+    assert colors[1].tolist() == pytest.approx([130, 81, 75], abs=1)
+
+
+# ---------------------------------------------------------------------------------------------- denoising strip
+
+
+def frame(step, *, mnum_samples=True, channels=1, batch=2):
+    """A step of a few samples, different for each step; black and white, because a gif keeps those exactly."""
+    generator = torch.Generator().manual_seed(step)
+    x0_hat = 255 * torch.randint(0, 2, (batch, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    mask = torch.rand(batch, 1, 8, 8, generator=generator) < 0.5
+    return Frame(x0_hat=x0_hat.expand(-1, channels, -1, -1), mask=mask if mnum_samples else None)
+
+
+def rows_of(frames, i):
+    """Estimates and masks of one sample over time: twice (T, 3, H, W)."""
+    none = torch.zeros(1, 1, 8, 8)
+    masks = [none if f.mask is None else f.mask[i : i + 1].float() for f in frames]
+    x0_predictions = torch.cat([f.x0_hat[i : i + 1] for f in frames])
+    return to_rgb(x0_predictions), colorize_masks(torch.cat(masks))
+
+
+def gif_frames(path):
+    """Yield the frames of a gif, (H, W, 3), and their durations."""
+    with PILImage.open(path) as gif:
+        assert gif.info["loop"] == 0
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            yield np.asarray(gif.convert("RGB")), gif.info["duration"]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 10])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 9, 10, 11, 25, 250, 1000])
+def test_steps_go_evenly_from_the_noisiest_to_the_cleanest(num_steps, columns):
+    steps = evenly_spaced_steps(num_steps, columns)
+    assert len(steps) == min(num_steps, columns)
+    assert (steps[0], steps[-1]) == (num_steps - 1, 0)
+    gaps = [a - b for a, b in pairwise(steps)]
+    assert min(gaps, default=1) >= 1
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_time_goes_to_the_right_with_each_sample_above_its_masks(channels, tmp_path):
+    frames = [frame(9, mnum_samples=False, channels=channels), *(frame(step, channels=channels) for step in (4, 2, 0))]
+    draw_strip(frames, tmp_path / "new")
+    expected = image_grid([*rows_of(frames, 0), *rows_of(frames, 1)], columns=4)
+    assert (read_png(tmp_path / "new" / "strip.png") == expected.permute(1, 2, 0).numpy()).all()
+    assert expected.shape == (3, 4 * 18 + 2, 4 * 18 + 2)
+
+
+def test_all_frames_are_in_one_row_however_many(tmp_path):
+    draw_strip([frame(step, mnum_samples=False, batch=1) for step in range(20)], tmp_path)
+    assert read_png(tmp_path / "strip.png").shape == (18 + 2, 20 * 18 + 2, 3)
+
+
+def test_without_masks_there_are_no_rows_for_them(tmp_path):
+    frames = [frame(step, mnum_samples=False) for step in (3, 0)]
+    draw_strip(frames, tmp_path)
+    expected = image_grid([rows_of(frames, 0)[0], rows_of(frames, 1)[0]], columns=2)
+    assert (read_png(tmp_path / "strip.png") == expected.permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("mnum_samples", [True, False])
+def test_the_gif_has_a_frame_per_step_with_the_samples_side_by_side_and_a_longer_last_one(mnum_samples, tmp_path):
+    frames = [frame(step, mnum_samples=mnum_samples) for step in (9, 4, 0)]
+    draw_strip(frames, tmp_path)
+    shown = list(gif_frames(tmp_path / "strip.gif"))
+    assert [duration for _, duration in shown] == [GIF_MILLISECONDS] * 2 + [10 * GIF_MILLISECONDS]
+    for (image, _), f in zip(shown, frames, strict=True):
+        rows = [to_rgb(f.x0_hat)] + ([colorize_masks(f.mask.float())] if mnum_samples else [])
+        assert (image == image_grid(rows).permute(1, 2, 0).numpy()).all()
+
+
+def test_a_strip_of_one_frame_leaves_no_other_files(tmp_path):
+    draw_strip([frame(0)], tmp_path)
+    assert {path.name for path in contents(tmp_path)} == {"strip.png", "strip.gif"}
+    assert len(list(gif_frames(tmp_path / "strip.gif"))) == 1

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.utils.images import to_float, to_rgb, to_uint8
+from sagl.utils.images import image_grid, save_png, to_float, to_rgb, to_uint8
+from tests.helpers.tiny import read_png
 
 BYTES = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
 
 
-def test_bytes_span_minus_one_to_one_evenly():
+def test_bytes_are_spread_evenly_over_minus_one_to_one():
     x = to_float(BYTES)
     assert x.dtype == torch.float32
     assert (float(x.min()), float(x.max())) == (-1, 1)
@@ -18,30 +19,100 @@ def test_bytes_span_minus_one_to_one_evenly():
     ("value", "byte"),
     [(-1, 0), (1, 255), (0, 127), (-1.7, 0), (3.0, 255), (0.9999, 254), (-0.9922, 0), (-0.992, 1), (0.0040, 128)],
 )
-def test_numbers_are_cut_down_to_bytes_and_clamped(value, byte):
-    got = to_uint8(torch.full((1, 1, 1, 1), float(value)))
-    assert got.dtype == torch.uint8
-    assert int(got) == byte
+def test_floats_are_rounded_down_and_clamped(value, byte):
+    result = to_uint8(torch.full((1, 1, 1, 1), float(value)))
+    assert result.dtype == torch.uint8
+    assert int(result) == byte
 
 
 def test_bytes_are_the_floor_of_the_public_formula():
     x = 3 * torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)) - 1.5
-    want = np.floor(np.clip((x.numpy() + np.float32(1)) * np.float32(127.5), 0, 255)).astype(np.uint8)
-    assert torch.equal(to_uint8(x), torch.from_numpy(want))
+    expected = np.floor(np.clip((x.numpy() + np.float32(1)) * np.float32(127.5), 0, 255)).astype(np.uint8)
+    assert torch.equal(to_uint8(x), torch.from_numpy(expected))
 
 
-def test_the_trip_to_numbers_and_back_loses_at_most_one():
-    """Which is why stored bytes never take it."""
-    lost = BYTES.int() - to_uint8(to_float(BYTES)).int()
-    assert set(lost.flatten().tolist()) <= {0, 1}
+def test_converting_to_float_and_back_changes_a_byte_by_at_most_one():
+    loss = BYTES.int() - to_uint8(to_float(BYTES)).int()
+    assert set(loss.flatten().tolist()) <= {0, 1}
 
 
-def test_grey_images_become_three_equal_channels():
+def test_gray_images_become_three_equal_channels():
     rgb = to_rgb(BYTES)
     assert rgb.shape == (1, 3, 16, 16)
     assert all(torch.equal(rgb[:, k : k + 1], BYTES) for k in range(3))
 
 
-def test_colour_images_stay_as_they_are():
-    colour = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(to_rgb(colour), colour)
+def test_color_images_are_unchanged():
+    color = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(to_rgb(color), color)
+
+
+# --------------------------------------------------------------------------------------------- grids and PNG files
+
+
+def flat(count, first, side=3, channels=3):
+    """Images of one value each: first, first + 1, ..."""
+    values = torch.arange(first, first + count, dtype=torch.uint8)
+    return values[:, None, None, None].expand(count, channels, side, side)
+
+
+def values_of(grid, *, columns, side=3, zoom=2, padding=2):
+    """The value of every cell, row by row; a cell must have one value."""
+    side, step = zoom * side, zoom * side + padding
+    rows = (grid.shape[1] - padding) // step
+    starts = [[(padding + r * step, padding + c * step) for c in range(columns)] for r in range(rows)]
+    cells = [[grid[:, top : top + side, left : left + side] for top, left in row] for row in starts]
+    assert all(int(cell.min()) == int(cell.max()) for row in cells for cell in row)
+    return [[int(cell[0, 0, 0]) for cell in row] for row in cells]
+
+
+def test_images_of_equal_index_are_below_each_other():
+    grid = image_grid([flat(3, 10), flat(3, 20), flat(3, 30)])
+    assert values_of(grid, columns=3) == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+
+
+def test_a_block_of_rows_is_as_wide_as_the_columns_and_filled_up_with_white():
+    grid = image_grid([flat(5, 10), flat(5, 20)], columns=2)
+    expected = [[10, 11], [20, 21], [12, 13], [22, 23], [14, 255], [24, 255]]
+    assert values_of(grid, columns=2) == expected
+
+
+@pytest.mark.parametrize(("side", "columns", "zoom"), [(1, 16, 2), (64, 16, 2), (65, 8, 1), (256, 8, 1)])
+def test_small_images_are_doubled_sixteen_per_row_and_large_ones_unchanged_eight_per_row(side, columns, zoom):
+    grid = image_grid([flat(columns + 1, 10, side, channels=1)])
+    assert grid.shape == (3, 2 * (zoom * side + 2) + 2, columns * (zoom * side + 2) + 2)
+    expected = [list(range(10, 10 + columns)), [10 + columns] + [255] * (columns - 1)]
+    assert values_of(grid, columns=columns, side=side, zoom=zoom) == expected
+
+
+@pytest.mark.parametrize(("width", "zoom"), [(4, 2), (65, 1)])
+def test_enlarging_repeats_every_pixel_in_both_directions(width, zoom):
+    images = torch.randint(0, 256, (2, 3, 3, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grid = image_grid([images], padding=3)
+    assert grid.shape == (3, 3 * zoom + 6, 2 * (width * zoom + 3) + 3)
+    for image, left in zip(images, (3, width * zoom + 6), strict=True):
+        part = grid[:, 3:-3, left : left + width * zoom]
+        assert torch.equal(part, image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    assert int(grid[:, 0].min()) == int(grid[:, :, 0].min()) == 255
+
+
+def test_gray_and_color_rows_can_be_in_one_grid():
+    grid = image_grid([flat(2, 40, channels=1), flat(2, 50)])
+    assert grid.shape[0] == 3
+    assert values_of(grid, columns=2) == [[40, 41], [50, 51]]
+
+
+def test_a_png_contains_every_byte_unchanged(tmp_path):
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    image = torch.cat([image, image.flip(1), image.flip(2)])
+    save_png(image, tmp_path / "a.png")
+    assert (read_png(tmp_path / "a.png") == image.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_software_tag_is_near_the_beginning_of_a_png_and_changes_no_pixel(tmp_path):
+    image = flat(1, 40)[0]
+    save_png(image, tmp_path / "untagged.png")
+    save_png(image, tmp_path / "tagged.png", software="a program")
+    assert b"a program" in (tmp_path / "tagged.png").read_bytes()[:100]
+    assert (read_png(tmp_path / "tagged.png") == read_png(tmp_path / "untagged.png")).all()
+    assert b"tEXt" not in (tmp_path / "untagged.png").read_bytes()

@@ -4,52 +4,51 @@ from types import SimpleNamespace
 import pytest
 
 from sagl.utils import progress
-from sagl.utils.progress import LINES_EVERY_SECONDS, show_progress
+from sagl.utils.progress import LINE_INTERVAL_SECONDS, ProgressReporter
 
 KINDS = ["auto", "bar", "lines", "off"]
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes when it is told."""
+    """A clock that stands still until a test moves it."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 
-def lines_of(clock, capsys, seconds_a_batch, batches=4, batch=5):
-    """The lines that are printed while batches are made."""
-    with show_progress("lines", "guided", batch * batches) as watch:
-        for _ in range(batches):
-            clock.seconds += seconds_a_batch
-            watch.images(batch)
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err.splitlines()
+def printed_lines(clock, capsys, seconds_per_batch, num_batches=4, batch_size=5):
+    with ProgressReporter("guided", batch_size * num_batches, "lines") as reporter:
+        for _ in range(num_batches):
+            clock.seconds += seconds_per_batch
+            reporter.advance(batch_size)
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err.splitlines()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_chain_goes_through_unchanged_and_no_step_ahead(kind):
-    taken = []
-    with show_progress(kind, "guided", 2) as watch:
-        for item in watch.steps((taken.append(k) or k for k in range(3)), 3):
-            assert taken[-1] == item
-        watch.images(2)
-    assert taken == [0, 1, 2]
+def test_steps_are_passed_on_one_at_a_time(kind):
+    produced = []
+    with ProgressReporter("guided", 2, kind) as reporter:
+        for item in reporter.track_steps((produced.append(k) or k for k in range(3)), 3):
+            assert produced[-1] == item
+        reporter.advance(2)
+    assert produced == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chain_that_fails_is_not_hidden(kind):
-    def failing():
+def test_an_error_inside_the_steps_is_passed_on(kind):
+    def failing_steps():
         yield 1
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), show_progress(kind, "guided", 2) as watch:
-        list(watch.steps(failing(), 3))
+    with pytest.raises(ZeroDivisionError), ProgressReporter("guided", 2, kind) as reporter:
+        list(reporter.track_steps(failing_steps(), 3))
 
 
-def test_a_line_says_how_many_how_fast_and_how_long(clock, capsys):
-    assert lines_of(clock, capsys, seconds_a_batch=40.0) == [
+def test_a_line_has_count_rate_and_remaining_time(clock, capsys):
+    assert printed_lines(clock, capsys, seconds_per_batch=40.0) == [
         "guided: 5/20 images, 0.12/s, 120 s left",
         "guided: 10/20 images, 0.12/s, 80 s left",
         "guided: 15/20 images, 0.12/s, 40 s left",
@@ -57,43 +56,43 @@ def test_a_line_says_how_many_how_fast_and_how_long(clock, capsys):
     ]
 
 
-def test_of_quick_batches_the_first_and_the_last_have_a_line(clock, capsys):
-    lines = lines_of(clock, capsys, seconds_a_batch=0.5)
-    assert [line.split()[1] for line in lines] == ["5/20", "20/20"]
+def test_lines_keep_their_interval_except_for_the_first_and_the_last(clock, capsys):
+    lines = printed_lines(clock, capsys, LINE_INTERVAL_SECONDS / 3, num_batches=10, batch_size=1)
+    counts = [int(line.split()[1].split("/")[0]) for line in lines]
+    assert (counts[0], counts[-1]) == (1, 10)
+    assert {b - a for a, b in pairwise(counts[:-1])} == {3}
 
 
-def test_lines_are_no_closer_than_said(clock, capsys):
-    lines = lines_of(clock, capsys, seconds_a_batch=LINES_EVERY_SECONDS / 3, batches=10, batch=1)
-    done = [int(line.split()[1].split("/")[0]) for line in lines]
-    assert done[-1] == 10
-    between = [b - a for a, b in pairwise(done)]
-    assert min(between[:-1]) == max(between[:-1]) == 3
+def test_batches_that_take_no_time_are_no_division_by_zero(clock, capsys):
+    assert "20/20" in printed_lines(clock, capsys, seconds_per_batch=0.0)[-1]
 
 
-def test_batches_that_take_no_time_do_no_harm(clock, capsys):
-    assert lines_of(clock, capsys, seconds_a_batch=0.0)[-1].startswith("guided: 20/20 images")
+def test_bytes_are_shown_in_megabytes_with_the_total_once_it_is_known(clock, capsys):
+    with ProgressReporter("file.pt", kind="lines", unit="bytes") as reporter:
+        for completed, total in ((1_000_000, None), (2_000_000, 4_000_000), (4_000_000, 4_000_000)):
+            clock.seconds += LINE_INTERVAL_SECONDS
+            reporter.update(completed, total)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert ("1.0/?" in first, "2.0/4.0 MB" in second, "4.0/4.0 MB" in last) == (True, True, True)
 
 
-def test_off_says_nothing(capsys):
-    with show_progress("off", "guided", 5) as watch:
-        watch.images(5)
+def test_off_prints_nothing(capsys):
+    with ProgressReporter("guided", 5, "off") as reporter:
+        reporter.advance(5)
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("kind", "terminal", "bar"), [("auto", True, True), ("auto", False, False), ("bar", False, True)]
-)
-def test_auto_is_a_bar_on_a_terminal_and_lines_elsewhere(kind, terminal, bar, monkeypatch):
-    monkeypatch.setattr(progress.Console, "is_terminal", terminal)
-    with show_progress(kind, "guided", 5) as watch:
-        assert isinstance(watch, progress.RichProgress if bar else progress.LogProgress)
+@pytest.mark.parametrize(("is_terminal", "kind"), [(True, "bar"), (False, "lines")])
+def test_auto_is_a_bar_on_a_terminal_and_lines_elsewhere(is_terminal, kind, monkeypatch):
+    monkeypatch.setattr(progress.Console, "is_terminal", is_terminal)
+    assert ProgressReporter("guided", 5, "auto").kind == kind
 
 
-def test_the_bars_count_images_outside_and_the_steps_of_each_chain_inside():
-    with show_progress("bar", "guided", 6) as watch:
-        outer, inner = watch.bars.tasks
-        for chain in range(2):
-            for step, _ in enumerate(watch.steps(iter(range(4)), 4)):
-                assert (inner.completed, inner.total) == (step + 1, 4)
-            watch.images(3)
-            assert (outer.completed, outer.total, outer.description) == (3 * chain + 3, 6, "guided")
+def test_the_bars_show_the_images_and_the_steps_of_the_current_batch():
+    with ProgressReporter("guided", 6, "bar") as reporter:
+        for batch in range(2):
+            for step, _ in enumerate(reporter.track_steps(iter(range(4)), 4)):
+                images, steps = reporter._bars.tasks
+                assert (steps.completed, steps.total) == (step + 1, 4)
+            reporter.advance(3)
+            assert (images.completed, images.total, images.description) == (3 * batch + 3, 6, "guided")

@@ -1,0 +1,311 @@
+"""Configuration of `sagl sample`: flags before YAML before recommendations of the weight file before defaults."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sagl.commands._parser import Parser, field_names, from_namespace, suggest
+from sagl.errors import UserError, require
+from sagl.guidance.registry import GUIDANCES
+from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
+from sagl.models.zoo import (
+    DEFAULT_CHECKPOINT,
+    DEFAULT_CLASSIFIER,
+    DEFAULT_MODEL,
+    RELEASED,
+    UNET_NAMES,
+    get_unet_settings,
+    name_from_filename,
+)
+from sagl.sampling.run import EXPORTS, SampleConfig
+from sagl.settings.diffusion import DiffusionSettings, LossSettings
+from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
+from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
+from sagl.utils.files import packaged_configs
+from sagl.utils.progress import ProgressKind
+
+SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
+SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
+"""Top-level keys of a config for `sagl sample`."""
+TRAINING_KEYS = {"model", "trainer", "data", "preview", "seed_everything", *field_names(CheckpointSettings)}
+TRAINING_KEYS |= {"output", "resume", "ckpt_path", "weights_only"}
+"""Other top-level keys: those for `sagl fit`. `model` and `trainer` are read in part."""
+MODEL_GROUPS = {
+    "network": UNetSettings,
+    "classifier": ClassifierSettings,
+    "diffusion": DiffusionSettings,
+    "loss": LossSettings,
+    "optimizer": OptimizerSettings,
+    "blur_aware": BlurAwareSettings,
+}
+"""Groups of settings below `model`."""
+MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "freeze", "max_nonfinite_batches", "seed"}
+
+
+def sample_parser() -> Parser:
+    """Build the parser of `sagl sample`; the help texts are the docstrings of the settings' fields."""
+    p = Parser("sample", "Sample images from a diffusion model, with or without guidance.")
+    p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
+    p.add_argument("--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}.")
+    p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
+    p.add_argument("--weights", type=str, default=None, help="Weights of a .ckpt: ema (default), ema:DECAY or raw.")
+    p.add_argument("--output", type=str, default="samples", help="Run folder.")
+    p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
+    p.add_argument("--exports", type=str, default="", help=f"Further exports of the images: {','.join(EXPORTS)}.")
+    p.add_argument("--progress", type=ProgressKind, default="auto", help="auto: a bar on a terminal, else lines.")
+    p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
+    p.add_settings(RunSettings)
+    p.add_settings(SamplerSettings)
+    for group, cls in _groups().items():
+        p.add_settings(cls, group)
+    return p
+
+
+def _groups() -> dict[str, type]:
+    """Return the settings classes of the groups of flags."""
+    return {**{name: entry.settings_class for name, entry in GUIDANCES.items()}, "trainer": DeviceSettings}
+
+
+def parse_sample_config(arguments: list[str]) -> SampleConfig:
+    """Resolve a command line of `sagl sample`.
+
+    Raises:
+        UserError: a flag, the config or the recommendation of the weight file is invalid.
+    """
+    p = sample_parser()
+    flags = p.parse(arguments)
+    for name in ("config", "model", "checkpoint", "output"):
+        require(flags[name] != "", f"`{name}` must not be empty.")
+    config = {} if flags.config is None else read_config(flags.config)
+    model, sampling = model_settings(config), sampling_settings(config)
+    require(
+        "classifier" not in model,
+        f"`config` must describe a diffusion model, and {flags.config} describes a classifier. Classifiers go into "
+        "`classifier.checkpoint`.",
+    )
+    network = resolve_network(
+        flags.model or model.get("network"),
+        flags.checkpoint or sampling.get("checkpoint"),
+        model.get("diffusion"),
+        flags.weights or sampling.get("weights") or "ema",
+    )
+    set_recommended_defaults(p, recommended_settings(network["model"], network["checkpoint"]))
+    _set_defaults(p, sampling, f"`config` {flags.config}: ")
+    flags = p.parse(arguments)
+    guidances = {
+        name: _default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
+        for name, entry in GUIDANCES.items()
+    }
+    return SampleConfig(
+        **network,
+        output=Path(flags.output),
+        compare=flags.compare,
+        exports=tuple(name.strip() for name in flags.exports.strip("[]").split(",") if name.strip()),
+        run=from_namespace(RunSettings, flags),
+        sampler=from_namespace(SamplerSettings, flags),
+        guidances=guidances,
+        devices=from_namespace(DeviceSettings, flags.trainer, "trainer."),
+        progress=flags.progress,
+        dry_run=flags.dry_run,
+    )
+
+
+def _default_classifier(guidance: GuidanceSettings, model: str | None) -> GuidanceSettings:
+    """Let the classifier in the package guide the network in the package, unless another one is set."""
+    if isinstance(guidance, ClassifierGuidance) and guidance.scale and model == DEFAULT_MODEL:
+        return replace(guidance, checkpoint=guidance.checkpoint or DEFAULT_CLASSIFIER)
+    return guidance
+
+
+# ------------------------------------------------------------------------------------------------------ network
+
+
+def resolve_network(
+    model: str | UNetSettings | None, checkpoint: str | None, diffusion: DiffusionSettings | None, weights: str
+) -> dict[str, Any]:
+    """Resolve a network that is given by name, by settings or by file to the fields of `SampleConfig`.
+
+    Raises:
+        UserError: the name or file does not exist, or only settings or only weights are given.
+    """
+    path = None if checkpoint is None else Path(checkpoint)
+    require(path is None or path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
+    require(path is None or os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")
+    require(
+        weights == "ema" or (path is not None and path.suffix == ".ckpt"),
+        f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
+    )
+    metadata = {} if path is None else read_metadata(path)
+    require(
+        not isinstance(model, UNetSettings) or path is not None,
+        "`model.network` describes a network without weights. Set `checkpoint`, or leave out `config` and set `model` "
+        f"to one of {', '.join(UNET_NAMES)}.",
+    )
+    if model is None:
+        model = DEFAULT_MODEL if path is None else None if metadata else _name_of_file(path)
+    name = model if isinstance(model, str) else None
+    fields: dict[str, Any] = {"model": name, "checkpoint": path, "weights": weights}
+    if name == DEFAULT_MODEL:
+        return fields | {"checkpoint": path or DEFAULT_CHECKPOINT, "network": None, "diffusion": None}
+    network, released_diffusion = get_unet_settings(name) if name else (model, None)
+    if metadata and path is not None and isinstance(network, UNetSettings):
+        check_same_network(network, settings_from_metadata(metadata, path)[0], path)
+        network = None
+    return fields | {"network": network, "diffusion": diffusion or released_diffusion}
+
+
+def recommended_settings(model: str | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the sampling settings that the weight file or the config of a released network recommends."""
+    if checkpoint is not None and (recommended := read_metadata(checkpoint).get("recommended")):
+        return dict(recommended)
+    config = RELEASED[model].config if model in RELEASED else None
+    return sampling_settings(read_config(config)) if config else {}
+
+
+def _name_of_file(path: Path) -> str | None:
+    """Return the released network that a .pt file belongs to; None for training checkpoints, which have settings."""
+    if path.suffix != ".pt":
+        return None
+    name = name_from_filename(path)
+    require(
+        name is not None,
+        f"`checkpoint` {path} does not identify its network. Set `model` to one of {', '.join(UNET_NAMES)}, or "
+        "`config` to a file with model.network.",
+    )
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------- config
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Read a config by its path, or a packaged one by its name.
+
+    Raises:
+        UserError: it does not exist, or is not a mapping.
+    """
+    path = packaged_config(name)
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"`config` {path} is not readable YAML: {str(error).splitlines()[0]}.") from error
+    require(isinstance(config, dict), f"`config` {path} must be a mapping of settings, got {config!r:.60}.")
+    return dict(config)
+
+
+def packaged_config(name: str) -> Path:
+    """Return the path of a config: `name` itself if it is a file, else the packaged config of this name.
+
+    Raises:
+        UserError: neither exists.
+    """
+    packaged = sorted(path.stem for path in packaged_configs().glob("*.yaml"))
+    path = Path(name) if Path(name).is_file() or name not in packaged else packaged_configs() / f"{name}.yaml"
+    if not path.is_file():
+        listed = ", ".join(packaged)
+        raise UserError(f"`config` must be a .yaml file or one of {listed}, got {name}.{suggest(name, packaged)}")
+    return path
+
+
+def sampling_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config that `sagl sample` reads, in the form of its flags.
+
+    Raises:
+        UserError: a key is unknown, or a group is not a mapping.
+    """
+    for key in config:
+        known = SAMPLING_KEYS | TRAINING_KEYS
+        require(key in known, f"a config has no setting {key!r}.{suggest(str(key), known)}")
+    for group in ("trainer", "data", "model"):
+        value = config.get(group) or {}
+        require(isinstance(value, dict), f"`{group}` in a config must be a mapping of settings, got {value!r:.60}.")
+    empty_groups = {key for key in GUIDANCES if config.get(key) is None}
+    settings = {key: value for key, value in config.items() if key in SAMPLING_KEYS - empty_groups}
+    compare = settings.get("compare", False)
+    require(isinstance(compare, bool), f"`compare` must be true or false, got {compare}.")
+    settings |= {key: _to_text(settings[key]) for key in ("labels", "respacing", "exports") if key in settings}
+    devices = dict(_device_settings(config.get("trainer") or {}))
+    return settings | ({"trainer": devices} if devices else {})
+
+
+def _device_settings(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a config's `trainer` that sampling shares with training.
+
+    Raises:
+        UserError: a key is similar to one of them.
+    """
+    names = field_names(DeviceSettings)
+    for key, value in trainer.items():
+        similar = get_close_matches(str(key), names, n=1, cutoff=0.8)
+        require(
+            key in names or not similar,
+            f"there is no setting 'trainer.{key}'. Did you mean trainer.{similar and similar[0]}?",
+        )
+        is_mixed = key == "precision" and str(value).endswith("-mixed")  # for training only
+        if key in names and value is not None and not is_mixed:
+            yield key, _to_text(value) if key == "devices" else value
+
+
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings objects of a config's `model`; network and classifier may be names instead.
+
+    Raises:
+        UserError: a key is unknown, or a value is invalid.
+    """
+    model = config.get("model") or {}
+    require(isinstance(model, dict), f"`model` in a config must be a mapping, got {model!r:.60}.")
+    for key in model:
+        known = [f"model.{name}" for name in sorted(MODEL_KEYS)]
+        require(key in MODEL_KEYS, f"there is no setting 'model.{key}'.{suggest(f'model.{key}', known)}")
+    return {
+        name: model[name] if isinstance(model[name], str) else _build_group(cls, model[name], name)
+        for name, cls in MODEL_GROUPS.items()
+        if model.get(name) is not None
+    }
+
+
+def _build_group(cls: type, values: Any, name: str) -> Any:  # noqa: ANN401 (a mapping -> an instance of cls)
+    require(isinstance(values, dict), f"`model.{name}` must be a mapping of settings, got {values!r:.60}.")
+    p = Parser("sample", name)
+    p.add_class_arguments(cls, f"model.{name}")
+    return from_namespace(cls, p.parse_object({"model": {name: values}}).model[name])
+
+
+def _to_text(value: object) -> str:
+    """Write a value as its flag is written: 250 -> "250", [0, 7] -> "0,7", None -> "null"."""
+    return ",".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------- defaults
+
+
+def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any]) -> None:
+    """Make recommended settings the defaults of the parser of `sagl sample`.
+
+    Raises:
+        UserError: they are not settings of `sagl sample`.
+    """
+    _set_defaults(p, dict(recommended), f"`recommended` must be settings of sagl sample, got {dict(recommended)}: ")
+
+
+def _set_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
+    """Check settings and make them the parser's defaults; messages begin with `source`."""
+    try:
+        for group in _groups():
+            value = values.get(group, {})
+            require(isinstance(value, dict), f"`{group}` must be a mapping of settings, got {value!r}.")
+        namespace = p.parse_object(values)
+        from_namespace(RunSettings, namespace)
+        from_namespace(SamplerSettings, namespace)
+        for group, cls in _groups().items():
+            from_namespace(cls, namespace[group], f"{group}.")
+    except UserError as error:
+        raise UserError(f"{source}{error}") from error
+    p.set_defaults(values)

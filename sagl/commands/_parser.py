@@ -1,0 +1,201 @@
+"""Parsers of the commands: settings classes as flags, a short help, and errors of one line."""
+
+import re
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+
+from sagl.errors import UserError
+
+TYPE_NAMES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "list": "a list like [a,b]",
+}
+"""Types as error messages call them."""
+INTERVAL_HINT = "two fractions like 0.5,1.0: from the noisiest step (0) to the cleanest (1)"
+
+
+class ShortHelpFormatter(DefaultHelpFormatter):
+    """Help in two columns with defaults; types are left out, because the help texts name them where needed."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=118)  # type: ignore[no-untyped-call]
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text  # an epilog is formatted already
+
+    def _get_type_str(self, action: Any) -> None:  # noqa: ANN401 (argparse's own)
+        return None
+
+    def _get_help_string(self, action: Any) -> str:  # noqa: ANN401
+        text = super()._get_help_string(action)
+        return text.removesuffix(" (default: %(default)s)") if action.default in (None, False, "") else text
+
+
+class Parser(ArgumentParser):
+    """Parser of one command. It raises `UserError` with a message of one line.
+
+    Args:
+        command: name of the command.
+        description: first line of the help.
+        epilog: last lines of the help, as they are.
+        options: further arguments, with which jsonargparse builds the parsers of nested classes.
+    """
+
+    def __init__(self, command: str = "", description: str = "", epilog: str = "", **options: Any) -> None:  # noqa: ANN401
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        defaults = {
+            "prog": f"sagl {command}",
+            "usage": f"sagl {command} [options]",
+            "formatter_class": ShortHelpFormatter,
+        }
+        defaults |= {"description": description, "epilog": epilog, "exit_on_error": False, "allow_abbrev": False}
+        super().__init__(**{**defaults, **options})
+        # argparse takes -1e3, -inf and -nan for options otherwise
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+|\.?inf|\.?nan)([eE][-+]?\d+)?$")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UserError` in place of jsonargparse's message."""
+        names = [action.dest for action in self._actions if action.dest != "help" and action.help != SUPPRESS]
+        raise UserError(format_error(message, names)) from ex
+
+    @property
+    def options(self) -> list[str]:
+        """Flags that the help shows."""
+        return [option for option, action in self._option_string_actions.items() if action.help != SUPPRESS]
+
+    def add_settings(self, cls: type, group: str | None = None) -> None:
+        """Add the fields of a settings class as flags, as `--group.field` if a group is given."""
+        self.add_class_arguments(cls, group, as_group=True)
+        if group:
+            self._option_string_actions[f"--{group}"].help = SUPPRESS  # would read the group from a file, as --config
+
+    def parse(self, arguments: list[str]) -> Namespace:
+        """Parse a command line.
+
+        Raises:
+            UserError: an option is unknown, or a value has the wrong type.
+        """
+        return self.parse_args(parse_interval_arg(arguments))
+
+
+def parse_interval_arg(arguments: Iterable[str]) -> list[str]:
+    """Put intervals into brackets: --sag.interval 0.5,1 -> --sag.interval [0.5,1]."""
+    result: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.rpartition("=") if "=" in argument else ("", "", argument)
+        name = flag or (result[-1] if result else "")
+        is_interval = re.fullmatch(r"--\w+\.interval", name) and re.fullmatch(r"[^,\[]+,[^,]+", value)
+        result.append(f"{flag}{equals}[{value}]" if is_interval else argument)
+    return result
+
+
+def from_namespace(cls: type, values: Namespace, group: str = "") -> Any:  # noqa: ANN401 (an instance of cls)
+    """Build a settings object from parsed values; `group` with its dot is the prefix of the names in errors."""
+    return cls(**{field.name: _convert(field, values[field.name], group) for field in fields(cls)})
+
+
+def _convert(field: "Field[Any]", value: Any, group: str) -> Any:  # noqa: ANN401
+    """Convert integers to floats where the field is one, and refuse null where the field does not allow it."""
+    type_name, name = str(getattr(field.type, "__name__", field.type)), f"{group}{field.name}"
+    if value is None and "None" not in str(field.type):
+        raise UserError(f"`{name}` must be {_allowed(name, repr(type_name))}, got null.")
+    try:
+        return float(value) if type_name == "float" and isinstance(value, int) else value
+    except OverflowError as error:
+        raise UserError(f"`{name}` must fit a float, got an integer of {value.bit_length()} bits.") from error
+
+
+def field_names(cls: type) -> list[str]:
+    """Return the names of a settings class's fields."""
+    return [field.name for field in fields(cls)]
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """Return " Did you mean …?" with the most similar candidate, or an empty string if none is similar."""
+    candidates = list(candidates)
+    by_last_part = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+    similar = get_close_matches(name, candidates, n=1, cutoff=0.6) or [
+        by_last_part[part] for part in get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.7)
+    ]
+    return f" Did you mean {similar[0]}?" if similar else ""
+
+
+# --------------------------------------------------------------------------------------------- error messages
+
+
+def format_error(message: str, names: list[str]) -> str:
+    """Rewrite a message of argparse or jsonargparse, which have no structured errors, as one line for users.
+
+    Args:
+        message: the message.
+        names: names of all settings, for suggestions.
+    """
+    line = " ".join(message.split())
+    for pattern, rewrite in _REWRITES.items():
+        if match := re.search(pattern, line):
+            return rewrite(names, *match.groups())
+    return line
+
+
+def _unknown_option(names: list[str], argument: str) -> str:
+    flag = argument.split("=")[0]
+    hint = suggest(flag.lstrip("-"), names).replace(" mean ", " mean --")
+    return f"there is no option {flag!r}.{hint} --help lists all."
+
+
+def _unknown_setting(names: list[str], *parts: str) -> str:
+    name = ".".join(parts)
+    return f"there is no setting {name!r}.{suggest(name, names)}"
+
+
+def _wrong_type(names: list[str], name: str, expected: str, value: str) -> str:
+    return f"`{name}` must be {_allowed(name, expected)}, got {value or 'nothing'}."
+
+
+def _missing_options(names: list[str], missing: str) -> str:
+    hint = " A --config has them: lsun_cat, or a .yaml file of yours." if "data" in missing else ""
+    return f"{missing} must be given.{hint} --help lists all options."
+
+
+def _allowed(name: str, expected: str) -> str:
+    """Describe the allowed values from the expected types in jsonargparse's message."""
+    if name.endswith(".interval"):
+        return INTERVAL_HINT
+    if choices := re.search(r"Literal\[(.+?)\]", expected):
+        return "one of " + ", ".join(choice.strip(" '\"") for choice in choices[1].split(","))
+    types = [TYPE_NAMES[word] for word in re.findall(r"'(\w+)'", expected) if word in TYPE_NAMES]
+    return " or ".join(dict.fromkeys(types)) or expected
+
+
+_REWRITES: dict[str, Callable[..., str]] = {
+    r"Parser key \"(.+?)\": .* Subtypes: \[<class 'sagl\.settings\..+? Errors: - (.+?) - Expected": (
+        lambda names, name, error: f"{name}: {error}"
+    ),
+    r"NestedArg\(key='(.+?)'": (
+        lambda names, name: f"there is no option with {name!r} on the command line: a --config can have it."
+    ),
+    r"unrecognized arguments:$": lambda names: "there is an empty argument. --help lists all options.",
+    r"unrecognized arguments: (\S+)": _unknown_option,
+    r"Group '(.+?)' does not accept option '(.+?)'": _unknown_setting,
+    r"Option '(.+?)' is not accepted": _unknown_setting,
+    r'Parser key "(.+?)": (.+?)\.? Got value:\s?(.*)$': _wrong_type,
+    r'Parser key "(.+?)": Does not validate .*? Subtypes: \[(.+?)\] .*Given value:\s?(.*)$': _wrong_type,
+    r"argument (\S+): ignored explicit argument (.+)$": (
+        lambda names, flag, value: f"{flag} takes no value, got {value}."
+    ),
+    r'Parser key "(.+?)": Unable to load config (?:.+?)(?: |$)': (
+        lambda names, name: f"there is no option '--{name}'. --config reads a file; --help lists all."
+    ),
+    r"arguments are required: (.+)$": _missing_options,
+    r"argument (\S+): expected one argument": lambda names, flag: f"{flag} needs a value. --help says which.",
+}
+"""Patterns of messages -> a function of the settings' names and the pattern's groups."""

@@ -1,0 +1,16 @@
+"""Subcommands: the module of each, and one line of help."""
+
+SUBCOMMANDS = {
+    "sample": ("sagl.commands.sample", "sample images from a diffusion model, with or without guidance"),
+    "fit": ("sagl.commands.fit", "train a diffusion model or a classifier"),
+    "validate": ("sagl.commands.validate", "loss and bits/dim of a network on validation images"),
+    "test": ("sagl.commands.test", "the same on images used neither for training nor for validation"),
+    "shard": ("sagl.commands.shard", "write images as WebDataset shards, to train on"),
+    "evaluate": ("sagl.commands.evaluate", "FID, sFID, IS, precision, recall and KID of images"),
+    "statistics": ("sagl.commands.statistics", "write the statistics of reference images to a file"),
+    "compare": ("sagl.commands.compare", "compare runs: settings, metrics, images of equal ids"),
+    "convert": ("sagl.commands.convert", "convert a network to safetensors or diffusers"),
+    "doctor": ("sagl.commands.doctor", "show what this machine has, and what is missing"),
+    "completion": ("sagl.commands.completion", "print the completion script of a shell"),
+    "export": ("sagl.commands.export", "write a grid, images or an npz file from a run's shards"),
+}

@@ -1,0 +1,359 @@
+"""A sampling run: its configuration, and the folder that its images go into.
+
+torch is imported inside the functions that compute, so that a request can be refused before it is loaded.
+"""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sagl.errors import require
+from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.sampling.run_folder import (
+    check_same_run,
+    count_images,
+    is_run,
+    list_shards,
+    missing_batches,
+    read_run_json,
+    remove_damaged,
+    remove_partial,
+    remove_superseded,
+    write_run_json,
+    write_shard,
+)
+from sagl.settings.compatibility import check_compatible, check_labels
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings, micro_batches
+from sagl.utils.distributed import num_processes, require_launcher, select_device
+from sagl.utils.environment import available_bytes, default_precision, set_threads
+from sagl.utils.files import cache_folder, require_writable, sha256
+from sagl.utils.progress import ProgressKind, ProgressReporter
+from sagl.utils.run_lock import lock_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from sagl.models.checkpoints import Checkpoint
+    from sagl.sampling.pipeline import SamplingPipeline
+
+EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
+"""Exports and the files that they write."""
+DEFAULT_EXPORTS = ("grid", "images", "npz")
+MAX_DEFAULT_EXPORTS = 1000
+"""Runs with more images than this write only the exports that are asked for."""
+LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
+"""Libraries whose versions are recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Everything that a sampling run needs, resolved once from command line, config, weight file and defaults."""
+
+    model: str | None
+    """Name of a pretrained network; None for a network that only `checkpoint` identifies."""
+    checkpoint: Path | None
+    """Weight file; None stands for that of `model`, which is downloaded if necessary."""
+    weights: str
+    """Weights of a training checkpoint: ema, ema:DECAY or raw."""
+    network: UNetSettings | None
+    """Network settings; None if the weight file contains them."""
+    diffusion: DiffusionSettings | None
+    """Diffusion process of training; None if the weight file contains it."""
+    output: Path
+    """Run folder."""
+    compare: bool
+    """Whether to sample without guidance as well, and to keep the masks."""
+    exports: tuple[str, ...]
+    """Exports to write in addition to the default ones."""
+    run: RunSettings
+    sampler: SamplerSettings
+    guidances: Mapping[str, GuidanceSettings]
+    """Settings of all guidance methods by name."""
+    devices: DeviceSettings
+    progress: ProgressKind = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a comparison with nothing, and exports that do not exist."""
+        is_guided = any(guidance.scale for guidance in self.guidances.values())
+        require(not self.compare or is_guided, "`compare` needs guidance, and all scales are 0. Set `sag.scale`.")
+        for name in self.exports:
+            require(name in EXPORTS, f"`exports` must be among {', '.join(EXPORTS)}, got {name!r}.")
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """All settings that decide an image."""
+        run = {name: value for name, value in asdict(self.run).items() if name not in ("num_samples", "batch_size")}
+        return {
+            "compare": self.compare,
+            **run,
+            **asdict(self.sampler),
+            **{name: asdict(guidance) for name, guidance in self.guidances.items()},
+            "precision": self.devices.precision,
+            "weights": self.weights,
+            **({"compile": True} if self.devices.compile else {}),
+        }
+
+    @property
+    def batches(self) -> list[range]:
+        """Ids of the samples that each micro-batch contributes to the run."""
+        first, end = self.run.first_id, self.run.first_id + self.run.num_samples
+        return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in micro_batches(self.run)]
+
+
+@dataclass(kw_only=True)
+class SamplingRun:
+    """A run folder and what is to be sampled into it. Rank 0 opens it and sends it to the other ranks."""
+
+    config: SampleConfig
+    """With precision and batch size decided."""
+    checkpoint: Path
+    network: UNetSettings
+    metadata: dict[str, Any]
+    """Content of run.json."""
+
+    @classmethod
+    def open(cls, config: SampleConfig, command: str = "") -> "SamplingRun":
+        """Check a configuration against the weights, the machine and the content of the folder; write nothing.
+
+        Args:
+            config: the configuration.
+            command: command line to record.
+
+        Raises:
+            UserError: two of them are incompatible.
+        """
+        require_launcher(config.devices)
+        if not is_run(config.output):  # exports of a finished run are the only files that need no writable folder
+            require_writable(config.output)
+        network, diffusion = _read_settings(config)
+        check_compatible(network, diffusion, config.guidances)
+        check_labels(config.run, network, config.guidances)
+        _check_respacing(config.sampler.respacing, diffusion)
+        checkpoint = config.checkpoint or _download(config.model)
+        metadata = read_run_json(config.output)
+        config = _choose_precision(config, metadata)
+        settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
+        if config.network is not None:  # the weight file does not contain them
+            settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
+        check_same_run(config.output, settings)
+        config = _choose_batch_size(config, network, metadata)
+        metadata = {
+            "settings": settings,
+            "num_samples": max(config.run.num_samples, metadata.get("num_samples", 0)),
+            "batch_size": config.run.effective_batch_size,
+            "threads": metadata.get("threads"),
+            "model": config.model,
+            "checkpoint": str(checkpoint.resolve()),
+            "nfe": metadata.get("nfe", 0),
+            "seconds": metadata.get("seconds", 0.0),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            "command": command,
+            "exports": metadata.get("exports", {}),
+        }
+        return cls(config=config, checkpoint=checkpoint, network=network, metadata=metadata)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.output
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the folder for this command, unless it is a run that cannot be written to.
+
+        Raises:
+            UserError: another command holds it.
+        """
+        read_only = is_run(self.folder) and not os.access(self.folder, os.W_OK)
+        return nullcontext() if read_only else lock_folder(self.folder)
+
+    def missing_batches(self) -> list[Sequence[int]]:
+        """Return the ids of every micro-batch that is not in the folder yet."""
+        return missing_batches(self.folder, self.config.batches)
+
+    def count_sampled(self, batches: Sequence[Sequence[int]]) -> int:
+        """Return how many images of these micro-batches are in the folder."""
+        shards = list_shards(self.folder)
+        return sum(len(ids) for ids in batches if (ids[0], ids[-1]) in shards)
+
+    def prepare_folder(self, batches: Sequence[Sequence[int]]) -> None:
+        """Remove what an earlier command left unfinished, and record the number of threads.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        require_writable(self.folder)
+        remove_partial(self.folder)
+        remove_damaged(self.folder, batches)
+        threads, old_threads = set_threads(num_processes(self.config.devices)[0]), self.metadata["threads"]
+        if old_threads not in (None, threads):
+            print(
+                f"{self.folder} was sampled with {old_threads} threads per process, and this command uses {threads}: "
+                "new images may differ from those of one command in the last bits."
+            )
+        self.metadata |= {"threads": old_threads or threads, "exports": {}}
+
+    def build_pipeline(self, device: "torch.device") -> "SamplingPipeline":
+        """Load the weights and build the pipeline.
+
+        Raises:
+            UserError: the weights cannot be read, or do not fit the settings.
+        """
+        from sagl.models.checkpoints import build_network, cast_weights
+        from sagl.sampling.pipeline import build_pipeline
+
+        config = self.config
+        checkpoint = _read_checkpoint(config, self.checkpoint)
+        assert config.devices.precision != "auto"
+        network = cast_weights(build_network(checkpoint), config.devices.precision, device)
+        if config.devices.compile:
+            network.compile(dynamic=False)  # all micro-batches have the same size
+        return build_pipeline(network, checkpoint.diffusion, config.sampler, config.guidances)
+
+    def sample_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> None:
+        """Sample the micro-batch that contains these ids, and write theirs as a shard.
+
+        Raises:
+            UserError: an image is not finite, or the shard cannot be written.
+        """
+        from sagl.sampling.batch import sample_batch
+
+        samples = sample_batch(pipeline, self.config.run, ids, progress, compare=self.config.compare)
+        if not is_run(self.folder):  # a run that never gets an image leaves no folder behind
+            write_run_json(self.folder, self.metadata | {"nfe": pipeline.nfe})
+        write_shard(self.folder, samples)
+
+    def record_batch(self, pipeline: "SamplingPipeline", seconds: float) -> None:
+        """Add the process time of a micro-batch to run.json, and delete shards that it replaces; for rank 0."""
+        remove_superseded(self.folder)
+        self.metadata |= {"nfe": pipeline.nfe, "seconds": round(self.metadata["seconds"] + seconds, 2)}
+        write_run_json(self.folder, self.metadata)
+
+    # ------------------------------------------------------------------------------------------------- exports
+
+    def missing_exports(self) -> list[str]:
+        """Return the exports that were not made from all images in the folder."""
+        count = count_images(self.folder)
+        requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= MAX_DEFAULT_EXPORTS else ())}
+        return [name for name in EXPORTS if name in requested and self.metadata["exports"].get(name) != count]
+
+    def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
+        """Write the missing exports, and record them in run.json.
+
+        Args:
+            pipeline: for the denoising strip; None: it is built if a strip is missing.
+
+        Raises:
+            UserError: a shard is damaged, or a file cannot be written.
+        """
+        from sagl.sampling.exports import npz_name, write_grid, write_images, write_npz, write_strip
+
+        folder, count = self.folder, count_images(self.folder)
+        for name in self.missing_exports():
+            if name == "grid":
+                write_grid(folder, folder / "grid.png")
+            elif name == "images":
+                write_images(folder, folder / "images")
+            elif name == "npz":
+                for older in folder.glob("samples_*.npz"):
+                    older.unlink()
+                write_npz(folder, folder / npz_name(folder, count), count)
+            else:
+                pipeline = pipeline or self.build_pipeline(select_device(self.config.devices))
+                write_strip(pipeline, self.config.run, folder)
+            self.metadata["exports"][name] = count
+            write_run_json(folder, self.metadata)
+
+
+# ------------------------------------------------------------------------------------- weights and choices
+
+
+def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings]:
+    """Return the settings of network and process; reads weights only if they are in a training checkpoint."""
+    if config.network is not None:
+        return config.network, config.diffusion or DiffusionSettings()
+    assert config.checkpoint is not None
+    if metadata := read_metadata(config.checkpoint):
+        settings, diffusion = settings_from_metadata(metadata, config.checkpoint)
+    else:
+        checkpoint = _read_checkpoint(config, config.checkpoint)
+        settings, diffusion = checkpoint.model_settings, checkpoint.diffusion
+    require(
+        isinstance(settings, UNetSettings),
+        f"`checkpoint` must be a diffusion model, and {config.checkpoint} is a classifier. Classifiers go into "
+        "`classifier.checkpoint`.",
+    )
+    assert isinstance(settings, UNetSettings)
+    return settings, diffusion
+
+
+def _read_checkpoint(config: SampleConfig, path: Path) -> "Checkpoint":
+    from sagl.models.checkpoints import read_checkpoint
+
+    return read_checkpoint(path, config.weights, config.network, config.diffusion)
+
+
+def _download(model: str | None) -> Path:
+    from sagl.models.loading import download_pretrained
+
+    assert model is not None
+    return download_pretrained(model)
+
+
+def _sha256(path: Path) -> str:
+    from sagl.utils.digest_cache import cached_sha256
+
+    return cached_sha256(path) if path.is_relative_to(cache_folder()) else sha256(path)
+
+
+def _check_respacing(respacing: str, diffusion: DiffusionSettings) -> None:
+    from sagl.diffusion.respacing import respaced_timesteps
+
+    respaced_timesteps(respacing, diffusion.num_timesteps)
+
+
+def _choose_precision(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
+    """Replace the precision auto by that of the folder, or by the fastest one of the device."""
+    devices = config.devices
+    if devices.precision != "auto":
+        return config
+    precision = metadata.get("settings", {}).get("precision") or default_precision(select_device(devices))
+    return replace(config, devices=replace(devices, precision=precision))
+
+
+def _choose_batch_size(config: SampleConfig, network: UNetSettings, metadata: Mapping[str, Any]) -> SampleConfig:
+    """Replace a missing batch size by that of the folder, or by one that suits image size and memory.
+
+    Raises:
+        UserError: the folder has another one.
+    """
+    run, old = config.run, metadata.get("batch_size")
+    require(
+        old is None or run.batch_size in (None, old),
+        f"`output` contains a run with batch_size {old}, got {run.batch_size}. Leave it out, or choose another folder.",
+    )
+    return replace(config, run=replace(run, batch_size=run.batch_size or old or _default_batch_size(config, network)))
+
+
+def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
+    """Return up to 64; on a CPU at most what suits its caches, and never more than three quarters of memory hold."""
+    from sagl.models.checkpoints import DTYPES
+    from sagl.models.memory import estimate_memory
+
+    assert config.devices.precision != "auto"
+    device = select_device(config.devices)
+    size = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
+    free_bytes = available_bytes(device)
+    if free_bytes is not None:
+        weight_bytes, image_bytes = estimate_memory(network, DTYPES[config.devices.precision])
+        share = free_bytes // (num_processes(config.devices)[0] if device.type == "cpu" else 1)
+        size = min(size, max(1, (share * 3 // 4 - weight_bytes) // image_bytes))
+    return min(config.run.num_samples, size)
