@@ -21,7 +21,7 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)
 
 
-@pytest.mark.parametrize("name", ["docs/extending.md", "docs/python.md"])
+@pytest.mark.parametrize("name", ["docs/python.md"])
 def test_python_on_the_page_runs(name, tmp_path):
     code = blocks(ROOT / name, "python")
     assert code
