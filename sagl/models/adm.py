@@ -126,14 +126,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C', H', W')."""
-        h = self.in_layers[-1](self.resample(self.in_layers[:-1](x)))
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
         emb_out = self.emb_layers(emb)
+        norm, activation, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = self.out_layers[1:](self.out_layers[0](h, scale, shift))
+            h = norm(h, scale, shift)
         else:
-            h = self.out_layers(h + emb_out[:, :, None, None].to(h.dtype))
-        return h.add_(self.skip_connection(self.resample(x)))
+            h = norm(h + emb_out[:, :, None, None].to(h.dtype))
+        return conv(dropout(activation(h))).add_(self.skip_connection(self.resample(x)))
 
 
 class AttentionBlock(nn.Module):

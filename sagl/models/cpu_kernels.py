@@ -52,6 +52,9 @@ def _use_kernel(x: Tensor) -> bool:
 CHUNK = 2**19
 """Elements whose moments are summed at a time: they stay in the processor's caches."""
 
+MIN_BATCH_NORM_ELEMENTS = 2**15
+"""Elements of a sample in 16 bits from which one batch normalisation per sample is the faster affine map."""
+
 
 class MomentGroupNorm(AdaGroupNorm):
     """Adaptive group normalisation as channel moments and one affine map of every channel."""
@@ -100,8 +103,8 @@ class _Affine(torch.autograd.Function):
         ctx.save_for_backward(x, gain)
         dtype = torch.promote_types(x.dtype, gain.dtype)  # 16 bits are too few for a large offset
         gain, offset = gain.to(dtype), offset.to(dtype)
-        if x.dtype == dtype:
-            return torch.addcmul(_broadcast(offset, x), x, _broadcast(gain, x))
+        if x.dtype == dtype or x[0].numel() < MIN_BATCH_NORM_ELEMENTS:
+            return torch.addcmul(_broadcast(offset, x), x, _broadcast(gain, x)).to(x.dtype)
         zero, one = torch.zeros_like(gain[0]), torch.ones_like(gain[0])
         samples = zip(x.split(1), gain, offset, strict=True)  # batch norm converts to float32 and back in one pass
         return torch.cat([F.batch_norm(sample, zero, one, a, b, eps=0.0) for sample, a, b in samples])
