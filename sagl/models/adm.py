@@ -30,9 +30,6 @@ class UNetOutput(NamedTuple):
     """Attention received at each requested site, (B, head, H, W), mean 1."""
 
 
-# --------------------------------------------------------------------------------------------------- layers
-
-
 def timestep_embedding(timesteps: Timestep, dim: int) -> Tensor:
     """Embed timesteps as cosines, then sines, at geometric frequencies 1 … 1/10000: (B,) -> (B, dim) float32."""
     half = dim // 2
@@ -194,9 +191,6 @@ class TimestepEmbedSequential(nn.Sequential):
         return layer(*args)
 
 
-# ------------------------------------------------------------------------------------------------- networks
-
-
 class Encoder(nn.Module):
     """Timestep embedding, input blocks and middle block, shared by UNet and classifier."""
 
@@ -322,9 +316,6 @@ class Classifier(Encoder):
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half precision to float32; leave float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ------------------------------------------------------------------------------------- layouts and poolings
 
 
 def _named_blocks(prefix: str, s: EncoderSettings, blocks: Iterator[list[nn.Module]]) -> nn.ModuleList:
