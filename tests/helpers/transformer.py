@@ -39,9 +39,9 @@ class PatchTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, 2 * CHANNELS * PATCH**2)
 
     def forward(self, x, timesteps, labels=None, *, attention_sites=()):
-        told = self.time(timesteps[:, None].to(x.dtype) / 1000)
-        told = told if labels is None else told + self.label(labels)
-        tokens = self.patches(x).flatten(2).mT + self.position + told[:, None]
+        emb = self.time(timesteps[:, None].to(x.dtype) / 1000)
+        emb = emb if labels is None else emb + self.label(labels)
+        tokens = self.patches(x).flatten(2).mT + self.position + emb[:, None]
         received = {}
         for k, block in enumerate(self.blocks):
             tokens, weights = block(tokens)
