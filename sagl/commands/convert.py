@@ -1,4 +1,4 @@
-"""`sagl convert`: any network file as safetensors with the settings inside, or as a diffusers folder, and back."""
+"""`sagl convert`: write a network as safetensors with its settings inside, or as a folder for diffusers."""
 
 import json
 from dataclasses import replace
@@ -22,109 +22,104 @@ from sagl.utils.files import require_unused, require_writable
 if TYPE_CHECKING:
     from sagl.models.checkpoints import Checkpoint
 
-ENDING = ".safetensors"
-OF_OTHER_FILES = (".pt", ".ckpt", ".bin")
-"""Endings that no folder should have: who gives one means a file of a kind that is not written."""
+SUFFIX = ".safetensors"
+OTHER_SUFFIXES = (".pt", ".ckpt", ".bin")
+"""Suffixes of files that are not written; a target with one of them is not meant to be a folder."""
 
 
 def convert_parser() -> Parser:
-    """The flags."""
+    """Return the parser of `sagl convert`."""
     p = Parser("convert", "Write a network as safetensors with its settings inside, or as a folder for diffusers.")
     p.add_argument("checkpoint", type=str, help="A .safetensors, .ckpt or .pt file, a diffusers folder, or a name.")
     p.add_argument("target", type=str, help="The .safetensors file to write, or a new folder for diffusers.")
-    p.add_argument("--model", type=str, default=None, help="The network whose settings a .pt file has, by its name.")
-    p.add_argument("--config", type=str, default=None, help="Or a .yaml file whose model describes it.")
-    p.add_argument("--weights", type=str, default="ema", help="Of a training checkpoint: ema, ema:DECAY or raw.")
+    p.add_argument("--model", type=str, default=None, help="Name of the network whose settings a .pt file has.")
+    p.add_argument("--config", type=str, default=None, help="Config whose model describes the network of a .pt file.")
+    p.add_argument("--weights", type=str, default="ema", help="Weights of a training checkpoint: ema, ema:DECAY, raw.")
     dtypes = Literal["float32", "float16", "bfloat16"]
-    p.add_argument("--dtype", type=dtypes, default=None, help="float32, float16 or bfloat16; else each tensor's own.")
-    p.add_argument("--recommended", type=str, default=None, help="Sampling settings to advise, as JSON.")
+    p.add_argument("--dtype", type=dtypes, default=None, help="Data type to write; by default that of each tensor.")
+    p.add_argument("--recommended", type=str, default=None, help="Recommended sampling settings, as JSON.")
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Convert: `sagl convert last.ckpt network.safetensors [--dtype float16] [--recommended JSON]`.
+    """Run `sagl convert last.ckpt network.safetensors [--dtype float16] [--recommended JSON]`.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the target not be written; nothing has been written.
+        UserError: The checkpoint cannot be read, or the target not be written; nothing has been written.
     """
-    given = convert_parser().parse(arguments)
-    target = Path(given.target)
-    _require_target(target)
-    recommended = None if given.recommended is None else _advice(given.recommended)
-    read_metadata = {} if given.config is None else model_settings(read_config(given.config))
-    of_config = read_metadata.get("network") or read_metadata.get("classifier")
-    model = given.model or of_config or name_from_filename(Path(given.checkpoint))
-    file = _read(given, model, read_metadata.get("diffusion"))
+    args = convert_parser().parse(arguments)
+    target = Path(args.target)
+    _check_target(target)
+    recommended = None if args.recommended is None else _parse_recommended(args.recommended)
+    config = {} if args.config is None else model_settings(read_config(args.config))
+    described = config.get("network") or config.get("classifier")
+    model = args.model or described or name_from_filename(Path(args.checkpoint))
+    checkpoint = _read(args, model, config.get("diffusion"))
     if recommended is None:
-        recommended = dict(file.recommended) or _advice_for(given.checkpoint if model is None else model)
-    _write(replace(file, recommended=recommended), target, given.dtype)
-    size = sum(part.stat().st_size for part in (target.iterdir() if target.is_dir() else [target]))
+        recommended = dict(checkpoint.recommended) or _paper_settings(args.checkpoint if model is None else model)
+    _write(replace(checkpoint, recommended=recommended), target, args.dtype)
+    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     print(f"{target}: {size / 1e6:.1f} MB, recommended {json.dumps(recommended)}.")
 
 
-def _require_target(target: Path) -> None:
-    """Refuse what could not be written, before anything is read or fetched."""
+def _check_target(target: Path) -> None:
+    """Refuse a target that cannot be written, before anything is read or downloaded."""
     require(
-        target.name != ENDING and not target.name.endswith(OF_OTHER_FILES),
-        f"`target` must end in .safetensors behind a name, or be a new folder for diffusers; got {target}.",
+        target.name != SUFFIX and not target.name.endswith(OTHER_SUFFIXES),
+        f"`target` must be a file name that ends in .safetensors, or a new folder for diffusers; got {target}.",
     )
-    if target.name.endswith(ENDING):
-        require(not target.is_dir(), f"`target` must be a file, and {target} is a folder.")
+    if target.name.endswith(SUFFIX):
+        require(not target.is_dir(), f"`target` must be a file, but {target} is a folder.")
     else:
         require_unused(target, "target")
     require_writable(target.absolute().parent, "target", f"Choose another place than {target}.")
 
 
-def _write(file: "Checkpoint", target: Path, dtype: str | None) -> None:
+def _read(
+    args: Any,  # noqa: ANN401 (the parser's namespace)
+    model: str | NetworkSettings | None,
+    diffusion: DiffusionSettings | None,
+) -> "Checkpoint":
+    """Read a folder, a file with given settings, or a network by name."""
+    from sagl.models.checkpoints import read_checkpoint
+    from sagl.models.diffusers import read_diffusers
+    from sagl.models.loading import load
+
+    path = Path(args.checkpoint)
+    if path.is_dir():
+        for name, default in (("model", None), ("weights", "ema")):
+            value = getattr(args, name)
+            require(value == default, f"`{name}` must be left out for a folder, got {value}.")
+        return read_diffusers(path, diffusion)
+    if model is None:
+        return load(args.checkpoint, args.weights)
+    settings, default_diffusion = get_settings(model) if isinstance(model, str) else (model, None)
+    return read_checkpoint(path, args.weights, settings, diffusion or default_diffusion)
+
+
+def _write(checkpoint: "Checkpoint", target: Path, dtype: str | None) -> None:
     import torch
 
     from sagl.models.checkpoints import check_state_dict, in_dtype, meta_state_dict, write_checkpoint
     from sagl.models.diffusers import write_diffusers
 
     if dtype is not None:
-        file = in_dtype(file, getattr(torch, dtype))
-    if target.name.endswith(ENDING):
-        check_state_dict(meta_state_dict(file.model_settings), file.state_dict)
-        write_checkpoint(file, target)
+        checkpoint = in_dtype(checkpoint, getattr(torch, dtype))
+    if target.name.endswith(SUFFIX):
+        check_state_dict(meta_state_dict(checkpoint.model_settings), checkpoint.state_dict)
+        write_checkpoint(checkpoint, target)
     else:
-        write_diffusers(file, target)
+        write_diffusers(checkpoint, target)
 
 
-def _read(
-    given: Any,  # noqa: ANN401 (the parser's namespace)
-    model: str | NetworkSettings | None,
-    diffusion: DiffusionSettings | None,
-) -> "Checkpoint":
-    """A folder, a file with what is said of it, or a network by its name."""
-    from sagl.models.checkpoints import read_checkpoint
-    from sagl.models.diffusers import read_diffusers
-    from sagl.models.loading import load
-
-    path = Path(given.checkpoint)
-    if path.is_dir():
-        _require_left_out(given)
-        return read_diffusers(path, diffusion)
-    if model is None:
-        return load(given.checkpoint, given.weights)
-    settings, process = get_settings(model) if isinstance(model, str) else (model, None)
-    return read_checkpoint(path, given.weights, settings, diffusion or process)
-
-
-def _require_left_out(given: Any) -> None:  # noqa: ANN401
-    """Refuse flags that folders leave no choice in."""
-    for flag, left_out in (("model", None), ("weights", "ema")):
-        value = getattr(given, flag)
-        require(value == left_out, f"`{flag}` is for files, and a folder says it itself; got {value}. Leave it out.")
-
-
-def _advice_for(model: str | NetworkSettings) -> dict[str, Any]:
-    """The paper's sampling settings, of the released networks that have them."""
+def _paper_settings(model: str | NetworkSettings) -> dict[str, Any]:
+    """Return the paper's sampling settings of a released network, if it has any."""
     config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
     return sampling_settings(read_config(config)) if config else {}
 
 
-def _advice(text: str) -> dict[str, Any]:
-    """Recommended settings, refused unless `sagl sample` can follow them."""
+def _parse_recommended(text: str) -> dict[str, Any]:
+    """Parse recommended settings; refuse them unless `sagl sample` accepts them."""
     try:
         recommended = dict(json.loads(text))
     except (ValueError, TypeError) as error:

@@ -8,18 +8,18 @@ embedding as wide as its first level, which not every ADM network has.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sagl.errors import UserError, require
 from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dict, save_tensors
+from sagl.models.diffusers_parameters import diffusers_names, head_width, join_parts, rename_parameters
 from sagl.models.metadata import build_settings, require_recommended
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
@@ -78,7 +78,7 @@ def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[d
     """
     config = _config_from_settings(settings)
     check_state_dict(meta_state_dict(settings), state)
-    return config | {SAGL_KEY: {"network": asdict(settings)}}, _to_diffusers_names(settings, state)
+    return config | {SAGL_KEY: {"network": asdict(settings)}}, rename_parameters(settings, state)
 
 
 def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[UNetSettings, dict[str, Tensor]]:
@@ -97,10 +97,10 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     settings = _stored_settings(config, _settings_from_config(config))
     expected = meta_state_dict(settings)
     hint = " If an old version of diffusers wrote it, load and save it with a current one."
-    check_state_dict(_to_diffusers_names(settings, expected), state, hint)
+    check_state_dict(rename_parameters(settings, expected), state, hint)
     result = {}
-    for name, names in _names(settings, expected).items():
-        result[name] = _join(settings, [state[part] for part in names]).reshape(expected[name].shape)
+    for name, names in diffusers_names(settings, expected).items():
+        result[name] = join_parts(settings, [state[part] for part in names]).reshape(expected[name].shape)
     return settings, result
 
 
@@ -181,30 +181,11 @@ def _config_from_settings(s: UNetSettings) -> dict[str, Any]:
         "downsample_type": resample,
         "upsample_type": resample,
         "dropout": s.dropout,
-        "attention_head_dim": _head_width(s),
+        "attention_head_dim": head_width(s),
         "attn_norm_num_groups": 32,
         "resnet_time_scale_shift": "scale_shift" if s.use_scale_shift_norm else "default",
         "num_class_embeds": None if s.num_classes is None else s.num_classes + s.null_label,
     }
-
-
-def _head_width(s: UNetSettings) -> int | None:
-    """Return the number of channels of all heads; None if each block has a single head."""
-    if s.num_head_channels:
-        return s.num_head_channels
-    levels = {width for width, side in zip(s.widths, s.resolutions, strict=True) if side in s.attention_resolutions}
-    heads = {(width, s.num_heads) for width in levels | {s.widths[-1]}}  # the middle block always has attention
-    heads |= {(width, s.num_heads_upsample or s.num_heads) for width in levels}
-    widths = {width // number for width, number in heads}
-    if {number for _, number in heads} == {1}:
-        return None
-    require(
-        len(widths) == 1,
-        "`num_heads` must give heads of one width for UNet2DModel, which has one `attention_head_dim` for all blocks, "
-        f"got num_heads={s.num_heads}, num_heads_upsample={s.num_heads_upsample}, which give heads of "
-        f"{', '.join(map(str, sorted(widths)))} channels. Keep the network in sagl's format.",
-    )
-    return widths.pop()
 
 
 def _settings_from_config(config: Mapping[str, Any]) -> UNetSettings:
@@ -322,95 +303,3 @@ def _unreadable(error: Exception) -> UserError:
         f"`{SAGL_KEY}` of the configuration must be as sagl wrote it, but is not ({error}). "
         "Delete it to use the other keys."
     )
-
-
-# ------------------------------------------------------------------------------------------------ parameters
-
-TOP_LEVEL = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-"""ADM's names of layers outside of blocks, and diffusers' names."""
-IN_BLOCK = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-    "norm": "group_norm",
-    "qkv": "to_qkv",
-    "proj_out": "to_out.0",
-    "op": "conv",
-    "conv": "conv",
-}
-"""ADM's names of layers in residual, attention and resampling blocks, and diffusers'; to_qkv stands for three."""
-
-
-def _blocks(s: UNetSettings) -> Iterator[tuple[str, str]]:
-    """Yield ADM's name of each block, and diffusers'; attention blocks also for levels without attention."""
-    per_level = s.num_res_blocks + 1  # in the encoder the last one downsamples, the decoder has one more
-    for level in range(len(s.widths)):
-        for block in range(s.num_res_blocks):
-            name = f"input_blocks.{level * per_level + block + 1}"
-            yield f"{name}.0", f"down_blocks.{level}.resnets.{block}"
-            yield f"{name}.1", f"down_blocks.{level}.attentions.{block}"
-        yield f"input_blocks.{(level + 1) * per_level}.0", f"down_blocks.{level}.downsamplers.0"
-    for index, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"middle_block.{index}", f"mid_block.{name}"
-    for level, side in enumerate(reversed(s.resolutions)):
-        has_attention = side in s.attention_resolutions
-        for block in range(per_level):
-            name = f"output_blocks.{level * per_level + block}"
-            yield f"{name}.0", f"up_blocks.{level}.resnets.{block}"
-            if has_attention:
-                yield f"{name}.1", f"up_blocks.{level}.attentions.{block}"
-        yield f"{name}.{1 + has_attention}", f"up_blocks.{level}.upsamplers.0"
-
-
-def _names(s: UNetSettings, parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return diffusers' names of each ADM parameter: one, or those of q, k and v."""
-    layers = {f"{a}.{x}": f"{b}.{y}" for a, b in _blocks(s) for x, y in IN_BLOCK.items()} | TOP_LEVEL
-    names = {}
-    for name in parameters:
-        layer, _, leaf = name.rpartition(".")
-        parts = ("to_q", "to_k", "to_v") if layer.endswith(".qkv") else ("",)
-        names[name] = tuple(f"{layers[layer].replace('to_qkv', part)}.{leaf}" for part in parts)
-    return names
-
-
-def _to_diffusers_names(s: UNetSettings, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ADM's parameters under diffusers' names: q, k and v separate, convolutions of width 1 as matrices."""
-    out: dict[str, Tensor] = {}
-    for name, names in _names(s, state).items():
-        tensor = state[name].squeeze(-1) if state[name].dim() == 3 else state[name]
-        out |= zip(names, _split(s, tensor) if len(names) == 3 else [tensor], strict=True)
-    return out
-
-
-def _split(s: UNetSettings, rows: Tensor) -> list[Tensor]:
-    """Split ADM's rows of q, k and v, in either order: (3·C, …) -> 3 of (C, …)."""
-    if not s.use_new_attention_order:
-        rows = _swap(rows, _num_heads(s, len(rows) // 3), 3)
-    return [part.clone() for part in rows.chunk(3)]
-
-
-def _join(s: UNetSettings, parts: Sequence[Tensor]) -> Tensor:
-    """Return the only part, or the inverse of `_split`: 3 of (C, …) -> (3·C, …)."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = torch.cat(list(parts))
-    return rows if s.use_new_attention_order else _swap(rows, 3, _num_heads(s, len(parts[0])))
-
-
-def _num_heads(s: UNetSettings, width: int) -> int:
-    return width // (_head_width(s) or width)
-
-
-def _swap(rows: Tensor, outer: int, inner: int) -> Tensor:
-    """Reorder rows from (outer, inner, d) to (inner, outer, d): (outer·inner·d, …) -> the same shape."""
-    return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)

@@ -60,13 +60,13 @@ def test_a_file_is_read_with_the_settings_inside_it(kind, tmp_path):
     assert file.recommended == {"respacing": "5"}
 
 
-def test_of_a_training_checkpoint_the_weights_asked_for_are_read(tmp_path):
+def test_the_requested_weights_of_a_training_checkpoint_are_read(tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt")
     average, raw = load(path).state_dict, load(path, "raw").state_dict
     assert all(torch.equal(average[name], raw[name] / 2) for name in raw)
 
 
-def test_the_embedded_network_goes_by_its_name():
+def test_the_bundled_network_is_loaded_by_name():
     file = load("fashion_mnist")
     assert (file.model_settings, file.diffusion) == settings_from_metadata(
         read_metadata(DEFAULT_CHECKPOINT), DEFAULT_CHECKPOINT
@@ -75,23 +75,23 @@ def test_the_embedded_network_goes_by_its_name():
 
 
 @pytest.mark.parametrize("place", ["cache", "elsewhere"])
-def test_a_released_network_goes_by_its_name_and_its_file_is_known_anywhere(place, entry, cached, tmp_path):
+def test_a_released_network_is_loaded_by_name_or_by_its_file(place, entry, cached, tmp_path):
     file = load("tiny" if place == "cache" else write_state(tmp_path / "copy" / entry.file))
     assert same(file, network_file(diffusion=COSINE))
     build_network(file)
 
 
-def test_a_file_with_settings_of_its_own_keeps_them_whatever_it_is_called(entry, tmp_path):
+def test_a_file_with_settings_keeps_them_whatever_its_name(entry, tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt").rename(tmp_path / entry.file)
     assert load(path).diffusion == DiffusionSettings(noise_schedule="cosine")
 
 
-def test_a_file_of_another_name_that_says_nothing_of_itself_is_refused(tmp_path):
+def test_a_file_without_settings_and_of_another_name_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"`model` .*other\.pt"):
         load(write_state(tmp_path / "other.pt"))
 
 
-def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
+def test_a_file_takes_precedence_over_a_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_training_checkpoint(tmp_path / "fashion_mnist")
     assert load("fashion_mnist").model_settings == grey_unet().settings
@@ -123,7 +123,7 @@ def test_a_download_is_checked_against_the_settings_of_its_name(entry, monkeypat
     assert download_copy_of(right).read_bytes() == complete
 
 
-def test_every_first_use_of_a_fetched_file_records_its_sha256(entry, cached):
+def test_the_sha256_of_a_downloaded_file_is_recorded_and_compared(entry, cached):
     load("tiny")
     assert json.loads(cached.with_name(f"{entry.file}.sha256").read_text())["sha256"] == sha256(cached)
     write_state(cached, num_classes=4)
@@ -131,7 +131,7 @@ def test_every_first_use_of_a_fetched_file_records_its_sha256(entry, cached):
         load("tiny")
 
 
-def test_weights_that_a_released_network_does_not_have_are_refused_before_anything_is_fetched(entry, monkeypatch):
+def test_raw_weights_of_a_released_network_are_refused_before_the_download(entry, monkeypatch):
     monkeypatch.setattr(loading, "download_pretrained", lambda name: pytest.fail("fetched"))
     with pytest.raises(UserError, match=r"`weights` .*tiny, got .raw"):
         load("tiny", "raw")
@@ -150,13 +150,13 @@ def test_weights_that_a_released_network_does_not_have_are_refused_before_anythi
         ("absent.ckpt", r"`checkpoint` must be a file, and absent\.ckpt does not exist"),
     ],
 )
-def test_a_name_or_file_that_is_not_there_is_refused_with_what_is(name, said, monkeypatch, tmp_path):
+def test_a_missing_name_or_file_is_refused(name, said, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "tiny"])
-def test_raw_weights_are_refused_of_a_network_that_has_one_set(name, cached):
+def test_raw_weights_are_refused_for_a_network_with_one_set(name, cached):
     with pytest.raises(UserError, match=r"`weights` .*(tiny|fashion_mnist)"):
         load(name, "raw")

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -7,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from sagl.commands._config import parse_sample_config
 from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_checkpoint
-from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.zoo import (
     BUNDLED,
     DEFAULT_CHECKPOINT,
@@ -27,7 +24,7 @@ from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.helpers.reference import KEY_LISTS
-from tests.helpers.tiny import network_file, write_tiny
+from tests.helpers.tiny import write_tiny
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
@@ -41,61 +38,14 @@ UNETS = sorted(name for name in RELEASED if not name.endswith("classifier"))
 CLASSIFIERS = sorted(set(RELEASED) - set(UNETS))
 
 
-def test_a_file_says_what_its_network_is(tmp_path):
-    file = network_file(recommended={"respacing": "5"})
-    about = read_metadata(write_tiny(tmp_path / "a.safetensors", recommended={"respacing": "5"}))
-    assert set(about) == {"network", "diffusion", "recommended"}
-    assert about["recommended"] == {"respacing": "5"}
-    assert about["diffusion"] == asdict(file.diffusion)
-    assert about["network"]["channel_mult"] == [1]
-
-
-def test_files_that_say_nothing_are_described_by_nothing(tmp_path):
-    save_file({"weight": torch.zeros(3)}, tmp_path / "silent.safetensors")
-    torch.save({}, tmp_path / "last.ckpt")
-    for name in ("silent.safetensors", "last.ckpt", "absent.safetensors"):
-        assert read_metadata(tmp_path / name) == {}
-
-
-@pytest.mark.parametrize("recommended", [[1], "abc", 3])
-def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path):
-    about = {"sagl": json.dumps({"recommended": recommended})}
-    save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=about)
-    with pytest.raises(UserError, match="`recommended` must be a mapping of sampling settings"):
-        read_metadata(tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value"),
-    [
-        ("network", "num_res_blocks", 1.5),
-        ("network", "num_classes", 2.5),
-        ("network", "num_heads", 2.0),
-        ("diffusion", "num_timesteps", 99.5),
-    ],
-)
-def test_numbers_in_a_file_that_must_be_whole_are_refused(part, name, value):
-    about = {"network": asdict(network_file().model_settings), "diffusion": asdict(DiffusionSettings())}
-    about[part][name] = value
-    with pytest.raises(UserError, match=f"`{name}` must be an integer, got {value}"):
-        settings_from_metadata(about, Path("a.safetensors"))
-
-
-@pytest.mark.parametrize("change", [{"channel_mult": ["wide"]}, {"channel_mult": [1e308, 1e308]}, {"depth": 3}])
-def test_settings_in_a_file_that_are_no_settings_are_refused(change):
-    about = {"network": asdict(network_file().model_settings) | change, "diffusion": {}}
-    with pytest.raises(UserError, match=r"`checkpoint` .*a\.safetensors"):
-        settings_from_metadata(about, Path("a.safetensors"))
-
-
-def test_the_embedded_network_is_the_one_that_the_configuration_trains():
+def test_the_bundled_network_has_the_settings_of_its_config():
     trained = yaml.safe_load(CONFIG.read_text())["model"]
     file = read_checkpoint(DEFAULT_CHECKPOINT)
     assert file.model_settings == UNetSettings(**trained["network"])
     assert {name: asdict(file.diffusion)[name] for name in trained["diffusion"]} == trained["diffusion"]
 
 
-def test_the_embedded_network_s_advice_can_be_followed():
+def test_the_recommended_settings_of_the_bundled_network_are_valid():
     request, file = parse_sample_config([]), read_checkpoint(DEFAULT_CHECKPOINT)
     assert request.checkpoint == DEFAULT_CHECKPOINT
     network = build_network(file)
@@ -105,21 +55,21 @@ def test_the_embedded_network_s_advice_can_be_followed():
     make_labels(request.run, [0, 1], network)
 
 
-def test_sag_can_be_asked_of_the_embedded_network_by_its_scale_alone():
+def test_sag_needs_only_a_scale_for_the_bundled_network():
     request, file = parse_sample_config(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
     assert request.guidances["sag"].scale == 0.05
     assert "sag" in build_pipeline(build_network(file), file.diffusion, request.sampler, request.guidances).guidances
 
 
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
-def test_the_embedded_network_has_ten_classes_and_a_null_label(label):
+def test_the_bundled_network_has_ten_classes_and_a_null_label(label):
     labels = make_labels(
         parse_sample_config(["--labels", label]).run, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT))
     )
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
 
 
-def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_another_is_named(tmp_path):
+def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
     asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
     found = [
         parse_sample_config([word for pair in flags.items() for word in pair]).guidances["classifier"].checkpoint
@@ -134,7 +84,7 @@ def test_the_embedded_network_is_guided_by_the_embedded_classifier_unless_anothe
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
-def test_a_classifier_is_no_network_that_draws(name):
+def test_a_classifier_is_not_a_diffusion_model(name):
     with pytest.raises(UserError, match=rf"`model` .*{name}.*`classifier.checkpoint`"):
         get_unet_settings(name)
 
@@ -142,14 +92,14 @@ def test_a_classifier_is_no_network_that_draws(name):
 # ---------------------------------------------------------------------------------------- released checkpoints
 
 
-def test_thirteen_checkpoints_are_known_and_every_key_list_belongs_to_one():
+def test_there_are_thirteen_released_checkpoints_each_with_a_key_list():
     assert sorted(RELEASED) == sorted(KEY_LIST_OF)
     assert len(RELEASED) == 13
     assert set(KEY_LIST_OF.values()) == set(KEY_LISTS)
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_settings_give_exactly_the_parameters_of_the_released_file(name):
+def test_settings_give_the_parameters_of_the_released_file(name):
     settings = RELEASED[name].settings
     with torch.device("meta"):
         network = Classifier(settings) if isinstance(settings, ClassifierSettings) else UNet(settings)
@@ -163,7 +113,7 @@ def test_unets_are_unets_and_classifiers_classifiers():
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_heads_are_those_of_the_public_flags_which_no_weights_show(name):
+def test_heads_are_those_of_the_public_flags(name):
     settings = RELEASED[name].settings
     sides = dict(zip(settings.resolutions, settings.widths, strict=True))
     heads = [settings.num_heads_for(sides[side]) for side in (32, 16, 8)]
@@ -179,7 +129,7 @@ def test_only_the_64_pixel_unet_splits_q_k_v_before_the_heads():
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_the_process_is_the_one_of_training(name):
+def test_the_diffusion_process_is_that_of_training(name):
     expected = DiffusionSettings(noise_schedule="cosine" if "imagenet64" in name else "linear")
     assert RELEASED[name].diffusion == expected
     assert (expected.num_timesteps, expected.variance) == (1000, "learned_range")
@@ -192,7 +142,7 @@ def test_dropout_is_that_of_training():
     assert RELEASED["lsun_horse_nodropout"].settings == plain
 
 
-def test_labels_are_imagenets_or_none():
+def test_networks_have_imagenets_classes_or_none():
     unlabelled = [name for name in UNETS if RELEASED[name].settings.num_classes is None]
     assert unlabelled == ["imagenet256_uncond", *(name for name in UNETS if name.startswith("lsun"))]
     assert {entry.settings.num_classes for name, entry in RELEASED.items() if name not in unlabelled} == {1000}
@@ -217,13 +167,13 @@ def test_the_five_networks_of_the_paper_have_a_configuration_of_their_name():
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_a_released_checkpoint_is_known_by_its_file_wherever_it_lies(name):
+def test_a_released_checkpoint_is_recognised_by_its_file_name(name):
     assert name_from_filename(Path("elsewhere") / RELEASED[name].file) == name
     assert name_from_filename(Path(f"my_{RELEASED[name].file}")) is None
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
-def test_settings_are_found_by_name_those_of_classifiers_too(name):
+def test_settings_are_returned_by_name(name):
     file = read_checkpoint(DEFAULT_CHECKPOINT) if name == "fashion_mnist" else None
     found = (file.model_settings, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
     assert get_settings(name) == found
@@ -242,7 +192,7 @@ def test_settings_are_found_by_name_those_of_classifiers_too(name):
         ("", ""),
     ],
 )
-def test_an_unknown_name_is_refused_with_all_names_and_the_nearest(name, hint):
+def test_an_unknown_name_is_refused_with_similar_names(name, hint):
     with pytest.raises(UserError) as error:
         get_entry(name)
     assert str(error.value) == f"`model` must be one of {', '.join([*BUNDLED, *RELEASED])}; got {name!r}.{hint}"
