@@ -37,7 +37,7 @@ def test_a_training_checkpoint_becomes_a_file_with_its_averaged_or_its_raw_weigh
     assert file.diffusion.noise_schedule == "cosine"
 
 
-def test_the_average_is_what_is_converted_if_nothing_is_said(tmp_path):
+def test_the_ema_is_converted_by_default(tmp_path):
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     for name, flags in {"asked": ["--weights", "ema"], "left": []}.items():
         assert exit_code("convert", checkpoint, tmp_path / f"{name}.safetensors", *flags) == 0
@@ -56,7 +56,7 @@ def test_a_file_in_half_precision_is_half_the_size_and_close(dtype, tmp_path):
         torch.testing.assert_close(found[name].float(), tensor, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_recommended_settings_are_written_and_said(tmp_path, capsys):
+def test_recommended_settings_are_written_and_printed(tmp_path, capsys):
     target, advice = tmp_path / "network.safetensors", {"respacing": "5", "sag": {"scale": 0.2, "site": "middle"}}
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("convert", checkpoint, target, "--recommended", json.dumps(advice)) == 0
@@ -64,7 +64,7 @@ def test_recommended_settings_are_written_and_said(tmp_path, capsys):
     assert json.dumps(advice) in capsys.readouterr().out
 
 
-def test_advice_given_to_convert_is_followed_by_sample(tmp_path):
+def test_recommended_settings_are_used_by_sample(tmp_path):
     target, advice = tmp_path / "network.safetensors", {"sampler": "ddim", "respacing": "3", "labels": "2"}
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("convert", checkpoint, target, "--recommended", json.dumps(advice)) == 0
@@ -73,7 +73,7 @@ def test_advice_given_to_convert_is_followed_by_sample(tmp_path):
     assert {name: record["settings"][name] for name in advice} == advice
 
 
-def test_a_file_of_sagl_keeps_its_advice_unless_it_is_given_anew(tmp_path):
+def test_recommended_settings_of_a_file_are_kept_unless_new_ones_are_given(tmp_path):
     first = write_tiny(tmp_path / "first.safetensors", recommended={"respacing": "5"})
     assert exit_code("convert", first, tmp_path / "kept.safetensors", "--dtype", "float16") == 0
     assert read_metadata(tmp_path / "kept.safetensors")["recommended"] == {"respacing": "5"}
@@ -96,7 +96,7 @@ def test_weights_that_do_not_fit_their_settings_are_refused_and_nothing_is_writt
 
 
 @pytest.mark.parametrize("advice", ['{"sag": {"strength": 3}}', '{"respacing": []}', '{"sag": {"scale": "strong"}}'])
-def test_advice_that_no_sampling_run_could_follow_is_refused(advice, tmp_path, capsys):
+def test_invalid_recommended_settings_are_refused(advice, tmp_path, capsys):
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     before = contents(tmp_path)
     assert exit_code("convert", checkpoint, tmp_path / "network.safetensors", "--recommended", advice) == 2
@@ -104,17 +104,17 @@ def test_advice_that_no_sampling_run_could_follow_is_refused(advice, tmp_path, c
     assert contents(tmp_path) == before
 
 
-def test_a_file_that_could_not_be_read_back_as_safetensors_is_refused(tmp_path, capsys):
+def test_another_suffix_is_refused(tmp_path, capsys):
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("convert", checkpoint, tmp_path / "network.pt") == 2
-    assert "`target` must end in .safetensors" in capsys.readouterr().err
+    assert "`target`" in capsys.readouterr().err
     assert not (tmp_path / "network.pt").exists()
 
 
 @pytest.mark.parametrize(
     "target", ["new.pt", "new.ckpt", ".safetensors", "used", "used.safetensors", "file/new.safetensors", "file/new"]
 )
-def test_a_target_that_cannot_be_is_refused_before_anything_is_read_or_fetched(target, tmp_path, capsys, monkeypatch):
+def test_an_impossible_target_is_refused_before_anything_is_read(target, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sagl.models.loading.download_pretrained", lambda name: pytest.fail("fetched"))
     (tmp_path / "file").write_text("mine")
     for name in ("used", "used.safetensors"):
@@ -173,7 +173,7 @@ def test_the_paper_s_settings_go_with_a_released_network(how, cat, tmp_path):
     assert about["recommended"]["sag"]["scale"] == 0.05
 
 
-def test_advice_that_is_given_goes_before_the_paper_s(cat, tmp_path):
+def test_given_recommended_settings_replace_those_of_the_paper(cat, tmp_path):
     for advice in ({}, {"respacing": "5"}):
         target = tmp_path / "cat.safetensors"
         assert exit_code("convert", cat, target, "--recommended", json.dumps(advice)) == 0
@@ -191,7 +191,7 @@ def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
     assert read_checkpoint(target).diffusion == entry.diffusion
 
 
-def test_the_embedded_network_s_settings_go_by_its_name(tmp_path):
+def test_settings_of_the_bundled_network_are_used_by_name(tmp_path):
     torch.save(dict(read_checkpoint(DEFAULT_CHECKPOINT).state_dict), tmp_path / "mine.pt")
     target = tmp_path / "mine.safetensors"
     assert exit_code("convert", tmp_path / "mine.pt", target, "--model", "fashion_mnist") == 0
@@ -236,10 +236,10 @@ def test_a_folder_has_the_dtype_asked_for_and_may_have_a_point_in_its_name(tmp_p
 
 
 @pytest.mark.parametrize("flags", [["--weights", "raw"], ["--model", "lsun_cat"]])
-def test_a_folder_says_itself_what_flags_say_of_files(flags, tmp_path, capsys):
+def test_options_for_files_are_refused_for_a_folder(flags, tmp_path, capsys):
     assert exit_code("convert", write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder") == 0
     assert exit_code("convert", tmp_path / "folder", tmp_path / "back.safetensors", *flags) == 2
-    assert f"`{flags[0][2:]}` is for files" in capsys.readouterr().err
+    assert f"`{flags[0][2:]}`" in capsys.readouterr().err
     assert not (tmp_path / "back.safetensors").exists()
 
 
