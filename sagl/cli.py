@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module.main(rest)
     except UserError as error:
-        print_error(command, with_flags(str(error), command, module) if command in ("sample", "export") else str(error))
+        print_error(command, with_flags(str(error), command, module))
         return 2
     except KeyboardInterrupt:
         print_error(command, "interrupted. All files are intact, and the same command continues from them.")

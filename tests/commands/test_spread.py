@@ -19,7 +19,7 @@ COUNT, BATCH = 90, 3
 FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--exports", "npz"]
 FLAGS += ["--sag.scale", 0.5, "--sag.site", "output.0", "--sag.blur_sigma", 1, "--seed", 3]
 FLAGS += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--progress", "lines"]
-PATIENCE_SECONDS = 60
+TIMEOUT_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def files(folder):
 
 
 def ends_well(run):
-    run.wait(PATIENCE_SECONDS)
+    run.wait(TIMEOUT_SECONDS)
     assert run.returncode == 0, run.said.read_text()
     return run.said.read_text()
 
@@ -83,7 +83,7 @@ def is_alive(pid):
 
 
 def wait_for(happened):
-    until = time.monotonic() + PATIENCE_SECONDS
+    until = time.monotonic() + TIMEOUT_SECONDS
     while not happened():
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -116,7 +116,7 @@ def test_five_kills_and_other_numbers_of_processes_change_no_byte(alone, samplin
             os.killpg(run.pid, signal.SIGKILL)
         else:
             os.kill(run.pid if victim == "first" else others[-1], signal.SIGKILL)
-        run.wait(PATIENCE_SECONDS)
+        run.wait(TIMEOUT_SECONDS)
         assert run.returncode == -signal.SIGKILL
         wait_for(lambda others=others: not any(map(is_alive, others)))
     held = len(list_shards(folder))
@@ -138,7 +138,7 @@ def test_a_damaged_shard_is_made_again_by_any_number_of_processes(alone, samplin
 
 
 def test_a_run_that_another_command_holds_is_left_alone(sampling, network, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sagl.utils.run_lock.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("sagl.utils.run_lock.LOCK_TIMEOUT_SECONDS", 0.2)
     with lock_folder(tmp_path / "run"):
         command = ["sample", "--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
         assert exit_code(*command) == 2
@@ -151,11 +151,11 @@ def test_a_run_that_another_command_holds_is_left_alone(sampling, network, tmp_p
 def test_a_process_that_finds_no_room_ends_all_with_one_line_and_the_run_goes_on_later(alone, sampling, tmp_path):
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
     run = sampling("run", 2, told={"PYTHONDONTWRITEBYTECODE": "1"}, preexec_fn=small)
-    run.wait(PATIENCE_SECONDS)
+    run.wait(TIMEOUT_SECONDS)
     said = run.said.read_text()
     assert run.returncode == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("sagl sample:")]
-    assert "Make room" in line
+    assert "--output" in line
     assert "Traceback" not in said
     ends_well(sampling("run", 2))
     assert files(tmp_path / "run") == alone
@@ -165,13 +165,13 @@ def test_torchrun_s_processes_share_a_run_and_end_when_nothing_is_left(alone, ne
     flags = ["--checkpoint", network, "--output", tmp_path / "run", *FLAGS]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "sagl.cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for said in (f"{COUNT} images in", "already holds this run"):
+    for said in (f"{COUNT} images in", "already contains this run"):
         run = subprocess.run(
             [str(word) for word in [*command, "sample", *flags]],
             env=env,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=TIMEOUT_SECONDS,
             check=False,
         )
         assert run.returncode == 0, run.stderr
@@ -181,5 +181,5 @@ def test_torchrun_s_processes_share_a_run_and_end_when_nothing_is_left(alone, ne
 
 def test_several_machines_without_a_launcher_are_refused_and_nothing_waits(network, tmp_path, capsys):
     assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", "--trainer.num_nodes", 2) == 2
-    assert "torchrun or srun" in capsys.readouterr().err
+    assert "--trainer.num_nodes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
