@@ -250,7 +250,7 @@ def test_a_page_of_sagl_compare_is_replaced_and_another_file_only_on_request(run
     compare(capsys, "a", "b", "--output", page)
     assert page.read_bytes() != before
     page.write_bytes(b"<!doctype html><title>mine</title>" + b" " * 200 + b"made by sagl compare")
-    assert "`output`" in error_of(capsys, runs, "a", "b", "--output", page)
+    assert "--output" in error_of(capsys, runs, "a", "b", "--output", page)
     compare(capsys, "a", "b", "--output", page, "--overwrite")
     assert images_in(page)
 

@@ -212,7 +212,7 @@ def test_a_file_that_recommends_no_settings_is_refused(recommended, tmp_path, ca
     for verb in (["convert"], ["sample", "--output", tmp_path / "run", "--checkpoint"]):
         target = [tmp_path / "new.safetensors"] if verb == ["convert"] else []
         assert exit_code(*verb, tmp_path / "other.safetensors", *target) == 2
-        assert "`recommended` must be a mapping" in capsys.readouterr().err
+        assert "recommended" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- diffusers

@@ -59,7 +59,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, p
     (tmp_path / "folder.json").mkdir()
     arguments = (pair[0], "--reference", pair[1], "--output")
     for output in (existing, tmp_path / "folder.json", existing / "below.json", tmp_path / "n.txt"):
-        assert "`output`" in error_of(capsys, *arguments, output)
+        assert "--output" in error_of(capsys, *arguments, output)
     assert (existing.read_text(), BATCH_SIZES) == ("precious", [])
     assert evaluate(capsys, *arguments, existing, "--overwrite") == json.loads(existing.read_text())
 
@@ -90,8 +90,8 @@ def test_statistics_writes_a_file_that_evaluate_reads(tmp_path, pair, capsys):
     assert str(file) in capsys.readouterr().out
     assert evaluate(capsys, pair[0], "--reference", file)["num_reference"] == 50
     content = file.read_bytes()
-    assert "`output`" in error_of(capsys, *arguments, command="statistics")
-    assert "`output`" in error_of(capsys, pair[1], "--output", "a.txt", command="statistics")
+    assert "--output" in error_of(capsys, *arguments, command="statistics")
+    assert "--output" in error_of(capsys, pair[1], "--output", "a.txt", command="statistics")
     assert file.read_bytes() == content
     assert exit_code("statistics", *arguments, "--overwrite", "--max_features", 5, "--progress", "off") == 0
     capsys.readouterr()
