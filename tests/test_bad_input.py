@@ -17,9 +17,7 @@ from safetensors.torch import save_file
 from tests.helpers.tiny import contents, exit_code, write_tiny, write_training_checkpoint
 
 SHORT = ("--respacing", "2", "--num_samples", "2", "--progress", "off")
-GUIDED = ["--sag.scale", "0.5", "--sag.site"]
 SITES = ("input.1 (8x8)", "middle (8x8)", "output.0 (8x8)", "output.1 (8x8)")
-INTERVAL = ("`sag.interval`", "0.5,1.0")
 
 
 @pytest.fixture(autouse=True)
@@ -78,168 +76,77 @@ def flags_id(value):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "names"),
     [
-        ([*GUIDED, "output.9"], ("site`", *SITES, "'output.9'")),
-        ([*GUIDED, ""], ("site`", *SITES, "''")),
-        ([*GUIDED, "middle", "--sag.kernel_size", "4"], ("`sag.kernel_size`", "odd", "got 4")),
-        ([*GUIDED, "middle", "--sag.kernel_size", "0"], ("`sag.kernel_size`", "odd", "at least 1", "got 0")),
-        ([*GUIDED, "middle", "--sag.kernel_size", "17"], ("`sag.kernel_size`", "at most 15", "8x8", "got 17")),
-        (["--sag.kernel_size", "1.5"], ("`sag.kernel_size`", "whole number", "got 1.5")),
-        (["--sag.scale", "nan"], ("`sag.scale`", "number", "got nan")),
-        (["--sag.scale", "1e400"], ("`sag.scale`", "finite", "got inf")),
-        (["--sag.scale", "strong"], ("`sag.scale`", "number", "got strong")),
-        (["--cfg.scale", "nan"], ("`cfg.scale`", "number", "got nan")),
-        (["--classifier.scale", "word"], ("`classifier.scale`", "number", "got word")),
-        (["--eta", "nan"], ("`eta`", "number", "got nan")),
-        (["--sag.threshold", "inf"], ("`sag.threshold`", "number", "got inf")),
-        (["--sag.blur_sigma", "0"], ("`sag.blur_sigma`", "above 0", "got 0")),
-        (["--sag.blur_sigma", "-1"], ("`sag.blur_sigma`", "above 0", "got -1")),
-        (["--num_samples", "many"], ("`num_samples`", "whole number", "got many")),
-        (["--num_samples", "2.5"], ("`num_samples`", "whole number", "got 2.5")),
-        (["--num_samples", "0"], ("`num_samples`", "at least 1", "got 0")),
-        (["--num_samples", "-3"], ("`num_samples`", "at least 1", "got -3")),
-        (["--first_id", "4294967295"], ("first_id`", "4294967295")),  # the second image's id would be 2^32
-        (["--first_id", "-1"], ("`first_id`", "0 …", "got -1")),
-        (["--seed", "4294967296"], ("`seed`", "2³² - 1", "got 4294967296")),
-        (["--batch_size", "0"], ("`batch_size`", "at least 1", "got 0")),
-        (["--sag.interval", "0.5"], (*INTERVAL, "got 0.5")),
-        (["--sag.interval", "0.5-0.8"], (*INTERVAL, "got 0.5-0.8")),
-        (["--sag.interval", "0.1,0.2,0.3"], (*INTERVAL, "0.1")),
-        (["--sag.interval", "[0.5, late]"], (*INTERVAL, "late")),
-        (["--sag.interval", "null"], INTERVAL),
-        (["--sag.interval", "0.8,0.2"], ("`sag.interval`", "start <= end", "0.8", "0.2")),
-        (["--sag.interval", "0,1.5"], ("`sag.interval`", "<= 1", "1.5")),
-        (["--labels", "3"], ("`labels`", "0 … 2", "got 3")),
-        (["--labels", "0,1,7"], ("`labels`", "0 … 2", "got 7")),
-        (["--labels", "-1"], ("`labels`", "random, balanced, null", "'-1'")),
-        (["--labels", "shoes"], ("`labels`", "random, balanced, null", "'shoes'")),
-        (["--labels", ""], ("`labels`", "random, balanced, null", "''")),
-        (["--respacing", "0"], ("`respacing`", "'ddim25'", "'0'")),
-        (["--respacing", "1001"], ("`respacing`", "1001", "at most 1000")),
-        (["--respacing", "ddim400"], ("`respacing`", "'ddim400'", "Try '400'")),
-        (["--respacing", "500,501"], ("`respacing`", "501", "500")),
-        (["--respacing", "quick"], ("`respacing`", "'ddim25'", "'quick'")),
-        (["--sampler", "euler"], ("`sampler`", "ddpm, ddim", "got euler")),
-        (["--eta", "0.5"], ("`eta`", "ddim", "--sampler ddim")),
-        (["--sampler", "ddim", "--eta", "1.5"], ("`eta`", "[0, 1]", "got 1.5")),
-        (["--clip_x0", "maybe"], ("`clip_x0`", "true or false", "got maybe")),
-        (["--sag.heads", "all"], ("`sag.heads`", "layer, sag_release", "got all")),
-        (["--trainer.precision", "64"], ("`trainer.precision`", "auto, 32-true, bf16-true, 16-true", "got 64")),
-        (["--trainer.accelerator", "tpu"], ("`trainer.accelerator`", "auto, cpu, gpu", "got tpu")),
-        (["--exports", "grid,film"], ("`views`", "grid, images, npz, strip", "'film'")),
-        (["--progress", "loud"], ("`progress`", "auto, bar, lines, off", "got loud")),
-        (["--weights", "raw"], ("`weights`", "got raw", "Leave it out")),
-        (["--compare"], ("`compare`", "--sag.scale")),
-        (["--classifier.scale", "1"], ("`classifier.scale`", "--classifier.checkpoint")),
-        (["--model", "lsun_cats"], ("`model`", "imagenet64", "'lsun_cats'", "Did you mean lsun_cat?")),
-        (["--model", "zebra"], ("`model`", "lsun_cat", "'zebra'")),
-        (["--model", "lsun_cat"], ("`checkpoint`", "image_size 8", "Leave out --model")),
-        (["--config", "lsun_cats"], ("`config`", "got lsun_cats", "Did you mean lsun_cat?")),
-        (["--config", "absent.yaml"], ("`config`", "got absent.yaml")),
-        (["--config", ""], ("`config`", "got ''")),
-        (["--num_sample", "3"], ("'--num_sample'", "Did you mean --num_samples?")),
-        (["--sag.site"], ("--sag.site", "needs a value")),
-        (["stray"], ("'stray'",)),
-        (["--checkpoint", "absent.safetensors"], ("`checkpoint`", "absent.safetensors")),
-        (["--checkpoint", "."], ("`checkpoint`", "file")),
-        (["--checkpoint", ""], ("`checkpoint`", "''")),
-        (["--model", ""], ("`model`", "''")),
-        (["--output", ""], ("`output`", "''")),
-        (["--output", "n" * 300], ("`output`", "too long")),
+        (["--num_samples", "many"], ("--num_samples", "many")),  # wrong type
+        (["--num_samples", "0"], ("--num_samples", "got 0")),  # out of range
+        (["--sag.scale", "1e400"], ("--sag.scale", "inf")),  # not finite
+        (["--sag.scale="], ("--sag.scale", "nothing")),  # empty
+        (["--sag.interval", "0.5-0.8"], ("--sag.interval", "0.5,1.0", "0.5-0.8")),  # wrong form
+        (["--sampler", "euler"], ("--sampler", "ddpm, ddim", "euler")),  # unknown choice
+        (["--exports", "grid,film"], ("--exports", "strip", "film")),
+        (["--num_sample", "3"], ("--num_sample", "Did you mean --num_samples?")),  # unknown option
+        (["--sag", "3"], ("--sag",)),
+        (["--sag.site"], ("--sag.site",)),  # missing value
+        (["stray"], ("stray",)),
+        (["--eta", "0.5"], ("--eta", "--sampler")),  # contradiction
+        (["--compare"], ("--compare", "--sag.scale")),
+        (["--classifier.scale", "1"], ("--classifier.scale", "--classifier.checkpoint")),
+        (["--sag.scale", "0.5", "--sag.site", "output.9"], ("site", *SITES, "output.9")),  # does not fit the network
+        (["--labels", "7"], ("--labels", "0 … 2", "7")),
+        (["--respacing", "1001"], ("--respacing", "1001", "1000")),
+        (["--model", "lsun_cats"], ("--model", "Did you mean lsun_cat?")),  # unknown name
+        (["--config", "absent.yaml"], ("--config", "absent.yaml")),  # missing file
+        (["--checkpoint", "absent.safetensors"], ("--checkpoint", "absent.safetensors")),
+        (["--weights", "raw"], ("--weights", "raw")),
+        (["--output", "n" * 300], ("--output",)),
     ],
     ids=flags_id,
 )
-def test_a_request_that_cannot_be_met_is_refused_in_one_line(flags, named, refused, tiny):
-    said = refused("sample", "--checkpoint", tiny, "--output", "run", *SHORT, *flags)
-    assert [part for part in named if part not in said] == []
+def test_a_request_that_cannot_be_met_is_refused_in_one_line(flags, names, refused, tiny):
+    message = refused("sample", "--checkpoint", tiny, "--output", "run", *SHORT, *flags)
+    assert [name for name in names if name not in message] == []
 
 
-@pytest.mark.parametrize(
-    "flag", ["num_samples", "batch_size", "eta", "clip_x0", "sampler", "sag.scale", "sag.interval", "sag.kernel_size"]
-)
-def test_an_empty_value_is_refused_in_the_words_of_any_other(flag, refused, tiny):
-    said = refused("sample", "--checkpoint", tiny, *SHORT, f"--{flag}", "")
-    assert f"`{flag}` must be" in said
-    assert "<class" not in said
-
-
-@pytest.mark.parametrize("group", ["sag", "cfg", "classifier", "trainer"])
-def test_a_value_for_a_whole_group_is_refused_in_plain_words(group, refused, tiny):
-    said = refused("sample", "--checkpoint", tiny, *SHORT, f"--{group}", "3")
-    assert group in said
-    assert "Parser key" not in said
-
-
-@pytest.mark.parametrize("name", ["imagenet64_classifer", "", "absent.safetensors", "damaged.safetensors"])
-def test_a_classifier_that_is_none_is_refused_under_its_own_name(name, refused, tiny, workdir):
+@pytest.mark.parametrize("name", ["imagenet64_classifer", "absent.safetensors", "damaged.safetensors"])
+def test_an_unusable_classifier_is_refused_by_the_name_of_its_flag(name, refused, tiny, workdir):
     (workdir / "damaged.safetensors").write_bytes(b"damaged")
-    said = refused("sample", "--checkpoint", tiny, *SHORT, "--classifier.scale", 1, "--classifier.checkpoint", name)
-    assert "`classifier.checkpoint`" in said
-    assert "`model`" not in said
-    assert name in said
-
-
-@pytest.mark.parametrize(
-    ("verb", "nearest"), [("smaple", "sample"), ("Sample", "sample"), ("fitt", "fit"), ("exprot", "export")]
-)
-def test_an_unknown_verb_is_refused_with_the_nearest(verb, nearest, refused):
-    assert f"got {verb!r}. Did you mean {nearest}?" in refused(verb)
-
-
-def test_a_verb_near_none_is_refused_with_all(refused):
-    said = refused("paint")
-    assert all(verb in said for verb in ("sample", "fit", "evaluate", "convert", "export", "doctor", "completion"))
-    assert "Did you mean" not in said
+    message = refused("sample", "--checkpoint", tiny, *SHORT, "--classifier.scale", 1, "--classifier.checkpoint", name)
+    assert "--classifier.checkpoint" in message
+    assert name in message
 
 
 # -------------------------------------------------------------------------------------------------------- YAML
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "names"),
     [
-        ("num_sample: 3", ("'num_sample'", "num_samples")),
-        ("sag: {scal: 0.5}", ("'sag.scal'", "sag.scale")),
+        ("num_sample: 3", ("num_sample", "num_samples")),  # unknown key
+        ("sag: {scal: 0.5}", ("sag.scal", "sag.scale")),
         ("trainer: {precison: bf16-true}", ("trainer.precison", "trainer.precision")),
-        ("averge_decay: 0.9", ("'averge_decay'", "ema_decay")),
         ("model: {netwrok: lsun_cat}", ("model.netwrok", "model.network")),
-        ("model: {network: lsun_cats}", ("model", "'lsun_cats'", "Did you mean lsun_cat?")),
-        ("model: lsun_cat", ("`model`", "mapping", "'lsun_cat'")),
-        ("sag: 3", ("`sag`", "mapping", "got 3")),
-        ("trainer: 3", ("`trainer`", "mapping", "got 3")),
-        ("sag: {scale: .nan}", ("`sag.scale`", "finite", "nan")),
-        ("sag: {scale: {scale: 1}}", ("`sag.scale`", "number", "{'scale': 1}")),
-        ("sag: {interval: 0.5}", (*INTERVAL, "got 0.5")),
-        ("sag: {1: 2}", ("sag", "1")),
-        ("sag: {blur_sigma: null}", ("`sag.blur_sigma`", "number", "null")),
-        ("sag: {interval: null}", INTERVAL),
-        ("seed: null", ("`seed`", "whole number", "null")),
-        ("eta: null", ("`eta`", "number", "null")),
-        ("seed: ''", ("`seed` must be a whole number",)),
-        ("seed: [3]", ("`seed`", "whole number", "[3]")),
-        ("seed: true", ("`seed`", "whole number", "True")),
-        ("sampler: off", ("`sampler`", "ddpm, ddim", "False")),
-        ("checkpoint: 3", ("`checkpoint`", "text", "got 3")),
-        ("compare: yes please", ("`compare`", "true or false", "yes please")),
-        ("1: 2", ("1",)),
-        ("", ("`config`", "mapping")),
-        ("3", ("`config`", "mapping", "3")),
-        ("- seed", ("`config`", "mapping")),
-        ("a: b: c", ("`config`", "YAML")),
-        ("seed: {", ("`config`", "YAML")),
-        ("\0", ("`config`", "YAML")),
-        (b"labels: \xe9", ("`config`",)),
-        ("seed: !!python/name:os.system", ("`config`",)),
-        ("[" * 3000, ("`config`",)),
-        ("seed: " + "9" * 5000, ("`config`",)),
+        ("model: lsun_cat", ("model", "mapping")),  # not a mapping
+        ("sag: 3", ("sag", "mapping", "3")),
+        ("sag: {scale: .nan}", ("sag.scale", "nan")),  # wrong value
+        ("sag: {blur_sigma: null}", ("sag.blur_sigma", "null")),
+        ("seed: [3]", ("seed", "[3]")),
+        ("compare: yes please", ("compare", "yes please")),
+        ("", ("--config", "mapping")),
+        ("- seed", ("--config", "mapping")),
+        ("a: b: c", ("--config", "YAML")),  # not YAML
+        ("\0", ("--config", "YAML")),
+        (b"labels: \xe9", ("--config",)),
+        ("seed: !!python/name:os.system", ("--config",)),
+        ("[" * 3000, ("--config",)),
+        ("seed: " + "9" * 5000, ("--config",)),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, (str, bytes)) else "",
 )
-def test_a_config_that_says_something_else_is_refused_in_one_line(text, named, refused, tiny, workdir):
+def test_an_invalid_config_is_refused_in_one_line(text, names, refused, tiny, workdir):
     (workdir / "my.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
-    said = refused("sample", "--config", "my.yaml", "--checkpoint", tiny, "--output", "run", *SHORT)
-    assert [part for part in named if part not in said] == []
+    message = refused("sample", "--config", "my.yaml", "--checkpoint", tiny, "--output", "run", *SHORT)
+    assert [name for name in names if name not in message] == []
 
 
 def test_a_config_runs_no_code(refused, tiny, workdir):
@@ -278,7 +185,7 @@ def test_a_truncated_file_is_refused_as_damaged(kind, kept, verb, refused, workd
     cut.write_bytes(whole.read_bytes()[:kept])
     arguments = {"sample": ["--checkpoint", cut, *SHORT], "convert": [cut, "new.safetensors"]}[verb]
     said = refused(verb, *arguments)
-    assert "`checkpoint`" in said
+    assert "checkpoint" in said
     assert "damaged" in said
     assert str(cut) in said
 
@@ -302,7 +209,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_first_five_that_diff
         "convert": ["other.safetensors", "new.safetensors"],
     }
     said = refused(verb, *more[verb])
-    assert "`checkpoint`" in said
+    assert "checkpoint" in said
     assert "7 parameters differ" in said
     assert told in said
     assert said.count("settings (") + said.count("settings have none") == 5
@@ -334,8 +241,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(arguments, wrap, re
         with (workdir / name).open("wb") as file:
             wrap(RunsCode(workdir / "mark"), file)
     said = refused(*arguments)
-    assert "`checkpoint`" in said
-    assert "run code" in said
+    assert "checkpoint" in said
     assert ".safetensors" in said
     assert not (workdir / "mark").exists()
 
@@ -348,7 +254,7 @@ def test_the_pickle_would_run_its_code_elsewhere(workdir):
 @pytest.mark.parametrize("weights", ["best", "ema:", "ema:nan", "ema:0.5", "ema:word"])
 def test_weights_that_a_training_checkpoint_lacks_are_refused_with_those_it_has(weights, refused, training):
     said = refused("sample", "--checkpoint", training, "--weights", weights, *SHORT)
-    assert "`weights` must be one of ema, raw" in said
+    assert "--weights" in said
     assert repr(weights) in said
 
 
@@ -368,14 +274,13 @@ def test_weights_that_a_training_checkpoint_lacks_are_refused_with_those_it_has(
 )
 def test_a_folder_with_another_run_is_refused_with_the_first_setting_that_differs(flags, named, refused, made, tiny):
     said = refused("sample", "--checkpoint", tiny, "--output", made, *SHORT, *flags)
-    assert "`output`" in said
-    assert "another folder" in said
+    assert "--output" in said
     assert [part for part in named if part not in said] == []
 
 
 def test_a_folder_with_the_run_of_another_network_is_refused(refused, made, workdir):
     other = write_tiny(workdir / "other.safetensors", num_classes=4)
-    assert "`output`" in refused("sample", "--checkpoint", other, "--output", made, *SHORT)
+    assert "--output" in refused("sample", "--checkpoint", other, "--output", made, *SHORT)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"{}", b'{"settings": 3}', b"\xff"])
@@ -388,17 +293,15 @@ def test_a_folder_with_foreign_files_is_refused_and_they_stay(refused, tiny, wor
     (workdir / "photos").mkdir()
     (workdir / "photos" / "holiday.jpg").write_bytes(b"sun")
     said = refused("sample", "--checkpoint", tiny, "--output", "photos", *SHORT)
-    assert "`output`" in said
+    assert "--output" in said
     assert "holiday.jpg" in said
-    assert "another" in said
 
 
 @pytest.mark.parametrize("output", ["file", "file/run", "file/deep/run"])
 def test_an_output_below_a_file_is_refused(output, refused, tiny, workdir):
     (workdir / "file").write_text("mine")
     said = refused("sample", "--checkpoint", tiny, "--output", output, *SHORT)
-    assert "`output`" in said
-    assert "is a file" in said
+    assert "--output" in said
 
 
 @pytest.mark.parametrize(
@@ -418,7 +321,7 @@ def test_an_output_below_a_file_is_refused(output, refused, tiny, workdir):
 )
 def test_an_export_that_cannot_be_written_is_refused(flags, named, refused, made, workdir):
     (workdir / "file").write_text("mine")
-    assert f"`{named}`" in refused("export", made, *flags)
+    assert f"--{named}" in refused("export", made, *flags)
 
 
 @pytest.mark.parametrize("verb", ["export", "evaluate"])
@@ -427,13 +330,11 @@ def test_what_is_no_run_is_refused(run, verb, refused, workdir):
     (workdir / "file").write_text("mine")
     flags = ["--npz", "new.npz"] if verb == "export" else []
     said = refused(verb, run, *flags)
-    assert "`run`" in said
+    assert "run" in said
     assert run in said
 
 
-@pytest.mark.parametrize(
-    ("target", "named"), [("new.bin", "`target`"), ("file/new.safetensors", "file"), ("", "`target`")]
-)
+@pytest.mark.parametrize(("target", "named"), [("new.bin", "target"), ("file/new.safetensors", "file"), ("", "target")])
 def test_a_conversion_that_cannot_be_written_is_refused(target, named, refused, tiny, workdir):
     (workdir / "file").write_text("mine")
     assert named in refused("convert", tiny, target)
@@ -490,7 +391,7 @@ print(json.dumps(run(*sys.argv[1:])))
 
 @pytest.mark.parametrize("flags", [["--num_samples", "9" * 25], ["--num_samples", str(2**32 + 1)]], ids=flags_id)
 def test_more_images_than_there_are_ids_are_refused_at_once(flags, tiny):
-    assert_refused(reported(ENDLESS, "sample", "--checkpoint", tiny, *SHORT, "--dry_run", *flags), "`num_samples`")
+    assert_refused(reported(ENDLESS, "sample", "--checkpoint", tiny, *SHORT, "--dry_run", *flags), "--num_samples")
 
 
 NO_ROOM = """
@@ -513,13 +414,13 @@ def test_images_that_overflow_are_not_kept(refused, tiny):
     flags = ["--clip_x0", "false", "--sag.scale", "1e300", "--sag.site", "middle", "--sag.kernel_size", "3"]
     flags += ["--batch_size", "2", "--trainer.precision", "32-true"]
     said = refused("sample", "--checkpoint", tiny, "--output", "run", *SHORT, *flags)
-    assert "here they overflowed" in said
+    assert "--sag.scale" in said
 
 
 def test_no_room_for_a_run_ends_in_one_line_and_the_same_command_goes_on(tiny, workdir, capsys):
     run = ["sample", "--checkpoint", str(tiny), *SHORT, "--output"]
     for limit, answer in zip(LIMITS, reported(NO_ROOM, json.dumps([[*run, "runLIMIT"], LIMITS, ""])), strict=True):
-        assert_refused(answer, "`output`", f"run{limit}", "Make room")
+        assert_refused(answer, "--output", f"run{limit}")
         left = [path for path in workdir.glob(f"run{limit}/**/*") if path.is_file()]
         assert [path for path in left if path.suffix in (".tar", ".png", ".npz", ".partial", ".gif")] == []
         assert [path.name for path in left if path.name != "run.json"] == []
@@ -543,7 +444,7 @@ def test_no_room_for_one_file_leaves_none(arguments, limits, tiny, made, workdir
     before, names = contents(workdir), sorted(workdir.rglob("*"))
     verb = [{"TINY": str(tiny), "RUN": str(made)}.get(part, part) for part in arguments]
     for limit, answer in zip(limits, reported(NO_ROOM, json.dumps([verb, limits, ""])), strict=True):
-        assert_refused(answer, str(limit), "Make room")
+        assert_refused(answer, str(limit))
     assert sorted(workdir.rglob("*")) == names
     assert contents(workdir) == before
 
@@ -597,16 +498,16 @@ def without_rights():
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        ("new", "`output`"),
-        ("deep", "`output`"),
-        ("more", "`output`"),
-        ("checkpoint", "`checkpoint`"),
-        ("config", "`config`"),
+        ("new", "--output"),
+        ("deep", "--output"),
+        ("more", "--output"),
+        ("checkpoint", "checkpoint"),
+        ("config", "--config"),
         ("convert", "new.safetensors"),
-        ("unread", "`checkpoint`"),
-        ("npz", "`npz`"),
-        ("grid", "`grid`"),
-        ("images", "`images`"),
+        ("unread", "checkpoint"),
+        ("npz", "--npz"),
+        ("grid", "--grid"),
+        ("images", "--images"),
     ],
 )
 def test_who_may_not_read_or_write_is_told_in_one_line(what, named, without_rights):

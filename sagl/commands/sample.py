@@ -38,10 +38,9 @@ def main(arguments: list[str]) -> None:
         batches, pipeline = run.missing_batches(), None
         if batches:
             run.prepare_folder(batches)
-            print_choices(config, run)
         if batches or has_peers():
             pipeline = sample_missing(config, run, batches)
-        elif not run.missing_exports():
+        if not batches and not run.missing_exports():
             print(f"{run.folder} already contains this run.")
             return
         run.export(pipeline)
@@ -60,6 +59,8 @@ def sample_missing(
         run, batches = ranks.broadcast((run, batches))
         assert run is not None
         pipeline = run.build_pipeline(ranks.device)
+        if ranks.rank == 0 and batches:
+            print_choices(config, run)
         title, kind = "guided" if pipeline.guidances else "sampling", config.progress if ranks.rank == 0 else "off"
         with ProgressReporter(title, sum(map(len, batches)), kind) as progress:
 
@@ -104,8 +105,8 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
 
     from sagl.sampling.pipeline import make_labels
 
-    print_choices(config, run)
     pipeline = run.build_pipeline(select_device(config.devices))
+    print_choices(config, run)
     settings = run.config.run
     ids = list(range(settings.effective_batch_size))
     with torch.inference_mode():
