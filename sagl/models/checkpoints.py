@@ -35,7 +35,11 @@ from sagl.settings.sampling import WeightPrecision
 from sagl.utils.files import atomic_file
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+DTYPES: dict[WeightPrecision, torch.dtype] = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+}
 """Data type of the weights, by precision."""
 
 

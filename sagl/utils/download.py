@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from sagl.errors import UserError, require
+from sagl.utils.progress import ProgressReporter
 
 CHUNK = 1 << 20
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -64,8 +65,8 @@ def download(
             if target.is_file():  # another process has downloaded it meanwhile
                 return target
             print(f"Downloading {url}{licence and f' ({licence} licence)'} to {target}", file=sys.stderr, flush=True)
-            with show_progress(target.name) as on_progress:
-                partial = _fetch(url, target, timeout_seconds, attempts, pause_seconds, on_progress)
+            with ProgressReporter(target.name, unit="bytes") as progress:
+                partial = _fetch(url, target, timeout_seconds, attempts, pause_seconds, progress.update)
             _check(partial, check)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -208,27 +209,3 @@ def _lock(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def show_progress(title: str) -> Iterator[OnProgress]:
-    """Show downloaded bytes on stderr: a bar on a terminal, elsewhere a line for each tenth (or 256 MiB)."""
-    from rich import progress as rich
-    from rich.console import Console
-
-    console, shown = Console(stderr=True), -1
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())
-    rates = (rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
-    with rich.Progress(*columns, *rates, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def on_progress(done: int, total: int | None) -> None:
-            nonlocal shown
-            bar.update(task, completed=done, total=total)
-            part = done * 10 // total if total else done >> 28
-            if part > shown and not console.is_terminal:
-                shown = part
-                size = f"{done / 1e6:.1f}" + (f" of {total / 1e6:.1f}" if total else "")
-                print(f"{title}: {size} MB", file=sys.stderr, flush=True)
-
-        yield on_progress

@@ -14,7 +14,7 @@ from urllib.request import Request
 import pytest
 
 from sagl.errors import UserError
-from sagl.utils.download import _Redirects, download, show_progress
+from sagl.utils.download import _Redirects, download
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -128,7 +128,7 @@ def test_a_download_has_the_served_bytes_and_leaves_nothing_else(fetch, server, 
     assert fetch(licence="MIT") == BODY
     assert files(target) == [target]
     shown = capsys.readouterr().err
-    assert [part for part in (server.url, "MIT", str(target), "0.3 of 0.3 MB") if part not in shown] == []
+    assert [part for part in (server.url, "MIT", str(target), "0.3/0.3 MB") if part not in shown] == []
 
 
 def test_an_existing_file_is_not_downloaded(fetch, server, target):
@@ -315,25 +315,3 @@ def test_a_folder_that_cannot_hold_the_file_is_named(name, fetch, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
     refused(fetch, "`SAGL_CACHE`", "a.pt", tmp_path)
-
-
-# -------------------------------------------------------------------------------------------------------- progress
-
-
-@pytest.mark.parametrize("total", [1000, None])
-def test_off_a_terminal_progress_is_a_few_lines(total, capsys):
-    with show_progress("a.pt") as on_progress:
-        for done in range(1001):
-            on_progress(done << 20, total and total << 20)
-    lines = capsys.readouterr().err.splitlines()
-    assert 4 <= len(set(lines)) == len(lines) <= 11
-    assert all(line.startswith("a.pt: ") for line in lines)
-
-
-def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "200"}.items():  # a terminal, to rich
-        monkeypatch.setenv(name, value)
-    with show_progress("a.pt") as on_progress:
-        on_progress(300_000, 300_000)
-    shown = capsys.readouterr().err
-    assert [part for part in ("a.pt", "300.0/300.0 kB", "━") if part not in shown] == []

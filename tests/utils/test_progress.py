@@ -96,3 +96,12 @@ def test_the_bars_show_the_images_and_the_steps_of_the_current_batch():
                 assert (steps.completed, steps.total) == (step + 1, 4)
             reporter.advance(3)
             assert (images.completed, images.total, images.description) == (3 * batch + 3, 6, "guided")
+
+
+def test_a_download_is_a_bar_with_its_size_on_a_terminal(capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "200"}.items():  # a terminal, to rich
+        monkeypatch.setenv(name, value)
+    with ProgressReporter("a.pt", unit="bytes") as reporter:
+        reporter.update(300_000, 300_000)
+    output = capsys.readouterr().err
+    assert [part for part in ("a.pt", "300.0/300.0 kB", "━") if part not in output] == []
