@@ -64,16 +64,16 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
 def test_the_recipe_for_ones_own_pictures_runs(tmp_path):
     recipe = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     pictures = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)
-    (tmp_path / "my_pictures").mkdir()
+    (tmp_path / "my_images").mkdir()
     for number, pixels in enumerate(pictures):
-        Image.fromarray(pixels).save(tmp_path / "my_pictures" / f"{number}.jpg")
+        Image.fromarray(pixels).save(tmp_path / "my_images" / f"{number}.jpg")
     for command in recipe[0].splitlines()[:2]:
         verb, *arguments = shlex.split(command)[1:]
         line = [sys.executable, "-m", "sagl.cli", verb, *arguments, *SHORTER[verb]]
         run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, (command, run.stderr)
     assert (tmp_path / "mine" / "grid.png").exists()
-    assert (tmp_path / "runs" / "my_pictures" / "checkpoints" / "last.ckpt").exists()
+    assert (tmp_path / "runs" / "my_images" / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
