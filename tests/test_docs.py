@@ -50,6 +50,7 @@ SHORTER = {
 """What is added to a command of the README so that it takes seconds; later flags go before earlier ones."""
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
     commands = re.findall(r"^\| `sagl ([^`]+)`", (ROOT / "README.md").read_text(), flags=re.M)
     assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
@@ -61,6 +62,7 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
         assert run.returncode == 0, (command, run.stderr)
 
 
+@pytest.mark.slow
 def test_the_recipe_for_ones_own_pictures_runs(tmp_path):
     recipe = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     pictures = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)

@@ -29,7 +29,7 @@ EPILOGS = {
   --model.blur_aware.…        training on degraded images
   --model.classifier …        settings of a classifier, in place of --model.network
   --sampler, --respacing, …, --{", --".join(f"{name}.…" for name in GUIDANCES)}
-                              as in sagl sample; checkpoints recommend them
+                              as in sagl sample; stored in checkpoints as recommended settings
 
 sagl fit --help_all shows every option.""",
     "validate": """RUN sets config, data and EMA weights; --config and --checkpoint name any others.

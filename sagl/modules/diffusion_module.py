@@ -43,7 +43,7 @@ def check_training_settings(
         f"learn_sigma={network.learn_sigma}.",
     )
     if settings.blur_aware.probability > 0 and settings.blur_aware.mask == "attention":
-        network.require_site(settings.blur_aware.site)
+        network.require_site(settings.blur_aware.site, group="model.blur_aware.")
 
 
 class DiffusionModule(TrainingModule):

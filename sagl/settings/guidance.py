@@ -75,7 +75,7 @@ class SelfAttentionGuidance(GuidanceSettings):
 
     def check_network(self, network: UNetSettings) -> None:
         """Require attention at the site and an image that is large enough for the kernel."""
-        network.require_site(self.site, self.heads)
+        network.require_site(self.site, self.heads, group="sag.")
         effective_kernel_size(self.kernel_size, network.image_size)
 
     def notes(self, network: UNetSettings) -> list[str]:

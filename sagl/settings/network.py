@@ -154,8 +154,13 @@ class UNetSettings(EncoderSettings):
             | {f"output.{k}": side for k, side in enumerate(outputs) if side in self.attention_resolutions}
         )
 
-    def require_site(self, name: str, heads: str = "layer") -> None:
+    def require_site(self, name: str, heads: str = "layer", *, group: str = "") -> None:
         """Check that a block has attention, and that its channels can be split as `heads` says.
+
+        Args:
+            name: input.k, middle or output.k.
+            heads: layer or sag_release.
+            group: prefix of the parameters in the message, such as "sag.".
 
         Raises:
             UserError: lists the blocks that have attention, with their resolutions.
@@ -164,13 +169,13 @@ class UNetSettings(EncoderSettings):
         listed = ", ".join(f"{site} ({side}x{side})" for site, side in sites.items())
         require(
             name in sites,
-            f"`site` must be a block with attention: {listed}; got {name!r}. "
+            f"`{group}site` must be a block with attention: {listed}; got {name!r}. "
             "Output blocks are numbered from the coarsest resolution up.",
         )
         width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
         require(
             heads == "layer" or width % self.num_heads == 0,
-            f"`heads` sag_release needs a `num_heads` that divides the width of {name}, {width}; got {self.num_heads}. "
+            f"`{group}heads` sag_release needs a `num_heads` that divides the width of {name}, {width}; got {self.num_heads}. "
             "Use layer.",
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sagl.errors import UserError, require, require_finite
 from sagl.settings.diffusion import require_choice
@@ -30,7 +30,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         """Check the sampler and eta."""
         require_finite(self)
-        require_choice("sampler", self.sampler, ("ddpm", "ddim"))
+        require_choice("sampler", self.sampler, get_args(Sampler))
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,

@@ -131,7 +131,7 @@ class Ranks:
             yield item
 
     def broadcast(self, obj: T | None) -> T:
-        """Return rank 0's `obj` on all ranks; the others pass None."""
+        """Return rank 0's `obj` on all ranks; the argument of the other ranks is ignored."""
         objects: list[Any] = [obj]
         if self.world_size > 1:
             from torch import distributed

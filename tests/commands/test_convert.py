@@ -239,7 +239,7 @@ def test_a_folder_has_the_dtype_asked_for_and_may_have_a_point_in_its_name(tmp_p
 def test_options_for_files_are_refused_for_a_folder(flags, tmp_path, capsys):
     assert exit_code("convert", write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder") == 0
     assert exit_code("convert", tmp_path / "folder", tmp_path / "back.safetensors", *flags) == 2
-    assert f"`{flags[0][2:]}`" in capsys.readouterr().err
+    assert flags[0] in capsys.readouterr().err
     assert not (tmp_path / "back.safetensors").exists()
 
 

@@ -57,6 +57,7 @@ def test_its_recommended_settings_are_settings():
     RunSettings(**run)
 
 
+@pytest.mark.slow
 def test_images_are_of_the_class_that_was_asked_for(drawn, garments):
     """Of ten classes, the nearest mean image of real garments is the right one for most drawn images."""
     images, labels = drawn
@@ -65,6 +66,7 @@ def test_images_are_of_the_class_that_was_asked_for(drawn, garments):
     assert (suggest == labels).float().mean() >= 0.5
 
 
+@pytest.mark.slow
 def test_backgrounds_are_black_without_speckle(drawn):
     """The frame of two black pixels around every training image is black in the drawn ones too."""
     images, _ = drawn
@@ -73,6 +75,7 @@ def test_backgrounds_are_black_without_speckle(drawn):
     assert (frame > 40).float().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
     extract = EXTRACTORS["effnet_lite0_64"](torch.device("cpu"))
     real = statistics(extract_features(garments.images[:1000], extract).pooled)

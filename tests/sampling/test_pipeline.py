@@ -212,7 +212,7 @@ def test_an_empty_interval_gives_the_unguided_bytes(sampler):
 @pytest.mark.parametrize(
     ("network", "settings", "parts"),
     [
-        ({}, {"site": "output.7"}, ("`site`", "output.1 (8x8)", "'output.7'")),
+        ({}, {"site": "output.7"}, ("`sag.site`", "output.1 (8x8)", "'output.7'")),
         ({}, {"sampler": SamplerSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
         ({"null_label": False}, {"cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
     ],
@@ -306,6 +306,7 @@ def test_x0_predictions_are_x0_hat_of_every_step_clipped_with_its_mask(sampler):
         torch.testing.assert_close(got[-1][1], steps[-1][1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_two_whole_graphs_for_all_steps_and_batches():
     graphs = []
 

@@ -49,9 +49,9 @@ def test_a_guidance_that_the_network_supports_is_allowed_and_one_of_scale_0_requ
     ("network", "diffusion", "guidances", "parts"),
     [
         (replace(NETWORK, learn_sigma=False), DiffusionSettings(), {}, ("`variance`", "fixed_small")),
-        (NETWORK, FIXED, sag(site="output.99"), ("`site`", "output.0 (8x8)", "'output.99'")),
-        (NETWORK, FIXED, sag(site="input.0", scale=-0.1), ("`site`", "'input.0'")),
-        (replace(NETWORK, num_heads=3), FIXED, sag(heads="sag_release"), ("`heads`", "(3)", "64")),
+        (NETWORK, FIXED, sag(site="output.99"), ("`sag.site`", "output.0 (8x8)", "'output.99'")),
+        (NETWORK, FIXED, sag(site="input.0", scale=-0.1), ("`sag.site`", "'input.0'")),
+        (replace(NETWORK, num_heads=3), FIXED, sag(heads="sag_release"), ("`sag.heads`", "64", "got 3")),
         (NETWORK, FIXED, sag(kernel_size=33), ("`sag.kernel_size`", "31", "33")),
         (NO_NULL, FIXED, cfg(0.1), ("`cfg.scale`", "null label")),
         (UNCONDITIONAL, FIXED, cfg(-0.1), ("`cfg.scale`", "null label")),

@@ -74,6 +74,7 @@ def test_ranks_share_items_in_turn_and_only_rank_0_goes_on(tmp_path):
     assert "Warning" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_any_rank_is_raised_on_rank_0_and_ends_the_others(failing, tmp_path):
     result = run_program(tmp_path, 3, failing)
