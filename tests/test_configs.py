@@ -46,8 +46,8 @@ def instantiate(file, tmp_path):
         return prepare_fit(parser, parser.parse(arguments))
 
 
-def test_there_are_configurations_of_the_papers_networks_and_of_fashion_mnist():
-    assert {file.stem for file in FILES} == {*FASHION_MNIST, "my_images", *PAPER}
+def test_there_are_configurations_of_the_papers_networks_and_of_small_images():
+    assert {file.stem for file in FILES} == {*FASHION_MNIST, "emoji", "my_images", *PAPER}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -19,6 +19,7 @@ OPTIONAL = {
     "diffusers": "sagl[hub]",
     "huggingface_hub": "sagl[hub]",
     "efficientnet_lite_pytorch": "sagl[offline-metrics]",
+    "resvg_py": "sagl[emoji]",
 }
 """Optional packages, and the extra that installs each."""
 Line = tuple[str, str, str]
