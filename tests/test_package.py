@@ -37,7 +37,12 @@ def test_the_wheel_holds_code_weights_and_configs_and_nothing_else(installed):
         configs | weights | {"sagl/cli.py", "sagl/evaluation/paper.yaml", "sagl/evaluation/report.html.jinja"} <= names
     )
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sagl"}
-    assert {Path(name).suffix for name in names if name.startswith("sagl/")} == {".py", ".yaml", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in names if name.startswith("sagl/")} == {
+        ".py",
+        ".yaml",
+        ".safetensors",
+        ".jinja",
+    }
 
 
 def test_the_installed_command_samples_from_another_folder(installed, tmp_path):

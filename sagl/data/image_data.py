@@ -127,7 +127,7 @@ class ImageDataModule(LightningDataModule):
     num_test: int = 0
     """Test images for `sagl test`, excluded from training and validation."""
     max_corrupt_fraction: float = 0.01
-    """Largest fraction of all images that may be corrupt before training ends; the next readable image replaces each."""
+    """Largest fraction of all images that may be corrupt before training ends; the next image replaces each."""
     image_size: int | None = None
     """Side of the images in pixels; by default the network's."""
     random_crop: bool = False

@@ -175,8 +175,8 @@ class UNetSettings(EncoderSettings):
         width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
         require(
             heads == "layer" or width % self.num_heads == 0,
-            f"`{group}heads` sag_release needs a `num_heads` that divides the width of {name}, {width}; got {self.num_heads}. "
-            "Use layer.",
+            f"`{group}heads` sag_release needs a `num_heads` that divides the width of {name}, {width}; "
+            f"got {self.num_heads}. Use layer.",
         )
 
 
