@@ -126,6 +126,7 @@ def test_an_unusable_classifier_is_refused_by_the_name_of_its_flag(name, refused
         ("sag: {scal: 0.5}", ("sag.scal", "sag.scale")),
         ("trainer: {precison: bf16-true}", ("trainer.precison", "trainer.precision")),
         ("model: {netwrok: lsun_cat}", ("model.netwrok", "model.network")),
+        ("model: {network: ''}", ("--model", "''")),  # no network has this name
         ("model: lsun_cat", ("model", "mapping")),  # not a mapping
         ("sag: 3", ("sag", "mapping", "3")),
         ("sag: {scale: .nan}", ("sag.scale", "nan")),  # wrong value

@@ -154,7 +154,7 @@ def resolve_network(
     fields: dict[str, Any] = {"model": name, "checkpoint": path, "weights": weights}
     if name == DEFAULT_MODEL:
         return fields | {"checkpoint": path or DEFAULT_CHECKPOINT, "network": None, "diffusion": None}
-    network, released_diffusion = get_unet_settings(name) if name else (model, None)
+    network, released_diffusion = (model, None) if name is None else get_unet_settings(name)
     if metadata and path is not None and isinstance(network, UNetSettings):
         check_same_network(network, settings_from_metadata(metadata, path)[0], path)
         network = None

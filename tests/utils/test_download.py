@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import resource
@@ -15,6 +16,18 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.utils.download import _Redirects, download
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+"""Some interrupted responses stay in reference cycles of the standard library until the garbage collector runs, which
+then warns of a socket that is closed already."""
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage():
+    """Let such warnings come up here and not in a later test."""
+    yield
+    gc.collect()
+
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
