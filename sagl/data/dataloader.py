@@ -18,7 +18,7 @@ from sagl.shapes import ImageUint8, Labels
 
 Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
-"""How worker processes are started."""
+"""Start method of worker processes."""
 NUM_PREFETCHED = 4
 """Batches that each worker prepares in advance; with the default of 2, workers at times wait for the main process."""
 
@@ -166,7 +166,7 @@ class LoaderSettings:
     num_workers: int = 0
     """Worker processes."""
     start_method: StartMethod | None = None
-    """How worker processes are started; None for the platform's default."""
+    """Start method of worker processes; None for the platform's default."""
 
 
 class ImageLoader(DataLoader[Any]):

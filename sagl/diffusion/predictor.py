@@ -28,7 +28,7 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceTerm:
-    """What one guidance method adds at one step, already scaled."""
+    """Term that one guidance method adds at one step, already scaled."""
 
     eps: Image | float = 0.0
     """scale · (eps - eps of a weaker prediction): eq. 11, 15, 17."""

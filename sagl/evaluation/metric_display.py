@@ -10,7 +10,7 @@ from sagl.evaluation.results import EvaluationResult
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """How a metric is displayed."""
+    """Display name and format of a metric."""
 
     name: str
     higher_is_better: bool
