@@ -74,6 +74,7 @@ def sample_missing(
                     run.record_batch(pipeline, (time.monotonic() - start) * ranks.world_size)
                     update_progress()
             ranks.wait(update_progress)
+            update_progress()  # another rank may have written the last shard after the last poll
     return pipeline
 
 

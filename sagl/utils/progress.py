@@ -75,11 +75,12 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
 
     def update(self, completed: int, total: int | None = None) -> None:
         """Report the number of images or bytes that are done, and the total once it is known."""
+        has_advanced = completed > self.completed
         self.completed, self.total = completed, total or self.total
         if self._task is None:  # what an earlier command has done does not count as speed
             self._task = self._bars.add_task(self.title, total=self.total, completed=completed)
         self._bars.update(self._task, completed=completed, total=self.total)
-        if self.kind == "lines" and completed:
+        if self.kind == "lines" and has_advanced:
             self._print_line()
 
     def track_steps(self, steps: Iterator[T], num_steps: int) -> Iterator[T]:

@@ -105,3 +105,10 @@ def test_a_download_is_a_bar_with_its_size_on_a_terminal(capsys, monkeypatch):
         reporter.update(300_000, 300_000)
     output = capsys.readouterr().err
     assert [part for part in ("a.pt", "300.0/300.0 kB", "━") if part not in output] == []
+
+
+def test_a_count_that_is_reported_again_is_printed_once(clock, capsys):
+    with ProgressReporter("guided", 3, "lines") as reporter:
+        for completed in (3, 3, 3):
+            reporter.update(completed)
+    assert capsys.readouterr().err.splitlines() == ["guided: 3/3 images, 3000000000.00/s"]
