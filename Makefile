@@ -1,4 +1,4 @@
-# make sample   a grid of guided and unguided images from the embedded network
+# make sample   a grid of guided and unguided images from the bundled network
 # make test     the quick tests;  make check  everything that CI runs;  make fix  formatting
 PYTHON ?= python3
 VENV := .venv

@@ -22,16 +22,18 @@ SCALE = 1e-6
 
 
 @torch.inference_mode()
-def gaps(checkpoint: Path, chain: SamplerSettings, sag: SelfAttentionGuidance, run: RunSettings) -> dict[int, float]:
+def gaps(
+    checkpoint: Path, chain: SamplerSettings, sag: SelfAttentionGuidance, samples: RunSettings
+) -> dict[int, float]:
     """Return the root mean square of eps - eps_degraded by timestep, the noisiest first."""
     file = read_checkpoint(checkpoint)
     network = build_network(file)
     pipeline, ids = (
         build_pipeline(network, file.diffusion, chain, {"sag": sag}),
-        range(run.first_id, run.first_id + run.num_samples),
+        range(samples.first_id, samples.first_id + samples.num_samples),
     )
     result = {}
-    for step, _, prediction in pipeline.sample_progressive(run.seed, ids, make_labels(run, ids, network)):
+    for step, _, prediction in pipeline.sample_progressive(samples.seed, ids, make_labels(samples, ids, network)):
         eps = torch.as_tensor(prediction.terms["sag"].eps) / SCALE
         result[int(pipeline.schedule.timesteps[step])] = float(eps.square().mean().sqrt())
     return result
@@ -50,8 +52,8 @@ def main() -> None:
     disable_malloc_trim()
     chain = SamplerSettings(sampler="ddim", respacing=a.respacing)
     sag = SelfAttentionGuidance(scale=SCALE, site=a.site, blur_sigma=a.blur_sigma)
-    run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")
-    columns = [gaps(path, chain, sag, run) for path in a.checkpoints]
+    samples = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")
+    columns = [gaps(path, chain, sag, samples) for path in a.checkpoints]
     print("| timestep | " + " | ".join(path.stem for path in a.checkpoints) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for timestep in columns[0]:

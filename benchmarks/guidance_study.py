@@ -33,7 +33,7 @@ from sagl.models.zoo import DEFAULT_CHECKPOINT
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import RunSettings, SamplerSettings, WeightPrecision, micro_batches
+from sagl.settings.sampling import RunSettings, SamplerSettings, WeightPrecision, id_batches
 from sagl.shapes import ImageUint8
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import cache_folder, sha256
@@ -68,14 +68,14 @@ class Setting:
         return study.with_suffix(".features") / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.npy"
 
 
-def grid(a: argparse.Namespace, chain: SamplerSettings, run: RunSettings) -> list[Setting]:
+def grid(a: argparse.Namespace, chain: SamplerSettings, samples: RunSettings) -> list[Setting]:
     """Return the settings, network by network, the unguided one first."""
     keys = ("scale", "site", "blur_sigma", "interval")
     values = product(a.scales, a.sites, a.blur_sigmas, [tuple(map(float, i.split("-"))) for i in a.intervals])
     of_sag = [{"scale": 0.0}, *(dict(zip(keys, value, strict=True)) for value in values)]
     settings = []
     for path in a.checkpoints:
-        common = {"checkpoint": sha256(path), "chain": asdict(chain), "run": asdict(run)}
+        common = {"checkpoint": sha256(path), "chain": asdict(chain), "samples": asdict(samples)}
         for sag, dtype in product(of_sag, a.dtypes):
             key = json.loads(json.dumps({**common, "dtype": dtype, "sag": sag}))
             settings.append(Setting(checkpoint=path, dtype=dtype, sag=sag, key=key))
@@ -109,19 +109,19 @@ def main() -> None:
     a.study.parent.mkdir(parents=True, exist_ok=True)
 
     chain = SamplerSettings(sampler=a.sampler, respacing=a.respacing)
-    run = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
+    samples = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
     extract = get_extractor(EXTRACTOR)(torch.device("cpu"))
     prepare_fashion_mnist(cache_folder())
     test_split = extract_features(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
     distance_to_test = FrechetReference(statistics(test_split))
-    settings = grid(a, chain, run)
+    settings = grid(a, chain, samples)
     todo = [s for s in settings if s.name not in read_lines(a.study) or not s.features(a.study).exists()]
     pipelines = [pipeline_of(setting, chain) for setting in todo]
     passes = a.num_samples * sum(pipeline.nfe for pipeline in pipelines)
     print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
     for setting, pipeline in zip(todo, pipelines, strict=True):
         start_time = time.monotonic()
-        features = extract_features(sample_images(pipeline, run)[: a.num_samples], extract).pooled
+        features = extract_features(sample_images(pipeline, samples)[: a.num_samples], extract).pooled
         save_features(features, setting.features(a.study))
         line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": pipeline.nfe}
         line["seconds"] = round(time.monotonic() - start_time, 1)
@@ -145,10 +145,12 @@ def pipeline_of(setting: Setting, chain: SamplerSettings) -> SamplingPipeline:
 
 
 @torch.inference_mode()
-def sample_images(pipeline: SamplingPipeline, run: RunSettings) -> ImageUint8:
+def sample_images(pipeline: SamplingPipeline, samples: RunSettings) -> ImageUint8:
     """Sample all images of a run."""
-    samples = (pipeline.sample(run.seed, i, make_labels(run, i, pipeline.network))[0] for i in micro_batches(run))
-    return torch.cat([to_uint8(x) for x in samples])
+    batches = (
+        pipeline.sample(samples.seed, i, make_labels(samples, i, pipeline.network))[0] for i in id_batches(samples)
+    )
+    return torch.cat([to_uint8(x) for x in batches])
 
 
 def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], float], num_resamples: int) -> None:

@@ -40,7 +40,7 @@ WORLD_SIZES = (1, 8, 64)
 
 
 def hours(num_images: int, batch_size: int, world_size: int, flop_an_image: float, flops: float) -> float:
-    """Until the last rank ends: micro-batches are whole, so ranks differ by at most one."""
+    """Until the last rank ends: batches are whole, so ranks differ by at most one."""
     batches = math.ceil(math.ceil(num_images / batch_size) / world_size)
     return batches * batch_size * flop_an_image / flops / 3600
 

@@ -53,11 +53,11 @@ def comparisons(adm: str | None, sag: str | None) -> Iterator[tuple[str, Compari
                 f"lsun_sag_{batch_size}",
                 _beside_sag(sag, "lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6}),
             )
-        yield "embedded_sag_64", _beside_sag(sag, "embedded", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
+        yield "bundled_sag_64", _beside_sag(sag, "bundled", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
     if adm:  # two networks in training are what fits into memory at one time
         for precision, bar in (("float32", 1 / 1.3), ("bfloat16", 1 / 4)):
             yield f"adm64_training_8_{precision}", _training_beside_adm(adm, precision, bar)
-    for network, batch_size in (("lsun", 1), ("embedded", 64)):
+    for network, batch_size in (("lsun", 1), ("bundled", 64)):
         yield f"{network}_guided", _against_unguided(network, batch_size)
 
 
@@ -274,8 +274,8 @@ def _listed(profile: Mapping[str, float]) -> str:
 
 def two_processes(rounds: int) -> list[str]:
     """Two processes of one thread with half a batch each, at the same time, against one of two threads."""
-    sides = {"one process, two threads": replace(ours("guided", "embedded", 64), threads=2)}
-    sides |= {f"half {i}": replace(ours("guided", "embedded", 32), threads=1) for i in (1, 2)}
+    sides = {"one process, two threads": replace(ours("guided", "bundled", 64), threads=2)}
+    sides |= {f"half {i}": replace(ours("guided", "bundled", 32), threads=1) for i in (1, 2)}
     one, two = [], []
     with running(sides) as processes:
         whole, *halves = processes.values()
@@ -290,7 +290,7 @@ def two_processes(rounds: int) -> list[str]:
     ratios = [a / b for a, b in zip(one, two, strict=True)]
     return [
         "",
-        "## Two processes of one thread against one of two, SAG step of 64 images, embedded network, float32",
+        "## Two processes of one thread against one of two, SAG step of 64 images, bundled network, float32",
         "",
         "| one process | two processes | throughput: median (least … most) | asked |",
         "|---|---|---|---|",

@@ -28,12 +28,12 @@ from sagl.utils.environment import disable_malloc_trim
 
 NETWORKS: dict[str, UNetSettings] = {
     "lsun": get_unet_settings("lsun_cat")[0],
-    "embedded": replace(
+    "bundled": replace(
         get_unet_settings("fashion_mnist")[0], in_channels=3, num_heads=4
     ),  # theirs cannot guide grey images
     "adm64": replace(get_unet_settings("imagenet64")[0], dropout=0.0, num_classes=None),
 }
-SITES = {"lsun": 2, "embedded": 5}
+SITES = {"lsun": 2, "bundled": 5}
 """Output block that guides; its side is one that the public code has in its table."""
 STEP = 120
 """Of 250, in the middle of the chain."""

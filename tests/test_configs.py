@@ -107,7 +107,7 @@ def test_networks_of_the_paper_are_trained_with_adms_settings(name, tmp_path):
     assert run.module.network.settings.dropout == (0.1 if name.startswith("lsun") else 0.0)
 
 
-def test_the_configuration_of_the_embedded_network_recommends_what_its_file_does():
+def test_the_configuration_of_the_bundled_network_recommends_what_its_file_does():
     by_config, by_file = (
         parse_sample_config(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]),
         parse_sample_config([]),
@@ -119,7 +119,7 @@ def test_the_configuration_of_the_embedded_network_recommends_what_its_file_does
     )
 
 
-def test_the_classifier_configuration_has_the_process_of_the_embedded_network_and_is_small():
+def test_the_classifier_configuration_has_the_process_of_the_bundled_network_and_is_small():
     network, classifier = (
         yaml.safe_load((FILES[0].with_name(f"{name}.yaml")).read_text())["model"] for name in FASHION_MNIST
     )

@@ -61,7 +61,7 @@ class PreviewMetrics:
         return self._metrics.compute(batches)
 
 
-class SAGSampling(Callback):
+class SAGPreviews(Callback):
     """Samples the network at every validation, unguided and with self-attention guidance at several scales.
 
     Sample ids, and so noise and labels, are the same every time. Grids are written to previews/step_N.png and to the
@@ -186,8 +186,8 @@ def log_image(logger: Any, name: str, image: ImageUint8, step: int) -> None:  # 
 def _sample(pipeline: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
     """Sample images of these ids, of every class in turn, and their mask frequencies."""
     num_classes = pipeline.network.settings.num_classes
-    run = RunSettings(num_samples=len(ids), labels="null" if num_classes is None else "balanced")
-    x, mask_frequency = pipeline.sample(run.seed, ids, make_labels(run, ids, pipeline.network))
+    samples = RunSettings(num_samples=len(ids), labels="null" if num_classes is None else "balanced")
+    x, mask_frequency = pipeline.sample(samples.seed, ids, make_labels(samples, ids, pipeline.network))
     return to_uint8(x), mask_frequency
 
 

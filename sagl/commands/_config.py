@@ -108,7 +108,7 @@ def parse_sample_config(arguments: list[str]) -> SampleConfig:
         output=Path(flags.output),
         compare=flags.compare,
         exports=tuple(name.strip() for name in flags.exports.strip("[]").split(",") if name.strip()),
-        run=from_namespace(RunSettings, flags),
+        samples=from_namespace(RunSettings, flags),
         sampler=from_namespace(SamplerSettings, flags),
         guidances=guidances,
         devices=from_namespace(DeviceSettings, flags.trainer, "trainer."),

@@ -20,7 +20,7 @@ from sagl.settings.network import NetworkSettings
 from sagl.utils.files import require_unused, require_writable
 
 if TYPE_CHECKING:
-    from sagl.models.checkpoints import Checkpoint
+    from sagl.models.checkpoints import NetworkWeights
 
 SUFFIX = ".safetensors"
 OTHER_SUFFIXES = (".pt", ".ckpt", ".bin")
@@ -79,7 +79,7 @@ def _read(
     args: Any,  # noqa: ANN401 (the parser's namespace)
     model: str | NetworkSettings | None,
     diffusion: DiffusionSettings | None,
-) -> "Checkpoint":
+) -> "NetworkWeights":
     """Read a folder, a file with given settings, or a network by name."""
     from sagl.models.checkpoints import read_checkpoint
     from sagl.models.diffusers import read_diffusers
@@ -97,7 +97,7 @@ def _read(
     return read_checkpoint(path, args.weights, settings, diffusion or default_diffusion)
 
 
-def _write(checkpoint: "Checkpoint", target: Path, dtype: str | None) -> None:
+def _write(checkpoint: "NetworkWeights", target: Path, dtype: str | None) -> None:
     import torch
 
     from sagl.models.checkpoints import check_state_dict, in_dtype, meta_state_dict, write_checkpoint

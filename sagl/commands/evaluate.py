@@ -20,8 +20,8 @@ def evaluate_parser() -> Parser:
     """Return the parser."""
     p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
     image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, fashion_mnist_train or fashion_mnist_test"
-    p.add_argument("run", type=str, help=f"Images to evaluate: {image_sets}.")
-    reference = "Reference: images as for `run`, or a statistics file of OpenAI, EDM or sagl statistics."
+    p.add_argument("images", type=str, help=f"Images to evaluate: {image_sets}.")
+    reference = "Reference: as for `images`, or a statistics file of OpenAI, EDM or sagl statistics."
     p.add_argument("--reference", type=str, default="fashion_mnist_test", help=reference)
     p.add_argument("--num_samples", type=int, default=None, help="Number of images to use; default: all.")
     add_extraction_settings(p)
@@ -33,7 +33,7 @@ def evaluate_parser() -> Parser:
 
 
 def main(arguments: list[str]) -> None:
-    """Run `sagl evaluate RUN [--reference R] [--extractor E] [--num_samples N] [--trainer.devices N]`.
+    """Run `sagl evaluate IMAGES [--reference R] [--extractor E] [--num_samples N] [--trainer.devices N]`.
 
     Results of a run are saved as evaluation.json in its folder, where `sagl compare` reads them.
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     args = evaluate_parser().parse(arguments)
     disable_malloc_trim()
     (extraction, devices), metrics = extraction_settings(args), from_namespace(MetricSettings, args)
-    output, run = None if args.output is None else Path(args.output), Path(args.run)
+    output, run = None if args.output is None else Path(args.output), Path(args.images)
     if output is not None:
         require(output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {output}.")
         require_new(output, overwrite=args.overwrite)
@@ -55,7 +55,12 @@ def main(arguments: list[str]) -> None:
     from sagl.evaluation.evaluate import evaluate
 
     result = evaluate(
-        args.run, args.reference, num_samples=args.num_samples, extraction=extraction, metrics=metrics, devices=devices
+        args.images,
+        args.reference,
+        num_samples=args.num_samples,
+        extraction=extraction,
+        metrics=metrics,
+        devices=devices,
     )
     if saves_result:
         save_result(run, result)

@@ -44,16 +44,16 @@ SHORT_HELP = {
 """Beginnings of the options that --help shows."""
 
 
-def training_parser(verb: str, *, classifier: bool = False, full: bool = False) -> Parser:
+def training_parser(command: str, *, classifier: bool = False, full: bool = False) -> Parser:
     """Build the parser of `fit`, `validate` or `test`.
 
     Args:
-        verb: the subcommand.
+        command: the subcommand.
         classifier: whether a classifier is trained, and not a diffusion model.
         full: add `data` and `trainer`, for which Lightning is imported, and show all options in the help.
     """
-    p = Parser(verb, DESCRIPTIONS[verb], EPILOGS[verb])
-    if verb != "fit":
+    p = Parser(command, DESCRIPTIONS[command], EPILOGS[command])
+    if command != "fit":
         p.add_argument("run", type=str, nargs="?", help="Folder of a run of sagl fit.")
     p.add_argument("--config", action="config", help="YAML file, or name of a packaged one, such as lsun_cat.")
     p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
@@ -75,7 +75,7 @@ def training_parser(verb: str, *, classifier: bool = False, full: bool = False) 
         p.set_defaults({"trainer.enable_model_summary": False})
         return p
     for action in p._actions:
-        if not action.dest.startswith(("help", *SHORT_HELP[verb])) or action.dest.startswith("model.blur_aware"):
+        if not action.dest.startswith(("help", *SHORT_HELP[command])) or action.dest.startswith("model.blur_aware"):
             action.help = SUPPRESS
         if action.dest in ("model.optimizer", "model.loss") or action.dest.endswith(".help"):  # files; help of a class
             action.help = SUPPRESS
@@ -111,23 +111,23 @@ def trains_classifier(arguments: list[str]) -> bool:
     return False
 
 
-def run_verb(verb: str, arguments: list[str]) -> None:
+def run_command(command: str, arguments: list[str]) -> None:
     """Print the help, or parse the command line and run `fit`, `validate` or `test`.
 
     Raises:
         UserError: the settings are not valid; nothing has been written.
     """
     if {"--help", "-h"} & set(arguments):
-        print(training_parser(verb).format_help())
+        print(training_parser(command).format_help())
         return
     arguments = parse_interval_arg(resolve_config_names(arguments))
-    parser = training_parser(verb, classifier=trains_classifier(arguments), full=True)
+    parser = training_parser(command, classifier=trains_classifier(arguments), full=True)
     if "--help_all" in arguments:
         print(parser.format_help())
         return
     from sagl.commands.training import run
 
-    run(verb, parser, parser.parse(arguments))
+    run(command, parser, parser.parse(arguments))
 
 
 def main(arguments: list[str]) -> None:
@@ -136,4 +136,4 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: the settings are not valid; nothing has been written.
     """
-    run_verb("fit", arguments)
+    run_command("fit", arguments)

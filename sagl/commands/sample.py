@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 def sample_missing(
     config: SampleConfig, run: SamplingRun | None = None, batches: Sequence[Sequence[int]] = ()
 ) -> "SamplingPipeline":
-    """Sample the missing micro-batches in all processes of this command, and return the pipeline.
+    """Sample the missing batches in all processes of this command, and return the pipeline.
 
     Rank 0 sends `run` and `batches` to the others. Each writes the shards of its share, whose bytes do not depend on
     the rank.
@@ -69,7 +69,7 @@ def sample_missing(
 
             for ids in ranks.share(batches):
                 start = time.monotonic()
-                run.sample_batch(pipeline, ids, progress)
+                run.write_batch(pipeline, ids, progress)
                 if ranks.rank == 0:
                     run.record_batch(pipeline, (time.monotonic() - start) * ranks.world_size)
                     update_progress()
@@ -86,8 +86,8 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
     choices = []
     if config.devices.precision == "auto":
         choices.append(f"--trainer.precision {run.config.devices.precision}")
-    if config.run.batch_size is None:
-        choices.append(f"--batch_size {run.config.run.batch_size}")
+    if config.samples.batch_size is None:
+        choices.append(f"--batch_size {run.config.samples.batch_size}")
     if choices:
         print("Chosen for this machine:", *choices, f"OMP_NUM_THREADS={set_threads(num_processes(config.devices)[0])}")
 
@@ -101,14 +101,14 @@ def print_summary(run: SamplingRun) -> None:
 
 
 def print_cost(config: SampleConfig, run: SamplingRun) -> None:
-    """Time one network evaluation of a micro-batch, and print what the run would cost."""
+    """Time one network evaluation of a batch, and print what the run would cost."""
     import torch
 
     from sagl.sampling.pipeline import make_labels
 
     pipeline = run.build_pipeline(select_device(config.devices))
     print_choices(config, run)
-    settings = run.config.run
+    settings = run.config.samples
     ids = list(range(settings.effective_batch_size))
     with torch.inference_mode():
         labels = make_labels(settings, ids, pipeline.network)
@@ -118,7 +118,7 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
     evaluations = pipeline.nfe + pipeline.schedule.num_steps * config.compare
     num_batches = len(run.missing_batches())
     print(
-        f"{settings.num_samples} images, {pipeline.nfe} network evaluations each, {num_batches} micro-batches of "
+        f"{settings.num_samples} images, {pipeline.nfe} network evaluations each, {num_batches} batches of "
         f"{len(ids)} to do: about {seconds * evaluations * num_batches:.1f} s ({seconds:.3f} s per evaluation of "
         f"{len(ids)} images), {peak_gigabytes():.1f} GB of memory. Nothing was written."
     )

@@ -12,7 +12,7 @@ from sagl.utils.files import require_new
 
 def statistics_parser() -> Parser:
     """Return the parser."""
-    p = Parser("statistics", "Write a statistics file of images, for sagl evaluate RUN --reference FILE.")
+    p = Parser("statistics", "Write a statistics file of images, for sagl evaluate IMAGES --reference FILE.")
     sources = "folder of images, LSUN's LMDB, shards, npz file, run or fashion_mnist_train"
     p.add_argument("source", type=str, help=f"Images: {sources}.")
     p.add_argument("--output", type=str, required=True, help="The .npz file to write.")
@@ -46,4 +46,6 @@ def main(arguments: list[str]) -> None:
         devices=devices,
     )
     count = reference.statistics.num_samples
-    print(f"{output}: {reference.extractor} features of {count} images. Use it: sagl evaluate RUN --reference {output}")
+    print(
+        f"{output}: {reference.extractor} features of {count} images. Use it: sagl evaluate IMAGES --reference {output}"
+    )

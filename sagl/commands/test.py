@@ -1,7 +1,7 @@
 """`sagl test`: `sagl validate` on images that neither training nor validation used."""
 
 from sagl.commands._parser import Parser
-from sagl.commands.fit import run_verb, training_parser
+from sagl.commands.fit import run_command, training_parser
 from sagl.commands.validate import expand_run_argument
 
 
@@ -15,4 +15,4 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: the settings are not valid.
     """
-    run_verb("test", expand_run_argument(arguments))
+    run_command("test", expand_run_argument(arguments))

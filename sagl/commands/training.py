@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint, SaveConfig
 from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.callbacks.loss_table import LossTable
-from sagl.callbacks.sag_sampling import SAGSampling
+from sagl.callbacks.sag_sampling import SAGPreviews
 from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
@@ -32,7 +32,7 @@ IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not 
 WEIGHT_SUFFIXES = (".pt", ".ckpt", ".safetensors")
 
 
-class Run(NamedTuple):
+class TrainingSetup(NamedTuple):
     """Everything that a call of the trainer needs."""
 
     trainer: Trainer
@@ -41,7 +41,7 @@ class Run(NamedTuple):
     resume_from: Path | None = None
 
 
-def run(verb: str, parser: Parser, config: Namespace) -> None:
+def run(command: str, parser: Parser, config: Namespace) -> None:
     """Run `fit`, `validate` or `test`.
 
     Raises:
@@ -53,18 +53,18 @@ def run(verb: str, parser: Parser, config: Namespace) -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a resumed run
     for handler in logging.getLogger("lightning.pytorch").handlers:
         handler.addFilter(lambda record: not record.getMessage().startswith(IGNORED_MESSAGES))
-    if verb != "fit":
+    if command != "fit":
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer, module, data, resume_from = (prepare_fit if verb == "fit" else prepare_evaluation)(parser, config)
+    trainer, module, data, resume_from = (prepare_fit if command == "fit" else prepare_evaluation)(parser, config)
     if config.checkpoint and resume_from is None:
         _load_weights(module, config.checkpoint, config.weights)
-    if verb == "fit":
+    if command == "fit":
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     else:
-        (trainer.validate if verb == "validate" else trainer.test)(module, data, verbose=False)
+        (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
 
 
-def prepare_fit(parser: Parser, config: Namespace) -> Run:
+def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
     """Build module, data and trainer of a training.
 
     Raises:
@@ -93,20 +93,20 @@ def prepare_fit(parser: Parser, config: Namespace) -> Run:
     if options["logger"] is None:
         options["logger"] = TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
-    return Run(trainer, module, init.data, last if resumed else None)
+    return TrainingSetup(trainer, module, init.data, last if resumed else None)
 
 
 def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Callback]:
     """Build the callbacks of a training; those that use the EMA weights during validation come before `EMA`."""
     settings, folder = from_namespace(CheckpointSettings, init), output / "checkpoints"
-    callbacks: list[Callback] = [SAGSampling(output, init.preview, init.sag)] if has_previews else []
+    callbacks: list[Callback] = [SAGPreviews(output, init.preview, init.sag)] if has_previews else []
     callbacks += [EMA(settings), ExtraEMAs(settings)]
     if has_previews and init.preview.keep_best:
         callbacks.append(BestCheckpoints(folder, init.preview))
     return [*callbacks, ResumableCheckpoint(folder / "last.ckpt", settings)]
 
 
-def prepare_evaluation(parser: Parser, config: Namespace) -> Run:
+def prepare_evaluation(parser: Parser, config: Namespace) -> TrainingSetup:
     """Build module, data and trainer of a validation or test.
 
     Raises:
@@ -117,9 +117,9 @@ def prepare_evaluation(parser: Parser, config: Namespace) -> Run:
     module = _build_module(init)
     callbacks: list[Callback] = [LossTable()]
     if isinstance(module, DiffusionModule):
-        callbacks.insert(0, SAGSampling(Path(), replace(init.preview, num_samples=0), init.sag))
+        callbacks.insert(0, SAGPreviews(Path(), replace(init.preview, num_samples=0), init.sag))
     trainer = _build_trainer({**init.trainer.as_dict(), "logger": False}, callbacks)
-    return Run(trainer, module, init.data)
+    return TrainingSetup(trainer, module, init.data)
 
 
 def _build_module(init: Namespace) -> DiffusionModule | ClassifierModule:

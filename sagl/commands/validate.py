@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sagl.commands._parser import Parser
-from sagl.commands.fit import run_verb, training_parser
+from sagl.commands.fit import run_command, training_parser
 from sagl.errors import require
 
 
@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: the settings are not valid.
     """
-    run_verb("validate", expand_run_argument(arguments))
+    run_command("validate", expand_run_argument(arguments))

@@ -36,7 +36,7 @@ def classifier_loss(
     noise: Image,
     schedule: Schedule,
 ) -> ClassifierLoss:
-    """Compute the loss of one batch, each sample noised to its own timestep.
+    """Compute the loss of one batch, each sample at its own timestep.
 
     Args:
         classifier: (x_t, timesteps) -> logits (B, classes).

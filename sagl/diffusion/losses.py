@@ -38,7 +38,7 @@ def training_losses(
     *,
     kind: Loss,
     variance: Variance,
-    max_snr_weight: float = 1.0,
+    max_v_weight: float = 1.0,
     target: Image | None = None,
 ) -> Losses:
     """Compute the losses of one batch, each sample at its own timestep.
@@ -51,7 +51,7 @@ def training_losses(
         schedule: the whole process, not a respaced one.
         kind: hybrid trains the mean by L_simple and the variance by the bound alone.
         variance: variance of the reverse step.
-        max_snr_weight: upper limit of the weight 1 / alpha_bar on L_simple; 1 weights all timesteps alike, as in ADM.
+        max_v_weight: upper limit of the weight 1 / alpha_bar on L_simple; 1 weights all timesteps alike, as in ADM.
         target: (B, C, H, W), the eps that L_simple compares with; None: the noise.
     """
     alpha_bar = schedule.alpha_bar(timesteps)
@@ -59,7 +59,7 @@ def training_losses(
     out = model(x_t, timesteps).to(x_0.dtype)
     eps, log_variance = split_eps_and_variance(out, x_0.shape[1], schedule, timesteps, variance)
     mse = mean_flat(((noise if target is None else target) - eps) ** 2)
-    weighted = mse * (1 / alpha_bar).clamp(max=max_snr_weight).flatten().to(mse)
+    weighted = mse * (1 / alpha_bar).clamp(max=max_v_weight).flatten().to(mse)
     if kind == "simple" or (kind == "hybrid" and variance != "learned_range"):  # a fixed variance has nothing to learn
         return Losses(total=weighted, mse=mse, vlb=torch.zeros_like(mse))
     vlb_eps = eps.detach() if kind == "hybrid" else eps

@@ -31,7 +31,7 @@ def posterior_mean(x_0: Image, x_t: Image, alpha_bar: AlphaBar, alpha_bar_prev: 
     return cast_like(coef_x0, x_t) * x_0 + cast_like(coef_xt, x_t) * x_t
 
 
-def learned_log_variance(fraction: Image, log_posterior_variance: AlphaBar, log_beta: AlphaBar) -> Image:
+def interpolate_log_variance(fraction: Image, log_posterior_variance: AlphaBar, log_beta: AlphaBar) -> Image:
     """Interpolate log variance from the posterior's (-1) to beta (+1) (Nichol & Dhariwal 2021, eq. 15)."""
     frac = (fraction + 1) / 2
     return frac * cast_like(log_beta, frac) + (1 - frac) * cast_like(log_posterior_variance, frac)

@@ -8,14 +8,14 @@ from typing import Any
 from sagl.errors import require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.image_sets import ImageSet, RunImages, content_digest, open_image_set
-from sagl.evaluation.references import load_reference
+from sagl.evaluation.reference import load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.checks import require_finite_features
 from sagl.metrics.compute import compute_metrics
 from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
-from sagl.metrics.reference import Reference, has_statistics, read_extractor, write_reference
+from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference
 from sagl.sampling.run_folder import read_run_json
 from sagl.settings.evaluation import DEFAULT_EXTRACTOR, INCEPTION, ExtractionSettings, MetricSettings
 from sagl.settings.sampling import DeviceSettings
@@ -23,7 +23,7 @@ from sagl.utils.distributed import launch
 
 
 def evaluate(
-    run: str,
+    images: str,
     reference: str,
     *,
     num_samples: int | None = None,
@@ -34,7 +34,7 @@ def evaluate(
     """Compute the metrics of a set of images against a reference. Only rank 0 returns.
 
     Args:
-        run: the images, see `open_image_set`.
+        images: an image set, see `open_image_set`.
         reference: an image set, or a statistics file.
         num_samples: number of images, the first of the set; None for all.
         extraction: settings of the extraction of features.
@@ -47,18 +47,18 @@ def evaluate(
     start_time = time.monotonic()
     with launch(devices) as ranks:
         name = extraction.extractor or _default_extractor(Path(reference))
-        images = open_image_set(run, extraction.image_size, "run")
-        count, run_notes = _check_num_samples(num_samples, images, run), _run_notes(Path(run), images)
+        image_set = open_image_set(images, extraction.image_size, "images")
+        count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
         extractor = FeatureExtraction.load(name, extraction, ranks)
-        real = load_reference(reference, extractor, images.image_size, metrics.max_features)
-        fake = extractor.statistics(images, count, max_features=count, title=Path(run).name, keep_logits=True)
+        real = load_reference(reference, extractor, image_set.image_size, metrics.max_features)
+        fake = extractor.statistics(image_set, count, max_features=count, title=Path(images).name, keep_logits=True)
     assert real is not None
     assert fake is not None
     results = compute_metrics(fake, real.statistics, metrics, inception=name == INCEPTION)
     resize = describe_resize(extractor.extract)
     settings = _effective_settings(metrics, fake, real.statistics)
     return EvaluationResult(
-        images=run,
+        images=images,
         num_samples=count,
         reference=reference,
         reference_digest=content_digest(reference),
@@ -69,7 +69,7 @@ def evaluate(
         intervals=results.intervals,
         deviations=results.deviations,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
-        notes=(*run_notes, *real.notes, *_comparability_notes(fake, real, images, resize)),
+        notes=(*run_notes, *real.notes, *_comparability_notes(fake, real, image_set, resize)),
         seconds=round(time.monotonic() - start_time, 1),
     )
 
@@ -123,7 +123,7 @@ def _effective_settings(s: MetricSettings, fake: FeatureStatistics, real: Featur
 
 
 def _run_notes(run: Path, images: ImageSet) -> list[str]:
-    requested = read_run_json(run, "run").get("num_samples", 0) if isinstance(images, RunImages) else 0
+    requested = read_run_json(run, "images").get("num_samples", 0) if isinstance(images, RunImages) else 0
     unfinished = f"The run holds {len(images)} of {requested} images so far." if len(images) < requested else ""
     return [note for note in (images.preprocessing_note, unfinished) if note]
 

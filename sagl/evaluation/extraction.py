@@ -38,7 +38,7 @@ class FeatureExtraction:
     ) -> FeatureStatistics | None:
         """Extract features of the first images of a set, and return their statistics on rank 0, None on the others.
 
-        Rank r processes micro-batches r, r + world size, …. Rank 0 adds them in their order, so that the statistics do
+        Rank r processes batches r, r + world size, …. Rank 0 adds them in their order, so that the statistics do
         not depend on the number of ranks.
 
         Args:

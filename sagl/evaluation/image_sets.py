@@ -21,7 +21,7 @@ from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, sha256
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
-"""Splits of Fashion-MNIST, padded to 32×32 as for the training of the embedded network."""
+"""Splits of Fashion-MNIST, padded to 32×32 as for the training of the bundled network."""
 Size = tuple[int, int]
 """(H, W) in pixels."""
 
@@ -130,7 +130,7 @@ class SourceImages(ImageSet):
         return image if self._crop is None else self._crop(image, np.random.default_rng(0))
 
 
-def open_image_set(name: str, image_size: int | None = None, argument: str = "run") -> ImageSet:
+def open_image_set(name: str, image_size: int | None = None, argument: str = "images") -> ImageSet:
     """Open a set of at least two images.
 
     Args:

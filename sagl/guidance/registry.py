@@ -6,7 +6,7 @@ derive from `GUIDANCES`. The table imports nothing until an entry is used, so th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ class GuidanceEntry:
     @property
     def settings_class(self) -> type["GuidanceSettings"]:
         """The imported settings class."""
-        return _import(self.settings)
+        settings_class: type[GuidanceSettings] = resolve_name(self.settings)
+        return settings_class
 
     @property
     def build(self) -> Callable[[Any, "GuidanceContext"], "Guidance"]:
         """The imported builder."""
-        return _import(self.builder)
+        build: Callable[[Any, GuidanceContext], Guidance] = resolve_name(self.builder)
+        return build
 
 
 GUIDANCES: dict[str, GuidanceEntry] = {
@@ -42,8 +44,3 @@ GUIDANCES: dict[str, GuidanceEntry] = {
     ),
 }
 """Guidance methods by the name of their group of settings; terms are summed in this order."""
-
-
-def _import(path: str) -> Any:  # noqa: ANN401 (whatever the string names)
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)

@@ -13,7 +13,7 @@ def require_comparable(fake: FeatureStatistics, real: FeatureStatistics, num_nei
     Raises:
         UserError: features that are not finite, of different widths, or no more samples than `num_neighbors`.
     """
-    for argument, statistics in (("run", fake), ("reference", real)):
+    for argument, statistics in (("images", fake), ("reference", real)):
         require_finite_features(argument, statistics.pooled)
         if statistics.features is not None:
             require(
@@ -24,7 +24,7 @@ def require_comparable(fake: FeatureStatistics, real: FeatureStatistics, num_nei
     width, reference_width = len(fake.pooled.mean), len(real.pooled.mean)
     require(
         width == reference_width,
-        f"`reference` must have features of {width} dimensions like the run, and it has {reference_width}: they are "
+        f"`reference` must have features of {width} dimensions like the images, and it has {reference_width}: they are "
         "of another extractor.",
     )
 

@@ -1,4 +1,4 @@
-"""The ADM UNet and its noisy-image classifier (Dhariwal & Nichol 2021), with OpenAI's parameter names.
+"""The ADM UNet and its classifier of noisy images (Dhariwal & Nichol 2021), with OpenAI's parameter names.
 
 Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks are numbered from the coarsest resolution up.
 Feature maps are in channels_last. `cpu_kernels.optimize_for_cpu` replaces layers by faster equivalents on CPUs.
@@ -253,7 +253,7 @@ class UNet(Encoder):
         """Predict eps, and the variance if it is learned.
 
         Args:
-            x: (B, C, H, W), noised images.
+            x: (B, C, H, W), noisy images.
             timesteps: (B,), 0…999 of the original process, whatever the respacing.
             labels: (B,) class indices; None is the null label. An unconditional network ignores them.
             attention_sites: sites whose attention is returned.
@@ -292,7 +292,7 @@ class UNet(Encoder):
 
 
 class Classifier(Encoder):
-    """ADM's classifier of noised images: the encoder, followed by one of four poolings."""
+    """ADM's classifier of noisy images: the encoder, followed by one of four poolings."""
 
     def __init__(self, settings: ClassifierSettings) -> None:
         super().__init__(settings)

@@ -44,7 +44,7 @@ DTYPES: dict[WeightPrecision, torch.dtype] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class NetworkWeights:
     """Weights of a network with the settings needed to use them."""
 
     model_settings: NetworkSettings
@@ -62,7 +62,7 @@ def read_checkpoint(
     weights: str = "ema",
     settings: NetworkSettings | None = None,
     diffusion: DiffusionSettings | None = None,
-) -> Checkpoint:
+) -> NetworkWeights:
     """Read a .safetensors file, a training checkpoint (.ckpt) or a state dict (.pt), memory-mapped.
 
     Args:
@@ -81,13 +81,15 @@ def read_checkpoint(
                 f"`model` must be given for `checkpoint` {path}, which does not contain the settings of its network. "
                 "A `config` may describe them instead."
             )
-        return Checkpoint(model_settings=settings, diffusion=diffusion or DiffusionSettings(), state_dict=state_dict)
+        return NetworkWeights(
+            model_settings=settings, diffusion=diffusion or DiffusionSettings(), state_dict=state_dict
+        )
     model_settings, diffusion = settings_from_metadata(metadata, path)
     require_recommended(metadata, path)
     if settings is not None:
         check_same_network(settings, model_settings, path)
     recommended = metadata.get("recommended") or {}
-    return Checkpoint(
+    return NetworkWeights(
         model_settings=model_settings, diffusion=diffusion, state_dict=state_dict, recommended=recommended
     )
 
@@ -116,7 +118,7 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:
     """Write a .safetensors file with the settings inside, completely or not at all.
 
     Raises:
@@ -144,7 +146,7 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dict[st
         raise OSError(str(error)) from error
 
 
-def in_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+def in_dtype(checkpoint: NetworkWeights, dtype: torch.dtype) -> NetworkWeights:
     """Return the checkpoint with its weights in `dtype`."""
     return replace(checkpoint, state_dict={name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
 
@@ -216,7 +218,7 @@ def _check_tensors(tensors: Any, path: Path) -> Mapping[str, Tensor]:  # noqa: A
 # -------------------------------------------------------------------------------------------------------- networks
 
 
-def build_network(checkpoint: Checkpoint) -> UNet:
+def build_network(checkpoint: NetworkWeights) -> UNet:
     """Build the UNet in evaluation mode and float32; float32 tensors are shared, except 3x3 kernels.
 
     Raises:
@@ -228,7 +230,7 @@ def build_network(checkpoint: Checkpoint) -> UNet:
     return network
 
 
-def build_classifier(checkpoint: Checkpoint) -> Classifier:
+def build_classifier(checkpoint: NetworkWeights) -> Classifier:
     """Build the classifier in evaluation mode and float32.
 
     Raises:
@@ -284,7 +286,7 @@ def _meta_model(settings: NetworkSettings) -> UNet | Classifier:
         return UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
 
 
-def _build(checkpoint: Checkpoint) -> UNet | Classifier:
+def _build(checkpoint: NetworkWeights) -> UNet | Classifier:
     network = _meta_model(checkpoint.model_settings)
     check_state_dict(network.state_dict(), checkpoint.state_dict)
     state_dict = {name: tensor.float() for name, tensor in checkpoint.state_dict.items()}

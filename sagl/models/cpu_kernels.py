@@ -27,7 +27,7 @@ def optimize_for_cpu(network: Network) -> Network:
     Parameters, their names and the state dict do not change. On other devices and under torch.compile the replaced
     layers compute as before, so the network may still be moved.
     """
-    use_winograd = winograd_pays()
+    use_winograd = prefer_winograd()
     for layer in network.modules():
         kind = type(layer)
         if kind is AdaGroupNorm:
@@ -37,7 +37,7 @@ def optimize_for_cpu(network: Network) -> Network:
         elif isinstance(layer, nn.Conv2d) and kind is nn.Conv2d:
             if layer.kernel_size == (1, 1):
                 layer.__class__ = RowConv2d
-            elif use_winograd and WinogradConv2d.suits(layer):
+            elif use_winograd and WinogradConv2d.can_replace(layer):
                 layer.__class__ = WinogradConv2d
     return network
 
@@ -179,7 +179,7 @@ STRIP = 2**24
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
 
 
-def winograd_pays() -> bool:
+def prefer_winograd() -> bool:
     """Return whether Winograd's convolution is used on this processor.
 
     It trades multiplications for memory traffic: 0.5 to 0.8 of a plain convolution's time on an AMD EPYC. Processors
@@ -207,18 +207,18 @@ class WinogradConv2d(nn.Conv2d):
     _cache: WeightCache | None = None
 
     @staticmethod
-    def suits(conv: nn.Conv2d) -> bool:
+    def can_replace(conv: nn.Conv2d) -> bool:
         """Return whether a layer is a wide, padded 3x3 convolution without stride."""
         shape = conv.kernel_size, conv.stride, conv.padding, conv.bias is not None
         return shape == ((3, 3), (1, 1), (1, 1), True) and min(conv.weight.shape[:2]) >= MIN_CHANNELS
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_faster(x):
+        if not self._should_use_winograd(x):
             return super().forward(x)
         assert self.bias is not None
         return winograd_convolution(x, self._transformed_weight(), self.bias)
 
-    def _is_faster(self, x: Tensor) -> bool:
+    def _should_use_winograd(self, x: Tensor) -> bool:
         height, width = x.shape[-2:]
         if min(height, width) < MIN_SIDE or height % 4 or width % 4:
             return False

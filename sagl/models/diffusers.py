@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dict, save_tensors
+from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, save_tensors
 from sagl.models.diffusers_parameters import diffusers_names, head_width, join_parts, rename_parameters
 from sagl.models.metadata import build_settings, require_recommended
 from sagl.settings.diffusion import DiffusionSettings
@@ -104,7 +104,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     return settings, result
 
 
-def write_diffusers(file: Checkpoint, folder: Path) -> None:
+def write_diffusers(file: NetworkWeights, folder: Path) -> None:
     """Write a folder for `UNet2DModel.from_pretrained`, completely or not at all.
 
     Settings without a key in diffusers go to `SAGL_KEY` of config.json, so that nothing is lost.
@@ -121,7 +121,7 @@ def write_diffusers(file: Checkpoint, folder: Path) -> None:
         save_tensors(state, partial / WEIGHTS, {"format": "pt"})
 
 
-def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> Checkpoint:
+def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> NetworkWeights:
     """Read a folder written by `UNet2DModel.save_pretrained` or `write_diffusers`.
 
     Args:
@@ -150,7 +150,7 @@ def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> 
         diffusion = build_settings(DiffusionSettings, stored.get("diffusion", asdict(diffusion or default)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
-    return Checkpoint(
+    return NetworkWeights(
         model_settings=network, diffusion=diffusion, state_dict=state, recommended=stored.get("recommended") or {}
     )
 

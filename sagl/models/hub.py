@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import Checkpoint, build_network, check_state_dict, read_state_dict
+from sagl.models.checkpoints import NetworkWeights, build_network, check_state_dict, read_state_dict
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 
@@ -59,7 +59,7 @@ class HubUNet(
         self.diffusion, self.recommended = diffusion, recommended or {}
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> "HubUNet":
+    def from_checkpoint(cls, checkpoint: NetworkWeights) -> "HubUNet":
         """Build the network of a checkpoint, in evaluation mode.
 
         Raises:
@@ -71,9 +71,9 @@ class HubUNet(
         return network.eval()
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """Checkpoint for `sagl.sampling.pipeline` and `write_checkpoint`."""
-        return Checkpoint(
+    def checkpoint(self) -> NetworkWeights:
+        """NetworkWeights for `sagl.sampling.pipeline` and `write_checkpoint`."""
+        return NetworkWeights(
             model_settings=self.settings,
             diffusion=self.diffusion,
             state_dict=self.state_dict(),

@@ -6,14 +6,14 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import Checkpoint, check_state_dict, meta_state_dict, read_checkpoint
+from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, read_checkpoint
 from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.download import download
 from sagl.utils.files import cache_folder
 
 
-def load(name_or_file: str | Path, weights: str = "ema") -> Checkpoint:
+def load(name_or_file: str | Path, weights: str = "ema") -> NetworkWeights:
     """Load the weights and settings of a network.
 
     Args:

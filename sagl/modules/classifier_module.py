@@ -1,4 +1,4 @@
-"""LightningModule of the classifier of noised images: loss and accuracies of a batch."""
+"""LightningModule of the classifier of noisy images: loss and accuracies of a batch."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from sagl.shapes import Image, Labels, Timestep
 
 
 class ClassifierModule(TrainingModule):
-    """Training of ADM's classifier (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noised images.
+    """Training of ADM's classifier (Dhariwal & Nichol 2021, section 4.1): cross-entropy to the labels of noisy images.
 
     `settings.diffusion` must be the process of the diffusion model that the classifier will guide.
     """

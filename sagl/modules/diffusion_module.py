@@ -124,7 +124,7 @@ class DiffusionModule(TrainingModule):
             self.schedule,
             kind=self.settings.loss.kind,
             variance=self.diffusion_settings.variance,
-            max_snr_weight=self.settings.loss.max_snr_weight,
+            max_v_weight=self.settings.loss.max_v_weight,
             target=target,
         )
         return losses if degraded is None else mask_vlb(losses, degraded)

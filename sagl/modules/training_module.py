@@ -62,7 +62,7 @@ class TrainingNoise:
 
 
 class TrainingModule(LightningModule):
-    """Training of a network on noised images. A subclass builds `network` and defines the loss of a batch.
+    """Training of a network on noisy images. A subclass builds `network` and defines the loss of a batch.
 
     The random quantities of an image depend on (seed, batch index, position in the global batch), so they are the
     same for any number of ranks. Dropout masks depend on (seed, batch index, rank).

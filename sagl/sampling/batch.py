@@ -1,4 +1,4 @@
-"""Sampling of one micro-batch to PNG files."""
+"""Sampling of one batch to PNG files."""
 
 from collections.abc import Sequence
 
@@ -16,35 +16,35 @@ from sagl.utils.progress import ProgressReporter
 
 def sample_batch(
     pipeline: SamplingPipeline,
-    run: RunSettings,
+    samples: RunSettings,
     ids: Sequence[int],
     progress: ProgressReporter,
     *,
     compare: bool = False,
 ) -> list[Sample]:
-    """Sample the micro-batch that contains `ids`, and return the samples of these ids.
+    """Sample the batch that contains `ids`, and return the samples of these ids.
 
-    The micro-batch is computed at full size, whichever ids are needed, so that an image never depends on them.
+    The batch is computed at full size, whichever ids are needed, so that an image never depends on them.
 
     Args:
         pipeline: the pipeline.
-        run: seed, labels and batch size.
-        ids: consecutive ids of one micro-batch.
+        samples: seed, labels and batch size.
+        ids: consecutive ids of one batch.
         progress: shows the steps.
         compare: whether to add the unguided images and the mask frequencies.
 
     Raises:
         UserError: an image is not finite.
     """
-    size = run.effective_batch_size
+    size = samples.effective_batch_size
     start = ids[0] % size
     batch_ids = list(range(ids[0] - start, ids[0] - start + size))
     rows: dict[str, ImageUint8] = {}
     with torch.inference_mode():
-        labels = make_labels(run, batch_ids, pipeline.network)
+        labels = make_labels(samples, batch_ids, pipeline.network)
 
         def sample(pipeline: SamplingPipeline) -> tuple[Image, Tensor | None]:
-            steps = pipeline.sample_progressive(run.seed, batch_ids, labels)
+            steps = pipeline.sample_progressive(samples.seed, batch_ids, labels)
             images, mask_frequency = run_to_end(progress.track_steps(steps, pipeline.schedule.num_steps))
             _check_finite(images)
             return images, mask_frequency
@@ -59,7 +59,7 @@ def sample_batch(
     part = slice(start, start + len(ids))
     pngs = {name: _encode_pngs(row[part]) for name, row in rows.items()}
     return [
-        Sample(id=i, label=label, seed=run.seed, pngs={name: row[k] for name, row in pngs.items()})
+        Sample(id=i, label=label, seed=samples.seed, pngs={name: row[k] for name, row in pngs.items()})
         for k, (i, label) in enumerate(zip(ids, classes[part], strict=True))
     ]
 

@@ -137,18 +137,20 @@ def evenly_spaced_steps(num_steps: int, count: int = 10) -> list[int]:
     return sorted({round(k * (num_steps - 1) / max(1, count - 1)) for k in range(count)}, reverse=True)
 
 
-def write_strip(pipeline: SamplingPipeline, run: RunSettings, folder: Path) -> None:
+def write_strip(pipeline: SamplingPipeline, samples: RunSettings, folder: Path) -> None:
     """Sample the first images of a run again, and write the denoising strip.
 
     Raises:
         UserError: a file cannot be written.
     """
-    ids = list(range(run.first_id, run.first_id + min(STRIP_SAMPLES, run.num_samples)))
+    ids = list(range(samples.first_id, samples.first_id + min(STRIP_SAMPLES, samples.num_samples)))
     steps = evenly_spaced_steps(pipeline.schedule.num_steps)
     with torch.inference_mode():
         frames = [
             Frame(x0_hat=to_uint8(x0_hat).cpu(), mask=None if mask is None else mask.cpu())
-            for step, x0_hat, mask in x0_predictions(pipeline, run.seed, ids, make_labels(run, ids, pipeline.network))
+            for step, x0_hat, mask in x0_predictions(
+                pipeline, samples.seed, ids, make_labels(samples, ids, pipeline.network)
+            )
             if step in steps
         ]
     draw_strip(frames, folder)

@@ -5,6 +5,7 @@ The command line, previews and analyses all make their images here.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -18,12 +19,10 @@ from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
 from sagl.models.loading import load
-from sagl.samplers.ddim import ddim
-from sagl.samplers.ddpm import ddpm
 from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
-from sagl.settings.sampling import RunSettings, SamplerSettings
+from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings
 from sagl.shapes import Image, Labels, Mask
 
 Trajectory = Iterator[tuple[int, Image, Prediction]]
@@ -46,9 +45,9 @@ class SamplingPipeline:
         shape = self._image_shape
         x_T, noise = initial_noise(seed, ids, shape).to(device), step_noise(seed, ids, shape, device)
         condition = Condition(labels=None if labels is None else labels.to(device))
-        if s.sampler == "ddim":
-            return ddim(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, eta=s.eta)
-        return ddpm(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0)
+        sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
+        options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
+        return sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
 
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
@@ -147,19 +146,19 @@ def run_to_end(trajectory: Trajectory) -> tuple[Image, Tensor | None]:
     return x, None if num_masked is None else num_masked / num_masks
 
 
-def make_labels(run: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
+def make_labels(samples: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
     """Return the class of each sample, (B,) int64; None for an unconditional network or the null label.
 
     Raises:
         UserError: the network does not have the class, or no null label.
     """
-    check_labels(run, network.settings)
+    check_labels(samples, network.settings)
     num_classes = network.settings.num_classes
-    if num_classes is None or run.labels == "null":
+    if num_classes is None or samples.labels == "null":
         return None
-    if run.labels == "random":
-        return torch.tensor(random_labels(run.seed, ids, num_classes))
-    classes = list(range(num_classes)) if run.labels == "balanced" else run.label_list
+    if samples.labels == "random":
+        return torch.tensor(random_labels(samples.seed, ids, num_classes))
+    classes = list(range(num_classes)) if samples.labels == "balanced" else samples.label_list
     return torch.tensor([classes[i % len(classes)] for i in ids])
 
 

@@ -31,7 +31,7 @@ from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings, micro_batches
+from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings, id_batches
 from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import available_bytes, default_precision, set_threads
 from sagl.utils.files import cache_folder, require_writable, sha256
@@ -41,13 +41,13 @@ from sagl.utils.run_lock import lock_folder
 if TYPE_CHECKING:
     import torch
 
-    from sagl.models.checkpoints import Checkpoint
+    from sagl.models.checkpoints import NetworkWeights
     from sagl.sampling.pipeline import SamplingPipeline
 
 EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
 """Exports and the files that they write."""
 DEFAULT_EXPORTS = ("grid", "images", "npz")
-MAX_DEFAULT_EXPORTS = 1000
+DEFAULT_EXPORTS_MAX_IMAGES = 1000
 """Runs with more images than this write only the exports that are asked for."""
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
 """Libraries whose versions are recorded."""
@@ -73,7 +73,7 @@ class SampleConfig:
     """Whether to sample without guidance as well, and to keep the masks."""
     exports: tuple[str, ...]
     """Exports to write in addition to the default ones."""
-    run: RunSettings
+    samples: RunSettings
     sampler: SamplerSettings
     guidances: Mapping[str, GuidanceSettings]
     """Settings of all guidance methods by name."""
@@ -91,10 +91,11 @@ class SampleConfig:
     @property
     def image_settings(self) -> dict[str, Any]:
         """All settings that decide an image."""
-        run = {name: value for name, value in asdict(self.run).items() if name not in ("num_samples", "batch_size")}
+        samples = asdict(self.samples)
+        del samples["num_samples"], samples["batch_size"]
         return {
             "compare": self.compare,
-            **run,
+            **samples,
             **asdict(self.sampler),
             **{name: asdict(guidance) for name, guidance in self.guidances.items()},
             "precision": self.devices.precision,
@@ -104,9 +105,9 @@ class SampleConfig:
 
     @property
     def batches(self) -> list[range]:
-        """Ids of the samples that each micro-batch contributes to the run."""
-        first, end = self.run.first_id, self.run.first_id + self.run.num_samples
-        return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in micro_batches(self.run)]
+        """Ids of the samples that each batch contributes to the run."""
+        first, end = self.samples.first_id, self.samples.first_id + self.samples.num_samples
+        return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in id_batches(self.samples)]
 
 
 @dataclass(kw_only=True)
@@ -136,7 +137,7 @@ class SamplingRun:
             require_writable(config.output)
         network, diffusion = _read_settings(config)
         check_compatible(network, diffusion, config.guidances)
-        check_labels(config.run, network, config.guidances)
+        check_labels(config.samples, network, config.guidances)
         _check_respacing(config.sampler.respacing, diffusion)
         checkpoint = config.checkpoint or _download(config.model)
         metadata = read_run_json(config.output)
@@ -148,8 +149,8 @@ class SamplingRun:
         config = _choose_batch_size(config, network, metadata)
         metadata = {
             "settings": settings,
-            "num_samples": max(config.run.num_samples, metadata.get("num_samples", 0)),
-            "batch_size": config.run.effective_batch_size,
+            "num_samples": max(config.samples.num_samples, metadata.get("num_samples", 0)),
+            "batch_size": config.samples.effective_batch_size,
             "threads": metadata.get("threads"),
             "model": config.model,
             "checkpoint": str(checkpoint.resolve()),
@@ -176,11 +177,11 @@ class SamplingRun:
         return nullcontext() if read_only else lock_folder(self.folder)
 
     def missing_batches(self) -> list[Sequence[int]]:
-        """Return the ids of every micro-batch that is not in the folder yet."""
+        """Return the ids of every batch that is not in the folder yet."""
         return missing_batches(self.folder, self.config.batches)
 
     def count_sampled(self, batches: Sequence[Sequence[int]]) -> int:
-        """Return how many images of these micro-batches are in the folder."""
+        """Return how many images of these batches are in the folder."""
         shards = list_shards(self.folder)
         return sum(len(ids) for ids in batches if (ids[0], ids[-1]) in shards)
 
@@ -215,24 +216,24 @@ class SamplingRun:
         assert config.devices.precision != "auto"
         network = cast_weights(build_network(checkpoint), config.devices.precision, device)
         if config.devices.compile:
-            network.compile(dynamic=False)  # all micro-batches have the same size
+            network.compile(dynamic=False)  # all batches have the same size
         return build_pipeline(network, checkpoint.diffusion, config.sampler, config.guidances)
 
-    def sample_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> None:
-        """Sample the micro-batch that contains these ids, and write theirs as a shard.
+    def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> None:
+        """Sample the batch that contains these ids, and write theirs as a shard.
 
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
         """
         from sagl.sampling.batch import sample_batch
 
-        samples = sample_batch(pipeline, self.config.run, ids, progress, compare=self.config.compare)
+        samples = sample_batch(pipeline, self.config.samples, ids, progress, compare=self.config.compare)
         if not is_run(self.folder):  # a run that never gets an image leaves no folder behind
             write_run_json(self.folder, self.metadata | {"nfe": pipeline.nfe})
         write_shard(self.folder, samples)
 
     def record_batch(self, pipeline: "SamplingPipeline", seconds: float) -> None:
-        """Add the process time of a micro-batch to run.json, and delete shards that it replaces; for rank 0."""
+        """Add the process time of a batch to run.json, and delete shards that it replaces; for rank 0."""
         remove_superseded(self.folder)
         self.metadata |= {"nfe": pipeline.nfe, "seconds": round(self.metadata["seconds"] + seconds, 2)}
         write_run_json(self.folder, self.metadata)
@@ -242,7 +243,7 @@ class SamplingRun:
     def missing_exports(self) -> list[str]:
         """Return the exports that were not made from all images in the folder."""
         count = count_images(self.folder)
-        requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= MAX_DEFAULT_EXPORTS else ())}
+        requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= DEFAULT_EXPORTS_MAX_IMAGES else ())}
         return [name for name in EXPORTS if name in requested and self.metadata["exports"].get(name) != count]
 
     def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
@@ -268,7 +269,7 @@ class SamplingRun:
                 write_npz(folder, folder / npz_name(folder, count), count)
             else:
                 pipeline = pipeline or self.build_pipeline(select_device(self.config.devices))
-                write_strip(pipeline, self.config.run, folder)
+                write_strip(pipeline, self.config.samples, folder)
             self.metadata["exports"][name] = count
             write_run_json(folder, self.metadata)
 
@@ -295,7 +296,7 @@ def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSetting
     return settings, diffusion
 
 
-def _read_checkpoint(config: SampleConfig, path: Path) -> "Checkpoint":
+def _read_checkpoint(config: SampleConfig, path: Path) -> "NetworkWeights":
     from sagl.models.checkpoints import read_checkpoint
 
     return read_checkpoint(path, config.weights, config.network, config.diffusion)
@@ -335,12 +336,14 @@ def _choose_batch_size(config: SampleConfig, network: UNetSettings, metadata: Ma
     Raises:
         UserError: the folder has another one.
     """
-    run, old = config.run, metadata.get("batch_size")
+    samples, old = config.samples, metadata.get("batch_size")
     require(
-        old is None or run.batch_size in (None, old),
-        f"`output` contains a run with batch_size {old}, got {run.batch_size}. Leave it out, or choose another folder.",
+        old is None or samples.batch_size in (None, old),
+        f"`output` contains a run with batch_size {old}, got {samples.batch_size}. Leave it out, or choose another "
+        "folder.",
     )
-    return replace(config, run=replace(run, batch_size=run.batch_size or old or _default_batch_size(config, network)))
+    size = samples.batch_size or old or _default_batch_size(config, network)
+    return replace(config, samples=replace(samples, batch_size=size))
 
 
 def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
@@ -356,4 +359,4 @@ def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
         weight_bytes, image_bytes = estimate_memory(network, DTYPES[config.devices.precision])
         share = free_bytes // (num_processes(config.devices)[0] if device.type == "cpu" else 1)
         size = min(size, max(1, (share * 3 // 4 - weight_bytes) // image_bytes))
-    return min(config.run.num_samples, size)
+    return min(config.samples.num_samples, size)

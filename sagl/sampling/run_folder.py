@@ -1,4 +1,4 @@
-"""Run folder on disk: run.json describes the run, and shards/ contains its images, one micro-batch per file.
+"""Run folder on disk: run.json describes the run, and shards/ contains its images, one batch per file.
 
 A shard is a tar file of a PNG and a JSON file per sample; its last member, index.json, contains length and sha256 of
 the others. WebDataset can read it (`select` the samples that have a "png"). Shards are written whole or not at all, and
@@ -262,7 +262,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def missing_batches(folder: Path, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Return the micro-batches, as consecutive ids, that no intact shard of the folder contains."""
+    """Return the batches, as consecutive ids, that no intact shard of the folder contains."""
     shards = list_shards(folder)
     return [ids for ids in batches if not any(_contains(span, path, ids) for span, path in shards.items())]
 
@@ -276,7 +276,7 @@ def remove_superseded(folder: Path) -> None:
 
 
 def remove_damaged(folder: Path, batches: Sequence[Sequence[int]]) -> None:
-    """Delete damaged shards that contain ids of these micro-batches, before the batches are made again."""
+    """Delete damaged shards that contain ids of these batches, before the batches are made again."""
     for (first, last), path in list_shards(folder).items():
         overlaps = any(ids[0] <= last and first <= ids[-1] for ids in batches)
         if overlaps and not _contains((first, last), path, (first, last)):

@@ -48,9 +48,9 @@ def check_classifier(
 
 
 def check_labels(
-    run: RunSettings, network: UNetSettings, guidances: Mapping[str, GuidanceSettings] | None = None
+    samples: RunSettings, network: UNetSettings, guidances: Mapping[str, GuidanceSettings] | None = None
 ) -> None:
-    """Check that the network has the labels of a run, and that every guidance that needs labels gets them.
+    """Check that the network has the labels of the samples, and that every guidance that needs labels gets them.
 
     Raises:
         UserError: labels for an unconditional network, an unknown class, no null label, guidance without labels.
@@ -58,13 +58,15 @@ def check_labels(
     num_classes = network.num_classes
     for name, guidance in (guidances or {}).items():
         require(
-            not (guidance.scale and guidance.needs_labels) or (run.labels != "null" and num_classes is not None),
+            not (guidance.scale and guidance.needs_labels) or (samples.labels != "null" and num_classes is not None),
             f"`{name}.scale` needs class labels, got a network without classes or `labels` null.",
         )
     if num_classes is None:
-        require(run.labels in ("random", "null"), f"`labels` is for class-conditional networks, got {run.labels!r}.")
-    elif run.labels == "null":
+        require(
+            samples.labels in ("random", "null"), f"`labels` is for class-conditional networks, got {samples.labels!r}."
+        )
+    elif samples.labels == "null":
         require(network.null_label, "`labels` null needs a network with a null label, got one without.")
-    elif run.labels not in ("random", "balanced"):
-        largest = max(run.label_list)
+    elif samples.labels not in ("random", "balanced"):
+        largest = max(samples.label_list)
         require(largest < num_classes, f"`labels` must be classes 0 … {num_classes - 1}, got {largest}.")

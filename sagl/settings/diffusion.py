@@ -44,7 +44,7 @@ class LossSettings:
 
     kind: Loss = "hybrid"
     """Loss: hybrid (ADM: L_simple, and the bound for the variance alone), simple (L_simple) or vlb (the bound)."""
-    max_snr_weight: float = 1.0
+    max_v_weight: float = 1.0
     """Upper limit of the weight 1 / alpha_bar on L_simple (error of v; Salimans & Ho 2022); 1: no weights, as in ADM.
 
     A limit near 100 helps short trainings: at high noise, the squared error of x0_hat is 1 / alpha_bar times that of
@@ -55,5 +55,5 @@ class LossSettings:
     def __post_init__(self) -> None:
         """Check names and the weight."""
         require_choice("kind", self.kind, ("hybrid", "simple", "vlb"))
-        require(self.max_snr_weight >= 1, f"`max_snr_weight` must be at least 1, got {self.max_snr_weight}.")
+        require(self.max_v_weight >= 1, f"`max_v_weight` must be at least 1, got {self.max_v_weight}.")
         require_choice("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))

@@ -182,7 +182,7 @@ class UNetSettings(EncoderSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(EncoderSettings):
-    """Settings of the classifier of noised images: ADM's encoder, followed by a pooling."""
+    """Settings of the classifier of noisy images: ADM's encoder, followed by a pooling."""
 
     num_classes: int = 1000
     """Number of classes."""

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from sagl.errors import UserError, require, require_finite
 from sagl.settings.diffusion import require_choice
 
 MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
-Sampler = Literal["ddpm", "ddim"]
+SAMPLERS = {"ddpm": "sagl.samplers.ddpm:ddpm", "ddim": "sagl.samplers.ddim:ddim"}
+"""Samplers by name, as "module:function"; imported when they are used, so that `--help` needs no PyTorch."""
+if TYPE_CHECKING:
+    Sampler = str
+else:
+    Sampler = Literal[tuple(SAMPLERS)]
 WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
 Precision = Literal["auto", WeightPrecision]
 Accelerator = Literal["auto", "cpu", "gpu"]
@@ -30,7 +35,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         """Check the sampler and eta."""
         require_finite(self)
-        require_choice("sampler", self.sampler, get_args(Sampler))
+        require_choice("sampler", self.sampler, tuple(SAMPLERS))
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,
@@ -81,10 +86,10 @@ class RunSettings:
         return [int(part) for part in parts]
 
 
-def micro_batches(run: RunSettings) -> Iterator[list[int]]:
-    """Yield batches of sample ids, each of full size and starting at a multiple of it; the last may exceed the run."""
-    size = run.effective_batch_size
-    for start in range(run.first_id - run.first_id % size, run.first_id + run.num_samples, size):
+def id_batches(samples: RunSettings) -> Iterator[list[int]]:
+    """Yield the batches of a run as sample ids: of full size, from a multiple of it on; the last may exceed the run."""
+    size = samples.effective_batch_size
+    for start in range(samples.first_id - samples.first_id % size, samples.first_id + samples.num_samples, size):
         yield list(range(start, start + size))
 
 

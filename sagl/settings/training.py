@@ -184,7 +184,7 @@ class DiffusionTrainingSettings(TrainingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTrainingSettings(TrainingSettings):
-    """Training of an ADM classifier of noised images (Dhariwal & Nichol 2021, section 4.1)."""
+    """Training of an ADM classifier of noisy images (Dhariwal & Nichol 2021, section 4.1)."""
 
     classifier: ClassifierSettings | str
     """Classifier: its settings, or the name of a released one that has them."""

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sagl.callbacks.ema import EMA
-from sagl.callbacks.sag_sampling import PreviewMetrics, SAGSampling, log_image
+from sagl.callbacks.sag_sampling import PreviewMetrics, SAGPreviews, log_image
 from sagl.errors import UserError
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import Features
@@ -67,7 +67,7 @@ def fit(module, callbacks, steps=4):
 
 def preview(folder, sag=SAG, **settings):
     defaults = {"respacing": "3", "num_samples": 5, "batch_size": 2}
-    return SAGSampling(folder, PreviewSettings(**{**defaults, **settings}), sag)
+    return SAGPreviews(folder, PreviewSettings(**{**defaults, **settings}), sag)
 
 
 def sample(module, ids, scale):
@@ -103,7 +103,7 @@ def test_every_validation_writes_a_grid_of_the_same_samples_with_masks_under_gui
 def test_the_ema_weights_are_sampled(tmp_path):
     weights = []
 
-    class Recorder(SAGSampling):
+    class Recorder(SAGPreviews):
         def _log_grid(self, trainer, pipelines):
             weights.append(pipelines[0.0].network.out[2].weight.clone())
 

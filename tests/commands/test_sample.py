@@ -293,7 +293,7 @@ def test_the_batch_size_of_a_run_is_kept_where_it_is_not_given_again(tmp_path):
 
 
 def test_large_runs_make_only_the_views_that_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("sagl.sampling.run.MAX_DEFAULT_EXPORTS", 1)
+    monkeypatch.setattr("sagl.sampling.run.DEFAULT_EXPORTS_MAX_IMAGES", 1)
     folder = sample(tmp_path / "run", *TWO, "--exports", "npz")
     assert sorted(path.name for path in folder.iterdir()) == ["run.json", "samples_2x8x8x3.npz", "shards"]
     sample(folder, *TWO, "--exports", "grid,images")
@@ -341,7 +341,7 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(tmp_path, capsys):
     flags = ["--num_samples", "6", *GUIDED, "--dry_run"]
     assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", *flags) == 0
     said = capsys.readouterr().out
-    assert "6 images, 8 network evaluations each, 2 micro-batches of 4 to do: about " in said
+    assert "6 images, 8 network evaluations each, 2 batches of 4 to do: about " in said
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ import torch
 from sagl.diffusion.process import (
     add_noise,
     eps_from_x0_hat,
-    learned_log_variance,
+    interpolate_log_variance,
     maybe_clip,
     posterior_mean,
     x0_hat_from_eps,
@@ -65,7 +65,7 @@ def test_posterior_mean_is_that_of_bayes_rule(kind, step):
 
 def test_learned_variance_goes_from_the_posteriors_to_beta_in_log_space():
     low, high = torch.tensor(-4.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    got = learned_log_variance(torch.tensor([-1.0, 0.0, 1.0, 3.0]), low, high)
+    got = interpolate_log_variance(torch.tensor([-1.0, 0.0, 1.0, 3.0]), low, high)
     torch.testing.assert_close(got, torch.tensor([-4.0, -3.5, -3.0, -2.0]))
 
 
@@ -82,7 +82,7 @@ def test_a_batch_of_float64_coefficients_keeps_the_images_dtype(dtype):
     bar, bar_prev = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
     variances = schedule.log_posterior_variance(steps), schedule.log_beta(steps)
     images_out = [add_noise(x, y, bar), x0_hat_from_eps(x, y, bar), eps_from_x0_hat(x, y, bar)]
-    images_out += [posterior_mean(x, y, bar, bar_prev), learned_log_variance(x, *variances)]
+    images_out += [posterior_mean(x, y, bar, bar_prev), interpolate_log_variance(x, *variances)]
     assert {image.dtype for image in images_out} == {dtype}
 
 

@@ -142,7 +142,7 @@ def test_an_unfinished_run_is_evaluated_with_a_note(tmp_path, pair):
     run = write_run(tmp_path / "run", side=16, num_samples=1000)
     assert "6 of 1000" in result_of(run, pair[1]).notes[0]
     (run / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"`run` .*run\.json"):
+    with pytest.raises(UserError, match=r"`images` .*run\.json"):
         result_of(run, pair[1])
 
 
@@ -322,7 +322,7 @@ def test_a_file_of_statistics_alone_has_the_distance_alone(tmp_path, pair):
     assert list(result_of(pair[0], file).values) == ["fid", "is", "is_all"]
     with pytest.raises(UserError, match=r"`extractor` .*inception.*effnet_lite0_64"):
         result_of(pair[0], file, extractor="effnet_lite0_64")
-    with pytest.raises(UserError, match=r"`run` .*arr_0"):
+    with pytest.raises(UserError, match=r"`images` .*arr_0"):
         result_of(file, pair[1])
 
 

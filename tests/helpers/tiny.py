@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sagl import cli
 from sagl.models.adm import Classifier, UNet, UNetOutput
-from sagl.models.checkpoints import Checkpoint, write_checkpoint
+from sagl.models.checkpoints import NetworkWeights, write_checkpoint
 from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
@@ -58,9 +58,9 @@ def grey_unet(**changes):
 
 
 def network_file(*, recommended=None, diffusion=None, **changes):
-    """A tiny grey network as a `Checkpoint`."""
+    """A tiny grey network as a `NetworkWeights`."""
     network = grey_unet(**changes)
-    return Checkpoint(
+    return NetworkWeights(
         model_settings=network.settings,
         diffusion=diffusion or DiffusionSettings(),
         state_dict=network.state_dict(),
@@ -86,7 +86,7 @@ def write_tiny_classifier(path, *, diffusion=None, **changes):
     classifier = grey_classifier(**changes)
     process = diffusion or DiffusionSettings()
     write_checkpoint(
-        Checkpoint(model_settings=classifier.settings, diffusion=process, state_dict=classifier.state_dict()), path
+        NetworkWeights(model_settings=classifier.settings, diffusion=process, state_dict=classifier.state_dict()), path
     )
     return path
 

@@ -90,11 +90,11 @@ def test_torchmetrics_has_the_same_fid():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("side", ["run", "reference"])
+@pytest.mark.parametrize("side", ["images", "reference"])
 def test_features_that_are_not_finite_are_refused(bad, side):
-    features = (FAKE if side == "run" else REAL).clone()
+    features = (FAKE if side == "images" else REAL).clone()
     features[17, 3] = bad
-    sets = (fake(features), real()) if side == "run" else (fake(), real(features))
+    sets = (fake(features), real()) if side == "images" else (fake(), real(features))
     with pytest.raises(UserError, match=rf"`{side}` .*finite"):
         compute_metrics(*sets, SETTINGS)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import Checkpoint, build_network
+from sagl.models.checkpoints import NetworkWeights, build_network
 from sagl.models.diffusers import (
     CONFIG,
     DEFAULTS,
@@ -110,7 +110,7 @@ def equal(converted, expected):
 
 
 def network_file(net, **options):
-    return Checkpoint(
+    return NetworkWeights(
         model_settings=net.settings,
         diffusion=options.pop("diffusion", DiffusionSettings()),
         state_dict=net.state_dict(),
@@ -138,7 +138,7 @@ def test_without_sagls_settings_the_function_comes_back_in_the_new_order(name):
     config, state = to_diffusers(net.settings, net.state_dict())
     settings, back = from_diffusers({key: config[key] for key in config if key != SAGL_KEY}, state)
     assert settings.use_new_attention_order
-    built = build_network(Checkpoint(model_settings=settings, diffusion=DiffusionSettings(), state_dict=back))
+    built = build_network(NetworkWeights(model_settings=settings, diffusion=DiffusionSettings(), state_dict=back))
     assert relative_error(outputs(built, settings), outputs(net, net.settings)) < EXACT
     assert equal(back, net.state_dict()) == (name in ("new_order", "one_head", "much"))  # one head: the orders agree
     assert equal(to_diffusers(settings, back)[1], state)
@@ -370,7 +370,7 @@ def test_diffusers_does_not_warn_of_sagls_key(tmp_path, caplog):
 
 def test_a_classifier_is_refused(tmp_path):
     net = small_classifier()
-    file = Checkpoint(model_settings=net.settings, diffusion=DiffusionSettings(), state_dict=net.state_dict())
+    file = NetworkWeights(model_settings=net.settings, diffusion=DiffusionSettings(), state_dict=net.state_dict())
     with pytest.raises(UserError, match=r"`checkpoint` .*classifier"):
         write_diffusers(file, tmp_path / "a")
 

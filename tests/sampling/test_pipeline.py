@@ -13,7 +13,7 @@ from sagl.samplers.ddpm import ddpm
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_predictions
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
-from sagl.settings.sampling import RunSettings, SamplerSettings, micro_batches
+from sagl.settings.sampling import RunSettings, SamplerSettings, id_batches
 from tests.helpers.reference import small_classifier
 from tests.helpers.tiny import calm_unet, count_calls, grey_unet, write_tiny_classifier
 
@@ -52,7 +52,7 @@ def sampled(pipeline, run, ids=(0, 1)):
 def steps_of(sample_id, run, sampler):
     """One sample of a run, step by step: its image and its mask."""
     pipeline = pipeline_of(sampler)
-    (ids,) = (ids for ids in micro_batches(run) if sample_id in ids)
+    (ids,) = (ids for ids in id_batches(run) if sample_id in ids)
     row = ids.index(sample_id)
     with torch.inference_mode():
         steps = list(pipeline.sample_progressive(run.seed, ids, make_labels(run, ids, pipeline.network)))
@@ -112,7 +112,7 @@ def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
         assert torch.equal(x, want_x)
 
 
-# ----------------------------------------------------------------------------------------------- micro-batches
+# ----------------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
@@ -120,7 +120,7 @@ def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
 @pytest.mark.parametrize("num_samples", [1, 4, 9])
 def test_micro_batches_are_full_aligned_and_hold_every_sample_once(num_samples, first_id, batch_size):
     samples = range(first_id, first_id + num_samples)
-    batches = list(micro_batches(RunSettings(num_samples=num_samples, first_id=first_id, batch_size=batch_size)))
+    batches = list(id_batches(RunSettings(num_samples=num_samples, first_id=first_id, batch_size=batch_size)))
     assert all(ids == list(range(ids[0], ids[0] + batch_size)) for ids in batches)
     assert all(ids[0] % batch_size == 0 for ids in batches)
     assert all(set(ids) & set(samples) for ids in batches)

@@ -10,7 +10,7 @@ from sagl.commands._config import parse_sample_config
 from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
-from sagl.models.checkpoints import Checkpoint, build_classifier, build_network
+from sagl.models.checkpoints import NetworkWeights, build_classifier, build_network
 from sagl.models.loading import load
 from sagl.models.zoo import BUNDLED, DEFAULT_CLASSIFIER, get_classifier_settings
 from sagl.sampling.pipeline import build_pipeline, run_to_end
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / f"{DEFAULT_CLASSIFIER}.yaml"
 
 
 @pytest.fixture(scope="module")
-def file() -> Checkpoint:
+def file() -> NetworkWeights:
     return load(DEFAULT_CLASSIFIER)
 
 
@@ -51,7 +51,7 @@ def test_it_is_small_and_the_one_that_the_configuration_trains(file):
     assert get_classifier_settings(DEFAULT_CLASSIFIER) == (file.model_settings, file.diffusion)
 
 
-def test_it_may_guide_the_embedded_network(file):
+def test_it_may_guide_the_bundled_network(file):
     network = load("fashion_mnist")
     check_classifier(file.model_settings, file.diffusion, network.model_settings, network.diffusion)
     assert parse_sample_config(["--classifier.scale", "1"]).guidances["classifier"].checkpoint == DEFAULT_CLASSIFIER

@@ -5,7 +5,7 @@ import torch
 from sagl.errors import UserError
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import frechet_distance, statistics
-from sagl.metrics.reference import Reference, has_statistics, read_reference, write_reference
+from sagl.metrics.statistics_file import Reference, has_statistics, read_reference, write_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES, SPATIAL, OTHERS = (torch.randn(n, d, generator=GENERATOR) for n, d in ((30, 5), (30, 7), (20, 5)))

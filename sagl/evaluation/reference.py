@@ -8,7 +8,7 @@ from sagl.errors import UserError, require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.image_sets import ImageSet, RunImages, Size, cache_key, open_image_set
 from sagl.metrics.checks import require_finite_features
-from sagl.metrics.reference import Reference, has_images, has_statistics, read_reference, write_reference
+from sagl.metrics.statistics_file import Reference, has_images, has_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.files import cache_folder
 
