@@ -1,4 +1,4 @@
-"""What the machine can do: its fastest 3x3 convolution, and the operations of a network's forward."""
+"""Peak throughput of 3x3 convolutions on this machine, and the number of operations of a forward pass."""
 
 import time
 
@@ -11,11 +11,11 @@ from sagl.settings.network import UNetSettings
 from sagl.utils.environment import disable_malloc_trim
 
 SHAPES = ((1, 256, 256), (1, 512, 128), (1, 512, 64), (4, 512, 64), (4, 1024, 32))
-"""(batch, channels, side) of convolutions as they are in ADM's networks; the fastest counts."""
+"""(batch, channels, side) of convolutions in ADM's networks."""
 
 
 def convolution_peaks(precision: str, repeats: int = 5) -> float:
-    """FLOP/s of the fastest 3x3 convolution in channels_last."""
+    """Return the FLOP/s of the fastest 3x3 convolution in channels_last."""
     disable_malloc_trim()
     return max(_convolution_rate(*shape, getattr(torch, precision), repeats) for shape in SHAPES)
 
@@ -27,14 +27,14 @@ def _convolution_rate(batch: int, channels: int, side: int, dtype: torch.dtype, 
     flops, best = 2 * 9 * channels**2 * batch * side**2, float("inf")
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            started = time.perf_counter()
+            start = time.perf_counter()
             F.conv2d(x, weight, padding=1)
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.perf_counter() - start)
     return flops / best
 
 
 def forward_flops(s: UNetSettings, batch_size: int) -> int:
-    """Multiplications and additions of convolutions and matrix products in one forward, counted without computing."""
+    """Count the FLOP of convolutions and matrix products in one forward pass, on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network = UNet(s).eval()
         labels = None if s.num_classes is None else torch.zeros(batch_size, dtype=torch.long)

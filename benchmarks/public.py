@@ -1,6 +1,6 @@
-"""The public code beside which ours is timed: guided-diffusion, and its fork with self-attention guidance.
+"""Adapters of the public code that sagl is compared with: guided-diffusion, and its fork with self-attention guidance.
 
-Nothing of either is kept here; the folders of the checkouts are arguments.
+Both are imported from checkouts, whose folders are arguments.
 """
 
 import sys
@@ -16,8 +16,8 @@ from sagl.settings.network import UNetSettings
 
 
 def import_from(folder: Path) -> Any:
-    """`guided_diffusion` of a checkout; the two have the same name, so one process imports one of them."""
-    for name in ("mpi4py", "blobfile"):  # for its training loop on many machines; no computation reads them
+    """Import `guided_diffusion` from a checkout. Both packages have this name: a process can import only one."""
+    for name in ("mpi4py", "blobfile"):  # imported by its distributed training loop, and not needed here
         module = types.ModuleType(name)
         module.MPI = None  # type: ignore[attr-defined]
         sys.modules.setdefault(name, module)
@@ -29,8 +29,8 @@ def import_from(folder: Path) -> Any:
     )
 
 
-def network_of(public: Any, s: UNetSettings, **more: Any) -> Any:
-    """Their UNet with our settings; attention resolutions are downsampling factors there."""
+def build_network(public: Any, s: UNetSettings, **more: Any) -> Any:
+    """Build the public UNet with sagl's settings; its attention resolutions are downsampling factors."""
     return public.unet.UNetModel(
         image_size=s.image_size,
         in_channels=s.in_channels,
@@ -50,8 +50,8 @@ def network_of(public: Any, s: UNetSettings, **more: Any) -> Any:
     )
 
 
-def process_of(public: Any, schedule: str, respacing: str, **more: Any) -> Any:
-    """Their diffusion process, learned variance, respaced."""
+def build_process(public: Any, schedule: str, respacing: str, **more: Any) -> Any:
+    """Build the public diffusion process with a learned variance and respacing."""
     d = public.diffusion
     return public.respace.SpacedDiffusion(
         use_timesteps=public.respace.space_timesteps(1000, respacing),
@@ -67,19 +67,19 @@ def process_of(public: Any, schedule: str, respacing: str, **more: Any) -> Any:
 def sag_step(
     folder: Path, s: UNetSettings, state: dict[str, Tensor], *, depth: int, blur_sigma: float, scale: float
 ) -> Callable[[Tensor, int, Tensor | None], Tensor]:
-    """(x_t, step, labels) -> x_{t-1}, guided at output block `depth`."""
+    """Return a sampling step (x_t, step, labels) -> x_{t-1}, guided at output block `depth`."""
     public = import_from(folder)
-    network = network_of(public, s, sel_attn_block="output", sel_attn_depth=depth).eval()
+    network = build_network(public, s, sel_attn_block="output", sel_attn_depth=depth).eval()
     network.load_state_dict(state)
     more = {"sel_attn_block": "output", "sel_attn_depth": depth, "num_heads": s.num_heads}
-    process = process_of(public, "linear", "250", **more)
+    process = build_process(public, "linear", "250", **more)
     guidance = {"guide_scale": 1 + scale, "guide_start": 250, "blur_sigma": blur_sigma}
 
     def step(x: Tensor, position: int, labels: Tensor | None) -> Tensor:
-        told = {} if labels is None else {"y": labels}
+        kwargs = {} if labels is None else {"y": labels}
         timesteps = torch.full((len(x),), position)
         with torch.no_grad():
-            out = process.p_sample(network, x, timesteps, model_kwargs=told, guidance_kwargs=guidance)
+            out = process.p_sample(network, x, timesteps, model_kwargs=kwargs, guidance_kwargs=guidance)
         result: Tensor = out["sample"]
         return result
 
@@ -89,18 +89,18 @@ def sag_step(
 def training_step(
     folder: Path, s: UNetSettings, state: dict[str, Tensor], schedule: str
 ) -> Callable[[Tensor, Tensor, Tensor | None], float]:
-    """(x_0, timesteps, labels) -> loss: forward, backward, AdamW and the average, as its training loop has them."""
+    """Return a training step (x_0, timesteps, labels) -> loss, with AdamW and EMA as in its training loop."""
     public = import_from(folder)
-    network = network_of(public, s)
+    network = build_network(public, s)
     network.load_state_dict(state)
-    process = process_of(public, schedule, "1000")
+    process = build_process(public, schedule, "1000")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
     averages = [parameter.detach().clone() for parameter in network.parameters()]
 
     def step(x_0: Tensor, timesteps: Tensor, labels: Tensor | None) -> float:
         optimizer.zero_grad()
-        told = {} if labels is None else {"y": labels}
-        loss = process.training_losses(network, x_0, timesteps, model_kwargs=told)["loss"].mean()
+        kwargs = {} if labels is None else {"y": labels}
+        loss = process.training_losses(network, x_0, timesteps, model_kwargs=kwargs)["loss"].mean()
         loss.backward()
         optimizer.step()
         public.nn.update_ema(averages, network.parameters(), rate=0.9999)

@@ -1,10 +1,10 @@
-"""How fast sagl is beside the public code, on this machine, in one run.
+"""Speed of sagl compared with the public code, measured on this machine in one run.
 
     python benchmarks/speed.py --reference_adm ../guided-diffusion --reference_sag ../Self-Attention-Guidance \
         --report benchmarks/reports/speed.md
 
-Every comparison runs its sides in processes of their own that take turns, unit by unit, so that what else the
-machine does falls on all of them. Without the checkouts the sides that need them are left out.
+The sides of a comparison run in separate processes and take turns, one unit of work at a time, so that other load on
+the machine affects all of them alike. Sides whose checkout is missing are left out.
 """
 
 import argparse
@@ -30,58 +30,58 @@ from benchmarks.worker import NETWORKS, Side  # noqa: E402
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Sides that do the same unit of work; the first is what the others are measured against."""
+    """Sides that do the same unit of work. Times are relative to the first side."""
 
     title: str
     sides: Mapping[str, Side]
     bars: Mapping[str, float]
-    """Largest ratio to the first side's time that is asked for, by side."""
+    """Largest allowed ratio to the first side's time, by side."""
     same_to: float | None = None
-    """Largest relative difference of the second side's result from the first's."""
+    """Largest allowed relative difference between the results of the first two sides."""
 
 
 def ours(work: str, network: str, batch_size: int, precision: str = "float32") -> Side:
-    """A side of this package."""
+    """Return a side that runs sagl."""
     return Side(code="ours", work=work, network=network, batch_size=batch_size, precision=precision)
 
 
 def comparisons(adm: str | None, sag: str | None) -> Iterator[tuple[str, Comparison]]:
-    """All, by short names; those whose checkout is missing are left out."""
+    """Yield short names and comparisons; those whose checkout is missing are left out."""
     if sag:
         for batch_size in (1, 4):
             yield (
                 f"lsun_sag_{batch_size}",
-                _beside_sag(sag, "lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6}),
+                _compare_with_sag(sag, "lsun", batch_size, {"float32": 1 / 2.2, "bfloat16": 1 / 6}),
             )
-        yield "bundled_sag_64", _beside_sag(sag, "bundled", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
+        yield "bundled_sag_64", _compare_with_sag(sag, "bundled", 64, {"float32": 1 / 1.5, "bfloat16": 1 / 2.5})
     if adm:  # two networks in training are what fits into memory at one time
         for precision, bar in (("float32", 1 / 1.3), ("bfloat16", 1 / 4)):
-            yield f"adm64_training_8_{precision}", _training_beside_adm(adm, precision, bar)
+            yield f"adm64_training_8_{precision}", _compare_training_with_adm(adm, precision, bar)
     for network, batch_size in (("lsun", 1), ("bundled", 64)):
-        yield f"{network}_guided", _against_unguided(network, batch_size)
+        yield f"{network}_guided", _compare_with_unguided(network, batch_size)
 
 
-def _beside_sag(folder: str, network: str, batch_size: int, bars: Mapping[str, float]) -> Comparison:
-    theirs = Side(code="sag", work="guided", network=network, batch_size=batch_size, folder=folder)
-    mine = {f"ours, {precision}": ours("guided", network, batch_size, precision) for precision in bars}
+def _compare_with_sag(folder: str, network: str, batch_size: int, bars: Mapping[str, float]) -> Comparison:
+    public = Side(code="sag", work="guided", network=network, batch_size=batch_size, folder=folder)
+    sagl = {f"ours, {precision}": ours("guided", network, batch_size, precision) for precision in bars}
     return Comparison(
         title=f"SAG step, {network} network, batch {batch_size}",
-        sides={"public SAG code, float32": theirs, **mine},
+        sides={"public SAG code, float32": public, **sagl},
         bars={f"ours, {precision}": bar for precision, bar in bars.items()},
         same_to=1e-3,
     )
 
 
-def _training_beside_adm(folder: str, precision: str, bar: float) -> Comparison:
-    theirs = Side(code="adm", work="training", network="adm64", batch_size=8, folder=folder)
+def _compare_training_with_adm(folder: str, precision: str, bar: float) -> Comparison:
+    public = Side(code="adm", work="training", network="adm64", batch_size=8, folder=folder)
     return Comparison(
         title=f"training step, 64x64 ADM, batch 8, {precision}",
-        sides={"guided-diffusion, float32": theirs, f"ours, {precision}": ours("training", "adm64", 8, precision)},
+        sides={"guided-diffusion, float32": public, f"ours, {precision}": ours("training", "adm64", 8, precision)},
         bars={f"ours, {precision}": bar},
     )
 
 
-def _against_unguided(network: str, batch_size: int) -> Comparison:
+def _compare_with_unguided(network: str, batch_size: int) -> Comparison:
     return Comparison(
         title=f"SAG step against an unguided step, {network} network, batch {batch_size}, float32",
         sides={work: ours(work, network, batch_size) for work in ("unguided", "guided")},
@@ -93,52 +93,52 @@ def _against_unguided(network: str, batch_size: int) -> Comparison:
 
 
 class Process:
-    """A worker, spoken to line by line."""
+    """A worker process, which answers each line with one line."""
 
     def __init__(self, side: Side) -> None:
-        """Start it; it builds its network and does one unit unmeasured."""
+        """Start the process, which builds its network and runs one unit for warm-up."""
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(side))]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ready(self) -> None:
-        """Wait until it is."""
-        assert self._answer() == "ready", "a worker did not start"
+        """Wait until the warm-up has ended."""
+        assert self._read_line() == "ready", "a worker did not start"
 
     def unit(self) -> dict[str, float]:
-        """Do one, and say what it cost."""
+        """Run one unit, and return its cost."""
         return self.ask("unit")
 
     def ask(self, line: str) -> dict[str, float]:
-        """An answer for a line."""
+        """Send a line, and return the answer."""
         self.send(line)
         return self.answer()
 
     def send(self, line: str) -> None:
-        """Have it begin."""
+        """Send a line, and do not wait for the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> dict[str, float]:
-        """What it says when it is done."""
-        said = self._answer()
-        if not said:
+        """Wait for the answer to a line, and return it."""
+        line = self._read_line()
+        if not line:
             raise SystemExit("a worker ended before its work was done; is there memory enough for all sides?")
-        return dict(json.loads(said))
+        return dict(json.loads(line))
 
-    def _answer(self) -> str:
+    def _read_line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def stop(self) -> None:
-        """End it."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
 
 
 @contextmanager
 def running(sides: Mapping[str, Side]) -> Iterator[dict[str, Process]]:
-    """A process for each side, warmed up one after the other."""
+    """Start a process for each side; they warm up one after the other."""
     with ExitStack() as stack:
         processes = {}
         for name, side in sides.items():
@@ -149,15 +149,15 @@ def running(sides: Mapping[str, Side]) -> Iterator[dict[str, Process]]:
 
 
 def run(comparison: Comparison, rounds: int) -> dict[str, Any]:
-    """Seconds of every side in every round, and how far the second's result is from the first's."""
+    """Return the costs of every side in every round, and the difference between the results of the first two sides."""
     with running(comparison.sides) as processes:
         costs: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
         for _ in range(rounds):
             for name, process in processes.items():
                 costs[name].append(process.unit())
-        differs = _difference(list(processes.values())[:2]) if comparison.same_to else None
+        difference = _difference(list(processes.values())[:2]) if comparison.same_to else None
         live = {
-            name: processes[name].ask("live")["live_bytes"] for name, side in comparison.sides.items() if _steps(side)
+            name: processes[name].ask("live")["live_bytes"] for name, side in comparison.sides.items() if _is_step(side)
         }
     flops = {name: flops_of(side) for name, side in comparison.sides.items()}
     bars = dict(comparison.bars)
@@ -165,19 +165,19 @@ def run(comparison: Comparison, rounds: int) -> dict[str, Any]:
         "title": comparison.title,
         "costs": costs,
         "bars": bars,
-        "difference": differs,
+        "difference": difference,
         "live": live,
         "flops": flops,
     }
 
 
-def _steps(side: Side) -> bool:
-    """Whether it is a step of ours, whose tensors are counted."""
+def _is_step(side: Side) -> bool:
+    """Return whether a side is a sampling step of sagl, whose tensors are counted."""
     return side.code == "ours" and side.work in ("guided", "unguided")
 
 
 def flops_of(side: Side) -> int:
-    """Of a unit's passes through the network; a backward pass counts twice a forward."""
+    """Return the operations of a unit's network passes; a backward pass counts as two forward passes."""
     passes = {"guided": 2, "training": 3}.get(side.work, 1)
     return passes * forward_flops(NETWORKS[side.network], side.batch_size)
 
@@ -197,13 +197,13 @@ def _difference(pair: Sequence[Process]) -> float:
 # ------------------------------------------------------------------------------------------------------- report
 
 
-def table_of(result: Mapping[str, Any]) -> list[str]:
-    """A comparison as Markdown: medians, spread, ratios to the first side, faults, peak."""
+def format_table(result: Mapping[str, Any]) -> list[str]:
+    """Format a comparison as Markdown: medians, spread, ratios to the first side, page faults, peak memory."""
     lines = [
         "",
         f"## {result['title']}",
         "",
-        "| side | seconds: median (least … most) | ratio | asked | GFLOP/s | page faults | peak RSS | live tensors |",
+        "| side | seconds: median (min … max) | ratio | allowed | GFLOP/s | page faults | peak RSS | live tensors |",
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     first = next(iter(result["costs"]))
@@ -219,10 +219,13 @@ def table_of(result: Mapping[str, Any]) -> list[str]:
             f"{_megabytes(result['live'].get(name))} |"
         )
     if {"guided", "unguided"} <= result["live"].keys():
-        more = result["live"]["guided"] / result["live"]["unguided"] - 1
-        lines += ["", f"Live tensors beside the weights, guided against unguided: {more:+.2%} (asked ≤ +0.50%)."]
+        increase = result["live"]["guided"] / result["live"]["unguided"] - 1
+        lines += [
+            "",
+            f"Live tensors without the weights, guided relative to unguided: {increase:+.2%} (allowed: ≤ +0.50%).",
+        ]
     if result["difference"] is not None:
-        lines += ["", f"Largest relative difference of the second side's result: {result['difference']:.1e}."]
+        lines += ["", f"Largest relative difference between the first two results: {result['difference']:.1e}."]
     return lines
 
 
@@ -231,7 +234,7 @@ def _megabytes(count: float | None) -> str:
 
 
 def machine() -> list[str]:
-    """Processor, versions, commit."""
+    """Return lines with the processor, the versions and the commit."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -248,51 +251,52 @@ def machine() -> list[str]:
 
 
 def shares(rounds: int) -> list[str]:
-    """Our LSUN-size forward as a share of the fastest convolution that this machine was seen to do, and its profile."""
+    """Return the throughput of the LSUN network relative to the fastest convolution, and its profile."""
     flops = forward_flops(NETWORKS["lsun"], 1)
-    lines = ["", "## Share of the machine's convolution peak, LSUN-size forward, batch 1", ""]
-    lines += [f"{flops / 1e12:.2f} TFLOP a forward.", ""]
-    lines += ["| precision | peak | forward | share | asked |", "|---|---|---|---|---|"]
+    lines = ["", "## Throughput relative to the fastest convolution, forward pass of the LSUN network, batch 1", ""]
+    lines += [f"{flops / 1e12:.2f} TFLOP per forward pass.", ""]
+    lines += ["| precision | peak | forward | fraction | required |", "|---|---|---|---|---|"]
     profiles = {}
-    for precision, asked in (("float32", 0.85), ("bfloat16", 0.65)):
+    for precision, required in (("float32", 0.85), ("bfloat16", 0.65)):
         peak = convolution_peaks(precision)
         with running({precision: ours("forward", "lsun", 1, precision)}) as processes:
             seconds = min(processes[precision].unit()["seconds"] for _ in range(rounds))
             profiles[precision] = processes[precision].ask("profile")
         rate = flops / seconds
         lines.append(
-            f"| {precision} | {peak / 1e9:.0f} GFLOP/s | {rate / 1e9:.0f} GFLOP/s | {rate / peak:.0%} | ≥ {asked:.0%} |"
+            f"| {precision} | {peak / 1e9:.0f} GFLOP/s | {rate / 1e9:.0f} GFLOP/s | {rate / peak:.0%} "
+            f"| ≥ {required:.0%} |"
         )
     for precision, profile in profiles.items():
-        lines += ["", f"Where its time goes, {precision}: " + _listed(profile)]
+        lines += ["", f"Time by operation, {precision}: " + _format_profile(profile)]
     return lines
 
 
-def _listed(profile: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in profile.items()) + "."
+def _format_profile(profile: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.removeprefix('aten::')} {fraction:.1%}" for name, fraction in profile.items()) + "."
 
 
 def two_processes(rounds: int) -> list[str]:
-    """Two processes of one thread with half a batch each, at the same time, against one of two threads."""
+    """Compare two processes with one thread and half a batch each with one process of two threads."""
     sides = {"one process, two threads": replace(ours("guided", "bundled", 64), threads=2)}
     sides |= {f"half {i}": replace(ours("guided", "bundled", 32), threads=1) for i in (1, 2)}
     one, two = [], []
     with running(sides) as processes:
-        whole, *halves = processes.values()
+        single, *halves = processes.values()
         for _ in range(rounds):
-            one.append(whole.unit()["seconds"])
-            started = time.perf_counter()
+            one.append(single.unit()["seconds"])
+            start = time.perf_counter()
             for half in halves:
                 half.send("unit")
             for half in halves:
                 half.answer()
-            two.append(time.perf_counter() - started)
+            two.append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(one, two, strict=True)]
     return [
         "",
-        "## Two processes of one thread against one of two, SAG step of 64 images, bundled network, float32",
+        "## Two processes of one thread and one process of two, SAG step of 64 images, bundled network, float32",
         "",
-        "| one process | two processes | throughput: median (least … most) | asked |",
+        "| one process | two processes | throughput: median (min … max) | required |",
         "|---|---|---|---|",
         f"| {statistics.median(one):.3f} s | {statistics.median(two):.3f} s | "
         f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}) | ≥ 0.950 |",
@@ -300,29 +304,29 @@ def two_processes(rounds: int) -> list[str]:
 
 
 def main() -> None:
-    """Run what was asked for and print or write the report."""
+    """Run the selected comparisons, and print or write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--reference_adm", "--reference-adm", type=_absolute, help="checkout of openai/guided-diffusion"
     )
     parser.add_argument("--reference_sag", "--reference-sag", type=_absolute, help="checkout of the public SAG code")
-    parser.add_argument("--only", nargs="*", help="names of comparisons, share, two_processes; all unless told")
+    parser.add_argument("--only", nargs="*", help="names of comparisons, share, two_processes; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     a = parser.parse_args()
     command = "python benchmarks/speed.py " + " ".join(sys.argv[1:])
     lines = ["# Speed", "", *machine(), f"- `{command}`"]
     sides = dict(comparisons(a.reference_adm, a.reference_sag))
-    others = {"share": shares, "two_processes": two_processes}
-    names = [*sides, *others] if a.only is None else a.only
-    if unknown := set(names) - {*sides, *others}:
-        parser.error(f"--only takes {', '.join((*sides, *others))}, got {', '.join(sorted(unknown))}")
+    extras = {"share": shares, "two_processes": two_processes}
+    names = [*sides, *extras] if a.only is None else a.only
+    if unknown := set(names) - {*sides, *extras}:
+        parser.error(f"--only takes {', '.join((*sides, *extras))}, got {', '.join(sorted(unknown))}")
     for name in names:
         if name in sides:
-            lines += table_of(run(sides[name], a.rounds))
+            lines += format_table(run(sides[name], a.rounds))
             print(*lines[-4:], sep="\n", flush=True)
         else:
-            lines += others[name](a.rounds)
+            lines += extras[name](a.rounds)
     if a.report:
         a.report.parent.mkdir(parents=True, exist_ok=True)
         a.report.write_text("\n".join(lines) + "\n")
@@ -330,7 +334,7 @@ def main() -> None:
 
 
 def _absolute(folder: str) -> str:
-    """A folder as the workers find it, who run elsewhere."""
+    """Return an absolute path; workers run in another folder."""
     return str(Path(folder).resolve())
 
 

@@ -1,8 +1,8 @@
-"""One side of a comparison in a process of its own: does a unit of work for every line that it reads.
+"""Worker process of speed.py: runs one side of a comparison, a unit of work for every line on stdin.
 
-Started by speed.py with a `Side` as JSON. Answers each line of stdin with one of JSON: to `unit` seconds, page faults
-and the process's peak in bytes; to `live` the most bytes of its tensors at one time, beside the weights; to `profile`
-the share of each operation in the time. `save FILE` stores the result of the last unit.
+Its argument is a `Side` as JSON. Each line is answered by a line of JSON: `unit` by seconds, page faults and the peak
+memory of the process in bytes; `live` by the largest number of bytes in tensors at one time, without the weights;
+`profile` by the fraction of time of each operation. `save FILE` stores the result of the last unit.
 """
 
 import json
@@ -30,49 +30,49 @@ NETWORKS: dict[str, UNetSettings] = {
     "lsun": get_unet_settings("lsun_cat")[0],
     "bundled": replace(
         get_unet_settings("fashion_mnist")[0], in_channels=3, num_heads=4
-    ),  # theirs cannot guide grey images
+    ),  # the public code cannot guide grey images
     "adm64": replace(get_unet_settings("imagenet64")[0], dropout=0.0, num_classes=None),
 }
 SITES = {"lsun": 2, "bundled": 5}
-"""Output block that guides; its side is one that the public code has in its table."""
+"""Output block whose attention guides. The public code has a table of side lengths, which has that of this block."""
 STEP = 120
-"""Of 250, in the middle of the chain."""
+"""Sampling step that is measured, in the middle of 250."""
 SCALE, BLUR_SIGMA = 0.3, 3.0
 PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What a process is to do."""
+    """Work of one process."""
 
     code: str
-    """ours, adm (guided-diffusion) or sag (its fork)."""
+    """Code: ours, adm (guided-diffusion) or sag (its fork)."""
     work: str
-    """forward, unguided, guided or training."""
+    """Unit of work: forward, unguided, guided or training."""
     network: str
     batch_size: int
     precision: str = "float32"
     folder: str | None = None
     """Checkout of the public code."""
     threads: int | None = None
-    """None: torch's own choice."""
+    """Number of threads; None for torch's default."""
 
 
-def weights_of(s: UNetSettings) -> dict[str, Tensor]:
-    """Drawn weights, the same for every side: by the order of names, of a size that keeps features in bounds."""
+def random_weights(s: UNetSettings) -> dict[str, Tensor]:
+    """Return random weights, equal for all sides, and small enough that features do not grow."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in UNet(s).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in shapes.items():
         fan_in = max(1, shape[1:].numel())
-        drawn = torch.randn(shape, generator=generator) * (0.5 / fan_in**0.5 if len(shape) > 1 else 0.02)
-        state[name] = drawn + 1 if name.endswith("weight") and len(shape) == 1 else drawn
+        weight = torch.randn(shape, generator=generator) * (0.5 / fan_in**0.5 if len(shape) > 1 else 0.02)
+        state[name] = weight + 1 if name.endswith("weight") and len(shape) == 1 else weight
     return state
 
 
-def unit_of(side: Side) -> Callable[[], Tensor]:
-    """The work, with its inputs bound."""
+def make_unit(side: Side) -> Callable[[], Tensor]:
+    """Return the unit of work as a function without arguments."""
     s = NETWORKS[side.network]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(side.batch_size, s.in_channels, s.image_size, s.image_size, generator=generator)
@@ -84,7 +84,7 @@ def unit_of(side: Side) -> Callable[[], Tensor]:
 def _network(side: Side, s: UNetSettings) -> UNet:
     with torch.device("meta"):
         network = UNet(s)
-    network.load_state_dict(weights_of(s), assign=True)
+    network.load_state_dict(random_weights(s), assign=True)
     network.to(memory_format=torch.channels_last)
     return cast_weights(optimize_for_cpu(network), PRECISIONS[side.precision], torch.device("cpu"))
 
@@ -101,15 +101,15 @@ def _forward(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> C
 
 
 def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
-    """One step of ancestral sampling, guided or not; noise from torch's own generator, as the public code draws it."""
+    """Return one step of ancestral sampling. Its noise is from torch's global generator, as in the public code."""
     depth = SITES[side.network]
     if side.code != "ours":
         from benchmarks import public
 
-        theirs = public.sag_step(
-            Path(str(side.folder)), s, weights_of(s), depth=depth, blur_sigma=BLUR_SIGMA, scale=SCALE
+        public_step = public.sag_step(
+            Path(str(side.folder)), s, random_weights(s), depth=depth, blur_sigma=BLUR_SIGMA, scale=SCALE
         )
-        return lambda: _seeded(lambda: theirs(x, STEP, labels))
+        return lambda: _seeded(lambda: public_step(x, STEP, labels))
     from sagl.diffusion.predictor import Condition
     from sagl.samplers.ddpm import ddpm_step
     from sagl.sampling.pipeline import build_pipeline
@@ -120,16 +120,16 @@ def _step(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Call
         scale=scale, site=f"output.{depth}", blur_sigma=BLUR_SIGMA, kernel_size=31, heads="sag_release"
     )
     network = _network(side, s).eval().requires_grad_(False)
-    recipe = build_pipeline(
+    pipeline = build_pipeline(
         network, DiffusionSettings(), SamplerSettings(sampler="ddpm", respacing="250"), {"sag": sag}
     )
-    denoise, condition = recipe.predictor, Condition(labels=labels)
+    predict, condition = pipeline.predictor, Condition(labels=labels)
 
     def run() -> Tensor:
-        torch.rand(1)  # their blur draws its sigma, also where that is one number
+        torch.rand(1)  # the public blur draws its sigma even where it is fixed
         with torch.inference_mode():
-            prediction = denoise(x, STEP, condition)
-            return ddpm_step(x, prediction, recipe.schedule, STEP, lambda _: torch.randn_like(x))
+            prediction = predict(x, STEP, condition)
+            return ddpm_step(x, prediction, pipeline.schedule, STEP, lambda _: torch.randn_like(x))
 
     return lambda: _seeded(run)
 
@@ -140,13 +140,13 @@ def _seeded(run: Callable[[], Tensor]) -> Tensor:
 
 
 def _training(side: Side, s: UNetSettings, x: Tensor, labels: Tensor | None) -> Callable[[], Tensor]:
-    """Forward, backward, AdamW and the average of the weights."""
+    """Return one training step: forward, backward, AdamW and EMA."""
     x_0, timesteps = x.clamp(-1, 1), torch.linspace(0, 999, len(x)).long()
     if side.code != "ours":
         from benchmarks import public
 
-        theirs = public.training_step(Path(str(side.folder)), s, weights_of(s), "cosine")
-        return lambda: _seeded(lambda: torch.tensor(theirs(x_0, timesteps, labels)))
+        public_step = public.training_step(Path(str(side.folder)), s, random_weights(s), "cosine")
+        return lambda: _seeded(lambda: torch.tensor(public_step(x_0, timesteps, labels)))
     return _our_training(side, s, x_0, timesteps, labels)
 
 
@@ -187,17 +187,17 @@ def _our_training(
     return lambda: _seeded(run)
 
 
-def measured(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """One unit, and what it cost."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+def measure(unit: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """Run one unit; return its cost and its result."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     result = unit()
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     faults, peak = after.ru_minflt - before.ru_minflt, after.ru_maxrss * 1024
     return {"seconds": seconds, "faults": faults, "peak_bytes": peak}, result
 
 
 def live_bytes(unit: Callable[[], Tensor]) -> dict[str, Any]:
-    """The most that one unit holds at one time in tensors of its own."""
+    """Return the largest number of bytes that one unit has in new tensors at one time."""
     from sagl.models.memory import MemoryTracker
 
     with MemoryTracker() as live:
@@ -205,8 +205,8 @@ def live_bytes(unit: Callable[[], Tensor]) -> dict[str, Any]:
     return {"live_bytes": live.peak}
 
 
-def profiled(unit: Callable[[], Tensor]) -> dict[str, Any]:
-    """Shares of the operations in the time of one unit, the largest first."""
+def profile_unit(unit: Callable[[], Tensor]) -> dict[str, Any]:
+    """Return the operations that take the largest fractions of the time of one unit."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -217,13 +217,13 @@ def profiled(unit: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Answer lines until stdin ends."""
     side = Side(**json.loads(sys.argv[1]))
     if side.threads:
         torch.set_num_threads(side.threads)
     if side.code == "ours":
         disable_malloc_trim()
-    unit = unit_of(side)
+    unit = make_unit(side)
     result = unit()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -234,9 +234,9 @@ def main() -> None:
         elif command == "live":
             answer = live_bytes(unit)
         elif command == "profile":
-            answer = profiled(unit)
+            answer = profile_unit(unit)
         else:
-            answer, result = measured(unit)
+            answer, result = measure(unit)
         print(json.dumps(answer), flush=True)
 
 
