@@ -29,7 +29,7 @@ PUBLIC = {
     "ClassifierGuidance": "sagl.settings.guidance",
     "UserError": "sagl.errors",
 }
-"""Public names and where they live; loaded when they are asked for, so that `import sagl` loads no torch."""
+"""Modules of the public names, imported at first access, so that `import sagl` loads no torch."""
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (PEP 562)

@@ -118,7 +118,7 @@ def parse_sample_config(arguments: list[str]) -> SampleConfig:
 
 
 def _default_classifier(guidance: GuidanceSettings, model: str | None) -> GuidanceSettings:
-    """Let the classifier in the package guide the network in the package, unless another one is set."""
+    """Let the bundled classifier guide the bundled network, unless another one is set."""
     if isinstance(guidance, ClassifierGuidance) and guidance.scale and model == DEFAULT_MODEL:
         return replace(guidance, checkpoint=guidance.checkpoint or DEFAULT_CLASSIFIER)
     return guidance

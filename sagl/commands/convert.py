@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 OTHER_SUFFIXES = (".pt", ".ckpt", ".bin")
-"""Suffixes of files that are not written; a target with one of them is not meant to be a folder."""
+"""Suffixes of files that are read but not written; a target with one of them is refused."""
 
 
 def convert_parser() -> Parser:

@@ -1,4 +1,4 @@
-"""`sagl doctor`: report what this machine has, what is missing, and how to get it."""
+"""`sagl doctor`: report the machine, the libraries and the data, and how to install what is missing."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ OPTIONAL = {
 }
 """Optional packages, and the extra that installs each."""
 Line = tuple[str, str, str]
-"""Name, state, and what to do (empty if nothing)."""
+"""Name, state, and advice (empty if there is none)."""
 
 
 def doctor_parser() -> Parser:

@@ -41,7 +41,7 @@ SHORT_HELP = {
     "validate": ("config", "run", "checkpoint", "weights"),
     "test": ("config", "run", "checkpoint", "weights"),
 }
-"""Beginnings of the options that --help shows."""
+"""Prefixes of the options that --help shows."""
 
 
 def training_parser(command: str, *, classifier: bool = False, full: bool = False) -> Parser:

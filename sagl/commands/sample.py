@@ -93,7 +93,7 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
 
 
 def print_summary(run: SamplingRun) -> None:
-    """Print what the run folder contains and how to go on."""
+    """Print the content of the run folder and the next commands."""
     cost = f"{run.metadata['seconds']:.1f} s, {run.metadata['nfe']} network evaluations each"
     print(f"{count_images(run.folder)} images in {run.folder}, {cost}.")
     exports = ", ".join(EXPORTS[name] for name in run.metadata["exports"]) or "shards/ only"
@@ -101,7 +101,7 @@ def print_summary(run: SamplingRun) -> None:
 
 
 def print_cost(config: SampleConfig, run: SamplingRun) -> None:
-    """Time one network evaluation of a batch, and print what the run would cost."""
+    """Time one network evaluation of a batch, and print the expected cost of the run."""
     import torch
 
     from sagl.sampling.pipeline import make_labels

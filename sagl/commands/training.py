@@ -28,12 +28,12 @@ from sagl.settings.training import CheckpointSettings, ClassifierTrainingSetting
 from sagl.utils.environment import disable_malloc_trim, set_threads
 
 IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
-"""Beginnings of Lightning's log lines that its users cannot act on."""
+"""Prefixes of messages of Lightning that are not shown, because users cannot act on them."""
 WEIGHT_SUFFIXES = (".pt", ".ckpt", ".safetensors")
 
 
 class TrainingSetup(NamedTuple):
-    """Everything that a call of the trainer needs."""
+    """Arguments for `fit`, `validate` or `test` of the trainer."""
 
     trainer: Trainer
     module: DiffusionModule | ClassifierModule

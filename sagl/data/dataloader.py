@@ -70,7 +70,7 @@ class ResumableDistributedSampler(Sampler[int]):
 
 
 class CorruptImageLog:
-    """Names of the images that cannot be decoded, with a limit on their number; each counts once.
+    """Log of the images that cannot be decoded, each counted once, with a limit on their number.
 
     The names are appended to `path`, if there is one. A resumed run reads them back.
     """

@@ -38,7 +38,7 @@ CACHE_VERSION = 1
 
 
 class EmojiImages(EpochDataset):
-    """Images in memory, (N, 3, 32, 32) uint8, with category labels, without augmentation."""
+    """Dataset of images in memory, (N, 3, 32, 32) uint8, with category labels, without augmentation."""
 
     image_shape = (SIZE, SIZE, 3)
 

@@ -34,7 +34,7 @@ FILES = [Path(name).stem for name, _ in FashionMNIST.resources]
 
 
 class PaddedFashionMNIST(EpochDataset):
-    """One split in memory, (N, 1, 32, 32) uint8, without augmentation."""
+    """Dataset of one split in memory, (N, 1, 32, 32) uint8, without augmentation."""
 
     image_shape = (32, 32, 1)
 
@@ -51,7 +51,7 @@ class PaddedFashionMNIST(EpochDataset):
 
 
 class FashionMNISTImageSource(ArrayImageSource):
-    """The training split as published, 28x28."""
+    """Image source of the training split as published, 28x28."""
 
     num_classes = 10
 

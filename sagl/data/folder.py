@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class FolderImageSource(ImageSource):
-    """All images under a folder, sorted by path.
+    """Image source of all images under a folder, sorted by path.
 
     A label is the position of the class in the sorted class names (ImageNet's usual numbering); whole numbers in a CSV
     file are used as they are.
@@ -65,7 +65,7 @@ class FolderImageSource(ImageSource):
 
 @dataclass(kw_only=True, eq=False)
 class FolderData(ImageDataModule):
-    """Images under a folder."""
+    """Data module of the images under a folder."""
 
     root: str
     """Folder of images, at any depth."""

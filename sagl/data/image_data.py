@@ -38,7 +38,7 @@ NO_LABEL = -1
 
 
 class ImageSource(ABC):
-    """Encoded images by index. A source can be pickled, so that worker processes can read it."""
+    """Source of encoded images, read by index. It can be pickled, so that worker processes can read it."""
 
     num_classes: int | None = None
     """Number of classes; None if the images have no labels."""
@@ -77,7 +77,7 @@ def cached_index(file: Path, folder: str, build: Callable[[], Array]) -> Array:
 
 
 class ImageDataset(EpochDataset):
-    """The images `indices` of a source as squares."""
+    """Dataset of the images `indices` of a source, cropped and resized to squares."""
 
     def __init__(self, source: ImageSource, indices: Indices, crop: CropResize, seed: int = 0) -> None:
         self.source, self.indices, self.crop, self.seed = source, indices, crop, seed
@@ -192,7 +192,7 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def corrupt_log(self) -> CorruptImageLog:
-        """Log of all loaders: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0."""
+        """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0."""
         rank, world_size = rank_and_world_size(self.trainer)
         path = None
         if self.trainer and self.trainer.state.fn == "fit":

@@ -18,13 +18,13 @@ from sagl.errors import UserError
 
 DOWNLOADS = "http://dl.yf.io/lsun"
 SUFFIXES = ("", "_lmdb", "_train_lmdb")
-"""What LSUN's archives of objects and scenes append to the name of a category."""
+"""Suffixes that LSUN's archives of objects and scenes append to the name of a category."""
 _ENVIRONMENTS: dict[str, tuple[int, lmdb.Environment]] = {}
 """Open databases by folder, with the id of the process; lmdb allows a database to be opened once per process."""
 
 
 class LSUNImageSource(ImageSource, LSUNClass):
-    """One category, without labels, in the order of its keys."""
+    """Image source of one category of LSUN, without labels, in the order of the keys."""
 
     def __init__(self, folder: Path, *, argument: str = "data.root") -> None:
         """List the keys, which takes minutes for millions of images the first time.
@@ -70,7 +70,7 @@ class LSUNImageSource(ImageSource, LSUNClass):
 
 @dataclass(kw_only=True, eq=False)
 class LSUNData(ImageDataModule):
-    """A category of LSUN: objects (cat, horse, …) or scenes (bedroom, …)."""
+    """Data module of a category of LSUN: objects (cat, horse, …) or scenes (bedroom, …)."""
 
     category: str
     """Category, as LSUN names it: cat, horse, bedroom, …"""

@@ -23,7 +23,7 @@ LOCAL_HEADER = struct.Struct("<26x2H")
 
 
 class ArrayImageSource(ImageSource):
-    """Images that are not encoded, with integer labels (N,)."""
+    """Image source of arrays, with integer labels (N,)."""
 
     labels: Array
 
@@ -54,7 +54,7 @@ class ArrayImageSource(ImageSource):
 
 
 class NpzImageSource(ArrayImageSource):
-    """Images `arr_0` and labels `arr_1` of an npz file; each process reads the images when it first needs one."""
+    """Image source of an npz file with images `arr_0` and labels `arr_1`; images are read at first use."""
 
     def __init__(self, file: Path, *, argument: str = "data.file") -> None:
         """Read the labels, and check both arrays.
@@ -121,7 +121,7 @@ class NpzImageSource(ArrayImageSource):
 
 @dataclass(kw_only=True, eq=False)
 class NpzData(ImageDataModule):
-    """Images of an npz file."""
+    """Data module of an npz file."""
 
     file: str
     """npz file with arr_0 (N, H, W, 3 or 1) uint8 and, optionally, labels arr_1 (N,)."""

@@ -31,7 +31,7 @@ Members = dict[str, dict[str, tarfile.TarInfo]]
 
 
 class ShardImageSource(ImageSource):
-    """All images of some shards, in the order of the shards and of their members."""
+    """Image source of WebDataset shards, in the order of the shards and of their members."""
 
     def __init__(self, shards: list[Path], *, argument: str = "data.shards") -> None:
         """Index the shards, or read their indices from the cache.
@@ -92,7 +92,7 @@ def open_shards(
 
 @dataclass(kw_only=True, eq=False)
 class ShardData(ImageDataModule):
-    """Images and labels of WebDataset shards."""
+    """Data module of WebDataset shards."""
 
     shards: str | list[str]
     """Path, folder, glob, brace range (cat-{000000..000163}.tar) or http(s) URL of tar files, or a list of these."""

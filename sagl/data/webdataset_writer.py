@@ -20,7 +20,7 @@ MAGIC_BYTES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file and the images that it holds."""
+    """A tar file and the images that it holds."""
 
     path: Path
     indices: range

@@ -1,4 +1,4 @@
-"""Respacing: which timesteps of the original process a sampler with fewer steps uses."""
+"""Respacing: the timesteps of the original process that a sampler with fewer steps uses."""
 
 from sagl.errors import UserError, require
 

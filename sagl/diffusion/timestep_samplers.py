@@ -1,4 +1,4 @@
-"""Which timesteps training draws, and the weights that keep the mean loss unbiased."""
+"""Samplers of training timesteps, with the weights that keep the mean loss unbiased."""
 
 from collections.abc import Mapping, Sequence
 

@@ -129,7 +129,7 @@ def _run_notes(run: Path, images: ImageSet) -> list[str]:
 
 
 def _comparability_notes(fake: FeatureStatistics, real: Reference, images: ImageSet, resize: str) -> list[str]:
-    """Return what a reader must know before comparing the values with others."""
+    """Return notes on why the values may not be comparable with others."""
     notes, num_dims = [], len(fake.pooled.mean)
     fewest = min(fake.num_samples, real.statistics.num_samples or fake.num_samples)
     if fewest <= num_dims:

@@ -1,4 +1,4 @@
-"""The paper's numbers, and which of them belong to a run."""
+"""Numbers of the paper's tables, and the selection of those that belong to a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def matching_rows(model: str | None, settings: Mapping[str, Any]) -> list[PaperR
 
 
 def _has_guidance(row: PaperRow, settings: Mapping[str, Any]) -> bool:
-    """Return whether the scales are the row's and, of the methods that are on, all settings that the paper lists."""
+    """Return whether the scales agree with the row, and all settings that it lists for active methods."""
     for name in GUIDANCES:
         expected = row.guidances.get(name, {})
         scale = expected.get("scale", 0)

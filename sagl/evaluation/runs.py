@@ -22,14 +22,14 @@ from sagl.sampling.run_folder import (
 )
 
 MAX_NUMBER = 1e15
-"""Numbers in run.json from here on, and nan, are taken as missing."""
+"""Numbers in run.json that are not below this limit count as missing."""
 NUM_SAMPLES = 8
 """Default number of images of each run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a comparison shows of a run."""
+    """Data of a run that a comparison shows."""
 
     name: str
     """Shortest name that no other run of the comparison has."""

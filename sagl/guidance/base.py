@@ -24,7 +24,7 @@ NoisyClassifier = Callable[[Image, Timestep], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceContext:
-    """What a guidance method may build on besides its own settings."""
+    """Objects that a guidance method may use besides its own settings."""
 
     network: EpsNetwork
     """The network that is guided."""
@@ -52,11 +52,11 @@ class Guidance:
     """One guidance method, ready to use."""
 
     term: Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
-    """(predict, x_t, step, condition, base prediction) -> what to add to the base prediction."""
+    """(predict, x_t, step, condition, base prediction) -> the term to add to the base prediction."""
     prepare_condition: Callable[[Condition], Condition] = identity
-    """Add to the condition of the base prediction what the term needs of it, such as attention sites."""
+    """Function that requests from the base prediction what the term needs, such as attention at a site."""
     is_active: Callable[[int], bool] = always
-    """True for the steps that are guided; an inactive step costs nothing."""
+    """Function (step) -> whether the step is guided; other steps cost nothing."""
     extra_nfe: int = 1
     """Network evaluations of a guided step besides the base prediction."""
 

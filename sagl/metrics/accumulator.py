@@ -11,7 +11,7 @@ from sagl.metrics.frechet import CovarianceAccumulator, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """Everything that the metrics need of one image set and one extractor."""
+    """Statistics of one image set, from which metrics are computed."""
 
     pooled: Statistics
     """Mean and covariance of the pooled features, for the Fréchet distance."""

@@ -1,4 +1,4 @@
-"""All metrics of one image set against another."""
+"""Computation of all metrics between two image sets."""
 
 import math
 from collections.abc import Mapping

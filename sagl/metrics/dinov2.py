@@ -17,7 +17,7 @@ NAME = "dinov2-vit-l-14"
 
 
 class DINOv2:
-    """The class token after the last norm, 1024 dimensions."""
+    """Extractor of the class token after the last norm, 1024 dimensions."""
 
     resize = "bilinear to 224×224, as TensorFlow 1 does, no antialias"
 

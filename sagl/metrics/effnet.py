@@ -14,7 +14,7 @@ from sagl.shapes import ImageUint8
 
 @dataclass(frozen=True)
 class EffNetLite0:
-    """Pooled last features, 1280, of images resized to `size` pixels, bilinear, then (x - 127) / 128."""
+    """Extractor of 1280 pooled features of images resized to `size` pixels (bilinear) and scaled by (x - 127) / 128."""
 
     size: int
     network: Any

@@ -10,7 +10,7 @@ from sagl.errors import require
 from sagl.shapes import ImageUint8
 
 BATCH_SIZE = 100
-"""Images of one forward of an extractor in `extract_features`."""
+"""Images per batch in `extract_features`."""
 
 
 class Features(NamedTuple):

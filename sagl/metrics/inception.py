@@ -31,7 +31,7 @@ LAYERS_FROM_SPATIAL = "Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c AvgPool"
 
 
 class Inception:
-    """Pooled features (2048), spatial features (2023) and logits without bias (1008), as in OpenAI's evaluator."""
+    """Extractor as in OpenAI's evaluator: pooled (2048) and spatial features (2023), logits without bias (1008)."""
 
     resize = "bilinear to 299×299, as TensorFlow 1 does, no antialias"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NUM_NEIGHBORS = 3
-"""k of the paper, and of the tables of the ADM and SAG papers."""
+"""Value of k in the paper, and in the tables of the ADM and SAG papers."""
 DISTANCES_PER_CHUNK = 2**24
 """Number of float32 distances held at once: 64 MB."""
 PAIRS_PER_CHUNK = 2**11
@@ -18,7 +18,7 @@ SPARE = 4
 
 
 class PrecisionRecall(NamedTuple):
-    """Two fractions in [0, 1]."""
+    """Precision and recall, both in [0, 1]."""
 
     precision: float
     """Fraction of the generated samples inside the manifold of the real samples."""

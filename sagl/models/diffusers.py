@@ -28,7 +28,7 @@ from sagl.utils.files import atomic_folder
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """Files of a folder that `UNet2DModel` reads and writes."""
 SAGL_KEY = "_sagl"
-"""Key for what `UNet2DModel` has no key for. diffusers keeps keys that begin with _, also when it saves."""
+"""Key of the settings that `UNet2DModel` does not have. diffusers keeps keys that begin with _, also when it saves."""
 
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),

@@ -72,7 +72,7 @@ class HubUNet(
 
     @property
     def checkpoint(self) -> NetworkWeights:
-        """NetworkWeights for `sagl.sampling.pipeline` and `write_checkpoint`."""
+        """Weights and settings, for `sagl.sampling.pipeline` and `write_checkpoint`."""
         return NetworkWeights(
             model_settings=self.settings,
             diffusion=self.diffusion,
@@ -99,7 +99,7 @@ class HubUNet(
         return super().push_to_hub(repo_id, **{"model_card_kwargs": {"repo_id": repo_id}, **kwargs})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:  # noqa: ANN401
-        """Fill in the template."""
+        """Return the model card."""
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         settings = asdict(self.settings) | asdict(self.diffusion)
         return super().generate_model_card(*args, settings=settings, millions=millions, **kwargs)

@@ -1,4 +1,4 @@
-"""Memory that tensors take, counted as they are created and freed."""
+"""Memory of tensors, counted as they are created and freed."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence

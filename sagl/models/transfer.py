@@ -55,7 +55,7 @@ def _adapt_logits(target: Mapping[str, Tensor], source: dict[str, Tensor]) -> st
 
 
 def _adapt_embeddings(settings: UNetSettings, target: Mapping[str, Tensor], source: dict[str, Tensor]) -> str | None:
-    """Replace the embeddings in `source` by such as the UNet has."""
+    """Replace the embeddings in `source` by embeddings of the UNet's shapes."""
     if DEGRADED in target and DEGRADED not in source:
         source[DEGRADED] = torch.zeros_like(target[DEGRADED])  # does not change the output
     if LABELS not in target:

@@ -1,4 +1,4 @@
-"""Pretrained networks by name: those in the package and the ADM checkpoints of Dhariwal & Nichol (2021).
+"""Pretrained networks by name: bundled ones and the ADM checkpoints of Dhariwal & Nichol (2021).
 
 Loads no torch. ADM's two upsamplers (64 to 256, 128 to 512) are not included: their networks have a second image as
 input, which sagl does not support.
@@ -14,13 +14,13 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 
 DEFAULT_MODEL = "fashion_mnist"
-"""Name of the UNet in the package: 32x32 Fashion-MNIST, ten classes and a null label."""
+"""Name of the bundled UNet: 32x32 Fashion-MNIST, ten classes and a null label."""
 DEFAULT_CLASSIFIER = "fashion_mnist_classifier"
-"""Name of the classifier in the package, which guides `DEFAULT_MODEL`."""
+"""Name of the bundled classifier, which guides `DEFAULT_MODEL`."""
 BUNDLED = {
     name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in (DEFAULT_MODEL, DEFAULT_CLASSIFIER)
 }
-"""Weight files in the package, by name; the config of the same name trained each."""
+"""Bundled weight files by name. Each was trained with the config of its name."""
 DEFAULT_CHECKPOINT = BUNDLED[DEFAULT_MODEL]
 """Weight file of `DEFAULT_MODEL`."""
 

@@ -24,7 +24,7 @@ from sagl.utils.images import to_float
 Batch = tuple[ImageUint8, Labels]
 Network = TypeVar("Network", bound=nn.Module)
 NUM_TIMESTEP_BINS = 4
-"""Validation losses are also reported for each of so many equal ranges of timesteps."""
+"""Number of equal ranges of timesteps for which validation losses are also reported."""
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> AdamW:
@@ -50,7 +50,7 @@ class TrainingNoise:
     """Random quantities of one training step: those of this rank's images, and the timesteps of all ranks."""
 
     timesteps: Timestep
-    """(B,)."""
+    """(B,): timesteps of this rank's images."""
     weights: PerSample
     """(B,): weights of the losses at these timesteps."""
     global_timesteps: Timestep
@@ -58,7 +58,7 @@ class TrainingNoise:
     rngs: SampleRngs
     """One random generator per image, for all other random choices."""
     noise: Image
-    """(B, C, H, W)."""
+    """(B, C, H, W): noise of this rank's images."""
 
 
 class TrainingModule(LightningModule):

@@ -31,7 +31,7 @@ Trajectory = Iterator[tuple[int, Image, Prediction]]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPipeline:
-    """A network with everything else that decides an image, except its id and label. Made by `build_pipeline`."""
+    """A network with its schedule, sampler and guidance; `build_pipeline` builds it."""
 
     network: UNet
     schedule: Schedule

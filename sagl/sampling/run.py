@@ -48,7 +48,7 @@ EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "str
 """Exports and the files that they write."""
 DEFAULT_EXPORTS = ("grid", "images", "npz")
 DEFAULT_EXPORTS_MAX_IMAGES = 1000
-"""Runs with more images than this write only the exports that are asked for."""
+"""Runs with more images than this write only the exports that are requested."""
 LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
 """Libraries whose versions are recorded."""
 
@@ -82,7 +82,7 @@ class SampleConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a comparison with nothing, and exports that do not exist."""
+        """Refuse `compare` without guidance, and unknown exports."""
         is_guided = any(guidance.scale for guidance in self.guidances.values())
         require(not self.compare or is_guided, "`compare` needs guidance, and all scales are 0. Set `sag.scale`.")
         for name in self.exports:
@@ -90,7 +90,7 @@ class SampleConfig:
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """All settings that decide an image."""
+        """All settings that determine an image."""
         samples = asdict(self.samples)
         del samples["num_samples"], samples["batch_size"]
         return {
@@ -112,10 +112,10 @@ class SampleConfig:
 
 @dataclass(kw_only=True)
 class SamplingRun:
-    """A run folder and what is to be sampled into it. Rank 0 opens it and sends it to the other ranks."""
+    """A run folder and the configuration of its images. Rank 0 opens it and sends it to the other ranks."""
 
     config: SampleConfig
-    """With precision and batch size decided."""
+    """Configuration with the chosen precision and batch size."""
     checkpoint: Path
     network: UNetSettings
     metadata: dict[str, Any]

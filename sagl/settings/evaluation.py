@@ -65,7 +65,7 @@ class ExtractionSettings:
     image_size: int | None = None
     """Size in pixels of the square that images of a folder are cropped and resized to; default: original size."""
     batch_size: int = 100
-    """Images per forward of the extractor and process."""
+    """Images per batch and process."""
     progress: Progress = "auto"
     """Progress on the error stream; auto: a bar on a terminal, else lines."""
 
