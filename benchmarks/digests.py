@@ -22,6 +22,7 @@ DDIM, DDPM = ["--sampler", "ddim", "--respacing", "ddim10"], ["--sampler", "ddpm
 FLOAT32, BFLOAT16 = ["--trainer.precision", "32-true"], ["--trainer.precision", "bf16-true"]
 UNGUIDED, OUTPUT_2 = ["--sag.scale", "0"], ["--sag.scale", "0.3", "--sag.site", "output.2"]
 OUTPUT_5 = ["--sag.scale", "0.3", "--sag.site", "output.5"]
+WHOLE = ["--sag.blur_sigma", "3", "--sag.interval", "[0,1]"]
 SAMPLE = ["sample", "--num_samples", "12", "--batch_size", "8", "--exports", "", "--progress", "off"]
 SAMPLES = {
     "float32, DDIM, unguided": [*DDIM, *FLOAT32, *UNGUIDED],
@@ -92,7 +93,7 @@ def measure(digests: dict[str, str], output: Path, folder: Path) -> None:
         run(*DIFFUSION, "--output", str(folder / "fit"))
         keep("weights of a diffusion model", digest_of_weights(folder / "fit"))
         checkpoint = ["--checkpoint", str(folder / "fit" / "checkpoints" / "last.ckpt")]
-        run(*SAMPLE, *DDIM, *FLOAT32, *OUTPUT_5, *checkpoint, "--output", str(folder / "tuned"))
+        run(*SAMPLE, *DDIM, *FLOAT32, *OUTPUT_5, *WHOLE, *checkpoint, "--output", str(folder / "tuned"))
         keep("fine-tuned checkpoint, SAG", digest_of_shards(folder / "tuned"))
     if "weights of a classifier" not in digests:
         run(*CLASSIFIER, "--output", str(folder / "classifier"))

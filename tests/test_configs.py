@@ -112,10 +112,10 @@ def test_the_configuration_of_the_bundled_network_recommends_what_its_file_does(
         parse_sample_config(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]),
         parse_sample_config([]),
     )
-    assert (by_config.sampler, by_config.guidances["sag"], by_config.run) == (
+    assert (by_config.sampler, by_config.guidances["sag"], by_config.samples) == (
         by_file.sampler,
         by_file.guidances["sag"],
-        by_file.run,
+        by_file.samples,
     )
 
 

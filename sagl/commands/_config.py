@@ -170,7 +170,7 @@ def recommended_settings(model: str | None, checkpoint: Path | None) -> dict[str
 
 
 def _name_of_file(path: Path) -> str | None:
-    """Return the released network that a .pt file belongs to; None for training checkpoints, which have settings."""
+    """Return the released network that a .pt file belongs to; None for other files, which are refused when read."""
     if path.suffix != ".pt":
         return None
     name = name_from_filename(path)

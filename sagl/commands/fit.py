@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from sagl.commands._config import packaged_config, read_config
 from sagl.commands._parser import Parser, parse_interval_arg
+from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import (
@@ -121,13 +122,23 @@ def run_command(command: str, arguments: list[str]) -> None:
         print(training_parser(command).format_help())
         return
     arguments = parse_interval_arg(resolve_config_names(arguments))
-    parser = training_parser(command, classifier=trains_classifier(arguments), full=True)
+    classifier = trains_classifier(arguments)
+    parser = training_parser(command, classifier=classifier, full=True)
+    if classifier:
+        _refuse_diffusion_options(arguments, parser)
     if "--help_all" in arguments:
         print(parser.format_help())
         return
     from sagl.commands.training import run
 
     run(command, parser, parser.parse(arguments))
+
+
+def _refuse_diffusion_options(arguments: list[str], classifier_parser: Parser) -> None:
+    """Refuse the options that only the parser for diffusion models has, such as --sag.scale, with the reason."""
+    options = training_parser("fit")._option_string_actions.keys() - classifier_parser._option_string_actions.keys()
+    flags = [flag for argument in arguments if (flag := argument.partition("=")[0]) in options]
+    require(not flags, f"{', '.join(flags)} must be left out for a classifier (`model.classifier`).")
 
 
 def main(arguments: list[str]) -> None:

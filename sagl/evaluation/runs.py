@@ -46,7 +46,7 @@ class RunSummary:
     nfe: float | None
     """Network evaluations per image."""
     seconds: float | None
-    """Duration of the run, summed over processes."""
+    """Duration of rank 0's batches, times the number of processes."""
     results: tuple[EvaluationResult, ...]
 
     def is_active(self, setting: str) -> bool:

@@ -110,12 +110,22 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
         UserError: The file is not a training checkpoint of sagl, or contains code.
     """
     content = _load_pickle(path)
-    settings = content.get("hyper_parameters")
     require(
-        "state_dict" in content and isinstance(settings, dict) and bool(SETTINGS_CLASSES.keys() & settings),
+        "state_dict" in content and bool(_hyperparameters(content)),
         f"`checkpoint` must be a training checkpoint of sagl, but {path} is not.",
     )
     return content
+
+
+def read_hyperparameters(path: Path) -> dict[str, Any]:
+    """Return the metadata of a training checkpoint; empty for another file.
+
+    Raises:
+        UserError: The file is damaged, or contains code.
+    """
+    metadata = _hyperparameters(_load_pickle(path))
+    require_recommended(metadata, path)
+    return metadata
 
 
 def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:
@@ -172,6 +182,11 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
         return _check_tensors(content, path), {}
     content = load_training_checkpoint(path)
     return _select_weights(content, weights, path), content["hyper_parameters"]
+
+
+def _hyperparameters(content: Mapping[str, Any]) -> dict[str, Any]:
+    settings = content.get("hyper_parameters")
+    return settings if isinstance(settings, dict) and SETTINGS_CLASSES.keys() & settings else {}
 
 
 def _load_pickle(path: Path) -> dict[str, Any]:

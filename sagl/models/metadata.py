@@ -22,13 +22,17 @@ TRAINING_ONLY = ("dropout", "use_checkpoint")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a safetensors file with keys network or classifier, diffusion, recommended.
+    """Return the metadata of a file with keys network or classifier, diffusion, recommended; empty if it has none.
 
-    Other files have none: the result is empty. Reads the header only, and loads no torch.
+    Of a safetensors file only the header is read, without torch.
 
     Raises:
         UserError: The file is damaged, or its recommended settings are not a mapping.
     """
+    if path.suffix == ".ckpt" and path.is_file():
+        from sagl.models.checkpoints import read_hyperparameters
+
+        return read_hyperparameters(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:

@@ -233,7 +233,7 @@ class SamplingRun:
         write_shard(self.folder, samples)
 
     def record_batch(self, pipeline: "SamplingPipeline", seconds: float) -> None:
-        """Add the process time of a batch to run.json, and delete shards that it replaces; for rank 0."""
+        """Add the seconds of a batch in every process to run.json, and delete superseded shards; for rank 0."""
         remove_superseded(self.folder)
         self.metadata |= {"nfe": pipeline.nfe, "seconds": round(self.metadata["seconds"] + seconds, 2)}
         write_run_json(self.folder, self.metadata)
@@ -278,7 +278,7 @@ class SamplingRun:
 
 
 def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings]:
-    """Return the settings of network and process; reads weights only if they are in a training checkpoint."""
+    """Return the settings of network and process, without reading the weights."""
     if config.network is not None:
         return config.network, config.diffusion or DiffusionSettings()
     assert config.checkpoint is not None

@@ -442,7 +442,7 @@ def test_a_flag_goes_before_what_the_file_recommends_and_leaves_the_rest(flags, 
 
 def test_without_advice_the_defaults_are_the_fields_own(tmp_path):
     request = parse_sample_config(["--checkpoint", str(write_tiny(tmp_path / "plain.safetensors"))])
-    assert (request.run, request.sampler, request.guidances["sag"]) == (
+    assert (request.samples, request.sampler, request.guidances["sag"]) == (
         RunSettings(),
         SamplerSettings(),
         SelfAttentionGuidance(),

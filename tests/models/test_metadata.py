@@ -28,6 +28,12 @@ def test_other_files_have_no_metadata(tmp_path):
         assert read_metadata(tmp_path / name) == {}
 
 
+def test_the_metadata_of_a_training_checkpoint_are_its_hyperparameters(tmp_path):
+    metadata = {"network": {"image_size": 8}, "recommended": {"respacing": "5"}}
+    torch.save({"hyper_parameters": metadata, "state_dict": {}}, tmp_path / "last.ckpt")
+    assert read_metadata(tmp_path / "last.ckpt") == metadata
+
+
 @pytest.mark.parametrize("recommended", [[1], "abc", 3])
 def test_a_recommendation_that_is_no_mapping_is_refused(recommended, tmp_path):
     metadata = {"sagl": json.dumps({"recommended": recommended})}

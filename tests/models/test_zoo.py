@@ -52,7 +52,7 @@ def test_the_recommended_settings_of_the_bundled_network_are_valid():
     recipe = build_pipeline(network, file.diffusion, request.sampler, request.guidances)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.guidances["sag"].interval)
     assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.guidances["sag"].scale else 0)
-    make_labels(request.run, [0, 1], network)
+    make_labels(request.samples, [0, 1], network)
 
 
 def test_sag_needs_only_a_scale_for_the_bundled_network():
