@@ -64,7 +64,7 @@ def test_sag_needs_only_a_scale_for_the_bundled_network():
 @pytest.mark.parametrize("label", ["null", "balanced", "9"])
 def test_the_bundled_network_has_ten_classes_and_a_null_label(label):
     labels = make_labels(
-        parse_sample_config(["--labels", label]).run, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT))
+        parse_sample_config(["--labels", label]).samples, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT))
     )
     assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
 
