@@ -21,7 +21,12 @@ def exit_code_of_process(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["sample", "--num_samples", "0"], 2), (["sample", "--nonsense", "1"], 2)],
+    [
+        (["--help"], 0),
+        (["fit", "--help"], 0),
+        (["sample", "--num_samples", "0"], 2),
+        (["sample", "--nonsense", "1"], 2),
+    ],
 )
 def test_help_and_refused_command_lines_need_no_torch(arguments, code):
     assert exit_code_of_process(*arguments) == code

@@ -61,43 +61,24 @@ def test_the_terminal_shows_settings_metrics_and_cost(runs, capsys):
     assert contents(runs) == before
 
 
-def test_a_single_run_is_shown_with_all_its_settings(runs, capsys):
-    output = compare(capsys, "a")
-    assert has_row(output, "sampler", "ddim")
-    assert has_row(output, "Fréchet distance ↓", "12.30")
-    compare(capsys, "a", "--output", "page.html")
-    assert images_in(runs / "page.html") == [random_png(i) for i in range(6)]
-
-
-def test_the_page_shows_the_first_eight_ids_that_all_runs_hold(runs, capsys):
+def test_the_page_shows_the_first_ids_that_all_runs_hold_and_at_most_eight_by_default(runs, capsys):
     write_run(runs / "c", ids=range(2, 20), first_image=200)
     write_run(runs / "d", ids=range(30), first_image=300)
-    compare(capsys, "c", "d", "--output", "page.html")
-    assert images_in(runs / "page.html") == [random_png(first + i) for first in (200, 300) for i in range(2, 10)]
-
-
-def test_num_samples_is_the_number_of_images_per_run(runs, capsys):
-    for count in (5, 0):
-        compare(capsys, "a", "b", "--num_samples", count, "--output", "page.html")
-        assert len(images_in(runs / "page.html")) == 2 * count
-
-
-def test_equal_runs_give_equal_bytes(runs, capsys):
-    for name in ("one/page.html", "two/PAGE.HTM"):
-        compare(capsys, "a", "b", "--output", name)
-    assert (runs / "one/page.html").read_bytes() == (runs / "two/PAGE.HTM").read_bytes()
+    for flags, count in (([], 8), (["--num_samples", 5], 5), (["--num_samples", 0], 0)):
+        compare(capsys, "c", "d", "--output", "new/PAGE.HTM", *flags)
+        expected = [random_png(first + i) for first in (200, 300) for i in range(2, 2 + count)]
+        assert images_in(runs / "new/PAGE.HTM") == expected
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "a b --output page.html",
         "--output page.html a b",
         "a --output=page.html b",
         "a --num_samples 3 b --output page.html",
     ],
 )
-def test_folders_may_stand_before_and_after_the_flags(line, runs, capsys):
+def test_folders_may_be_before_and_after_the_flags(line, runs, capsys):
     compare(capsys, *line.split())
     assert "<h1>a and b, side by side</h1>" in (runs / "page.html").read_text()
 
@@ -126,22 +107,9 @@ def test_runs_whose_ids_do_not_correspond_are_shown_with_a_warning(settings, run
     assert warning not in compare(capsys, "a", "b")
 
 
-def test_the_papers_row_is_shown_for_a_run_of_its_network_and_guidance(runs, capsys):
-    sag = {"scale": 0.05, "site": "output.2", "threshold": 1.0, "blur_sigma": 9.0}
-    write_run(runs / "cat", model="lsun_cat", sag=sag, results=[json_result({"fid": 9.1}, extractor="inception")])
-    output = compare(capsys, "a", "cat")
-    assert has_row(output, "paper, Table 2", "50,000", "250", "6.87", "8.21", "–", "0.60", "0.50")
-    assert re.search(r"cat \(against fashion_mnist_test\) +20,000 +ddim10 +9.10 ", output)
-
-
 def test_a_user_s_network_is_shown_by_its_file(runs, capsys):
-    write_run(runs / "c", model=None, checkpoint="/far/away/mine.safetensors")
-    assert has_row(compare(capsys, "a", "c"), "model", "fashion_mnist", "mine.safetensors")
-
-
-def test_a_run_without_results_is_compared_without_metrics(runs, capsys):
-    (runs / "b" / "evaluation.json").unlink()
-    assert has_row(compare(capsys, "a", "b"), "Fréchet distance ↓", "12.30", "–")
+    write_run(runs / "c", model=None, checkpoint="/far/away/my.safetensors")
+    assert has_row(compare(capsys, "a", "c"), "model", "fashion_mnist", "my.safetensors")
 
 
 @pytest.mark.parametrize("value", ["many", None, [1], {"a": 1}, True, float("nan"), float("inf"), -1, 10**30], ids=str)
@@ -184,33 +152,26 @@ def test_torch_is_not_imported(runs):
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
-# -------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
         ("", "run", ""),
-        ("a absent", "run", "absent"),
         ("a empty", "run", "empty"),
-        ("a a", "run", "a"),
         ("a ./a", "run", "a"),
         ("a --output page.pdf", "output", "page.pdf"),
-        ("a --output page.md", "output", "page.md"),
         ("a --output .html", "output", ".html"),
-        ("a --output folder.html", "output", "folder.html"),
         ("a --output folder.html --overwrite", "output", "folder.html"),
-        ("a --output a/run.json/page.html", "output", "a/run.json/page.html"),
         ("a --num_samples 3", "num_samples", "output"),
         ("a --output page.html --num_samples -1", "num_samples", "-1"),
         ("a --output page.html --num_samples 7", "num_samples", "7"),
-        ("a --output page.html --num_samples few", "num_samples", "few"),
-        ("a --pdf", "--pdf", ""),
         ("a large --output page.html --num_samples 2", "num_samples", "16×16"),
         ("a later --output page.html --num_samples 2", "num_samples", "2"),
     ],
 )
-def test_an_impossible_comparison_is_refused_in_one_line(arguments, name, value, runs, capsys):
+def test_an_impossible_comparison_is_refused(arguments, name, value, runs, capsys):
     (runs / "empty").mkdir()
     (runs / "folder.html").mkdir()
     write_run(runs / "large", side=16)
@@ -229,18 +190,11 @@ def test_runs_without_common_images_are_compared_without_them(runs, capsys):
         assert images_in(runs / "page.html") == []
 
 
-@pytest.mark.parametrize(("name", "text"), [("run.json", "{"), ("run.json", "{}"), ("evaluation.json", "{")])
-def test_a_damaged_file_of_a_run_is_named(name, text, runs, capsys):
-    (runs / "b" / name).write_text(text)
-    error = error_of(capsys, runs, "a", "b", "--output", "page.html")
-    assert "`run`" in error
-    assert f"b/{name}" in error
-
-
-def test_a_damaged_shard_is_named(runs, capsys):
-    shard = runs / "b" / "shards" / "000004-000005.tar"
-    shard.write_bytes(shard.read_bytes()[:1000])
-    assert "b/shards/000004-000005.tar" in error_of(capsys, runs, "a", "b", "--output", "page.html")
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json", "shards/000004-000005.tar"])
+def test_a_damaged_file_of_a_run_is_named(name, runs, capsys):
+    file = runs / "b" / name
+    file.write_bytes(file.read_bytes()[:-1000] or b"{")
+    assert f"b/{name}" in error_of(capsys, runs, "a", "b", "--output", "page.html")
 
 
 def test_a_page_of_sagl_compare_is_replaced_and_another_file_only_on_request(runs, capsys):
@@ -249,15 +203,7 @@ def test_a_page_of_sagl_compare_is_replaced_and_another_file_only_on_request(run
     before = page.read_bytes()
     compare(capsys, "a", "b", "--output", page)
     assert page.read_bytes() != before
-    page.write_bytes(b"<!doctype html><title>mine</title>" + b" " * 200 + b"made by sagl compare")
+    page.write_bytes(b"<!doctype html><title>other</title>" + b" " * 200 + b"made by sagl compare")
     assert "--output" in error_of(capsys, runs, "a", "b", "--output", page)
     compare(capsys, "a", "b", "--output", page, "--overwrite")
     assert images_in(page)
-
-
-def test_a_comparison_changes_nothing_in_the_runs(runs, capsys):
-    before = contents(runs)
-    compare(capsys, "a", "b", "--output", "page.html")
-    after = contents(runs)
-    assert {path.name for path in after.keys() - before.keys()} == {"page.html"}
-    assert all(after[path] == before[path] for path in before)

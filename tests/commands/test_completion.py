@@ -1,6 +1,8 @@
 import re
 import subprocess
+from dataclasses import fields, is_dataclass
 from importlib import import_module
+from typing import get_args
 
 import pytest
 
@@ -29,11 +31,15 @@ def test_the_first_word_is_a_subcommand(complete):
     assert complete("e") == ["evaluate", "export"]
 
 
-@pytest.mark.parametrize("verb", SUBCOMMANDS)
-def test_the_options_of_a_subcommand_are_those_in_its_help(verb, complete):
-    text = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")().format_help().split("further groups")[0]
-    options = re.findall(r"^  (?:-h, )?(--[\w.]+)", text, re.M)
-    assert set(options) <= set(complete(verb, "--"))  # a union of settings and a name has its settings besides
+@pytest.mark.parametrize("command", SUBCOMMANDS)
+def test_the_options_of_its_help_are_completed_and_the_settings_of_what_may_also_be_a_name(command, complete):
+    parser = getattr(import_module(SUBCOMMANDS[command][0]), f"{command}_parser")()
+    options = set(re.findall(r"^  (?:-h, )?(--[\w.]+)", parser.format_help().split("further groups")[0], re.M))
+    for action in parser._actions:  # --model.network is the name of a network, and --model.network.num_channels a field
+        kinds = () if action.dest.endswith(".help") else get_args(getattr(action, "_typehint", None))
+        for kind in filter(is_dataclass, kinds):
+            options |= {f"--{action.dest}.{field.name}" for field in fields(kind)}
+    assert set(complete(command, "--")) == options
 
 
 @pytest.mark.parametrize(

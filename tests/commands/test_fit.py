@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lmdb
@@ -15,7 +13,7 @@ from sagl.commands.fit import training_parser, trains_classifier
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.helpers.tiny import QUIET, contents, exit_code, read_png, write_config, write_fashion_mnist, write_tiny
+from tests.helpers.tiny import QUIET, contents, exit_code, read_png, write_config, write_fashion_mnist
 
 pytestmark = QUIET
 
@@ -58,17 +56,15 @@ def run(config):
 
 
 class Recorder:
-    """Records step, learning rate, optimiser state and weights at the start of every training step."""
+    """Records step, learning rate and weights at the start of every training step."""
 
     def __init__(self, monkeypatch):
-        self.steps, self.optimizer, self.rates, self.weights = [], [], [], []
+        self.steps, self.rates, self.weights = [], [], []
         training_step = DiffusionModule.training_step
 
         def recorded(module, batch, batch_idx):
-            optimizer = module.trainer.optimizers[0]
             self.steps.append(module.global_step)
-            self.optimizer.append([{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()])
-            self.rates.append(optimizer.param_groups[0]["lr"])
+            self.rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
             self.weights.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
             return training_step(module, batch, batch_idx)
 
@@ -78,14 +74,6 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     return Recorder(monkeypatch)
-
-
-def copy_run(run, folder):
-    """Copy configuration and checkpoint of a run."""
-    (folder / "checkpoints").mkdir(parents=True)
-    for name in ("config.yaml", "checkpoints/last.ckpt"):
-        (folder / name).write_bytes((run / name).read_bytes())
-    return folder
 
 
 def last(run):
@@ -104,7 +92,7 @@ def error_line(capsys):
     return error
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------- output
 
 
 def test_a_fit_writes_configuration_logs_and_last_checkpoint_and_nothing_else(run):
@@ -154,30 +142,6 @@ def test_previews_are_in_the_folder_and_in_the_logs(config, tmp_path):
 # -------------------------------------------------------------------------------------------------------- resume
 
 
-def test_resume_continues_from_the_saved_step_weights_averages_and_optimiser(
-    run, config, recorder, tmp_path, monkeypatch
-):
-    output = copy_run(run, tmp_path / "run")
-    saved, averages = read(output), []
-    monkeypatch.setattr(
-        "sagl.callbacks.ema.EMA.on_train_start",
-        lambda callback, *_: averages.append({k: v.clone() for k, v in callback._average_model.state_dict().items()}),
-    )
-    command = ["fit", "--config", config, "--output", output, "--resume"]
-    assert exit_code(*command, "--trainer.max_steps", 7) == 0
-    assert recorder.steps == [4, 5, 6]
-    for name, tensor in saved["current_model_state"].items():
-        assert torch.equal(recorder.weights[0][name], tensor), name
-    for name, tensor in saved["state_dict"].items():
-        assert torch.equal(averages[0][f"module.{name}"], tensor), name
-    assert int(averages[0]["n_averaged"]) == 4
-    moments = saved["optimizer_states"][0]["state"]
-    assert len(recorder.optimizer[0]) == len(moments)
-    for actual, expected in zip(recorder.optimizer[0], moments.values(), strict=True):
-        assert {k: v.tolist() for k, v in actual.items()} == {k: v.tolist() for k, v in expected.items()}
-    assert read(output)["global_step"] == 7
-
-
 @pytest.mark.parametrize("stop", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_fit_ends_in_the_weights_of_an_uninterrupted_one_bit_for_bit(config, stop, tmp_path):
     write_fashion_mnist(tmp_path, train=32, test=8)
@@ -206,62 +170,44 @@ def test_the_written_configuration_fits_again_to_the_same_weights(run, tmp_path)
             torch.testing.assert_close(again[kind][name], tensor, msg=f"{kind} {name}")
 
 
-def test_an_existing_run_is_refused_without_resume_and_left_alone(run, config, capsys):
-    before = contents(run)
-    assert exit_code("fit", "--config", config, "--output", run) == 2
-    assert "output" in error_line(capsys)
-    assert contents(run) == before
-
-
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_last_checkpoint_with_code_is_refused_and_the_code_is_not_run(run, config, tmp_path, capsys):
-    output, touched = copy_run(run, tmp_path / "run"), tmp_path / "touched"
-    torch.save({**read(run), "extra": Touch(touched)}, last(output))
-    code = exit_code("fit", "--config", config, "--output", output, "--resume")
-    assert not touched.exists(), "the code in the checkpoint was run"
-    assert code == 2
-    assert error_line(capsys)
+def test_an_existing_run_is_refused_without_resume_and_a_damaged_one_with_it(run, config, tmp_path, capsys):
+    last(tmp_path).parent.mkdir()
+    last(tmp_path).write_bytes(b"damaged")
+    for output, options, name in ((run, [], "output"), (tmp_path, ["--resume"], "checkpoint")):
+        before = contents(output)
+        assert exit_code("fit", "--config", config, "--output", output, *options) == 2
+        assert name in error_line(capsys)
+        assert contents(output) == before
 
 
 # ---------------------------------------------------------------------------------------------- initial weights
 
 
-def test_training_starts_from_the_weights_of_a_checkpoint(run, config, recorder, tmp_path, capsys):
-    fit = ["fit", "--config", config, "--checkpoint", last(run), "--trainer.max_steps", "1", *NO_VALIDATION]
-    assert exit_code(*fit, "--output", tmp_path / "run") == 0
-    expected = build_network(read_checkpoint(last(run))).state_dict()
-    assert all(torch.equal(tensor, recorder.weights[0][f"network.{name}"]) for name, tensor in expected.items())
-    assert recorder.steps[0] == 0
-    capsys.readouterr()
-    assert exit_code(*fit, "--output", tmp_path / "other", "--model.network.num_classes", "12") == 0
-    line = capsys.readouterr().out
-    assert "11" in line
-    assert "13" in line
-
-
-def test_a_checkpoint_of_another_network_is_refused_and_nothing_is_written(config, tmp_path, capsys):
-    other = write_tiny(tmp_path / "other.safetensors")
-    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", "--checkpoint", other) == 2
-    assert "checkpoint" in error_line(capsys)
-    assert not (tmp_path / "run").exists()
-
-
-def test_frozen_parameters_keep_their_values(config, recorder, tmp_path):
-    options = ["--model.freeze", '["input_blocks.*"]', *NO_VALIDATION]
+def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain(
+    run, config, recorder, tmp_path, capsys
+):
+    options = [
+        "--checkpoint",
+        last(run),
+        "--trainer.max_steps",
+        2,
+        "--model.freeze",
+        '["input_blocks.*"]',
+        *NO_VALIDATION,
+    ]
+    options += ["--model.network.num_classes", "12"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 0
-    first, *_, end = recorder.weights
-    same = {name: torch.equal(first[name], end[name]) for name in first}
-    assert all(same[name] for name in same if name.startswith("network.input_blocks."))
-    assert not all(same.values())
+    output = capsys.readouterr().out
+    assert "11" in output  # rows of the label embedding with the null label, before and after
+    assert "13" in output
+    first, second = recorder.weights
+    expected = build_network(read_checkpoint(last(run))).state_dict()
+    del expected["label_emb.weight"]
+    assert [name for name, tensor in expected.items() if not torch.equal(first[f"network.{name}"], tensor)] == []
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed
+    assert not any(name.startswith("network.input_blocks.") for name in changed)
+    assert recorder.steps == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -271,13 +217,10 @@ def test_frozen_parameters_keep_their_values(config, recorder, tmp_path):
     ("options", "names"),
     [
         (["--model.optimizer.learning_rate", "0"], ["learning_rate", "0.0"]),
-        (["--model.label_dropout", "2"], ["label_dropout", "2.0"]),
         (["--model.network.null_label", "false"], ["label_dropout"]),
-        (["--model.diffusion.variance", "fixed_small"], ["variance", "fixed_small"]),
         (["--ema_decay", "1"], ["ema_decay", "1.0"]),
-        (["--save_every_steps", "0"], ["save_every_steps", "0"]),
-        (["--nonsense", "3"], ["--nonsense"]),
         (["--model.network.image_size", "big"], ["image_size"]),
+        (["--checkpoint", "fashion_mnist"], ["checkpoint"]),  # of another network
         (["--trainer.max_steps", "many"], ["max_steps"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),
     ],
@@ -294,30 +237,27 @@ def test_a_fit_without_an_output_folder_is_refused(config, capsys):
     assert "output" in error_line(capsys)
 
 
-# ---------------------------------------------------------------------------------------------- use of the result
+# ----------------------------------------------------------------------------------------------------- sampling
 
 
-def test_what_fit_wrote_can_be_sampled_from_with_and_without_its_configuration(run, tmp_path):
+def test_a_checkpoint_can_be_sampled_with_and_without_its_configuration(run, tmp_path):
     options = ["--num_samples", 2, "--batch_size", 2, "--respacing", 2, "--checkpoint", last(run)]
     sag = ["--sag.scale", 0.3, "--sag.site", "output.0"]
-    assert exit_code("sample", *options, *sag, "--output", tmp_path / "alone") == 0
-    assert (tmp_path / "alone" / "samples_2x32x32x3.npz").is_file()
+    assert exit_code("sample", *options, *sag, "--output", tmp_path / "checkpoint") == 0
+    assert (tmp_path / "checkpoint" / "samples_2x32x32x3.npz").is_file()
     assert exit_code("sample", *options, "--config", run / "config.yaml", "--output", tmp_path / "with_config") == 0
 
 
 # --------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_is_two_screens_and_loads_no_torch():
-    script = "import sys; from sagl.cli import main; main(['fit', '--help']); assert 'torch' not in sys.modules"
-    lines = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+def test_the_help_is_two_screens():
+    lines = training_parser("fit").format_help().splitlines()
     assert len(lines) <= 78
     assert max(map(len, lines)) <= 120
 
 
-def test_the_full_help_has_every_option_of_the_short_one_and_lightning_s():
+def test_the_full_help_has_the_options_of_the_short_one_and_of_lightning():
     short, full = training_parser("fit"), training_parser("fit", full=True)
     assert set(short.options) < set(full.options)
     assert {"--data", "--trainer.max_steps", "--preview.num_samples", "--sag.scale"} <= set(full.options)
@@ -363,10 +303,3 @@ def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeyp
     options += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     assert exit_code("fit", "--config", "configs/lsun_cat.yaml", "--output", tmp_path / "run", *options) == 0
     assert read(tmp_path / "run")["global_step"] == 2
-
-
-def test_without_lsun_one_line_says_what_to_download_and_where_to_put_it(tmp_path, capsys):
-    options = ["--output", tmp_path / "run", "--data.root", tmp_path / "lsun", "--model.network", json.dumps(TINY_CAT)]
-    assert exit_code("fit", "--config", "configs/lsun_cat.yaml", *options) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(part in line for part in ("data.root", "objects/cat.zip", str(tmp_path / "lsun" / "cat")))

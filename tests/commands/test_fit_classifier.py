@@ -10,7 +10,7 @@ from sagl.models.checkpoints import build_classifier, read_checkpoint
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings
 from tests.commands.test_fit import NO_VALIDATION, TRAINER, error_line, last
-from tests.helpers.tiny import QUIET, exit_code, write_config, write_fashion_mnist, write_tiny, write_tiny_classifier
+from tests.helpers.tiny import QUIET, exit_code, write_config, write_fashion_mnist
 
 pytestmark = QUIET
 
@@ -63,20 +63,7 @@ def test_a_resumed_fit_ends_in_the_weights_of_an_uninterrupted_one_bit_for_bit(c
         assert [name for name, tensor in whole[kind].items() if not torch.equal(cut[kind][name], tensor)] == []
 
 
-def test_training_starts_from_a_checkpoint_of_other_classes_and_keeps_frozen_parameters(run, config, tmp_path, capsys):
-    options = ["--checkpoint", last(run), "--trainer.max_steps", 1, *NO_VALIDATION]
-    options += ["--model.freeze", '["input_blocks.*"]', "--model.classifier.num_classes", 12]
-    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 0
-    line = capsys.readouterr().out
-    assert "10" in line
-    assert "12" in line
-    old, new = read_checkpoint(last(run)).state_dict, read_checkpoint(last(tmp_path / "run"), "raw").state_dict
-    same = {name: old[name].shape == new[name].shape and torch.equal(old[name], new[name]) for name in old}
-    assert all(same[name] for name in same if name.startswith("input_blocks."))
-    assert not all(same.values())
-
-
-# ----------------------------------------------------------------------------------------------- use of the result
+# -------------------------------------------------------------------------------------- conversion and guidance
 
 
 def test_a_converted_classifier_guides_a_network_together_with_sag(run, tmp_path):
@@ -97,17 +84,7 @@ def test_a_converted_classifier_guides_a_network_together_with_sag(run, tmp_path
     assert (record["settings"]["classifier"]["scale"], record["nfe"]) == (20, 8)
 
 
-def test_a_classifier_of_another_process_than_the_network_s_is_refused(tmp_path, capsys):
-    network = write_tiny(tmp_path / "tiny.safetensors")
-    classifier = write_tiny_classifier(tmp_path / "classifier.safetensors", diffusion=COSINE)
-    options = ["--checkpoint", network, "--classifier.checkpoint", classifier, "--classifier.scale", 1]
-    assert exit_code("sample", "--output", tmp_path / "run", *options, "--respacing", 2) == 2
-    line = capsys.readouterr().err
-    assert all(part in line for part in ("classifier.checkpoint", "linear", "cosine"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_classifier_s_configuration_cannot_be_sampled_but_converts_a_state_dict(run, config, tmp_path, capsys):
+def test_the_configuration_of_a_classifier_cannot_be_sampled_but_converts_a_state_dict(run, config, tmp_path, capsys):
     assert exit_code("sample", "--config", config, "--output", tmp_path / "run") == 2
     assert "classifier" in capsys.readouterr().err
     state = read_checkpoint(last(run)).state_dict
@@ -141,13 +118,3 @@ def test_invalid_options_of_a_classifier_are_refused_in_one_line_and_nothing_is_
     line = error_line(capsys)
     assert all(name in line for name in names), line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_misspelt_name_in_a_classifier_s_configuration_is_found(config, tmp_path, capsys):
-    settings = yaml.safe_load(config.read_text())
-    settings["model"]["classifier"]["num_chanels"] = 32
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(settings))
-    assert exit_code("fit", "--config", tmp_path / "wrong.yaml", "--output", tmp_path / "run") == 2
-    line = error_line(capsys)
-    assert "num_chanels" in line
-    assert "num_channels" in line

@@ -201,9 +201,6 @@ def test_runs_without_results_have_no_section():
     assert metric_sections([run(), run()]) == []
 
 
-# -------------------------------------------------------------------------------------------------------- paper
-
-
 @pytest.mark.parametrize(("name", "setting"), [("recall", "max_features"), ("kd", "max_features"), ("kd", "seed")])
 def test_values_of_other_settings_are_in_different_rows(name, setting):
     runs = [run(k, results=[result({name: 0.5 + n}, settings={setting: n})]) for n, k in enumerate("ab")]
@@ -219,12 +216,16 @@ def test_notes_and_deviations_are_shown():
     assert section.note.endswith(". Too few images.")
 
 
+# -------------------------------------------------------------------------------------------------------- paper
+
+
 def test_the_papers_row_is_shown_above_the_runs_own_inception_values():
     evaluations = [
         result({"fd": 12.3}),
         result({"fid": 27.9, "precision": 0.612}, extractor="inception", num_samples=10_000),
     ]
-    table = paper_table([run(model="imagenet256_uncond", settings=PAPER, results=evaluations), run("plain")])
+    runs = [run(model="imagenet256_uncond", settings=PAPER, results=evaluations), run("plain")]
+    _, table = build_report(runs).tables
     assert "50,000 images of 250 steps" in table.note
     assert table.columns == ("images", "steps", "FID", "sFID", "IS, chunks of 5,000", "precision", "recall")
     (section,) = table.sections
