@@ -1,6 +1,7 @@
 """The exception for requests that cannot be met, and checks that raise it."""
 
 import math
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -30,3 +31,15 @@ def require_finite(settings: object, prefix: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(number, float) or math.isfinite(number)
             require(finite, f"`{prefix}{name}` must be a finite number, got {number}.")
+
+
+def require_choices(settings: object, prefix: str = "") -> None:
+    """Refuse settings whose type is a `Literal` that does not contain their value.
+
+    Raises:
+        UserError: Names the first such field, with `prefix` before it.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            choices, value = get_args(hint), getattr(settings, name)
+            require(value in choices, f"`{prefix}{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -11,18 +11,13 @@ from sagl.commands.subcommands import SUBCOMMANDS
 
 
 def completion_parser() -> Parser:
-    """Return the parser of `sagl completion`."""
     p = Parser("completion", 'Print a completion script. In ~/.bashrc or ~/.zshrc: eval "$(sagl completion bash)".')
     p.add_argument("shell", type=Literal["bash", "zsh"], help="Shell, bash or zsh.")
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Run `sagl completion SHELL`.
-
-    Raises:
-        UserError: The shell is not supported.
-    """
+    """Run `sagl completion SHELL`."""
     print(completion_script(completion_parser().parse(arguments).shell))
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from sagl.commands._config import (
     model_settings,
     read_config,
+    recommended_settings,
     sample_parser,
-    sampling_settings,
     set_recommended_defaults,
 )
 from sagl.commands._parser import Parser
 from sagl.errors import UserError, require
-from sagl.models.zoo import RELEASED, get_settings, name_from_filename
+from sagl.models.zoo import get_settings, name_from_filename
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import NetworkSettings
 from sagl.utils.files import require_unused, require_writable
@@ -28,7 +28,6 @@ OTHER_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 
 def convert_parser() -> Parser:
-    """Return the parser of `sagl convert`."""
     p = Parser("convert", "Write a network as safetensors with its settings inside, or as a folder for diffusers.")
     p.add_argument("checkpoint", type=str, help="A .safetensors, .ckpt or .pt file, a diffusers folder, or a name.")
     p.add_argument("target", type=str, help="The .safetensors file to write, or a new folder for diffusers.")
@@ -56,7 +55,10 @@ def main(arguments: list[str]) -> None:
     model = args.model or described or name_from_filename(Path(args.checkpoint))
     checkpoint = _read(args, model, config.get("diffusion"))
     if recommended is None:
-        recommended = dict(checkpoint.recommended) or _paper_settings(args.checkpoint if model is None else model)
+        name = args.checkpoint if model is None else model
+        recommended = dict(checkpoint.recommended) or recommended_settings(
+            name if isinstance(name, str) else None, None
+        )
     _write(replace(checkpoint, recommended=recommended), target, args.dtype)
     size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     print(f"{target}: {size / 1e6:.1f} MB, recommended {json.dumps(recommended)}.")
@@ -110,12 +112,6 @@ def _write(checkpoint: "NetworkWeights", target: Path, dtype: str | None) -> Non
         write_checkpoint(checkpoint, target)
     else:
         write_diffusers(checkpoint, target)
-
-
-def _paper_settings(model: str | NetworkSettings) -> dict[str, Any]:
-    """Return the paper's sampling settings of a released network, if it has any."""
-    config = RELEASED[model].config if isinstance(model, str) and model in RELEASED else None
-    return sampling_settings(read_config(config)) if config else {}
 
 
 def _parse_recommended(text: str) -> dict[str, Any]:

@@ -27,16 +27,11 @@ Line = tuple[str, str, str]
 
 
 def doctor_parser() -> Parser:
-    """Return the parser of `sagl doctor`."""
     return Parser("doctor", "Report what this machine has, and what is missing.")
 
 
 def main(arguments: list[str]) -> None:
-    """Run `sagl doctor`, which changes nothing.
-
-    Raises:
-        UserError: There are arguments.
-    """
+    """Run `sagl doctor`, which changes nothing."""
     doctor_parser().parse(arguments)
     from rich.console import Console
     from rich.table import Table

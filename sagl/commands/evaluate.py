@@ -17,7 +17,6 @@ from sagl.utils.files import atomic_file, require_new
 
 
 def evaluate_parser() -> Parser:
-    """Return the parser."""
     p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
     image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, fashion_mnist_train or fashion_mnist_test"
     p.add_argument("images", type=str, help=f"Images to evaluate: {image_sets}.")

@@ -8,7 +8,6 @@ from sagl.sampling.run_folder import count_images, read_run_json
 
 
 def export_parser() -> Parser:
-    """Build the parser."""
     p = Parser("export", "Write a grid, single images or an npz file from the shards of a run.")
     p.add_argument("run", type=str, help="Run folder of sagl sample.")
     p.add_argument("--npz", type=str, default=None, help="File for arr_0 (N, H, W, 3) uint8 and arr_1, the labels.")

@@ -142,9 +142,5 @@ def _refuse_diffusion_options(arguments: list[str], classifier_parser: Parser) -
 
 
 def main(arguments: list[str]) -> None:
-    """Train: `sagl fit --config FILE --output DIR [--resume]`.
-
-    Raises:
-        UserError: the settings are not valid; nothing has been written.
-    """
+    """Train: `sagl fit --config FILE --output DIR [--resume]`."""
     run_command("fit", arguments)

@@ -6,11 +6,10 @@ from typing import Literal
 from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.utils.files import require_writable
-from sagl.utils.progress import show_progress
+from sagl.utils.progress import ProgressReporter
 
 
 def shard_parser() -> Parser:
-    """Return the parser of `sagl shard`."""
     p = Parser("shard", "Write images as WebDataset shards, to train on with sagl.data.webdataset.ShardData.")
     p.add_argument("source", type=str, help="LSUN's LMDB, a folder of images, an npz file, shards, or fashion_mnist.")
     p.add_argument("--output", type=str, required=True, help="Folder for NAME-000000.tar … and shards.json.")
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
     source = open_image_source(args.source, args.labels)
     shards = plan_shards(output, name, len(source), args.shard_size)
-    with show_progress(args.progress, name, len(source)) as progress:
+    with ProgressReporter(name, len(source), args.progress) as progress:
         num_existing = write_shards(source, shards, progress.advance)
     print(f"{output}: {len(source)} images in {len(shards)} shards, {num_existing} of which existed.")
     print(f"Train on them: --data sagl.data.webdataset.ShardData --data.shards {output}")

@@ -11,7 +11,6 @@ from sagl.utils.files import require_new
 
 
 def statistics_parser() -> Parser:
-    """Return the parser."""
     p = Parser("statistics", "Write a statistics file of images, for sagl evaluate IMAGES --reference FILE.")
     sources = "folder of images, LSUN's LMDB, shards, npz file, run or fashion_mnist_train"
     p.add_argument("source", type=str, help=f"Images: {sources}.")

@@ -10,9 +10,5 @@ def test_parser() -> Parser:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate on test images: `sagl test RUN`, or `--config FILE --checkpoint FILE`.
-
-    Raises:
-        UserError: the settings are not valid.
-    """
+    """Evaluate on test images: `sagl test RUN`, or `--config FILE --checkpoint FILE`."""
     run_command("test", expand_run_argument(arguments))

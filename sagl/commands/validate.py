@@ -29,9 +29,5 @@ def expand_run_argument(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate on validation images: `sagl validate RUN`, or `--config FILE --checkpoint FILE`.
-
-    Raises:
-        UserError: the settings are not valid.
-    """
+    """Evaluate on validation images: `sagl validate RUN`, or `--config FILE --checkpoint FILE`."""
     run_command("validate", expand_run_argument(arguments))

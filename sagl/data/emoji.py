@@ -10,22 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from PIL import Image
 
-from sagl.data.dataloader import (
-    EpochDataset,
-    ImageLoader,
-    Item,
-    LoaderSettings,
-    ResumableDataLoader,
-    eval_loader,
-    training_loader,
-)
 from sagl.data.emoji_icons import CATEGORIES, FAMILIES, Icon, digest, read_icons, select_variants
 from sagl.data.image_data import Array
+from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.errors import UserError, require
-from sagl.shapes import ImageUint8, Labels
 from sagl.utils.files import atomic_file, cache_folder
 
 SIZE = 32
@@ -37,40 +27,19 @@ CACHE_VERSION = 1
 """Version of the rendering, a part of the cache file's name. Increase it when the images change."""
 
 
-class EmojiImages(EpochDataset):
-    """Dataset of images in memory, (N, 3, 32, 32) uint8, with category labels, without augmentation."""
-
-    image_shape = (SIZE, SIZE, 3)
-
-    def __init__(self, images: ImageUint8, labels: Labels) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int) -> Item:
-        return Item(self.images[item % len(self)], int(self.labels[item % len(self)]))
-
-
 @dataclass(kw_only=True, eq=False)
-class EmojiData(LightningDataModule):
+class EmojiData(InMemoryData):
     """Data module of emoji labelled by category. Batches are ((B, 3, 32, 32) uint8, (B,) int64)."""
 
     root: str | None = None
     """Folder in which npm installed the icon packages; by default `emoji` in the cache folder."""
-    batch_size: int = 64
-    """Images per batch and process."""
-    num_workers: int = 0
-    """Worker processes; the images are in memory, so 0 is fast."""
     num_validation: int = 400
     """Validation images: the first of the test split. The others are the test images."""
     max_variants: int = 2
     """Largest number of variants (skin tones, genders) of an emoji per icon family."""
-    seed: int = 0
-    """Random seed of the order of the training images."""
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         require(self.max_variants >= 1, f"`data.max_variants` must be at least 1, got {self.max_variants}.")
 
     @property
@@ -81,26 +50,10 @@ class EmojiData(LightningDataModule):
     def prepare_data(self) -> None:
         prepare_emoji(self.folder, self.max_variants)
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        return training_loader(self._split(test=False), self._loader_settings, self.seed, self.trainer)
-
-    def val_dataloader(self) -> ImageLoader:
-        dataset = self._split(test=True, part=slice(self.num_validation))
-        return eval_loader(dataset, self._loader_settings, self.trainer)
-
-    def test_dataloader(self) -> ImageLoader:
-        dataset = self._split(test=True, part=slice(self.num_validation, None))
-        require(len(dataset) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
-        return eval_loader(dataset, self._loader_settings, self.trainer)
-
-    def _split(self, *, test: bool, part: slice = slice(None)) -> EmojiImages:
+    def split(self, *, test: bool) -> InMemoryImages:
         with np.load(prepare_emoji(self.folder, self.max_variants)) as arrays:
             images, labels = (torch.from_numpy(arrays[name][arrays["test"] == test]) for name in ("images", "labels"))
-        return EmojiImages(images[part], labels[part])
-
-    @property
-    def _loader_settings(self) -> LoaderSettings:
-        return LoaderSettings(batch_size=self.batch_size, num_workers=self.num_workers)
+        return InMemoryImages(images, labels)
 
 
 def prepare_emoji(root: Path, max_variants: int) -> Path:

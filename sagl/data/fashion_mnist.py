@@ -9,23 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from urllib.error import URLError
 
-from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-from sagl.data.dataloader import (
-    EpochDataset,
-    ImageLoader,
-    Item,
-    LoaderSettings,
-    ResumableDataLoader,
-    eval_loader,
-    training_loader,
-)
 from sagl.data.image_data import Array
+from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.data.npz import ArrayImageSource
-from sagl.errors import UserError, require
-from sagl.shapes import ImageUint8, Labels
+from sagl.errors import UserError
 from sagl.utils.files import cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -33,21 +23,12 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = [Path(name).stem for name, _ in FashionMNIST.resources]
 
 
-class PaddedFashionMNIST(EpochDataset):
-    """Dataset of one split in memory, (N, 1, 32, 32) uint8, without augmentation."""
-
-    image_shape = (32, 32, 1)
+class PaddedFashionMNIST(InMemoryImages):
+    """Dataset of one split, (N, 1, 32, 32) uint8."""
 
     def __init__(self, root: Path, *, train: bool) -> None:
         split = FashionMNIST(root, train=train)
-        self.images: ImageUint8 = F.pad(split.data[:, None], (2, 2, 2, 2))
-        self.labels: Labels = split.targets
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int) -> Item:
-        return Item(self.images[item % len(self)], int(self.labels[item % len(self)]))
+        super().__init__(F.pad(split.data[:, None], (2, 2, 2, 2)), split.targets)
 
 
 class FashionMNISTImageSource(ArrayImageSource):
@@ -71,51 +52,23 @@ class FashionMNISTImageSource(ArrayImageSource):
 
 
 @dataclass(kw_only=True, eq=False)
-class FashionMNISTData(LightningDataModule):
+class FashionMNISTData(InMemoryData):
     """Data module of the padded Fashion-MNIST. Batches are ((B, 1, 32, 32) uint8, (B,) int64)."""
 
     root: str | None = None
     """Folder that holds FashionMNIST/raw, or to which it is downloaded; by default the cache folder."""
-    batch_size: int = 64
-    """Images per batch and process."""
-    num_workers: int = 0
-    """Worker processes; the images are in memory, so 0 is fast."""
     num_validation: int = 2000
     """Validation images: the first of the test split. The others are the test images."""
-    seed: int = 0
-    """Random seed of the order of the training images."""
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     @property
     def folder(self) -> Path:
-        """Folder of the data set."""
         return Path(self.root) if self.root else cache_folder()
 
     def prepare_data(self) -> None:
         prepare_fashion_mnist(self.folder)
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        dataset = PaddedFashionMNIST(self.folder, train=True)
-        return training_loader(dataset, self._loader_settings, self.seed, self.trainer)
-
-    def val_dataloader(self) -> ImageLoader:
-        return self._eval_loader(slice(self.num_validation))
-
-    def test_dataloader(self) -> ImageLoader:
-        loader = self._eval_loader(slice(self.num_validation, None))
-        require(len(loader) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
-        return loader
-
-    def _eval_loader(self, part: slice) -> ImageLoader:
-        dataset = PaddedFashionMNIST(self.folder, train=False)
-        dataset.images, dataset.labels = dataset.images[part], dataset.labels[part]
-        return eval_loader(dataset, self._loader_settings, self.trainer)
-
-    @property
-    def _loader_settings(self) -> LoaderSettings:
-        return LoaderSettings(batch_size=self.batch_size, num_workers=self.num_workers)
+    def split(self, *, test: bool) -> InMemoryImages:
+        return PaddedFashionMNIST(self.folder, train=not test)
 
 
 def has_fashion_mnist(root: Path) -> bool:

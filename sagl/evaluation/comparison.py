@@ -114,10 +114,10 @@ def cost_section(runs: Sequence[RunSummary]) -> Section:
     rows: dict[str, Callable[[RunSummary], str]] = {
         "folder": lambda run: printable(run.folder),
         "images": _format_images,
-        "pixels of an image": lambda run: f"{run.size[0]}×{run.size[1]}" if run.size else ABSENT,
-        "network evaluations an image": lambda run: ABSENT if run.nfe is None else f"{run.nfe:g}",
+        "image size": lambda run: f"{run.size[0]}×{run.size[1]}" if run.size else ABSENT,
+        "network evaluations per image": lambda run: ABSENT if run.nfe is None else f"{run.nfe:g}",
         "seconds of all processes": lambda run: f"{run.seconds:,.1f}" if run.seconds else ABSENT,
-        "images a second a process": _format_rate,
+        "images per second and process": _format_rate,
     }
     return Section(
         title="Images and their cost",

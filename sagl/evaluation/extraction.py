@@ -1,6 +1,5 @@
 """Features of image sets, extracted by all processes of a command."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import Extractor, Features, check_features
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.utils.distributed import Ranks
-from sagl.utils.progress import ProgressReporter, show_progress
+from sagl.utils.progress import ProgressReporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,8 @@ class FeatureExtraction:
         """
         accumulator = FeatureAccumulator(total=num_samples, max_features=max_features, keep_logits=keep_logits)
         ranks, batch_size = self.ranks, self.settings.batch_size
-        with self._progress(title, num_samples) as progress:
+        kind = self.settings.progress if ranks.rank == 0 else "off"
+        with ProgressReporter(f"{self.name} of {title}", num_samples, kind) as progress:
             for first in range(0, num_samples, batch_size * ranks.world_size):
                 start = first + ranks.rank * batch_size
                 for features in ranks.gather(self._features(images, start, min(num_samples, start + batch_size))):
@@ -68,8 +68,3 @@ class FeatureExtraction:
         batch = images.read(start, stop)
         with torch.inference_mode():
             return check_features(self.extract(batch), len(batch))
-
-    def _progress(self, title: str, total: int) -> AbstractContextManager[ProgressReporter]:
-        if self.ranks.rank > 0:
-            return nullcontext(ProgressReporter())
-        return show_progress(self.settings.progress, f"{self.name} of {title}", total)

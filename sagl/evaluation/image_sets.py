@@ -150,7 +150,7 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
     if name in SPLITS:
         prepare_fashion_mnist(cache_folder())
         return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
-    path = _resolve_npz(Path(name))
+    path = Path(name)
     if path.is_dir() and list_shards(path):
         return RunImages(path)
     require(
@@ -160,12 +160,6 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
     )
     source = open_image_source(str(path), argument=argument)
     return SourceImages(source, None if path.suffix == ".npz" else image_size)
-
-
-def _resolve_npz(path: Path) -> Path:
-    """Return the npz file in a run's folder without shards, else the path itself."""
-    files = sorted(path.glob("samples_*.npz")) if path.is_dir() and not list_shards(path) else []
-    return files[0] if files else path
 
 
 def cache_key(name: str) -> str | None:
@@ -191,7 +185,7 @@ def content_digest(name: str) -> str:
 
     It is the sha256 of a file, or of the file names and sizes of a folder; empty for a name or a pattern.
     """
-    path = _resolve_npz(Path(name))
+    path = Path(name)
     if name in SPLITS or not path.exists():
         return ""
     if path.is_file():

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
+from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
-from sagl.settings.diffusion import DiffusionSettings, require_choice
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.shapes import Image, Timestep
 
@@ -98,7 +99,7 @@ def build_guidances(settings: Mapping[str, GuidanceSettings], context: GuidanceC
         UserError: a name that the registry does not have, or a method that lacks something, such as a classifier.
     """
     for name in settings:
-        require_choice("guidances", name, tuple(GUIDANCES))
+        require(name in GUIDANCES, f"`guidances` must be among {', '.join(GUIDANCES)}, got {name!r}.")
     return {
         name: limit_to_interval(
             entry.build(settings[name], context), settings[name].interval, context.schedule.num_steps

@@ -3,17 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.errors import require
+from sagl.errors import require, require_choices
 
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Loss = Literal["hybrid", "simple", "vlb"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
-
-
-def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise a `UserError` unless a parameter's value is among `allowed`."""
-    require(value in allowed, f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +23,7 @@ class DiffusionSettings:
     """Variance of a reverse step: predicted between posterior variance and beta, or fixed at either."""
 
     def __post_init__(self) -> None:
-        """Check names and the length."""
-        require_choice("noise_schedule", self.noise_schedule, ("linear", "cosine"))
-        require_choice("variance", self.variance, ("learned_range", "fixed_small", "fixed_large"))
+        require_choices(self)
         smallest = 21 if self.noise_schedule == "linear" else 1  # linear betas reach 20 / num_timesteps
         require(
             self.num_timesteps >= smallest,
@@ -53,7 +46,5 @@ class LossSettings:
     """Timesteps of training: uniform, or in proportion to the root mean square of their losses."""
 
     def __post_init__(self) -> None:
-        """Check names and the weight."""
-        require_choice("kind", self.kind, ("hybrid", "simple", "vlb"))
+        require_choices(self)
         require(self.max_v_weight >= 1, f"`max_v_weight` must be at least 1, got {self.max_v_weight}.")
-        require_choice("timestep_sampler", self.timestep_sampler, ("uniform", "loss_second_moment"))

@@ -10,7 +10,8 @@ INCEPTION = "inception"
 EXTRACTOR_NAMES = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Names of the feature extractors; a number in a name is the size that images are resized to."""
 DEFAULT_EXTRACTOR = "effnet_lite0_64"
-Progress = Literal["auto", "bar", "lines", "off"]
+ProgressKind = Literal["auto", "bar", "lines", "off"]
+"""auto: a bar on a terminal, lines elsewhere."""
 
 
 def require_extractor(name: str, argument: str = "extractor") -> None:
@@ -44,7 +45,6 @@ class MetricSettings:
     """Random seed of KID subsets and bootstrap resamples."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
         require_finite(self)
         for name, low in (("num_neighbors", 1), ("max_features", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
             require(getattr(self, name) >= low, f"`{name}` must be at least {low}, got {getattr(self, name)}.")
@@ -66,11 +66,10 @@ class ExtractionSettings:
     """Size in pixels of the square that images of a folder are cropped and resized to; default: original size."""
     batch_size: int = 100
     """Images per batch and process."""
-    progress: Progress = "auto"
+    progress: ProgressKind = "auto"
     """Progress on the error stream; auto: a bar on a terminal, else lines."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if self.extractor is not None:
             require_extractor(self.extractor)
         for name in ("batch_size", "image_size"):

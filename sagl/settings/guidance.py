@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sagl.errors import require, require_finite
-from sagl.settings.diffusion import require_choice
+from sagl.errors import require, require_choices, require_finite
 from sagl.settings.network import UNetSettings
 
 DEFAULT_KERNEL_SIZE = 31
@@ -28,6 +27,7 @@ class GuidanceSettings:
     def __post_init__(self) -> None:
         """Refuse values without a meaning; `check_network` checks what depends on the network."""
         require_finite(self, f"{self.group}.")
+        require_choices(self, f"{self.group}.")
         start, end = self.interval
         require(
             0 <= start <= end <= 1,
@@ -64,14 +64,12 @@ class SelfAttentionGuidance(GuidanceSettings):
     """Attention heads: the layer's own, or num_heads of them as the released code splits the channels (sag_release)."""
 
     def __post_init__(self) -> None:
-        """Check the blur and the head layout."""
         super().__post_init__()
         require(self.blur_sigma > 0, f"`sag.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
         require(
             self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
             f"`sag.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
         )
-        require_choice("sag.heads", self.heads, ("layer", "sag_release"))
 
     def check_network(self, network: UNetSettings) -> None:
         """Require attention at the site and an image that is large enough for the kernel."""

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.errors import require
+from sagl.errors import require, require_choices
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
-POOLS: tuple[Pool, ...] = ("attention", "adaptive", "spatial", "spatial_v2")
 
 DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -194,7 +193,7 @@ class ClassifierSettings(EncoderSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_classes >= 1, f"`num_classes` must be at least 1, got {self.num_classes}.")
-        require(self.pool in POOLS, f"`pool` must be one of {', '.join(POOLS)}, got {self.pool!r}.")
+        require_choices(self)
         require(
             self.pool != "attention" or self.num_head_channels is not None,
             "`num_head_channels` must be set for pool: attention, got None. Set it, for example to 64.",

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sagl.errors import UserError, require, require_finite
-from sagl.settings.diffusion import require_choice
+from sagl.errors import UserError, require, require_choices, require_finite
 
 MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
 SAMPLERS = {"ddpm": "sagl.samplers.ddpm:ddpm", "ddim": "sagl.samplers.ddim:ddim"}
@@ -33,9 +32,8 @@ class SamplerSettings:
     """Clip x0_hat to [-1, 1] in every sampler step."""
 
     def __post_init__(self) -> None:
-        """Check the sampler and eta."""
         require_finite(self)
-        require_choice("sampler", self.sampler, tuple(SAMPLERS))
+        require_choices(self)
         require(0 <= self.eta <= 1, f"`eta` must be in [0, 1], got {self.eta}.")
         require(
             self.sampler == "ddim" or self.eta == 0,
@@ -59,7 +57,6 @@ class RunSettings:
     """Class labels: random, balanced (0, 1, 2, … in turn), null (no label), or classes in turn such as "0,7,9"."""
 
     def __post_init__(self) -> None:
-        """Check ranges and the form of labels."""
         require_range("num_samples", self.num_samples, 1, MAX_SAMPLES)
         if self.batch_size is not None:
             require_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
@@ -109,9 +106,7 @@ class DeviceSettings:
     """Compile the network with torch.compile first: for GPUs and long runs, see docs/speed.md."""
 
     def __post_init__(self) -> None:
-        """Check names and numbers."""
-        require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        require_choice("trainer.precision", self.precision, ("auto", "32-true", "bf16-true", "16-true"))
+        require_choices(self, "trainer.")
         count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
             self.devices in ("auto", "-1") or 1 <= count <= MAX_PROCESSES,

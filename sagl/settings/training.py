@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sagl.errors import require
-from sagl.settings.diffusion import DiffusionSettings, LossSettings, require_choice
+from sagl.errors import require, require_choices
+from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.evaluation import require_extractor
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import Sampler, SamplerSettings
@@ -102,8 +102,7 @@ class BlurAwareSettings:
     """noise: the eps of the degraded image; clean: the eps that leads from its x_t to the image before the blur."""
 
     def __post_init__(self) -> None:
-        require_choice("blur_aware.mask", self.mask, ("attention", "random", "square", "global"))
-        require_choice("blur_aware.target", self.target, ("noise", "clean"))
+        require_choices(self, "blur_aware.")
         for name in ("probability", "area_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"`blur_aware.{name}` must be in [0, 1], got {value}.")
@@ -129,7 +128,7 @@ class OptimizerSettings:
     """Shape of the decay: a line, or half a cosine."""
 
     def __post_init__(self) -> None:
-        require_choice("decay", self.decay, ("linear", "cosine"))
+        require_choices(self)
         require(self.learning_rate > 0, f"`learning_rate` must be above 0, got {self.learning_rate}.")
         for name in ("weight_decay", "warmup_steps", "decay_steps"):
             require(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}.")

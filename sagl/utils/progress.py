@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +17,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from sagl.settings.evaluation import ProgressKind
+
 T = TypeVar("T")
-ProgressKind = Literal["auto", "bar", "lines", "off"]
-"""auto: a bar on a terminal, lines elsewhere."""
 LINE_INTERVAL_SECONDS = 30.0
 """Least time between two lines; the first and the last are always printed."""
 
@@ -104,8 +104,3 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
 
     def _format(self, count: int | None) -> str:
         return "?" if count is None else str(count) if self.unit == "images" else f"{count / 1e6:.1f}"
-
-
-def show_progress(kind: Any, title: str, total: int) -> ProgressReporter:  # noqa: ANN401 (a value of a parser)
-    """Return a reporter of `total` images."""
-    return ProgressReporter(title, total, kind)

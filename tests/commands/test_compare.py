@@ -56,7 +56,7 @@ def test_the_terminal_shows_settings_metrics_and_cost(runs, capsys):
     assert has_row(output, "a", "b")
     assert has_row(output, "sag.scale", "0.3", "0.0")
     assert has_row(output, "Fréchet distance ↓", "12.30 *", "14.80")
-    assert has_row(output, "images a second a process", "3", "3")
+    assert has_row(output, "images per second and process", "3", "3")
     assert "model fashion_mnist · seed 0 · labels random" in output
     assert contents(runs) == before
 
@@ -96,7 +96,7 @@ def test_unfinished_runs_and_those_without_images_are_named(runs, capsys):
     output = compare(capsys, "c", "d")
     assert "c holds 6 of 100" in output
     assert "d holds 0 of 100" in output
-    assert has_row(output, "pixels of an image", "8×8", "–")
+    assert has_row(output, "image size", "8×8", "–")
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"labels": "balanced"}])
@@ -139,7 +139,7 @@ def test_runs_of_sagl_sample_are_compared(tmp_path, monkeypatch, capsys):
     compare(capsys, "plain", "guided", "--output", "page.html")
     page = (tmp_path / "page.html").read_text()
     assert re.search(r"sag\.scale</th><td>0\.0</td><td>0\.5</td>", page)
-    assert re.search(r"network evaluations an image</th><td>2</td><td>4</td>", page)
+    assert re.search(r"network evaluations per image</th><td>2</td><td>4</td>", page)
     expected = [sample.pngs[SAMPLES] for name in ("plain", "guided") for sample in iter_samples(tmp_path / name)]
     assert images_in(tmp_path / "page.html") == expected
 

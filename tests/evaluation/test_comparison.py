@@ -91,10 +91,10 @@ def test_a_single_run_has_a_table_of_all_its_settings():
 def test_cost_has_seconds_rate_and_network_evaluations():
     rows = texts(cost_section([run(num_images=50, seconds=4.0, nfe=15), run("b", num_images=1000, num_requested=2000)]))
     assert rows["images"] == ["50", "1,000 of 2,000"]
-    assert rows["pixels of an image"] == ["8×8", "8×8"]
-    assert rows["network evaluations an image"] == ["15", "10"]
+    assert rows["image size"] == ["8×8", "8×8"]
+    assert rows["network evaluations per image"] == ["15", "10"]
     assert rows["seconds of all processes"] == ["4.0", "2.0"]
-    assert rows["images a second a process"] == ["12.5", "500"]
+    assert rows["images per second and process"] == ["12.5", "500"]
 
 
 def test_unknown_cost_is_absent():

@@ -168,12 +168,6 @@ def test_a_run_its_images_and_its_npz_have_the_same_values(tmp_path, pair):
     assert result_of(run, pair[1], num_samples=6).values != values[0]
 
 
-def test_a_run_without_shards_is_read_from_its_npz(tmp_path, pair):
-    (tmp_path / "run").mkdir()
-    write_npz(tmp_path / "run" / "samples_40x16x16x3.npz", 40, 0)
-    assert result_of(tmp_path / "run", pair[1]).num_samples == 40
-
-
 def test_images_are_cropped_as_for_training(tmp_path, pair):
     wide = np.concatenate([random_images(8, 3)] * 2, axis=2)
     folder = write_folder(tmp_path / "wide", wide)

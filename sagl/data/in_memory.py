@@ -1,0 +1,82 @@
+"""Data sets that fit into memory: the dataset of their images, and the data module of their two splits."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+
+from sagl.data.dataloader import (
+    EpochDataset,
+    ImageLoader,
+    Item,
+    LoaderSettings,
+    ResumableDataLoader,
+    eval_loader,
+    training_loader,
+)
+from sagl.errors import require
+from sagl.shapes import ImageUint8, Labels
+
+
+class InMemoryImages(EpochDataset):
+    """Dataset of labelled images, (N, C, H, W) uint8, without augmentation."""
+
+    def __init__(self, images: ImageUint8, labels: Labels) -> None:
+        self.images, self.labels = images, labels
+        channels, height, width = images.shape[1:]
+        self.image_shape = (height, width, channels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int) -> Item:
+        return Item(self.images[item % len(self)], int(self.labels[item % len(self)]))
+
+
+@dataclass(kw_only=True, eq=False)
+class InMemoryData(LightningDataModule):
+    """Data module of a training split and a test split. Batches are ((B, C, H, W) uint8, (B,) int64)."""
+
+    root: str | None = None
+    """Folder of the data set; by default in the cache folder."""
+    batch_size: int = 64
+    """Images per batch and process."""
+    num_workers: int = 0
+    """Worker processes; the images are in memory, so 0 is fast."""
+    num_validation: int = 0
+    """Validation images: the first of the test split. The others are the test images."""
+    seed: int = 0
+    """Random seed of the order of the training images."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Folder of the data set."""
+
+    @abstractmethod
+    def split(self, *, test: bool) -> InMemoryImages:
+        """Load the test split or the training split."""
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        return training_loader(self.split(test=False), self._loader_settings, self.seed, self.trainer)
+
+    def val_dataloader(self) -> ImageLoader:
+        return self._eval_loader(slice(self.num_validation))
+
+    def test_dataloader(self) -> ImageLoader:
+        loader = self._eval_loader(slice(self.num_validation, None))
+        require(len(loader) > 0, f"`data.num_validation` must leave images to test on, got {self.num_validation}.")
+        return loader
+
+    def _eval_loader(self, part: slice) -> ImageLoader:
+        split = self.split(test=True)
+        dataset = InMemoryImages(split.images[part], split.labels[part])
+        return eval_loader(dataset, self._loader_settings, self.trainer)
+
+    @property
+    def _loader_settings(self) -> LoaderSettings:
+        return LoaderSettings(batch_size=self.batch_size, num_workers=self.num_workers)
