@@ -164,9 +164,9 @@ def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], fl
             if other is setting or not num_resamples or (what == "the first" and other is others["its unguided run"]):
                 continue
             base, features = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
-            interval, of = paired_interval(base, features, distance, num_resamples=num_resamples), distance(base)
+            interval = paired_interval(base, features, distance, num_resamples=num_resamples)
             print("          from {}: {:+.2f} ({:+.2f} … {:+.2f})".format(what, *interval), end="")
-            print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / of for end in interval)), flush=True)
+            print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / distance(base) for end in interval)), flush=True)
 
 
 def save_features(features: Tensor, path: Path) -> None:

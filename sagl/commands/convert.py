@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> None:
     _check_target(target)
     recommended = None if args.recommended is None else _parse_recommended(args.recommended)
     config = {} if args.config is None else model_settings(read_config(args.config))
-    described = config.get("network") or config.get("classifier")
-    model = args.model or described or name_from_filename(Path(args.checkpoint))
+    config_settings = config.get("network") or config.get("classifier")
+    model = args.model or config_settings or name_from_filename(Path(args.checkpoint))
     checkpoint = _read(args, model, config.get("diffusion"))
     if recommended is None:
         name = args.checkpoint if model is None else model

@@ -94,12 +94,12 @@ def render_icons(icons: list[Icon]) -> dict[str, Array]:
         image = render(icon.svg)
         if (image.min(axis=-1) > 240).mean() <= MAX_WHITE_FRACTION:
             icon_of.setdefault(image.tobytes(), icon)
-    images, rendered = np.frombuffer(b"".join(icon_of), np.uint8).reshape(-1, SIZE, SIZE, 3), list(icon_of.values())
+    images, unique_icons = np.frombuffer(b"".join(icon_of), np.uint8).reshape(-1, SIZE, SIZE, 3), list(icon_of.values())
     return {
         "images": np.ascontiguousarray(images.transpose(0, 3, 1, 2)),
-        "labels": np.array([CATEGORIES.index(icon.category) for icon in rendered], dtype=np.int64),
-        "test": np.array([in_test_split(icon.emoji) for icon in rendered], dtype=bool),
-        **{field: np.array([getattr(icon, field) for icon in rendered]) for field in ("family", "name", "emoji")},
+        "labels": np.array([CATEGORIES.index(icon.category) for icon in unique_icons], dtype=np.int64),
+        "test": np.array([in_test_split(icon.emoji) for icon in unique_icons], dtype=bool),
+        **{field: np.array([getattr(icon, field) for icon in unique_icons]) for field in ("family", "name", "emoji")},
     }
 
 

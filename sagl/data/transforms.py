@@ -68,8 +68,8 @@ def decode_image(data: bytes, channels: int) -> Pixels:
     if _RGB and channels == 3 and data[:2] == _JPEG_START and data[-2:] == _JPEG_END:
         with suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(encoded, _RGB).permute(1, 2, 0)
+            jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return torchvision.io.decode_jpeg(jpeg, _RGB).permute(1, 2, 0)
     return to_pixels(Image.open(io.BytesIO(data)), channels)
 
 

@@ -80,15 +80,15 @@ def _write(source: ImageSource, shard: Shard, on_images: Callable[[int], None]) 
 def _sample(source: ImageSource, index: int) -> dict[str, str | bytes]:
     """Return an image and its label under a key of nine digits, the index of the image."""
     try:
-        encoded, label = source.read_bytes(index), source.label(index)
+        image, label = source.read_bytes(index), source.label(index)
     except OSError as error:
         raise UserError(
             f"`source` must contain readable images, and {source.name(index)} is not readable: {error.strerror}."
         ) from error
     # A corrupt image without a known format is written as jpg, so that the other images keep their indices.
-    suffix = next((suffix for magic, suffix in MAGIC_BYTES.items() if encoded.startswith(magic)), "jpg")
+    suffix = next((suffix for magic, suffix in MAGIC_BYTES.items() if image.startswith(magic)), "jpg")
     label_member = {} if label == NO_LABEL else {"cls": str(label).encode()}
-    return {"__key__": f"{index:09d}", suffix: encoded, **label_member}
+    return {"__key__": f"{index:09d}", suffix: image, **label_member}
 
 
 def _check_folder(shards: list[Shard]) -> None:

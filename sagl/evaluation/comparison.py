@@ -33,13 +33,13 @@ def build_report(runs: Sequence[RunSummary], images: ImageGrid | None = None, *,
     if len(runs) == 1:
         different, shared = shared, []
     settings = [settings_section(runs, different)] if different else []
-    measured = [*metric_sections(runs), cost_section(runs)]
+    results = [*metric_sections(runs), cost_section(runs)]
     names = tuple(run.name for run in runs)
     is_single = len(runs) == 1
     table = Table(
         title="The run" if is_single else "Side by side",
         columns=names,
-        sections=tuple(measured + settings if is_single else settings + measured),
+        sections=tuple(results + settings if is_single else settings + results),
     )
     paper = paper_table(runs)
     missing = [] if has_shared_ids else ["There is no id that all runs hold: no images are shown."]
@@ -189,8 +189,8 @@ def _order(key: MetricKey) -> tuple[int, MetricKey]:
 
 
 def _format_error(result: EvaluationResult, name: str) -> str:
-    if name in result.deviations:
-        return f"± {format_value(name, result.deviations[name])}"
+    if name in result.stds:
+        return f"± {format_value(name, result.stds[name])}"
     return " … ".join(format_value(name, bound) for bound in result.intervals.get(name, ()))
 
 

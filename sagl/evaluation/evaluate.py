@@ -67,7 +67,7 @@ def evaluate(
         resize=resize,
         values=results.values,
         intervals=results.intervals,
-        deviations=results.deviations,
+        stds=results.stds,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
         notes=(*run_notes, *real.notes, *_comparability_notes(fake, real, image_set, resize)),
         seconds=round(time.monotonic() - start_time, 1),

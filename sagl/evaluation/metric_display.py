@@ -70,10 +70,10 @@ def format_result(result: EvaluationResult, format: str) -> str:
     common = [*(fields[name] for name in names), _format_settings(result, "; "), " ".join(result.notes)]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("metric", "value", "low", "high", "deviation", *names, "settings", "notes"))
+    writer.writerow(("metric", "value", "low", "high", "std", *names, "settings", "notes"))
     for name, value in result.values.items():
         low, high = result.intervals.get(name, ("", ""))
-        writer.writerow((name, value, low, high, result.deviations.get(name, ""), *common))
+        writer.writerow((name, value, low, high, result.stds.get(name, ""), *common))
     return file.getvalue()
 
 
@@ -89,15 +89,15 @@ def print_result(result: EvaluationResult) -> None:
     for line in (inputs, f"{result.extractor} ({result.resize}), {result.seconds} s"):
         console.print(Text(line), soft_wrap=True)
     table.add_column("")
-    for title, used in (("value", True), ("95 % interval", result.intervals), ("over subsets", result.deviations)):
+    for title, used in (("value", True), ("95 % interval", result.intervals), ("over subsets", result.stds)):
         if used:
             table.add_column(title, justify="right")
     for name, value in result.values.items():
         cells = [metric_name(name), format_value(name, value)]
         if result.intervals:
             cells.append(" … ".join(format_value(name, bound) for bound in result.intervals.get(name, ())))
-        if result.deviations:
-            cells.append(f"± {format_value(name, result.deviations[name])}" if name in result.deviations else "")
+        if result.stds:
+            cells.append(f"± {format_value(name, result.stds[name])}" if name in result.stds else "")
         table.add_row(*cells)
     console.print(table)
     for note in (_format_settings(result, " · "), *result.notes):

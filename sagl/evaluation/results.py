@@ -38,7 +38,7 @@ class EvaluationResult:
     """Confidence intervals (low, high) of the metrics that have one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the metrics."""
-    deviations: Mapping[str, float] = field(default_factory=dict)
+    stds: Mapping[str, float] = field(default_factory=dict)
     """Standard deviation of KID over its subsets."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader must know before comparing the values."""
@@ -91,7 +91,7 @@ def _parse(entry: Mapping[str, Any]) -> EvaluationResult:
         values={name: _number(value) for name, value in entry["values"].items()},
         intervals={name: _interval(*bounds) for name, bounds in (entry.get("intervals") or {}).items()},
         settings=dict((entry.get("settings") or {}).items()),
-        deviations={name: _number(value) for name, value in (entry.get("deviations") or {}).items()},
+        stds={name: _number(value) for name, value in (entry.get("stds") or {}).items()},
         notes=tuple(_checked(str, note) for note in entry.get("notes") or ()),
         seconds=_number(entry.get("seconds") or 0.0),
     )

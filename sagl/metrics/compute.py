@@ -23,7 +23,7 @@ class MetricResults:
     """fid, sfid, kid for Inception features, fd, sfd, kd for others; is, is_all, precision, recall."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals (low, high) of the metrics that have one."""
-    deviations: Mapping[str, float] = field(default_factory=dict)
+    stds: Mapping[str, float] = field(default_factory=dict)
     """Standard deviation of KID over its subsets."""
 
 
@@ -48,14 +48,14 @@ def compute_metrics(
     require_comparable(fake, real, s.num_neighbors)
     fid, sfid, kid = ("fid", "sfid", "kid") if inception else ("fd", "sfd", "kd")
     distance = FrechetReference(real.pooled)
-    values, intervals, deviations = {fid: distance(fake.pooled)}, {}, {}
+    values, intervals, stds = {fid: distance(fake.pooled)}, {}, {}
     if fake.spatial is not None and real.spatial is not None:
         values[sfid] = FrechetReference(real.spatial)(fake.spatial)
     if fake.logits is not None:
         values |= {"is": inception_score_in_chunks(fake.logits), "is_all": inception_score(fake.logits)}
     if fake.features is not None and real.features is not None:
         values |= precision_recall(fake.features, real.features, num_neighbors=s.num_neighbors)._asdict()
-        values[kid], deviations[kid] = kernel_distance(
+        values[kid], stds[kid] = kernel_distance(
             fake.features, real.features, num_subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
         )
     if fake.features is not None and s.bootstrap:
@@ -69,4 +69,4 @@ def compute_metrics(
             f"`extractor` must give features and logits with finite metrics, and {name} is {value}: it overflows, or "
             "its weights are damaged.",
         )
-    return MetricResults(values=values, intervals=intervals, deviations=deviations)
+    return MetricResults(values=values, intervals=intervals, stds=stds)

@@ -13,7 +13,7 @@ class KernelDistance(NamedTuple):
     """Mean and standard deviation over subsets."""
 
     mean: float
-    deviation: float
+    std: float
 
 
 def kernel_distance(
@@ -34,7 +34,7 @@ def kernel_distance(
     for k in range(num_subsets):
         a, b = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (fake, real))
         values[k] = squared_mmd(a, b)
-    return KernelDistance(mean=float(values.mean()), deviation=float(values.std(correction=0)))
+    return KernelDistance(mean=float(values.mean()), std=float(values.std(correction=0)))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:

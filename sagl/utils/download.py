@@ -103,14 +103,14 @@ def _fetch(
     url: str, target: Path, timeout: float, attempts: int, pause_seconds: float, on_progress: OnProgress
 ) -> Path:
     """Request the missing bytes until the partial file is complete, and return its path."""
-    failures, most = 0, _partial_size(target)
+    failures, num_bytes = 0, _partial_size(target)
     while True:
         try:
             return _request(url, target, timeout, on_progress)
         except _DownloadError as error:
             offline = failures == 0 and type(error.__cause__) is URLError
-            failures = 1 if _partial_size(target) > most else failures + 1
-            most = max(most, _partial_size(target))
+            failures = 1 if _partial_size(target) > num_bytes else failures + 1
+            num_bytes = max(num_bytes, _partial_size(target))
             if offline or not error.transient or failures >= attempts:
                 raise
         time.sleep(min(MAX_PAUSE_SECONDS, pause_seconds * 2 ** (failures - 1)))
@@ -174,10 +174,10 @@ def _network_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPException, ValueError) as error:
-        refused = isinstance(error, HTTPError) and error.code not in TRANSIENT_STATUSES
+        permanent = isinstance(error, HTTPError) and error.code not in TRANSIENT_STATUSES
         if isinstance(error, HTTPError):
             error.close()
-        raise _DownloadError(str(error) or type(error).__name__, transient=not refused) from error
+        raise _DownloadError(str(error) or type(error).__name__, transient=not permanent) from error
 
 
 def _check(partial: Path, check: Callable[[Path], None]) -> None:

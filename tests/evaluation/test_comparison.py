@@ -210,7 +210,7 @@ def test_values_of_other_settings_are_in_different_rows(name, setting):
 
 
 def test_notes_and_deviations_are_shown():
-    first = result({"kd": 0.5}, deviations={"kd": 0.25}, notes=("Too few images.",))
+    first = result({"kd": 0.5}, stds={"kd": 0.25}, notes=("Too few images.",))
     (section,) = metric_sections([run("a", results=[first]), run("b", results=[replace(first, notes=())])])
     assert section.rows[0].cells[0].note == "± 0.25000"
     assert section.note.endswith(". Too few images.")

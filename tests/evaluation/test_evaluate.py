@@ -62,7 +62,7 @@ def test_a_result_has_the_values_and_all_that_they_depend_on(pair):
         "recall": fractions.recall,
         "kd": pytest.approx(kernel.mean),
     }
-    assert result.pop("deviations") == {"kd": pytest.approx(kernel.deviation)}
+    assert result.pop("stds") == {"kd": pytest.approx(kernel.std)}
     assert result.pop("seconds") >= 0
     settings = {"num_neighbors": 3, "max_features": 50, "kid_subsets": 5, "kid_subset_size": 30}
     assert result.pop("settings") == settings | {"bootstrap": 0, "seed": 0}

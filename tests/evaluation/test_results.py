@@ -82,9 +82,7 @@ def test_a_file_without_a_list_of_results_is_refused(text, tmp_path):
 
 def test_a_saved_result_replaces_the_same_measurement(tmp_path):
     common = {"extractor": "tiny", "reference": "r", "num_samples": 9, "images": "run", "notes": ("few",)}
-    first = EvaluationResult(
-        **common, values={"fd": 1.0, "kd": 0.1}, deviations={"kd": 0.01}, intervals={"fd": (0.5, 2.0)}
-    )
+    first = EvaluationResult(**common, values={"fd": 1.0, "kd": 0.1}, stds={"kd": 0.01}, intervals={"fd": (0.5, 2.0)})
     other = replace(first, settings={"seed": 1})
     for result in (first, other, replace(first, values={"fd": 3.0})):
         save_result(tmp_path, result)

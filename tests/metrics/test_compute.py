@@ -46,7 +46,7 @@ def test_all_metrics_have_the_names_of_the_literature():
         "recall": precision_and_recall.recall,
         "kid": kernel.mean,
     }
-    assert results.deviations == {"kid": kernel.deviation}
+    assert results.stds == {"kid": kernel.std}
     assert results.intervals == {}
 
 

@@ -29,14 +29,14 @@ def test_a_subset_of_all_samples_has_no_deviation():
     a, b = random_features(20, seed=1), random_features(20, seed=2, mean=0.5)
     result = kernel_distance(a, b, num_subsets=3, subset_size=20)
     assert result.mean == pytest.approx(squared_mmd(a, b), rel=1e-9)
-    assert result.deviation == pytest.approx(0, abs=1e-12)
+    assert result.std == pytest.approx(0, abs=1e-12)
 
 
 def test_equal_distributions_are_near_0_and_different_ones_are_not():
     a, b = random_features(400, seed=1), random_features(400, seed=2)
     near = kernel_distance(a, b, num_subsets=20, subset_size=100)
-    assert abs(near.mean) < near.deviation
-    assert kernel_distance(a, b + 0.5, num_subsets=20, subset_size=100).mean > 10 * near.deviation
+    assert abs(near.mean) < near.std
+    assert kernel_distance(a, b + 0.5, num_subsets=20, subset_size=100).mean > 10 * near.std
 
 
 def test_the_seed_determines_the_subsets():
