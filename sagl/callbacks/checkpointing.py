@@ -32,7 +32,7 @@ class ResumableCheckpoint(Checkpoint):
     """Saves last.ckpt, from which a resumed run continues exactly: periodically, at SIGTERM and at the end.
 
     A save follows an optimiser step, so that no accumulated gradient is lost, and the validation due at that step.
-    The file is written under another name and renamed, so that a kill leaves a whole file. SIGTERM is handled at the
+    The file is written under another name and renamed, so that a kill leaves a complete file. SIGTERM is handled at the
     next such moment by all ranks together. Lightning's own handler may stop between two accumulated batches, and may
     let ranks wait for each other.
     """

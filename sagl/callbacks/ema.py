@@ -1,4 +1,4 @@
-"""Exponential moving averages (EMA) of the weights: one by Lightning's `WeightAveraging`, further ones beside it."""
+"""Exponential moving averages (EMA) of the weights: one by Lightning's `WeightAveraging`, and further ones."""
 
 from typing import Any
 

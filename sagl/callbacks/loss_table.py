@@ -14,7 +14,7 @@ MEANS = ("loss", "mse", "accuracy", "accuracy_top_5")
 
 
 class LossTable(Callback):
-    """Prints losses, whole and by range of timesteps, bits/dim with its standard error, and metrics of previews."""
+    """Prints losses over all timesteps and by range, bits/dim with its standard error, and metrics of previews."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.state.fn != "fit":

@@ -26,10 +26,9 @@ from sagl.sampling.run import EXPORTS, SampleConfig
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
+from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings
 from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
 from sagl.utils.files import packaged_configs
-from sagl.utils.progress import ProgressKind
 
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}

@@ -206,7 +206,7 @@ def _identity(message: Any) -> Any:  # noqa: ANN401 (DataLoader declares a list)
 
 
 class ResumableDataLoader(ImageLoader):
-    """Data loader of whole batches for training. Lightning saves its position in checkpoints and restores it."""
+    """Data loader of full batches for training. Lightning saves its position in checkpoints and restores it."""
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ class NpzData(ImageDataModule):
 
 
 def _mmap_member(file: Path, member: zipfile.ZipInfo) -> Array:
-    """Map an uncompressed array, which lies behind the header of the zip member and the header of the npy format."""
+    """Map an uncompressed array, which follows the header of the zip member and the header of the npy format."""
     with file.open("rb") as stream:
         stream.seek(member.header_offset)
         stream.seek(sum(LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))), io.SEEK_CUR)

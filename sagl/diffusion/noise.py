@@ -35,7 +35,7 @@ def step_noise(seed: int, ids: Sequence[int], shape: tuple[int, int, int], devic
 
 
 def random_labels(seed: int, ids: Sequence[int], num_classes: int) -> list[int]:
-    """Draw a uniform class for each sample, from a stream of its own, so that labels do not affect the noise."""
+    """Draw a uniform class for each sample, from a separate random stream, so that labels do not affect the noise."""
     return [int(np.random.default_rng([seed, i, 1]).integers(num_classes)) for i in ids]
 
 

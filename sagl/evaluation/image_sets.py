@@ -181,7 +181,7 @@ def cache_key(name: str) -> str | None:
 
 
 def content_digest(name: str) -> str:
-    """Return a digest that tells sets of one name apart on any machine.
+    """Return a digest that distinguishes sets of one name on any machine.
 
     It is the sha256 of a file, or of the file names and sizes of a folder; empty for a name or a pattern.
     """

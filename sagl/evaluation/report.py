@@ -100,7 +100,7 @@ class Report:
 
     title: str
     warnings: tuple[str, ...]
-    """Sentences that a reader must know before the tables."""
+    """Sentences above the tables."""
     tables: tuple[Table, ...]
     shared_settings: str = ""
     """Settings that all runs share, in one line."""

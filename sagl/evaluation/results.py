@@ -27,7 +27,7 @@ class EvaluationResult:
     num_samples: int
     """Number of images, the first of the run."""
     reference_digest: str = ""
-    """Digest that tells references of one name apart, see `image_sets.content_digest`."""
+    """Digest that distinguishes references of one name, see `image_sets.content_digest`."""
     num_reference: int | None = None
     """Number of reference images, if it is known."""
     resize: str = ""
@@ -41,7 +41,7 @@ class EvaluationResult:
     stds: Mapping[str, float] = field(default_factory=dict)
     """Standard deviation of KID over its subsets."""
     notes: tuple[str, ...] = ()
-    """Sentences that a reader must know before comparing the values."""
+    """Sentences on why the values may not be comparable with others."""
     seconds: float = 0.0
     """Duration of the evaluation."""
 

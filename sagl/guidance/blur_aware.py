@@ -28,7 +28,7 @@ def degrade_batch(
     degrade_mask: Tensor,
     rngs: SampleRngs,
 ) -> tuple[Image, Image]:
-    """Degrade the samples of a batch that `degrade_mask`, (B,) bool, marks; only they pay for an attention mask.
+    """Degrade the samples of a batch that `degrade_mask`, (B,) bool, marks; only these need attention masks.
 
     Returns:
         The images to add noise to, (B, C, H, W), and the eps that L_simple compares with. With target clean, that eps

@@ -57,7 +57,7 @@ class Inception:
 def tf1_resize_bilinear(images: Tensor, size: int) -> Tensor:
     """Resize as TensorFlow 1's `resize_bilinear` with align_corners=False: (B, C, H, W) float -> (B, C, size, size).
 
-    Output pixel i samples the input at i · H / size, half a pixel beside PyTorch's position; no antialiasing.
+    Output pixel i samples the input at i · H / size, half a pixel from PyTorch's position; no antialiasing.
     """
     for dim in (2, 3):
         length = images.shape[dim]

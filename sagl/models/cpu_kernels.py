@@ -43,7 +43,7 @@ def optimize_for_cpu(network: Network) -> Network:
 
 
 def _use_kernel(x: Tensor) -> bool:
-    """Return whether a layer computes with the kernels below; a compiled graph has kernels of its own."""
+    """Return whether a layer computes with the kernels below; a compiled graph has its own kernels."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -80,7 +80,7 @@ class _Moments(torch.autograd.Function):
         shift = chunks[0].mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
         total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
         for chunk in chunks:
-            centered = chunk - shift[:, None]  # small beside x if the mean is large, so that no square cancels
+            centered = chunk - shift[:, None]  # small compared with x if the mean is large, so that no square cancels
             total += centered.sum(dim=1)
             squares += centered.square_().sum(dim=1)
         count = x[0, 0].numel()
@@ -159,7 +159,7 @@ class RowConv2d(nn.Conv2d):
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution of feature maps in channels_last: (B, C, H, W) -> (B, C', H, W).
 
-    Every row is an image of its own for PyTorch's convolution, which is up to twice as fast as a matrix product in
+    Every row is a separate image for PyTorch's convolution, which is up to twice as fast as a matrix product in
     float32; narrow maps are one matrix product.
     """
     pixels, weight = x.permute(0, 2, 3, 1), weight.flatten(1)

@@ -67,7 +67,7 @@ BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D"),
 }
-"""Types of a level: resampling by a convolution, by a residual block, or (with attention) as `…sample_type` says."""
+"""Types of a level: resampling by a convolution, by a residual block, or (with attention) by `…sample_type`."""
 
 
 def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,7 +189,7 @@ def _config_from_settings(s: UNetSettings) -> dict[str, Any]:
 
 
 def _settings_from_config(config: Mapping[str, Any]) -> UNetSettings:
-    """Return ADM's settings for a configuration of `UNet2DModel`, whatever its values.
+    """Return ADM's settings for any configuration of `UNet2DModel`.
 
     Raises:
         UserError: ADM cannot express them, or they are not those of a `UNet2DModel`.

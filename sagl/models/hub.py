@@ -82,7 +82,7 @@ class HubUNet(
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:  # noqa: ANN401
-        """Load weights, in evaluation mode; strict whatever the argument, unlike the mixin.
+        """Load weights, in evaluation mode; always strict, unlike the mixin.
 
         Raises:
             UserError: The file is damaged or contains code, or names or shapes differ.

@@ -16,7 +16,7 @@ from sagl.settings.network import UNetSettings
 class MemoryTracker(TorchDispatchMode):
     """Context in which the bytes of new tensors are counted: `current` and `peak`.
 
-    Counts sizes at allocation, whatever the allocator does; buffers inside of an operation are not counted.
+    Counts sizes at allocation, independent of the allocator; buffers inside of an operation are not counted.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of the weights, and the peak of one image's forward pass beside them.
+    """Return the bytes of the weights, and the additional peak of one image's forward pass.
 
     Counted on the meta device, without computing. The weights include the transformed copies that CPU kernels cache.
     """

@@ -131,7 +131,7 @@ def get_entry(name: str) -> PretrainedEntry:
 
 
 def name_from_filename(path: Path) -> str | None:
-    """Return the name of the released checkpoint whose file is called like `path`, in whatever folder."""
+    """Return the name of the released checkpoint whose file has the name of `path`, in any folder."""
     return next((name for name, entry in RELEASED.items() if entry.file == path.name), None)
 
 

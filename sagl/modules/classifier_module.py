@@ -52,7 +52,7 @@ class ClassifierModule(TrainingModule):
         return loss if self._log_if_finite({"loss": loss, **accuracies}) else self._zero_loss()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accumulate loss and accuracies, whole and by range of timesteps."""
+        """Accumulate loss and accuracies, over all timesteps and by range."""
         x_0 = self._to_float(batch[0])
         timesteps, noise = self._validation_noise(x_0)
         result = self._compute_loss(x_0, batch[1], timesteps, noise)

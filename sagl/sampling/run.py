@@ -31,11 +31,11 @@ from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings, id_batches
+from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import available_bytes, default_precision, set_threads
 from sagl.utils.files import cache_folder, require_writable, sha256
-from sagl.utils.progress import ProgressKind, ProgressReporter
+from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_folder
 
 if TYPE_CHECKING:

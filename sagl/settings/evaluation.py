@@ -1,17 +1,15 @@
 """Settings of an evaluation."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sagl.errors import require, require_finite
+from sagl.settings.sampling import ProgressKind
 
 INCEPTION = "inception"
 """The extractor of the numbers in the literature and of published statistics files."""
 EXTRACTOR_NAMES = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Names of the feature extractors; a number in a name is the size that images are resized to."""
 DEFAULT_EXTRACTOR = "effnet_lite0_64"
-ProgressKind = Literal["auto", "bar", "lines", "off"]
-"""auto: a bar on a terminal, lines elsewhere."""
 
 
 def require_extractor(name: str, argument: str = "extractor") -> None:

@@ -37,7 +37,7 @@ class EncoderSettings:
     num_head_channels: int | None = None
     """Channels per attention head; takes precedence over num_heads."""
     use_new_attention_order: bool = False
-    """Order of the qkv channels: q, k, v before heads (true) or heads before q, k, v (false). Weights do not tell."""
+    """Order of the qkv channels: q, k, v before heads (true) or heads before q, k, v (false). Not in the weights."""
     use_scale_shift_norm: bool = True
     """Condition on the timestep by scale and shift after normalisation (true) or by addition (false)."""
     resblock_updown: bool = False

@@ -16,6 +16,8 @@ else:
 WeightPrecision = Literal["32-true", "bf16-true", "16-true"]
 Precision = Literal["auto", WeightPrecision]
 Accelerator = Literal["auto", "cpu", "gpu"]
+ProgressKind = Literal["auto", "bar", "lines", "off"]
+"""auto: a bar on a terminal, lines elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class SamplerSettings:
     sampler: Sampler = "ddpm"
     """ddpm: ancestral sampling; ddim: deterministic at eta 0."""
     respacing: str = "250"
-    """Sampling steps: "250" evenly spaced, "ddim25" at one whole stride, "10,15,20" by thirds of the process."""
+    """Sampling steps: "250" evenly spaced, "ddim25" with one integer stride, "10,15,20" by thirds of the process."""
     eta: float = 0.0
     """Fraction of the ancestral noise that DDIM adds; only for sampler ddim."""
     clip_x0: bool = True

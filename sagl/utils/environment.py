@@ -127,7 +127,7 @@ def set_threads(processes: int = 1) -> int:
 def choose_thread_waiting() -> None:
     """Choose how OpenMP threads wait for each other: spinning on a quiet machine, sleeping beside other programs.
 
-    Spinning is faster while every thread has a core of its own. If another program needs the core, a spinning thread
+    Spinning is faster while every thread has its own core. If another program needs the core, a spinning thread
     keeps it from the thread that it waits for. The choice is made from the load at the start and set as GOMP_SPINCOUNT,
     which child processes inherit. libgomp reads it when it is loaded, so call this before torch is imported. A waiting
     policy that the user has set is kept.

@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from sagl.settings.evaluation import ProgressKind
+from sagl.settings.sampling import ProgressKind
 
 T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 30.0
