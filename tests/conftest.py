@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.helpers.reference import small_unet
-from tests.helpers.runs import Fit
+from tests.helpers.commands import Fit
+from tests.helpers.networks import small_unet
 
 torch.set_num_threads(1)  # networks this small lose by a second thread, and one thread always adds in one order
 

@@ -8,7 +8,7 @@ from sagl import cli
 from sagl.cli import SUBCOMMANDS, with_flags
 from sagl.commands._parser import Parser
 from sagl.errors import UserError
-from tests.helpers.tiny import exit_code
+from tests.helpers.commands import exit_code
 
 EXIT_100_WITH_TORCH = "sys.exit(100 if {'torch', 'lightning', 'torchvision'} & sys.modules.keys() else code)"
 

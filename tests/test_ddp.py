@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.helpers.runs import (
+from tests.helpers.commands import (
     LOSS_SECOND_MOMENT,
     MODEL,
     OVERFLOWING,
@@ -13,7 +13,7 @@ from tests.helpers.runs import (
     differences,
     logs,
     losses_in,
-    write_config,
+    write_folder_config,
 )
 
 STEPS = 20
@@ -25,7 +25,7 @@ GLOBAL_BATCH = 8
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Twenty steps with everything that could differ between ranks; five batches per epoch and a remainder."""
-    return write_config(
+    return write_folder_config(
         tmp_path_factory.mktemp("ddp"),
         model={**LOSS_SECOND_MOMENT, **NO_DROPOUT},
         data={"num_workers": 0},

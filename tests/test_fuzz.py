@@ -20,7 +20,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from sagl.commands._parser import field_names
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
-from tests.helpers.tiny import exit_code, write_tiny
+from tests.helpers.commands import exit_code
+from tests.helpers.networks import write_grey_unet
 
 GROUPS = {"": (RunSettings, SamplerSettings), "trainer": (DeviceSettings,)}
 GROUPS |= {name: (entry.settings_class,) for name, entry in GUIDANCES.items()}
@@ -165,7 +166,7 @@ def hypothesis_writes_elsewhere(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("network") / "tiny.safetensors")
+    return write_grey_unet(tmp_path_factory.mktemp("network") / "tiny.safetensors")
 
 
 @pytest.fixture

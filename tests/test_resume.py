@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from tests.helpers.runs import LOSS_SECOND_MOMENT, checkpoint_of, curves, differences, logs, save_time, write_config
+from tests.helpers.commands import (
+    LOSS_SECOND_MOMENT,
+    checkpoint_of,
+    curves,
+    differences,
+    logs,
+    save_time,
+    write_folder_config,
+)
 
 STEPS, ACCUMULATED = 60, 2
 
@@ -13,7 +21,7 @@ STEPS, ACCUMULATED = 60, 2
 def config(tmp_path_factory):
     """Six whole batches per epoch and a remainder; dropout, label dropout, an adaptive timestep sampler, validation."""
     trainer = {"max_steps": STEPS, "accumulate_grad_batches": ACCUMULATED, "val_check_interval": 9}
-    return write_config(
+    return write_folder_config(
         tmp_path_factory.mktemp("resume"),
         model=LOSS_SECOND_MOMENT,
         data={"batch_size": 7, "num_workers": 1},

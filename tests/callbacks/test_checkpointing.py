@@ -9,10 +9,10 @@ from sagl.callbacks import checkpointing
 from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint
 from sagl.callbacks.ema import EMA
 from sagl.settings.training import CheckpointSettings, PreviewSettings
-from tests.helpers.tiny import QUIET, fit_line
+from tests.helpers.training import IGNORED_WARNINGS, fit_line
 
 pytestmark = [
-    *QUIET,
+    *IGNORED_WARNINGS,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),  # its loader is torch's
 ]
 VALIDATION = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}

@@ -4,10 +4,10 @@ import torch
 from sagl.callbacks.checkpointing import ResumableCheckpoint
 from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.settings.training import CheckpointSettings
-from tests.helpers.tiny import QUIET, fit_line
+from tests.helpers.training import IGNORED_WARNINGS, fit_line
 
 pytestmark = [
-    *QUIET,
+    *IGNORED_WARNINGS,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),  # its loader is torch's
 ]
 DECAYS = (0.25, 0.9)

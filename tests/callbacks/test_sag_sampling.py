@@ -23,10 +23,11 @@ from sagl.settings.training import (
     PreviewSettings,
 )
 from sagl.utils.images import image_grid, to_uint8
-from tests.helpers.reference import draw_weights
-from tests.helpers.tiny import GREY, QUIET, read_png, trainer
+from tests.helpers.files import read_png
+from tests.helpers.networks import GREY, draw_weights
+from tests.helpers.training import IGNORED_WARNINGS, trainer
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 SAG = SelfAttentionGuidance(site="output.0", blur_sigma=1.0)
 IMAGES = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

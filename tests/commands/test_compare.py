@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from sagl.sampling.run_folder import SAMPLES, iter_samples
-from tests.helpers.sampled import json_result, random_png, write_run
-from tests.helpers.tiny import contents, exit_code, write_tiny
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents
+from tests.helpers.networks import write_grey_unet
+from tests.helpers.run_folders import json_result, random_png, write_run
 
 MARKUP = "<script>alert('x')</script> [red]\x1b[31m"
 
@@ -131,7 +133,7 @@ def test_markup_in_a_run_is_shown_as_text(runs, capsys):
 
 def test_runs_of_sagl_sample_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_tiny(tmp_path / "tiny.safetensors")
+    write_grey_unet(tmp_path / "tiny.safetensors")
     flags = ["--checkpoint", "tiny.safetensors", "--num_samples", "3", "--sampler", "ddim", "--respacing", "2"]
     for name, scale in (("plain", 0), ("guided", 0.5)):
         guidance = ["--sag.scale", scale, "--sag.site", "output.0", "--sag.kernel_size", "5"]

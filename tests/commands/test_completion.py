@@ -9,7 +9,7 @@ import pytest
 from sagl.commands.completion import completion_script, main
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
-from tests.helpers.tiny import exit_code
+from tests.helpers.commands import exit_code
 
 
 @pytest.fixture(scope="module")

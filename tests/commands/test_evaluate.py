@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.helpers.evaluation import BATCH_SIZES, use_fast_extractors, write_pair
-from tests.helpers.sampled import write_run
-from tests.helpers.tiny import exit_code
+from tests.helpers.commands import exit_code
+from tests.helpers.extractors import BATCH_SIZES, use_fast_extractors, write_pair
+from tests.helpers.run_folders import write_run
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from tests.helpers.tiny import contents, exit_code, write_tiny
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents
+from tests.helpers.networks import write_grey_unet
 
 FLAGS = ["--num_samples", "6", "--batch_size", "4", "--sampler", "ddim", "--respacing", "2", "--compare"]
 FLAGS += ["--sag.scale", "0.5", "--sag.site", "output.0", "--sag.kernel_size", "5"]
@@ -11,7 +13,7 @@ FLAGS += ["--sag.scale", "0.5", "--sag.site", "output.0", "--sag.kernel_size", "
 def finished_run(tmp_path_factory):
     """A run of six images with its exports; no test changes it."""
     folder = tmp_path_factory.mktemp("finished")
-    network = write_tiny(folder / "tiny.safetensors")
+    network = write_grey_unet(folder / "tiny.safetensors")
     assert exit_code("sample", "--checkpoint", network, "--output", folder / "run", *FLAGS) == 0
     return folder / "run"
 

@@ -10,17 +10,19 @@ from torchvision.datasets import FashionMNIST
 
 from sagl.data.lsun import LSUNImageSource
 from sagl.data.webdataset import ShardImageSource
-from tests.helpers.image_sources import (
+from tests.helpers.commands import exit_code
+from tests.helpers.files import (
     FOLDER_FILES,
     NPZ_IMAGES,
     NPZ_LABELS,
+    contents,
     read_all,
     write_csv,
+    write_fashion_mnist,
     write_folder,
     write_lsun,
     write_npz,
 )
-from tests.helpers.tiny import contents, exit_code, write_fashion_mnist
 
 
 @pytest.fixture(autouse=True)

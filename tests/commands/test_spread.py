@@ -13,7 +13,8 @@ import pytest
 
 from sagl.sampling.run_folder import iter_samples, list_shards
 from sagl.utils.run_lock import lock_folder
-from tests.helpers.tiny import exit_code, write_tiny
+from tests.helpers.commands import exit_code
+from tests.helpers.networks import write_grey_unet
 
 COUNT, BATCH = 90, 3
 FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--exports", "npz"]
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 180
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("network") / "tiny.safetensors")
+    return write_grey_unet(tmp_path_factory.mktemp("network") / "tiny.safetensors")
 
 
 @pytest.fixture

@@ -2,16 +2,18 @@ import pytest
 
 from tests.commands.test_fit import CONFIG, TRAINER
 from tests.commands.test_fit_classifier import CLASSIFIER
-from tests.helpers.tiny import QUIET, contents, exit_code, write_config
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents, write_fashion_mnist_config
+from tests.helpers.training import IGNORED_WARNINGS
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a fit of two steps."""
     folder = tmp_path_factory.mktemp("validate")
-    config = write_config(folder, {**CONFIG, "trainer": {**TRAINER, "max_steps": 2}})
+    config = write_fashion_mnist_config(folder, {**CONFIG, "trainer": {**TRAINER, "max_steps": 2}})
     assert exit_code("fit", "--config", config, "--output", folder / "run") == 0
     return folder / "run"
 
@@ -65,7 +67,7 @@ def test_a_validation_without_config_or_checkpoint_is_refused(arguments, names, 
 
 def test_a_classifier_is_validated(tmp_path, capsys):
     model, trainer = {"classifier": {**CLASSIFIER, "pool": "adaptive"}}, {**TRAINER, "max_steps": 1}
-    config = write_config(tmp_path, {"model": model, "trainer": trainer})
+    config = write_fashion_mnist_config(tmp_path, {"model": model, "trainer": trainer})
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run") == 0
     rows = table(capsys, "validate", tmp_path / "run")
     assert {"loss", "accuracy", "accuracy top 5", "at timesteps 0 to 249"} <= rows.keys()

@@ -17,7 +17,7 @@ from sagl.data.dataloader import (
     training_loader,
 )
 from sagl.errors import UserError
-from tests.helpers.image_sources import START_METHODS
+from tests.helpers.files import START_METHODS
 
 
 class Ramps(EpochDataset):

@@ -8,7 +8,7 @@ from torchvision.datasets import FashionMNIST
 from sagl.data import fashion_mnist
 from sagl.data.fashion_mnist import FashionMNISTData, PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.errors import UserError
-from tests.helpers.tiny import contents, write_fashion_mnist
+from tests.helpers.files import contents, write_fashion_mnist
 
 
 @pytest.fixture(autouse=True)

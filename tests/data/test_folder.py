@@ -3,10 +3,10 @@ import torch
 
 from sagl.data.folder import FolderData, FolderImageSource
 from sagl.errors import UserError
-from tests.helpers.image_sources import FOLDER_FILES, write_csv, write_folder
-from tests.helpers.tiny import QUIET
+from tests.helpers.files import FOLDER_FILES, write_csv, write_folder
+from tests.helpers.training import IGNORED_WARNINGS
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 
 def test_images_are_found_at_any_depth_and_sorted_by_path(tmp_path):

@@ -9,8 +9,8 @@ from sagl.data.image_data import ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
 from sagl.settings.network import UNetSettings
-from tests.helpers.image_sources import MemorySource, encode, grey, ramp
-from tests.helpers.tiny import COLOUR, GREY
+from tests.helpers.files import MemorySource, encode, grey, ramp
+from tests.helpers.networks import COLOUR, GREY
 
 
 def dataset(*files, num_classes=None, **options):

@@ -13,8 +13,7 @@ from sagl.data.image_data import ImageDataset
 from sagl.data.lsun import LSUNData, LSUNImageSource, find_lsun_folder
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
-from tests.helpers.image_sources import LSUN_COUNT, START_METHODS, encode, ramp, write_lsun
-from tests.helpers.tiny import contents
+from tests.helpers.files import LSUN_COUNT, START_METHODS, contents, encode, ramp, write_lsun
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torchvision leaves a file open

@@ -8,10 +8,10 @@ from PIL import Image
 
 from sagl.data.npz import NpzData, NpzImageSource
 from sagl.errors import UserError
-from tests.helpers.image_sources import NPZ_IMAGES, NPZ_LABELS, write_npz
-from tests.helpers.tiny import QUIET
+from tests.helpers.files import NPZ_IMAGES, NPZ_LABELS, write_npz
+from tests.helpers.training import IGNORED_WARNINGS
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 SAVE_FUNCTIONS = [np.savez, np.savez_compressed]
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sagl.data.transforms import CropResize, decode_image, resize_shorter_side, to_pixels
-from tests.helpers.image_sources import encode, ramp
+from tests.helpers.files import encode, ramp
 
 
 def crop(image, seed=0, **options):

@@ -7,8 +7,8 @@ from webdataset import WebDataset
 from sagl.data.webdataset import ShardData, ShardImageSource
 from sagl.errors import UserError
 from tests.data.test_image_data import FakeTrainer
-from tests.helpers.image_sources import grey, read_all, write_members, write_shard, write_shards
-from tests.helpers.tiny import COLOUR, contents
+from tests.helpers.files import contents, grey, read_all, write_members, write_shard, write_shards
+from tests.helpers.networks import COLOUR
 
 
 def data_module(folder, trainer=None, **options):

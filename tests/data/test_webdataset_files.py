@@ -10,7 +10,7 @@ from sagl.data.webdataset import ShardData
 from sagl.data.webdataset_files import shard_files
 from sagl.errors import UserError
 from sagl.utils import download
-from tests.helpers.image_sources import write_members, write_shards
+from tests.helpers.files import write_members, write_shards
 
 
 class Unreliable(BaseHTTPRequestHandler):

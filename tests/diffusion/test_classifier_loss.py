@@ -6,7 +6,7 @@ import torch
 from sagl.diffusion.classifier_loss import classifier_loss
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.toys import Recorder
+from tests.helpers.predictors import Recorder
 
 SCHEDULE = make_schedule(DiffusionSettings(noise_schedule="cosine"))
 X_0 = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 1, 2, 2)

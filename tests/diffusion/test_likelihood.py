@@ -15,9 +15,10 @@ from sagl.diffusion.likelihood import (
 from sagl.diffusion.predictor import Condition, Prediction, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
-from tests.helpers.reference import REFERENCE_LABELS, generator, loss_inputs, network, schedule_of, values
-from tests.helpers.toys import pixels, standard_normal, toy_model, toy_network
+from tests.helpers import formulas
+from tests.helpers.networks import toy_model, toy_network
+from tests.helpers.predictors import pixels, standard_normal
+from tests.helpers.reference_values import REFERENCE_LABELS, generator, loss_inputs, network, schedule_of, values
 
 CLOSE = {"rtol": 1e-4, "atol": 0}
 
@@ -40,7 +41,7 @@ def test_bits_per_dim_are_the_references(name):
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small", "fixed_large"])
 def test_bits_per_dim_are_those_of_a_second_derivation(clip_x0, variance):
     schedule = make_schedule(DiffusionSettings(noise_schedule="cosine"), "ddim10")
-    process = oracle.Process("cosine", schedule.timesteps.tolist())
+    process = formulas.Process("cosine", schedule.timesteps.tolist())
     x_0, noise = pixels(), [standard_normal(seed=step) for step in range(10)]
     predict = make_predictor(toy_network, schedule, variance)
     got = bits_per_dim(predict, x_0, schedule, noise.__getitem__, clip_x0=clip_x0)

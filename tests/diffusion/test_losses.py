@@ -7,9 +7,10 @@ from sagl.diffusion.losses import mask_vlb, training_losses
 from sagl.diffusion.process import add_noise
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
-from tests.helpers.reference import REFERENCE_LABELS, loss_inputs, network, schedule_of, values
-from tests.helpers.toys import pixels, standard_normal, toy_model
+from tests.helpers import formulas
+from tests.helpers.networks import toy_model
+from tests.helpers.predictors import pixels, standard_normal
+from tests.helpers.reference_values import REFERENCE_LABELS, loss_inputs, network, schedule_of, values
 
 TIMESTEPS = torch.tensor([0, 250, 999])
 
@@ -36,7 +37,7 @@ def test_training_losses_are_the_references(name):
 @pytest.mark.parametrize(("noise_schedule", "total"), [("linear", 1000), ("cosine", 400)])
 def test_losses_are_those_of_a_second_derivation(kind, variance, noise_schedule, total):
     schedule = make_schedule(DiffusionSettings(noise_schedule=noise_schedule, num_timesteps=total))
-    process = oracle.Process(noise_schedule, range(total), total)
+    process = formulas.Process(noise_schedule, range(total), total)
     x_0, noise, steps = pixels(), standard_normal(), [0, 1, total - 50]
     got = training_losses(toy_model, x_0, torch.tensor(steps), noise, schedule, kind=kind, variance=variance)
     learned = variance == "learned_range"  # as in ADM, the hybrid has no bound without a variance to learn

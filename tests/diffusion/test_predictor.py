@@ -7,8 +7,9 @@ from sagl.diffusion.predictor import Condition, Prediction, make_predictor, spli
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.shapes import AttentionSite
-from tests.helpers import oracle
-from tests.helpers.toys import NOTHING, Recorder, toy_network
+from tests.helpers import formulas
+from tests.helpers.networks import toy_network
+from tests.helpers.predictors import NO_CONDITION, Recorder
 
 SCHEDULE = make_schedule(DiffusionSettings(), "10,15,20")
 
@@ -20,7 +21,7 @@ def images(dtype=torch.float32):
 def test_the_network_gets_the_timestep_of_the_original_process():
     network = Recorder(toy_network)
     for step in range(45):
-        make_predictor(network, SCHEDULE, "learned_range")(images(), step, NOTHING)
+        make_predictor(network, SCHEDULE, "learned_range")(images(), step, NO_CONDITION)
     assert [args[1].tolist() for args, _ in network.calls] == [[t, t] for t in SCHEDULE.timesteps.tolist()]
 
 
@@ -41,8 +42,8 @@ def test_the_network_gets_labels_and_sites_and_returns_attention():
 @pytest.mark.parametrize("step", [0, 1, 30, 44])
 def test_eps_is_the_first_channels_and_the_variance_is_the_one_named(variance, step):
     x = images(torch.float64)
-    got = make_predictor(toy_network, SCHEDULE, variance)(x, step, NOTHING)
-    process = oracle.Process("linear", SCHEDULE.timesteps.tolist())
+    got = make_predictor(toy_network, SCHEDULE, variance)(x, step, NO_CONDITION)
+    process = formulas.Process("linear", SCHEDULE.timesteps.tolist())
     torch.testing.assert_close(got.eps, torch.tanh(0.7 * x + process.timesteps[step] / 1000))
     want = torch.as_tensor(process.log_variance(step, variance, fraction=torch.sin(3 * x).numpy()))
     torch.testing.assert_close(got.log_variance, want, rtol=0, atol=1e-9)
@@ -59,7 +60,7 @@ def test_arithmetic_outside_a_half_precision_network_has_the_dtype_of_x_t():
     def half(x, timesteps, labels=None, *, attention_sites=()):
         return toy_network(x.bfloat16(), timesteps, labels, attention_sites=attention_sites)
 
-    prediction = make_predictor(half, SCHEDULE, "learned_range")(images(), 5, NOTHING)
+    prediction = make_predictor(half, SCHEDULE, "learned_range")(images(), 5, NO_CONDITION)
     assert prediction.eps.dtype == prediction.log_variance.dtype == torch.float32
 
 

@@ -12,14 +12,14 @@ from sagl.diffusion.process import (
 )
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
+from tests.helpers import formulas
 
 STEPS = [0, 1, 7, 19]
 
 
 def process_of(kind="linear"):
     schedule = make_schedule(DiffusionSettings(noise_schedule=kind), "20")
-    return schedule, oracle.Process(kind, schedule.timesteps.tolist())
+    return schedule, formulas.Process(kind, schedule.timesteps.tolist())
 
 
 def images(count=2, dtype=torch.float64):

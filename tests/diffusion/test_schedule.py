@@ -4,8 +4,8 @@ import torch
 
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
-from tests.helpers.reference import values
+from tests.helpers import formulas
+from tests.helpers.reference_values import values
 
 WHOLE = [key for key in values("schedules") if key.count(".") == 1]
 RESPACED = [key.removesuffix(".betas") for key in values("schedules") if ".respaced." in key and key.endswith(".betas")]
@@ -32,7 +32,7 @@ def test_respaced_betas_and_timesteps_are_the_references(key):
 @pytest.mark.parametrize(("respacing", "total"), [(None, 1000), ("17", 1000), ("ddim20", 1000), ("3,4", 400)])
 def test_tables_are_those_of_a_second_derivation(kind, respacing, total):
     schedule = schedule_of(kind, respacing, total)
-    process = oracle.Process(kind, schedule.timesteps.tolist(), total)
+    process = formulas.Process(kind, schedule.timesteps.tolist(), total)
     for step in range(schedule.num_steps):
         got = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.betas[step], schedule.log_beta(step)]
         want = [process.bar[step], process.bar_prev[step], process.beta[step], np.log(process.beta[step])]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sagl.diffusion.timestep_samplers import LossSecondMomentTimesteps, UniformTimesteps, van_der_corput_timesteps
-from tests.helpers.reference import generator
+from tests.helpers.reference_values import generator
 
 
 def sampler_of(losses_by_timestep, history=4):

@@ -15,7 +15,7 @@ from sagl.evaluation.comparison import (
 )
 from sagl.evaluation.metric_display import best_values, format_value
 from sagl.guidance.registry import GUIDANCES
-from tests.helpers.sampled import result, run
+from tests.helpers.run_folders import result, run
 
 SAG = {"sag.scale": 0.3, "sag.site": "output.5", "sag.interval": [0.5, 1.0], "seed": 0}
 PAPER = {"sag.scale": 0.5, "sag.site": "output.2", "sag.threshold": 1.0, "sag.blur_sigma": 9, "sag.interval": [0, 1]}

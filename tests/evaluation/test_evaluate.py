@@ -16,7 +16,7 @@ from sagl.sampling.exports import write_npz as export_npz
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.files import sha256
-from tests.helpers.evaluation import (
+from tests.helpers.extractors import (
     BATCH_SIZES,
     USER_EXTRACTOR,
     all_features,
@@ -29,8 +29,8 @@ from tests.helpers.evaluation import (
     write_npz,
     write_pair,
 )
-from tests.helpers.sampled import write_run
-from tests.helpers.tiny import write_fashion_mnist
+from tests.helpers.files import write_fashion_mnist
+from tests.helpers.run_folders import write_run
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from sagl.evaluation.report import (
     printable,
     render_html,
 )
-from tests.helpers.sampled import random_png
+from tests.helpers.run_folders import random_png
 
 VOID = {"meta", "col", "img"}
 MARKUP = "</th><script>alert(1)</script> & \"quoted\" 'x' [bold]"

@@ -5,7 +5,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.evaluation.results import RESULTS_FILE, EvaluationResult, read_results, save_result
-from tests.helpers.sampled import json_result
+from tests.helpers.run_folders import json_result
 
 
 def write(folder, *entries):

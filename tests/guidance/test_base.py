@@ -10,8 +10,9 @@ from sagl.guidance.base import Guidance, extrapolate, limit_to_interval, with_gu
 from sagl.samplers.ddim import ddim
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.shapes import AttentionSite
-from tests.helpers.reference import generator
-from tests.helpers.toys import NOTHING, Recorder, forbidden_noise, plain, toy_network
+from tests.helpers.networks import toy_network
+from tests.helpers.predictors import NO_CONDITION, Recorder, forbidden_noise, linear_predictor
+from tests.helpers.reference_values import generator
 
 SCHEDULE = make_schedule(DiffusionSettings(), "10")
 X = torch.randn(2, 3, 8, 8, generator=generator(0))
@@ -38,12 +39,12 @@ def guided_positions(interval, num_steps):
 
 
 def test_without_guidances_the_predictor_is_returned_itself():
-    assert with_guidance(plain, {}) is plain
+    assert with_guidance(linear_predictor, {}) is linear_predictor
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5, 3.0])
 def test_extrapolation_is_eq_17_and_adds_exactly_nothing_at_scale_0(scale):
-    base, weak = plain(X, 3, NOTHING), plain(0.3 * X, 3, NOTHING)
+    base, weak = linear_predictor(X, 3, NO_CONDITION), linear_predictor(0.3 * X, 3, NO_CONDITION)
     term = extrapolate(weak, base, scale)
     torch.testing.assert_close(base.eps + term.eps, weak.eps + (1 + scale) * (base.eps - weak.eps))
     assert term.nfe == 1
@@ -52,9 +53,9 @@ def test_extrapolation_is_eq_17_and_adds_exactly_nothing_at_scale_0(scale):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_guidance_costs_one_evaluation_besides_the_base_prediction(count):
-    predict = Recorder(plain)
+    predict = Recorder(linear_predictor)
     guidances = {str(k): by_scaled_input(0.1 * (k + 1)) for k in range(count)}
-    prediction = with_guidance(predict, guidances)(X, 3, NOTHING)
+    prediction = with_guidance(predict, guidances)(X, 3, NO_CONDITION)
     assert len(predict.calls) == prediction.nfe == 1 + count
 
 
@@ -65,8 +66,14 @@ def test_terms_start_from_the_base_prediction_and_are_summed():
         "c": by_score(2.0),
         "d": by_score(0.5),
     }
-    together, base = with_guidance(plain, guidances)(X, 3, NOTHING), plain(X, 3, NOTHING)
-    alone = {name: with_guidance(plain, {name: guidance})(X, 3, NOTHING) for name, guidance in guidances.items()}
+    together, base = (
+        with_guidance(linear_predictor, guidances)(X, 3, NO_CONDITION),
+        linear_predictor(X, 3, NO_CONDITION),
+    )
+    alone = {
+        name: with_guidance(linear_predictor, {name: guidance})(X, 3, NO_CONDITION)
+        for name, guidance in guidances.items()
+    }
     want = base.eps + sum(prediction.eps - base.eps for prediction in alone.values())
     torch.testing.assert_close(together.eps, want, rtol=0, atol=1e-6)
     torch.testing.assert_close(together.score, 2.5 * X)
@@ -78,7 +85,7 @@ def test_terms_start_from_the_base_prediction_and_are_summed():
 def test_the_order_of_guidances_changes_nothing_beyond_rounding():
     guidances = {"a": by_scaled_input(0.5), "b": by_scaled_input(-1.0, 0.9), "c": by_score(2.0)}
     first, *others = (
-        with_guidance(plain, {name: guidances[name] for name in order})(X, 3, NOTHING)
+        with_guidance(linear_predictor, {name: guidances[name] for name in order})(X, 3, NO_CONDITION)
         for order in permutations(guidances)
     )
     for prediction in others:
@@ -88,10 +95,10 @@ def test_the_order_of_guidances_changes_nothing_beyond_rounding():
 
 
 def test_a_guided_predictor_can_be_guided_again():
-    once = with_guidance(plain, {"a": by_scaled_input(0.5, 1.0)})
-    twice = with_guidance(once, {"b": by_scaled_input(0.0, 1.0)})(X, 3, NOTHING)
+    once = with_guidance(linear_predictor, {"a": by_scaled_input(0.5, 1.0)})
+    twice = with_guidance(once, {"b": by_scaled_input(0.0, 1.0)})(X, 3, NO_CONDITION)
     assert twice.nfe == 4
-    torch.testing.assert_close(twice.eps, 2 * once(X, 3, NOTHING).eps - once(0 * X, 3, NOTHING).eps)
+    torch.testing.assert_close(twice.eps, 2 * once(X, 3, NO_CONDITION).eps - once(0 * X, 3, NO_CONDITION).eps)
 
 
 def test_only_the_base_prediction_returns_attention():
@@ -138,14 +145,14 @@ def test_two_adjacent_intervals_guide_every_position_once(cut, num_steps):
 
 
 def test_outside_the_interval_the_prediction_is_the_base_prediction_at_its_cost():
-    predict = Recorder(plain)
+    predict = Recorder(linear_predictor)
     guided = with_guidance(predict, {"a": limit_to_interval(by_scaled_input(0.5), (0.2, 0.5), 10)})
     costs = []
-    for step, _, prediction in ddim(guided, X, NOTHING, SCHEDULE, forbidden_noise):
+    for step, _, prediction in ddim(guided, X, NO_CONDITION, SCHEDULE, forbidden_noise):
         costs.append(prediction.nfe)
         assert list(prediction.terms) == (["a"] if prediction.nfe == 2 else [])
         x_t = predict.calls[-len(prediction.terms) - 1][0][0]
-        assert torch.equal(prediction.eps, plain(x_t, step, NOTHING).eps) == (prediction.nfe == 1)
+        assert torch.equal(prediction.eps, linear_predictor(x_t, step, NO_CONDITION).eps) == (prediction.nfe == 1)
     assert costs == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
     assert len(predict.calls) == 13
 

@@ -10,7 +10,7 @@ from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import BlurAwareSettings
 from sagl.shapes import AttentionSite
-from tests.helpers.tiny import calm_unet, count_calls
+from tests.helpers.networks import count_calls, stable_unet
 
 SCHEDULE = make_schedule(DiffusionSettings())
 TIMESTEPS = torch.tensor([30, 200, 600, 900])
@@ -37,7 +37,7 @@ def settings(**changes):
 def batch(s, degrade_mask, network=None):
     return degrade_batch(
         s,
-        network or calm_unet(),
+        network or stable_unet(),
         images(0),
         images(1),
         SCHEDULE.alpha_bar(TIMESTEPS),
@@ -49,7 +49,7 @@ def batch(s, degrade_mask, network=None):
 
 
 def test_degraded_inputs_are_those_of_guidance_at_the_true_image():
-    network, x_0, noise, alpha_bar = calm_unet(), images(0), images(1), SCHEDULE.alpha_bar(TIMESTEPS)
+    network, x_0, noise, alpha_bar = stable_unet(), images(0), images(1), SCHEDULE.alpha_bar(TIMESTEPS)
     x0_input, target = batch(settings(), [True] * 4, network)
     site, x_t = AttentionSite(SITE), add_noise(x_0, noise, alpha_bar)
     attention_received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
@@ -77,7 +77,7 @@ def test_the_clean_target_leads_back_to_the_image_before_the_blur():
 
 
 def test_an_attention_mask_costs_one_evaluation_without_gradient_and_other_masks_none():
-    network = calm_unet().requires_grad_(True)
+    network = stable_unet().requires_grad_(True)
     x = images(0)
     for kind, num_calls in (("attention", 1), ("random", 0), ("square", 0), ("global", 0)):
         calls = count_calls(network)
@@ -88,7 +88,7 @@ def test_an_attention_mask_costs_one_evaluation_without_gradient_and_other_masks
 
 @pytest.mark.parametrize("mask", ["random", "square", "attention"])
 def test_the_degradation_of_an_image_does_not_depend_on_the_rest_of_the_batch(mask):
-    s, x, noise, network = settings(mask=mask, blur_sigma=(0.5, 2.0)), images(0), images(1), calm_unet()
+    s, x, noise, network = settings(mask=mask, blur_sigma=(0.5, 2.0)), images(0), images(1), stable_unet()
     alpha_bar, all_samples = SCHEDULE.alpha_bar(TIMESTEPS), torch.ones(4, dtype=torch.bool)
 
     def degraded(rows):
@@ -104,7 +104,7 @@ def test_random_masks_cover_their_area_and_depend_on_the_generators_alone(kind):
 
     def masks(seed):
         return degradation_mask(
-            settings(mask=kind, area_fraction=0.4), calm_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200)
+            settings(mask=kind, area_fraction=0.4), stable_unet(), x, TIMESTEPS, LABELS, rngs(seed, 200)
         )
 
     assert float(masks(0).float().mean()) == pytest.approx(0.4, abs=0.02)
@@ -115,7 +115,7 @@ def test_random_masks_cover_their_area_and_depend_on_the_generators_alone(kind):
 
 def test_a_square_is_one_rectangle():
     mask = degradation_mask(
-        settings(mask="square", area_fraction=0.25), calm_unet(), images(0), TIMESTEPS, LABELS, rngs()
+        settings(mask="square", area_fraction=0.25), stable_unet(), images(0), TIMESTEPS, LABELS, rngs()
     )
     for square in mask[:, 0]:
         rows, columns = square.any(dim=1), square.any(dim=0)

@@ -9,8 +9,8 @@ from sagl.guidance.base import with_guidance
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.reference import small_classifier
-from tests.helpers.toys import NOTHING, Recorder, guidances_of, plain, toy_network
+from tests.helpers.networks import small_classifier, toy_network
+from tests.helpers.predictors import NO_CONDITION, Recorder, guidances_of, linear_predictor
 
 SCHEDULE = make_schedule(DiffusionSettings(), "ddim4")
 LABELS = torch.tensor([1, 4])
@@ -26,7 +26,7 @@ def linear_classifier(x, timesteps):
     return x.flatten(1).sum(dim=1, keepdim=True) * torch.arange(5.0) / 100
 
 
-def guided_by(classifier, scale, predict=plain):
+def guided_by(classifier, scale, predict=linear_predictor):
     settings = {"scale": scale, "checkpoint": "classifier"}
     return with_guidance(predict, guidances_of(SCHEDULE, classifier=settings, classifier_network=classifier))
 
@@ -73,22 +73,22 @@ def test_the_classifier_gets_the_noisy_image_at_the_original_timestep():
 
 
 def test_eps_is_the_base_predictions_and_the_unet_is_not_evaluated_again():
-    predict, x = Recorder(plain), images()
+    predict, x = Recorder(linear_predictor), images()
     prediction = guided_by(linear_classifier, 2.0, predict)(x, 2, Condition(labels=LABELS))
-    assert torch.equal(prediction.eps, plain(x, 2, NOTHING).eps)
+    assert torch.equal(prediction.eps, linear_predictor(x, 2, NO_CONDITION).eps)
     assert len(predict.calls) == prediction.nfe == 1
 
 
 def test_scale_0_neither_calls_the_classifier_nor_needs_labels():
     classifier = Recorder(linear_classifier)
-    prediction = guided_by(classifier, 0.0)(images(), 2, NOTHING)
+    prediction = guided_by(classifier, 0.0)(images(), 2, NO_CONDITION)
     assert classifier.calls == []
     assert prediction.score == 0
 
 
 def test_labels_must_be_given():
     with pytest.raises(UserError, match="`labels`"):
-        guided_by(linear_classifier, 1.0)(images(), 2, NOTHING)
+        guided_by(linear_classifier, 1.0)(images(), 2, NO_CONDITION)
 
 
 def test_a_classifier_must_be_given():

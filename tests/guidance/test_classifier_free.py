@@ -6,7 +6,8 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.toys import NOTHING, Recorder, guidances_of, toy_network
+from tests.helpers.networks import toy_network
+from tests.helpers.predictors import NO_CONDITION, Recorder, guidances_of
 
 SCHEDULE = make_schedule(DiffusionSettings(), "ddim5")
 LABELS = torch.tensor([1, 4])
@@ -50,7 +51,7 @@ def test_the_second_evaluation_has_the_same_image_and_timestep_and_neither_label
 
 
 def test_scale_0_changes_nothing_costs_nothing_and_needs_no_labels():
-    for condition in (LABELLED, NOTHING):
+    for condition in (LABELLED, NO_CONDITION):
         network = Recorder(toy_network)
         prediction = predict(condition, network, cfg={"scale": 0.0})
         assert torch.equal(prediction.eps, predict(condition).eps)
@@ -59,7 +60,7 @@ def test_scale_0_changes_nothing_costs_nothing_and_needs_no_labels():
 
 def test_labels_must_be_given():
     with pytest.raises(UserError, match="`labels`"):
-        predict(NOTHING, cfg={"scale": 0.5})
+        predict(NO_CONDITION, cfg={"scale": 0.5})
 
 
 def test_sag_and_classifier_free_guidance_together_are_the_sum_of_both_at_three_evaluations():

@@ -17,11 +17,10 @@ from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import effective_kernel_size
-from tests.helpers import oracle
-from tests.helpers.reference import generator, relative_error, small_unet
-from tests.helpers.tiny import calm_unet
-from tests.helpers.toys import NOTHING, Recorder, guidances_of, toy_network
-from tests.helpers.transformer import transformer
+from tests.helpers import formulas
+from tests.helpers.networks import small_unet, stable_unet, toy_network, transformer
+from tests.helpers.predictors import NO_CONDITION, Recorder, guidances_of
+from tests.helpers.reference_values import generator, relative_error
 
 SCHEDULE = make_schedule(DiffusionSettings(), "6")
 SAG = {"scale": 0.5, "site": "output.1", "blur_sigma": 1.0}
@@ -38,7 +37,7 @@ def sag_predictor(network, schedule=SCHEDULE, **settings):
     return with_guidance(make_predictor(network, schedule, "learned_range"), guidances)
 
 
-def sampled(predict, sample, condition=NOTHING):
+def sampled(predict, sample, condition=NO_CONDITION):
     noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
     with torch.inference_mode():
         return list(sample(predict, initial_noise(0, range(2), SHAPE), condition, SCHEDULE, noise))
@@ -133,18 +132,18 @@ def test_a_guided_step_is_algorithm_1_with_whole_attention_maps(network, setting
     schedule = make_schedule(DiffusionSettings(noise_schedule="cosine"), "ddim8")
     s = {"threshold": 1.0, "kernel_size": 31, "clip_x0": True, "heads": "layer", **SAG, **settings}
     with torch.no_grad():
-        got = sag_predictor(net, schedule, **settings)(x, step, NOTHING)
+        got = sag_predictor(net, schedule, **settings)(x, step, NO_CONDITION)
     timesteps = schedule.timesteps[step].expand(2)
 
     def eps_and_maps(x_t):
-        out, maps = oracle.adm(net, x_t, timesteps)
+        out, maps = formulas.adm(net, x_t, timesteps)
         return out[:, :3], maps[s["site"], s["heads"]]
 
     with torch.no_grad():
-        eps, mask = oracle.sag_eps(
+        eps, mask = formulas.sag_eps(
             eps_and_maps,
             x.double(),
-            oracle.Process("cosine", schedule.timesteps.tolist()).bar[step],
+            formulas.Process("cosine", schedule.timesteps.tolist()).bar[step],
             clip=s["clip_x0"],
             **{name: s[name] for name in ("scale", "threshold", "blur_sigma", "kernel_size")},
         )
@@ -162,11 +161,11 @@ def test_a_patch_transformer_is_guided_by_algorithm_1_too(sample, scale):
     network, condition = Recorder(net), Condition(labels=torch.tensor([0, 3]))
     steps = sampled(sag_predictor(network, scale=scale, site="block.1"), sample, condition)
     assert len(network.calls) == 12
-    x, bars = initial_noise(0, range(2), SHAPE), oracle.Process("linear", SCHEDULE.timesteps.tolist()).bar
+    x, bars = initial_noise(0, range(2), SHAPE), formulas.Process("linear", SCHEDULE.timesteps.tolist()).bar
     options = {"scale": scale, "threshold": 1.0, "blur_sigma": 1.0, "kernel_size": 31, "clip": True}
     for step, x_next, prediction in steps:
         timesteps = SCHEDULE.timesteps[step].expand(2)
-        want, mask = oracle.sag_eps(
+        want, mask = formulas.sag_eps(
             lambda x_t, t=timesteps: whole_maps(net, x_t, t, condition.labels), x, bars[step], **options
         )
         assert torch.equal(prediction.terms["sag"].extras["mask"].double(), mask)
@@ -209,7 +208,7 @@ def test_outside_the_interval_nothing_changes_and_no_attention_is_requested(unet
 
 
 def test_the_second_evaluation_adds_three_images_and_the_tokens_to_the_memory():
-    network, x_t = calm_unet(learn_sigma=True), images(4, *SHAPE)
+    network, x_t = stable_unet(learn_sigma=True), images(4, *SHAPE)
     condition = Condition(labels=torch.zeros(4, dtype=torch.long))
 
     def peak(scale):
@@ -224,7 +223,7 @@ def test_the_second_evaluation_adds_three_images_and_the_tokens_to_the_memory():
 
 @pytest.mark.parametrize(("embedding", "flags"), [(True, [None, [True, True]]), (False, [None, None])])
 def test_a_network_with_an_embedding_for_degraded_images_gets_the_flag(embedding, flags):
-    network = calm_unet(degraded_embedding=embedding)
+    network = stable_unet(degraded_embedding=embedding)
     got = []
     network.register_forward_pre_hook(lambda _, args, kwargs: got.append(kwargs.get("degraded")), with_kwargs=True)
     with torch.inference_mode():
@@ -236,21 +235,21 @@ def test_a_network_with_an_embedding_for_degraded_images_gets_the_flag(embedding
 
 
 def test_images_may_have_any_shape():
-    prediction = sag_predictor(toy_network, site="anywhere")(images(2, 3, 16, 24), 3, NOTHING)
+    prediction = sag_predictor(toy_network, site="anywhere")(images(2, 3, 16, 24), 3, NO_CONDITION)
     assert prediction.terms["sag"].extras["mask"].shape == (2, 1, 16, 24)
     assert torch.isfinite(prediction.eps).all()
 
 
 def test_images_smaller_than_the_papers_kernel_are_blurred_by_the_largest_that_fits():
     x = images(2, 3, 8, 8)
-    default, given = (sag_predictor(toy_network, kernel_size=size)(x, 3, NOTHING).eps for size in (None, 15))
+    default, given = (sag_predictor(toy_network, kernel_size=size)(x, 3, NO_CONDITION).eps for size in (None, 15))
     assert torch.equal(default, given)
     with pytest.raises(UserError, match=r"`sag\.kernel_size`.*15.*17"):
-        sag_predictor(toy_network, kernel_size=17)(x, 3, NOTHING)
+        sag_predictor(toy_network, kernel_size=17)(x, 3, NO_CONDITION)
 
 
 def test_a_sample_is_guided_by_its_own_attention_alone(unet):
     predict, x = sag_predictor(unet), images()
     with torch.no_grad():
-        together, alone = predict(x, 4, NOTHING), predict(x[1:], 4, NOTHING)
+        together, alone = predict(x, 4, NO_CONDITION), predict(x[1:], 4, NO_CONDITION)
     torch.testing.assert_close(together.eps[1:], alone.eps, rtol=0, atol=1e-5)

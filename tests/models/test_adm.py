@@ -7,18 +7,9 @@ from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet, timestep_embedding
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.shapes import AttentionSite
-from tests.helpers import oracle
-from tests.helpers.reference import (
-    KEY_LISTS,
-    classifier,
-    generator,
-    network,
-    relative_error,
-    small_classifier,
-    small_unet,
-    values,
-)
-from tests.helpers.tiny import grey_unet
+from tests.helpers import formulas
+from tests.helpers.networks import grey_unet, small_classifier, small_unet
+from tests.helpers.reference_values import KEY_LISTS, classifier, generator, network, relative_error, values
 
 TIMESTEPS = torch.tensor([0, 371, 999])
 LABELS = {"adm_a": None, "adm_a8": None, "adm_b": torch.tensor([0, 7, 999])}
@@ -125,7 +116,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivatio
     sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "sag_release")]
     with torch.no_grad():
         output = net(x, timesteps, labels, attention_sites=sites)
-        expected, maps = oracle.adm(net, x, timesteps, labels)
+        expected, maps = formulas.adm(net, x, timesteps, labels)
     assert output.out.shape[1] == s.in_channels * (1 + s.learn_sigma)
     assert relative_error(output.out, expected) < 1e-5
     assert set(output.attention) == set(maps) == set(sites)
@@ -303,7 +294,7 @@ def test_attention_pooling_returns_the_mean_tokens_output():
     tokens = torch.cat([h.mean(dim=(2, 3))[:, :, None], h.flatten(2)], dim=2) + pool.positional_embedding
     with torch.no_grad():
         qkv = torch.nn.functional.conv1d(tokens, pool.qkv_proj.weight, pool.qkv_proj.bias)
-        first = oracle.attend(qkv, 2, "new")[0][:, :, :1]
+        first = formulas.attend(qkv, 2, "new")[0][:, :, :1]
         expected = torch.nn.functional.conv1d(first, pool.c_proj.weight, pool.c_proj.bias)[:, :, 0]
         torch.testing.assert_close(pool(h), expected, rtol=1e-4, atol=1e-5)
 

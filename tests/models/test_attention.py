@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 
 from sagl.models import attention as module
 from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
-from tests.helpers import oracle
+from tests.helpers import formulas
 
 
 def heads(tokens=300, batch=2, num_heads=3, channels=5, seed=0):
@@ -23,7 +23,7 @@ def explicit_map(query, key):
 def test_channels_are_split_into_heads_in_the_legacy_or_the_new_order(split, order, num_heads):
     qkv = torch.randn(2, 36, 7, generator=torch.Generator().manual_seed(0))
     actual = split(qkv.mT, num_heads)
-    expected = oracle.split_heads(qkv, num_heads, order)
+    expected = formulas.split_heads(qkv, num_heads, order)
     for i in range(3):
         torch.testing.assert_close(actual[i].mT, torch.stack([head[i] for head in expected], dim=1), rtol=0, atol=0)
 

@@ -20,7 +20,7 @@ from sagl.settings.network import ClassifierSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.files import cache_folder
 from sagl.utils.images import to_float
-from tests.helpers.tiny import exit_code
+from tests.helpers.commands import exit_code
 
 CONFIG = Path(__file__).parents[2] / "configs" / f"{DEFAULT_CLASSIFIER}.yaml"
 

@@ -18,12 +18,12 @@ from sagl.models.checkpoints import (
     write_checkpoint,
 )
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.tiny import (
+from tests.helpers.networks import (
+    grey_checkpoint,
     grey_classifier,
     grey_unet,
-    network_file,
-    write_tiny,
-    write_tiny_classifier,
+    write_grey_classifier,
+    write_grey_unet,
     write_training_checkpoint,
 )
 
@@ -78,7 +78,7 @@ def plain(tmp_path):
 )
 def test_float32_weights_and_settings_come_back_unchanged(settings, tmp_path):
     recommended = {"sampler": "ddim", "sag": {"scale": 0.3, "interval": [0.25, 1]}}
-    written = network_file(recommended=recommended, diffusion=COSINE, **settings)
+    written = grey_checkpoint(recommended=recommended, diffusion=COSINE, **settings)
     write_checkpoint(written, tmp_path / "a.safetensors")
     read = read_checkpoint(tmp_path / "a.safetensors")
     assert (read.model_settings, read.diffusion, read.recommended) == (written.model_settings, COSINE, recommended)
@@ -87,7 +87,7 @@ def test_float32_weights_and_settings_come_back_unchanged(settings, tmp_path):
 
 
 def test_float16_weights_come_back_close_and_are_used_in_float32(tmp_path):
-    write_checkpoint(in_dtype(network_file(), torch.float16), tmp_path / "a.safetensors")
+    write_checkpoint(in_dtype(grey_checkpoint(), torch.float16), tmp_path / "a.safetensors")
     read, network = read_checkpoint(tmp_path / "a.safetensors"), grey_unet()
     assert {tensor.dtype for tensor in read.state_dict.values()} == {torch.float16}
     built = build_network(read)
@@ -97,24 +97,24 @@ def test_float16_weights_come_back_close_and_are_used_in_float32(tmp_path):
 
 
 def test_a_built_network_computes_the_same_and_is_ready_for_use(tmp_path):
-    network, built = grey_unet(), build_network(read_checkpoint(write_tiny(tmp_path / "a.safetensors")))
+    network, built = grey_unet(), build_network(read_checkpoint(write_grey_unet(tmp_path / "a.safetensors")))
     torch.testing.assert_close(built(*INPUTS, LABELS).out, network(*INPUTS, LABELS).out, rtol=1e-5, atol=1e-6)
     assert not built.training
     assert not any(parameter.requires_grad for parameter in built.parameters())
 
 
 def test_a_classifier_comes_back_unchanged_and_is_not_a_diffusion_model(tmp_path):
-    read = read_checkpoint(write_tiny_classifier(tmp_path / "c.safetensors"))
+    read = read_checkpoint(write_grey_classifier(tmp_path / "c.safetensors"))
     assert torch.equal(build_classifier(read)(*INPUTS), grey_classifier()(*INPUTS))
     with pytest.raises(UserError, match=r"`checkpoint` .*classifier"):
         build_network(read)
     with pytest.raises(UserError, match=r"`classifier\.checkpoint` .*diffusion model"):
-        build_classifier(read_checkpoint(write_tiny(tmp_path / "a.safetensors")))
+        build_classifier(read_checkpoint(write_grey_unet(tmp_path / "a.safetensors")))
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), SafetensorError("no space left (os error 28)")])
 def test_a_file_is_written_completely_or_not_at_all(error, tmp_path, monkeypatch):
-    target = write_tiny(tmp_path / "a.safetensors")
+    target = write_grey_unet(tmp_path / "a.safetensors")
     before = target.read_bytes()
 
     def full_disk(state_dict, path, metadata):
@@ -123,7 +123,7 @@ def test_a_file_is_written_completely_or_not_at_all(error, tmp_path, monkeypatch
 
     monkeypatch.setattr("sagl.models.checkpoints.save_file", full_disk)
     with pytest.raises(UserError, match=r"`target` .*a\.safetensors.*no space"):
-        write_checkpoint(network_file(), target)
+        write_checkpoint(grey_checkpoint(), target)
     assert (target.read_bytes(), list(tmp_path.iterdir())) == (before, [target])
 
 
@@ -142,13 +142,13 @@ def test_a_file_is_written_completely_or_not_at_all(error, tmp_path, monkeypatch
 )
 def test_names_and_shapes_that_do_not_match_are_counted_and_listed_up_to_five(tensors, parts):
     with pytest.raises(UserError) as error:
-        build_network(changed(network_file(), tensors))
+        build_network(changed(grey_checkpoint(), tensors))
     assert [part for part in ("`checkpoint`", *parts) if part not in str(error.value)] == []
     assert str(error.value).count("; ") == min(5, len(tensors)) - 1
 
 
 def test_settings_that_contradict_those_of_the_file_are_refused(tmp_path):
-    path, settings = write_tiny(tmp_path / "a.safetensors"), grey_unet().settings
+    path, settings = write_grey_unet(tmp_path / "a.safetensors"), grey_unet().settings
     assert read_checkpoint(path, settings=replace(settings, dropout=0.3)).model_settings == settings
     with pytest.raises(UserError, match="num_heads 4, not 2"):
         read_checkpoint(path, settings=replace(settings, num_heads=2))
@@ -181,7 +181,7 @@ def test_weights_that_a_file_does_not_have_are_refused_with_those_it_has(trainin
     with pytest.raises(UserError, match=r"`weights` .*'raw'"):
         read_checkpoint(training, "raw")
     with pytest.raises(UserError, match=r"`weights` .*'raw'"):
-        read_checkpoint(write_tiny(tmp_path / "a.safetensors"), "raw")
+        read_checkpoint(write_grey_unet(tmp_path / "a.safetensors"), "raw")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_file_without_settings_is_refused_unless_they_are_given(metadata, plai
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a network at all" * 20, None])
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
 def test_a_damaged_file_is_refused(name, content, tmp_path):
-    write = write_tiny if name == "a.safetensors" else write_training_checkpoint
+    write = write_grey_unet if name == "a.safetensors" else write_training_checkpoint
     complete = write(tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(complete[:-1000] if content is None else content)
     with pytest.raises(UserError, match=r"`checkpoint` .*damaged"):
@@ -291,7 +291,7 @@ def test_a_state_dict_is_memory_mapped_and_only_3x3_kernels_are_copied(plain):
     ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)]
 )
 def test_weights_have_the_requested_precision_and_outputs_are_float32(precision, dtype):
-    cast = cast_weights(build_network(network_file()), precision, torch.device("cpu"))
+    cast = cast_weights(build_network(grey_checkpoint()), precision, torch.device("cpu"))
     dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
     first = {"input_blocks.0.0.weight", "input_blocks.0.0.bias"}
     assert {dtypes[name] for name in first} == {torch.float32}
@@ -300,7 +300,7 @@ def test_weights_have_the_requested_precision_and_outputs_are_float32(precision,
 
 
 def test_half_precision_does_not_round_away_the_noise_of_the_last_steps():
-    network = cast_weights(build_network(network_file()), "bf16-true", torch.device("cpu"))
+    network = cast_weights(build_network(grey_checkpoint()), "bf16-true", torch.device("cpu"))
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs = [network(x_t, torch.tensor([3]), torch.tensor([0])).out for x_t in (x, x.bfloat16().float())]
     assert not torch.equal(*outputs)

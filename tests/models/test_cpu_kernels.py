@@ -19,7 +19,8 @@ from sagl.models.cpu_kernels import (
     winograd_convolution,
 )
 from sagl.settings.network import UNetSettings
-from tests.helpers.reference import draw_weights, relative_error, small_unet
+from tests.helpers.networks import draw_weights, small_unet
+from tests.helpers.reference_values import relative_error
 
 SHAPES = [(3, 512), (3, 64, 6), (3, 64, 5, 4)]
 

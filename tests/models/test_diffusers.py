@@ -25,7 +25,8 @@ from sagl.models.diffusers import (
 )
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
-from tests.helpers.reference import KEY_LISTS, draw_weights, relative_error, small_classifier
+from tests.helpers.networks import draw_weights, small_classifier
+from tests.helpers.reference_values import KEY_LISTS, relative_error
 from tests.models.test_adm import RELEASED
 
 EXACT = 1e-13

@@ -11,7 +11,7 @@ from sagl.errors import UserError
 from sagl.models.adm import UNet
 from sagl.models.hub import HubUNet
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.tiny import grey_unet, network_file
+from tests.helpers.networks import grey_checkpoint, grey_unet
 
 COSINE = DiffusionSettings(noise_schedule="cosine")
 
@@ -19,7 +19,7 @@ COSINE = DiffusionSettings(noise_schedule="cosine")
 @pytest.fixture
 def saved(tmp_path):
     """A tiny network in the files of the Hub."""
-    checkpoint = network_file(recommended={"respacing": "5"}, diffusion=COSINE)
+    checkpoint = grey_checkpoint(recommended={"respacing": "5"}, diffusion=COSINE)
     HubUNet.from_checkpoint(checkpoint).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -67,7 +67,7 @@ def test_a_repository_with_only_a_pickle_is_loaded_strictly(complete, monkeypatc
 
 
 def test_weights_that_do_not_match_are_refused():
-    checkpoint = network_file()
+    checkpoint = grey_checkpoint()
     settings = replace(checkpoint.model_settings, num_classes=7)
     with pytest.raises(UserError, match="parameters differ"):
         HubUNet.from_checkpoint(replace(checkpoint, model_settings=settings))
@@ -87,7 +87,7 @@ def test_a_push_uploads_weights_settings_and_card(monkeypatch):
         sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, to=repo_id)
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    HubUNet.from_checkpoint(network_file()).push_to_hub("owner/name")
+    HubUNet.from_checkpoint(grey_checkpoint()).push_to_hub("owner/name")
     assert sent["to"] == "owner/name"
     assert {"model.safetensors", "config.json", "README.md"} < sent.keys()
     assert b'from_pretrained("owner/name")' in sent["README.md"]

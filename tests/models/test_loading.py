@@ -12,7 +12,7 @@ from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, PretrainedEntry
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.utils.files import sha256
-from tests.helpers.tiny import grey_unet, network_file, write_tiny, write_training_checkpoint
+from tests.helpers.networks import grey_checkpoint, grey_unet, write_grey_unet, write_training_checkpoint
 
 COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
 
@@ -54,9 +54,9 @@ def same(file, other):
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_a_file_is_read_with_the_settings_inside_it(kind, tmp_path):
-    path = write_tiny(tmp_path / "a.safetensors", diffusion=COSINE, recommended={"respacing": "5"})
+    path = write_grey_unet(tmp_path / "a.safetensors", diffusion=COSINE, recommended={"respacing": "5"})
     file = load(kind(path))
-    assert same(file, network_file(diffusion=COSINE))
+    assert same(file, grey_checkpoint(diffusion=COSINE))
     assert file.recommended == {"respacing": "5"}
 
 
@@ -77,7 +77,7 @@ def test_the_bundled_network_is_loaded_by_name():
 @pytest.mark.parametrize("place", ["cache", "elsewhere"])
 def test_a_released_network_is_loaded_by_name_or_by_its_file(place, entry, cached, tmp_path):
     file = load("tiny" if place == "cache" else write_state(tmp_path / "copy" / entry.file))
-    assert same(file, network_file(diffusion=COSINE))
+    assert same(file, grey_checkpoint(diffusion=COSINE))
     build_network(file)
 
 

@@ -3,7 +3,7 @@ import torch
 from sagl.models.adm import UNet
 from sagl.models.memory import MemoryTracker, estimate_memory
 from sagl.settings.network import UNetSettings
-from tests.helpers.tiny import COLOUR
+from tests.helpers.networks import COLOUR
 
 KB = 1024
 

@@ -3,7 +3,7 @@ import torch
 
 from sagl.errors import UserError
 from sagl.models.transfer import LABELS, freeze, load_pretrained_weights
-from tests.helpers.tiny import grey_classifier, grey_unet
+from tests.helpers.networks import grey_classifier, grey_unet
 
 
 def output(network, labels):

@@ -23,8 +23,8 @@ from sagl.models.zoo import (
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from tests.helpers.reference import KEY_LISTS
-from tests.helpers.tiny import write_tiny
+from tests.helpers.networks import write_grey_unet
+from tests.helpers.reference_values import KEY_LISTS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
@@ -76,7 +76,7 @@ def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
         for flags in asked
     ]
     assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
-    other = write_tiny(tmp_path / "other.safetensors")
+    other = write_grey_unet(tmp_path / "other.safetensors")
     assert (
         parse_sample_config(["--checkpoint", str(other), "--classifier.scale", "1"]).guidances["classifier"].checkpoint
         is None

@@ -10,10 +10,18 @@ from sagl.modules.classifier_module import ClassifierModule
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings
 from sagl.settings.training import ClassifierTrainingSettings, OptimizerSettings
-from tests.helpers.modules import IMAGES, LABELS, loss_of_step, record_steps, with_stub_trainer
-from tests.helpers.tiny import GREY_CLASSIFIER, QUIET, trainer
+from tests.helpers.networks import GREY_CLASSIFIER
+from tests.helpers.training import (
+    IGNORED_WARNINGS,
+    IMAGES,
+    LABELS,
+    loss_of_step,
+    record_steps,
+    trainer,
+    with_stub_trainer,
+)
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 
 def build(*, num_classes=3, **options):

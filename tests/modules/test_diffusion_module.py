@@ -10,10 +10,19 @@ from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import BlurAwareSettings, DiffusionTrainingSettings, OptimizerSettings
-from tests.helpers.modules import IMAGES, LABELS, loss_of_step, record_steps, validate, with_stub_trainer
-from tests.helpers.tiny import GREY, QUIET, count_calls, trainer
+from tests.helpers.networks import GREY, count_calls
+from tests.helpers.training import (
+    IGNORED_WARNINGS,
+    IMAGES,
+    LABELS,
+    loss_of_step,
+    record_steps,
+    trainer,
+    validate,
+    with_stub_trainer,
+)
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 NULL = GREY["num_classes"]
 

@@ -12,10 +12,19 @@ from sagl.modules.training_module import seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.training import ClassifierTrainingSettings, DiffusionTrainingSettings, OptimizerSettings
-from tests.helpers.modules import IMAGES, LABELS, loss_of_step, record_steps, validate, with_stub_trainer
-from tests.helpers.tiny import GREY, GREY_CLASSIFIER, QUIET, trainer
+from tests.helpers.networks import GREY, GREY_CLASSIFIER
+from tests.helpers.training import (
+    IGNORED_WARNINGS,
+    IMAGES,
+    LABELS,
+    loss_of_step,
+    record_steps,
+    trainer,
+    validate,
+    with_stub_trainer,
+)
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 
 def diffusion(**options):

@@ -11,9 +11,10 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddim import ddim, ddim_step
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
-from tests.helpers.reference import generator, trajectory_error, trajectory_names
-from tests.helpers.toys import NOTHING, forbidden_noise, toy_network
+from tests.helpers import formulas
+from tests.helpers.networks import toy_network
+from tests.helpers.predictors import NO_CONDITION, forbidden_noise
+from tests.helpers.reference_values import generator, trajectory_error, trajectory_names
 
 
 def draws(steps):
@@ -34,7 +35,7 @@ def test_trajectory_is_the_references_at_every_step(name):
 @pytest.mark.parametrize("has_score", [False, True])
 def test_every_step_is_that_of_a_second_derivation(respacing, kind, eta, clip_x0, has_score):
     schedule = make_schedule(DiffusionSettings(noise_schedule=kind), respacing)
-    process = oracle.Process(kind, schedule.timesteps.tolist())
+    process = formulas.Process(kind, schedule.timesteps.tolist())
     x, noise = draws(schedule.num_steps)
     labels = torch.tensor([1, 3])
     base = make_predictor(toy_network, schedule, "learned_range")
@@ -55,8 +56,8 @@ def test_every_step_is_that_of_a_second_derivation(respacing, kind, eta, clip_x0
 def test_eta_1_is_ancestral_sampling_with_the_posteriors_variance(clip_x0):
     schedule, (x, noise) = make_schedule(DiffusionSettings(), "8"), draws(8)
     predict = make_predictor(toy_network, schedule, "fixed_small")
-    ancestral = ddpm(predict, x, NOTHING, schedule, noise.__getitem__, clip_x0=clip_x0)
-    implicit = ddim(predict, x, NOTHING, schedule, noise.__getitem__, clip_x0=clip_x0, eta=1.0)
+    ancestral = ddpm(predict, x, NO_CONDITION, schedule, noise.__getitem__, clip_x0=clip_x0)
+    implicit = ddim(predict, x, NO_CONDITION, schedule, noise.__getitem__, clip_x0=clip_x0, eta=1.0)
     for (_, want, _), (_, got, _) in zip(ancestral, implicit, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -68,7 +69,7 @@ def test_the_true_noise_leads_back_to_the_image():
         return Prediction(eps=noise[0], log_variance=torch.tensor(0.0))
 
     x_T = add_noise(x_0, noise[0], schedule.alpha_bar(9))
-    *_, (_, last, _) = ddim(predict, x_T, NOTHING, schedule, forbidden_noise, clip_x0=False)
+    *_, (_, last, _) = ddim(predict, x_T, NO_CONDITION, schedule, forbidden_noise, clip_x0=False)
     torch.testing.assert_close(last, x_0, rtol=0, atol=1e-9)
 
 

@@ -9,9 +9,10 @@ from sagl.diffusion.predictor import Condition, Prediction, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddpm import ddpm, ddpm_step
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers import oracle
-from tests.helpers.reference import generator, trajectory_error, trajectory_names
-from tests.helpers.toys import NOTHING, forbidden_noise, plain, toy_network
+from tests.helpers import formulas
+from tests.helpers.networks import toy_network
+from tests.helpers.predictors import NO_CONDITION, forbidden_noise, linear_predictor
+from tests.helpers.reference_values import generator, trajectory_error, trajectory_names
 
 SCHEDULE = make_schedule(DiffusionSettings(), "5")
 
@@ -34,7 +35,7 @@ def test_trajectory_is_the_references_at_every_step(name):
 @pytest.mark.parametrize("has_score", [False, True])
 def test_every_step_is_that_of_a_second_derivation(respacing, kind, variance, clip_x0, has_score):
     schedule = make_schedule(DiffusionSettings(noise_schedule=kind), respacing)
-    process = oracle.Process(kind, schedule.timesteps.tolist())
+    process = formulas.Process(kind, schedule.timesteps.tolist())
     x, noise = draws(schedule.num_steps)
     labels = torch.tensor([1, 3])
     base = make_predictor(toy_network, schedule, variance)
@@ -54,15 +55,17 @@ def test_every_step_is_that_of_a_second_derivation(respacing, kind, variance, cl
 
 def test_the_cleanest_step_gives_x0_hat():
     x, _ = draws(1)
-    got = ddpm_step(x, plain(x, 0, NOTHING), SCHEDULE, 0, forbidden_noise, clip_x0=False)
+    got = ddpm_step(x, linear_predictor(x, 0, NO_CONDITION), SCHEDULE, 0, forbidden_noise, clip_x0=False)
     bar = float(SCHEDULE.alpha_bar(0))
-    torch.testing.assert_close(got, (x - math.sqrt(1 - bar) * plain(x, 0, NOTHING).eps) / math.sqrt(bar))
+    torch.testing.assert_close(
+        got, (x - math.sqrt(1 - bar) * linear_predictor(x, 0, NO_CONDITION).eps) / math.sqrt(bar)
+    )
 
 
 @pytest.mark.parametrize("clip_x0", [True, False])
 def test_the_clip_keeps_the_last_image_within_range(clip_x0):
     x, noise = draws(5)
-    *_, (_, last, _) = ddpm(plain, 9 * x, NOTHING, SCHEDULE, noise.__getitem__, clip_x0=clip_x0)
+    *_, (_, last, _) = ddpm(linear_predictor, 9 * x, NO_CONDITION, SCHEDULE, noise.__getitem__, clip_x0=clip_x0)
     assert (float(last.abs().max()) <= 1) == clip_x0
 
 

@@ -21,7 +21,7 @@ from sagl.sampling.exports import (
 )
 from sagl.sampling.run_folder import Sample, encode_png, write_shard
 from sagl.utils.images import image_grid, to_rgb
-from tests.helpers.tiny import contents, read_png
+from tests.helpers.files import contents, read_png
 
 
 def random_images(count, seed=0, side=8):

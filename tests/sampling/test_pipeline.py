@@ -14,8 +14,7 @@ from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_p
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings, id_batches
-from tests.helpers.reference import small_classifier
-from tests.helpers.tiny import calm_unet, count_calls, grey_unet, write_tiny_classifier
+from tests.helpers.networks import count_calls, grey_unet, small_classifier, stable_unet, write_grey_classifier
 
 SAMPLERS = {
     "ddpm": SamplerSettings(sampler="ddpm", respacing="6"),
@@ -30,7 +29,7 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 def pipeline_of(sampler, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffusion=None, **sag):
     """A pipeline on the small colour network, with SAG unless its scale is 0."""
     return build_pipeline(
-        network or calm_unet(),
+        network or stable_unet(),
         diffusion or DiffusionSettings(),
         SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
         {
@@ -100,7 +99,7 @@ def test_every_seed_and_id_has_an_image_of_its_own(sampler):
 
 @every_sampler
 def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
-    network, s, shape = calm_unet(), SAMPLERS[sampler], (3, 16, 16)
+    network, s, shape = stable_unet(), SAMPLERS[sampler], (3, 16, 16)
     pipeline = pipeline_of(sampler, network=network)
     predict = with_guidance(make_predictor(network, pipeline.schedule, "learned_range"), pipeline.guidances)
     noise = step_noise(7, [2, 3], shape, torch.device("cpu"))
@@ -163,7 +162,7 @@ def test_an_unconditional_network_has_no_labels(labels):
 
 @every_sampler
 def test_scale_0_leaves_guidance_out_and_gives_the_unguided_bytes(sampler):
-    network = calm_unet()
+    network = stable_unet()
     off, on = pipeline_of(sampler, network=network, scale=0.0), pipeline_of(sampler, network=network)
     assert off.guidances == {}
     assert off.nfe == on.unguided.nfe == off.schedule.num_steps
@@ -189,7 +188,7 @@ def test_scale_0_leaves_guidance_out_and_gives_the_unguided_bytes(sampler):
     ],
 )
 def test_nfe_counts_every_call_of_the_network(settings, nfe):
-    network = calm_unet()
+    network = stable_unet()
     calls = count_calls(network)
     pipeline = pipeline_of("ddim", network=network, **settings)
     with torch.inference_mode():
@@ -218,7 +217,7 @@ def test_an_empty_interval_gives_the_unguided_bytes(sampler):
     ],
 )
 def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated(network, settings, parts):
-    network = calm_unet(**network)
+    network = stable_unet(**network)
     calls = count_calls(network)
     with pytest.raises(UserError) as error:
         pipeline_of(**{"sampler": "ddpm", "network": network, **settings})
@@ -228,13 +227,13 @@ def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated
 
 def test_an_unknown_guidance_is_refused():
     with pytest.raises(UserError, match=r"`guidances`.*sag, cfg, classifier.*'pag'"):
-        build_pipeline(calm_unet(), DiffusionSettings(), SAMPLERS["ddim"], {"pag": ClassifierFreeGuidance(scale=1.0)})
+        build_pipeline(stable_unet(), DiffusionSettings(), SAMPLERS["ddim"], {"pag": ClassifierFreeGuidance(scale=1.0)})
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
     diffusion = DiffusionSettings(variance=variance)
-    pipeline = pipeline_of("ddpm", network=calm_unet(learn_sigma=False), diffusion=diffusion)
+    pipeline = pipeline_of("ddpm", network=stable_unet(learn_sigma=False), diffusion=diffusion)
     assert bool(sampled(pipeline, RunSettings())[0].isfinite().all())
 
 
@@ -243,7 +242,7 @@ def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
 
 @every_sampler
 def test_sag_and_classifier_guidance_run_together_inside_and_outside_of_inference_mode(sampler):
-    network = calm_unet()
+    network = stable_unet()
     both = pipeline_of(sampler, network=network, classifier_scale=3.0)
     with torch.inference_mode():
         inside, mask_frequency = both.sample(0, [0, 1], LABELS)
@@ -261,10 +260,10 @@ def test_a_classifier_is_loaded_by_file_and_compared_with_the_network(tmp_path):
     arguments = (grey_unet(), DiffusionSettings(), SAMPLERS["ddim"], guidances)
     with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*c\.safetensors"):
         build_pipeline(*arguments)
-    write_tiny_classifier(tmp_path / "c.safetensors")
+    write_grey_classifier(tmp_path / "c.safetensors")
     images, _ = build_pipeline(*arguments).sample(0, [0, 1], torch.tensor([0, 2]))
     assert float((images - build_pipeline(*arguments[:3]).sample(0, [0, 1], torch.tensor([0, 2]))[0]).abs().max()) > 0
-    write_tiny_classifier(tmp_path / "c.safetensors", num_classes=4)
+    write_grey_classifier(tmp_path / "c.safetensors", num_classes=4)
     with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*4 classes"):
         build_pipeline(*arguments)
 
@@ -316,7 +315,7 @@ def test_a_compiled_network_is_two_whole_graphs_for_all_steps_and_batches():
 
     sampler, run = SamplerSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
     want = [sampled(pipeline_of(sampler, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
-    network = calm_unet()
+    network = stable_unet()
     network.compile(dynamic=False, fullgraph=True, backend=backend)
     pipeline = pipeline_of(sampler, network=network, interval=(0.3, 0.8))
     try:

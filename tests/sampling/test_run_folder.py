@@ -27,7 +27,7 @@ from sagl.sampling.run_folder import (
     write_run_json,
     write_shard,
 )
-from tests.helpers.tiny import contents
+from tests.helpers.files import contents
 
 SETTINGS = {"seed": 3, "respacing": "25", "sag": {"scale": 0.5, "interval": (0.0, 1.0), "kernel_size": None}}
 

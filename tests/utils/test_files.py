@@ -8,7 +8,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file, atomic_folder, cache_folder, packaged_configs, require_writable
-from tests.helpers.tiny import contents
+from tests.helpers.files import contents
 
 
 def refusal(function, *arguments):

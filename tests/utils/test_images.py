@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sagl.utils.images import image_grid, save_png, to_float, to_rgb, to_uint8
-from tests.helpers.tiny import read_png
+from tests.helpers.files import read_png
 
 BYTES = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
 

@@ -1,11 +1,13 @@
-"""Small data sets of every kind that sagl reads."""
+"""Image files and small data sets of every kind that sagl reads."""
 
 import io
+import struct
 import tarfile
 
 import lmdb
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from webdataset import TarWriter
 
@@ -113,3 +115,40 @@ def write_members(path, members):
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
     return path
+
+
+def contents(folder):
+    """Return bytes and modification time of every file below a folder."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def read_png(path):
+    """Return (H, W, 3) or (H, W) uint8."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def write_idx(path, array):
+    """Write an array of bytes in the format of MNIST's files."""
+    head = struct.pack(">I", 0x800 + array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(head + array.tobytes())
+
+
+def write_fashion_mnist(root, *, train=200, test=40):
+    """Write random images and labels as torchvision stores Fashion-MNIST; return the folder of the files."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("t10k", test)):
+        write_idx(raw / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", rng.integers(0, 10, count, dtype=np.uint8))
+    return raw
+
+
+def write_fashion_mnist_config(folder, config, *, batch_size=4):
+    """Write a configuration of a training and its images; return the path of the configuration."""
+    write_fashion_mnist(folder)
+    init = {"root": str(folder), "batch_size": batch_size, "num_validation": 8}
+    data = {"class_path": "sagl.data.fashion_mnist.FashionMNISTData", "init_args": init}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+    return folder / "tiny.yaml"

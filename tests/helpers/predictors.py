@@ -1,6 +1,4 @@
-"""Networks without parameters, recorders of calls, and the guidances of settings."""
-
-from types import SimpleNamespace
+"""Inputs of samplers, a predictor without a network, a recorder of calls, and the guidances of settings."""
 
 import torch
 
@@ -8,21 +6,6 @@ from sagl.diffusion.predictor import Condition, Prediction
 from sagl.guidance.base import GuidanceContext, build_guidances
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.diffusion import DiffusionSettings
-
-
-def toy_network(x, timesteps, labels=None, *, attention_sites=()):
-    """Eps and variance channels that depend on all inputs, in the dtype of x; attention follows the pixels."""
-    t = timesteps.to(x.dtype)[:, None, None, None] / 1000
-    label = 0 if labels is None else 0.1 * labels.to(x.dtype)[:, None, None, None]
-    out = torch.cat([torch.tanh(0.7 * x + t + label), torch.sin(3 * x)], dim=1)
-    attention = x.abs().mean(dim=1, keepdim=True)[:, :, ::2, ::2]
-    attention = attention / attention.mean(dim=(2, 3), keepdim=True)
-    return SimpleNamespace(out=out, attention=dict.fromkeys(attention_sites, attention))
-
-
-def toy_model(x, timesteps):
-    """The toy network's channels as a function of images and timesteps."""
-    return toy_network(x, timesteps).out
 
 
 def pixels(seed=0):
@@ -46,7 +29,7 @@ class Recorder:
         return self.called(*args, **kwargs)
 
 
-def plain(x_t, step, condition):
+def linear_predictor(x_t, step, condition):
     """A noise predictor of one line."""
     return Prediction(eps=0.5 * x_t + 0.01 * step, log_variance=torch.tensor(-3.0))
 
@@ -55,7 +38,7 @@ def forbidden_noise(step):
     raise AssertionError(f"noise was drawn at step {step}")
 
 
-NOTHING = Condition()
+NO_CONDITION = Condition()
 
 
 def guidances_of(schedule, *, classifier_network=None, network=None, **settings):

@@ -1,4 +1,4 @@
-"""Trainings by the command line in child processes, which tests kill, resume and compare."""
+"""Commands in this process, and trainings in child processes which tests kill, resume and compare."""
 
 import os
 import signal
@@ -15,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
 
-from tests.helpers.tiny import GREY
+from sagl import cli
+from tests.helpers.networks import GREY
 
 MODEL = {"network": {**GREY, "dropout": 0.1}, "optimizer": {"learning_rate": 1e-4}, "label_dropout": 0.2}
 MODEL |= {"diffusion": {"noise_schedule": "cosine"}}
@@ -34,7 +35,7 @@ def write_images(root, count=50):
         Image.fromarray(image).save(root / str(k % 3) / f"{k}.png")
 
 
-def write_config(folder, *, model=None, data=None, trainer=None, **top):
+def write_folder_config(folder, *, model=None, data=None, trainer=None, **top):
     """Write a configuration and its images; return the path of the configuration."""
     write_images(folder / "images")
     init = {"root": str(folder / "images"), "labels": "folders", "num_validation": 5, "random_crop": True}
@@ -43,6 +44,14 @@ def write_config(folder, *, model=None, data=None, trainer=None, **top):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**config, "preview": {"num_samples": 0}, "ema_decay": 0.9, **top}))
     return path
+
+
+def exit_code(*arguments):
+    """Run a command in this process and return its exit code."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
 
 
 class Fit:
@@ -119,7 +128,7 @@ def environments(ranks):
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-OVERFLOWING = ("-c", "from tests.helpers.runs import overflow; from sagl import cli; overflow(); cli.run()")
+OVERFLOWING = ("-c", "from tests.helpers.commands import overflow; from sagl import cli; overflow(); cli.run()")
 """The command line with losses that are not finite at times."""
 
 

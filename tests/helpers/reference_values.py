@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import zlib
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from sagl.models.adm import Classifier, UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from tests.helpers.toys import guidances_of
+from tests.helpers.networks import SEED, draw_weights
+from tests.helpers.predictors import guidances_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 META = json.loads((ASSETS / "meta.json").read_text())
 KEY_LISTS = json.loads(gzip.decompress((ASSETS / "adm_state_dict_keys.json.gz").read_bytes()))
-SEED = META["seed"]
 REFERENCE_LABELS = {"adm_a": None, "adm_b": torch.tensor([4, 500, 999])}
 WEIGHTS = {"adm_a": 1, "adm_a8": 1, "adm_b": 2, "classifier_c": 3}
 
@@ -46,31 +45,6 @@ def loss_inputs():
     """Images and noise of the reference losses."""
     g = generator(77)
     return 2 * torch.rand(3, 3, 32, 32, generator=g) - 1, torch.randn(3, 3, 32, 32, generator=g)
-
-
-def draw_weights(network, offset):
-    """The network with the reference's weights: a function of each entry's name and shape."""
-
-    def draw(name, shape):
-        n = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (SEED + offset)))
-        if n.dim() > 1:
-            return n / n[0].numel() ** 0.5
-        return 1 + 0.2 * n if name.endswith("weight") else 0.1 * n
-
-    network.load_state_dict({name: draw(name, p.shape) for name, p in network.state_dict().items()})
-    return network.eval()
-
-
-def small_unet(**changes):
-    """A UNet with drawn weights; a fresh one predicts zero."""
-    settings = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_heads": 4}
-    return draw_weights(UNet(UNetSettings(**{**settings, "attention_resolutions": (16, 8), **changes})), 1)
-
-
-def small_classifier(**changes):
-    settings = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "num_classes": 5}
-    settings |= {"attention_resolutions": (8,), "num_head_channels": 32, **changes}
-    return draw_weights(Classifier(ClassifierSettings(**settings)), 1)
 
 
 def _numbers(text):
