@@ -93,6 +93,15 @@ class _DownloadError(Exception):
 class _Redirects(request.HTTPRedirectHandler):
     """Follows redirects to https, or from http to http."""
 
+    def http_error_302(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:  # noqa: ANN401
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except BaseException:  # such as an invalid address, for which urllib leaves the response open
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:  # noqa: ANN401
         if urlsplit(newurl).scheme not in ("https", req.type):
             raise HTTPError(req.full_url, code, f"redirect to {newurl}", headers, fp)

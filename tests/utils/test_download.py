@@ -1,4 +1,4 @@
-import gc
+import io
 import os
 import random
 import resource
@@ -16,18 +16,6 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.utils.download import _Redirects, download
-
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-"""Some interrupted responses stay in reference cycles of the standard library until the garbage collector runs, which
-then warns of a socket that is closed already."""
-
-
-@pytest.fixture(autouse=True)
-def collect_garbage():
-    """Let such warnings come up here and not in a later test."""
-    yield
-    gc.collect()
-
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -134,21 +122,13 @@ def interrupt(fetch, server, size=100_000):
     server.requests.clear()
 
 
-# ------------------------------------------------------------------------------------------------ complete files
-
-
 def test_a_download_has_the_served_bytes_and_leaves_nothing_else(fetch, server, target, capsys):
     assert fetch(licence="MIT") == BODY
     assert files(target) == [target]
+    assert fetch() == BODY
+    assert server.requests == [None]  # an existing file is not downloaded
     shown = capsys.readouterr().err
     assert [part for part in (server.url, "MIT", str(target), "0.3/0.3 MB") if part not in shown] == []
-
-
-def test_an_existing_file_is_not_downloaded(fetch, server, target):
-    target.parent.mkdir()
-    target.write_bytes(b"mine")
-    assert fetch() == b"mine"
-    assert (server.requests, list(target.parent.iterdir())) == ([], [target])
 
 
 def test_a_file_of_unknown_length_is_downloaded(fetch, server):
@@ -189,24 +169,20 @@ def test_of_two_processes_one_downloads_and_the_other_waits_for_it(server, targe
     assert server.requests == [None, None, "bytes=1000-"]
 
 
-# -------------------------------------------------------------------------------------------------------- resuming
-
-
 @pytest.mark.parametrize("validators", [ETAG, DATE])
-def test_after_an_interruption_the_missing_bytes_are_requested(validators, fetch, server):
+@pytest.mark.parametrize("stall", [False, True])
+def test_after_an_interruption_the_missing_bytes_are_requested(validators, stall, fetch, server):
     server.default = Response(validators=validators)
-    server.responses = [Response(cut=100_000, validators=validators)]
-    assert fetch() == BODY
-    assert server.requests == [None, None, "bytes=100000-"]
-
-
-def test_a_silent_server_is_asked_for_the_missing_bytes(fetch, server):
-    server.responses = [Response(cut=100_000, stall=True)]
-    assert fetch(timeout_seconds=0.1) == BODY
+    server.responses = [Response(cut=100_000, validators=validators, stall=stall)]
+    assert fetch(timeout_seconds=0.1 if stall else 5) == BODY
     assert server.requests[-1] == "bytes=100000-"
 
 
-def test_a_download_that_was_given_up_is_resumed_by_the_next(fetch, server):
+def test_a_download_that_was_given_up_is_resumed_by_the_next_from_the_same_address(fetch, server, target):
+    interrupt(fetch, server)
+    assert fetch(url=server.url.replace("a.pt", "b.pt")) == BODY  # another file
+    assert server.requests == [None]
+    target.unlink()
     interrupt(fetch, server)
     assert fetch() == BODY
     assert server.requests == [None, "bytes=100000-"]
@@ -238,15 +214,6 @@ def test_bytes_of_two_files_are_never_joined(default, fetch, server, target):
     server.default = default
     assert fetch() == default.body
     assert files(target) == [target]
-
-
-def test_bytes_of_another_address_are_not_resumed(fetch, server):
-    interrupt(fetch, server)
-    assert fetch(url=server.url.replace("a.pt", "b.pt")) == BODY
-    assert server.requests == [None]
-
-
-# -------------------------------------------------------------------------------------------------------- failures
 
 
 def test_attempts_with_new_bytes_do_not_count(fetch, server):
@@ -297,6 +264,13 @@ def test_a_redirect_is_followed_unless_it_leaves_https(fetch, server):
     assert fetch() == BODY
     with pytest.raises(HTTPError, match="redirect to http:"):
         _Redirects().redirect_request(Request("https://a/a"), None, 302, "", {}, "http://a/a")
+
+
+def test_the_response_of_a_redirect_to_an_invalid_address_is_closed():
+    response = io.BytesIO()
+    with pytest.raises(ValueError, match="Invalid IPv6"):
+        _Redirects().http_error_302(Request("http://a/a"), response, 302, "", {"location": "http://[/a"})
+    assert response.closed
 
 
 def test_without_a_network_the_download_is_given_up_at_once(fetch, target, monkeypatch):
