@@ -52,9 +52,6 @@ def items(loader, epochs=1):
     return [labels.tolist() for _ in range(epochs) for _, labels in loader]
 
 
-# ----------------------------------------------------------------------------------------------- order and position
-
-
 def test_an_epoch_has_whole_batches_of_distinct_images():
     batches = items(loader())
     assert [len(batch) for batch in batches] == [4] * 5
@@ -100,6 +97,7 @@ def test_the_images_of_a_global_batch_do_not_depend_on_the_number_of_ranks(world
         items(loader(num_images=24, batch_size=4 // world_size, rank=rank, world_size=world_size), 2)
         for rank in range(world_size)
     ]
+    assert {len(rank) for rank in ranks} == {len(expected)}
     union = [sorted(item for rank in ranks for item in rank[step]) for step in range(len(expected))]
     assert union == [sorted(batch) for batch in expected]
 
@@ -121,16 +119,9 @@ def test_a_remainder_smaller_than_the_new_batch_size_is_left_out():
     assert {item // 23 for batch in items(second) for item in batch} == {1}
 
 
-def test_all_ranks_have_the_same_number_of_batches():
-    assert len({len(items(loader(batch_size=1, rank=rank, world_size=5))) for rank in range(5)}) == 1
-
-
 def test_too_few_images_for_a_batch_are_refused():
     with pytest.raises(UserError, match=r"`data.batch_size`.* 3.* 4"):
         training_loader(Ramps(3), LoaderSettings(batch_size=4), 0, None)
-
-
-# --------------------------------------------------------------------------------------------------- shared memory
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
@@ -145,6 +136,7 @@ def test_batches_keep_their_values_when_their_slot_is_written_again(num_workers)
         first = 3 * (k % 17)
         assert labels.tolist() == list(range(first, min(first + 3, 50)))
         assert images.shape == (len(labels), 2, 4, 5)
+        assert images.is_contiguous(memory_format=torch.channels_last)
         assert images[:, 0].flatten(1).unique(dim=1).flatten().tolist() == labels.tolist()
         assert images[0, 1, 3].tolist() == [0, 1, 2, 3, 4]
 
@@ -163,14 +155,6 @@ def test_no_slot_is_reused_while_its_batch_may_be_in_flight():
     slots = [slot for slot, *_ in SlotBatchSampler([[0]] * 20, len(shared.slots))]
     in_flight = 2 * NUM_PREFETCHED + 1
     assert all(len(set(slots[k : k + in_flight])) == in_flight for k in range(20 - in_flight))
-
-
-def test_images_are_channels_last():
-    images, _ = next(iter(eval_loader()))
-    assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-# --------------------------------------------------------------------------------------------------- corrupt images
 
 
 class CorruptRamps(Ramps):

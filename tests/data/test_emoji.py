@@ -42,12 +42,8 @@ def write_packages(root, families=tuple(FAMILIES), **changes):
         categories = {"Animals & Nature": ANIMALS, **OTHERS, "People & Body": OTHERS["People & Body"] + toned}
         folder = root / "node_modules" / "@iconify-json" / family
         folder.mkdir(parents=True)
-        content = {
-            "icons": icons | changes.get("icons", {}),
-            "aliases": changes.get("aliases", {}),
-            "width": 8,
-            "height": 8,
-        }
+        content = {"icons": icons | changes.get("icons", {}), "aliases": changes.get("aliases", {})}
+        content |= {"width": 8, "height": 8}
         (folder / "icons.json").write_text(json.dumps(content))
         (folder / "package.json").write_text(json.dumps({"version": changes.get("version", "1.2.3")}))
         if family in ("twemoji", "noto"):
@@ -62,9 +58,6 @@ def arrays_of(root, max_variants=2):
 
 def icons_of(root):
     return read_icons({family: root / "node_modules" / "@iconify-json" / family for family in FAMILIES})
-
-
-# ------------------------------------------------------------------------------------------------------- split
 
 
 def test_all_images_of_an_emoji_are_in_the_same_split(tmp_path):
@@ -104,19 +97,12 @@ def test_aliases_and_code_points_connect_the_names_of_families(tmp_path):
     assert emoji_of["animal-1"] == emoji_of["animal-2"] != emoji_of["animal-3"]
 
 
-def test_an_icon_without_a_category_is_excluded(tmp_path):
-    write_packages(tmp_path, icons={"unknown": square(255)})
-    assert "unknown" not in {icon.name for icon in icons_of(tmp_path)}
-
-
-# ------------------------------------------------------------------------------------------------------ content
-
-
-def test_symbols_flags_and_hidden_icons_are_excluded(tmp_path):
-    write_packages(tmp_path, icons={"animal-5": square(255) | {"hidden": True}})
+def test_symbols_flags_hidden_icons_and_those_without_a_category_are_excluded(tmp_path):
+    write_packages(tmp_path, icons={"animal-5": square(255) | {"hidden": True}, "unknown": square(255)})
     icons = icons_of(tmp_path)
     assert {icon.category for icon in icons} == {"Animals & Nature", "People & Body"}
-    assert not {"animal-5", "keycap-1", "flag-norway", "middle-finger"} & {icon.name for icon in icons}
+    excluded = {"animal-5", "keycap-1", "flag-norway", "middle-finger", "unknown"}
+    assert not excluded & {icon.name for icon in icons}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -166,9 +152,6 @@ def test_duplicates_and_nearly_white_images_are_excluded(tmp_path):
     assert {CATEGORIES[label] for label in arrays["labels"]} == {"Animals & Nature", "People & Body"}
 
 
-# -------------------------------------------------------------------------------------------------------- cache
-
-
 def test_rendering_is_deterministic_and_done_once(tmp_path, cache, monkeypatch):
     root = write_packages(tmp_path)
     first = prepare_emoji(root, 2).read_bytes()
@@ -182,33 +165,23 @@ def test_rendering_is_deterministic_and_done_once(tmp_path, cache, monkeypatch):
 
 
 def test_versions_and_settings_determine_the_cache_file(tmp_path):
-    paths = {
-        prepare_emoji(write_packages(tmp_path / "1", version="1"), 1),
-        prepare_emoji(tmp_path / "1", 2),
-        prepare_emoji(write_packages(tmp_path / "2", version="2"), 2),
-    }
-    assert len(paths) == 3
+    old, new = (write_packages(tmp_path / version, version=version) for version in "12")
+    assert len({prepare_emoji(old, 1), prepare_emoji(old, 2), prepare_emoji(new, 2)}) == 3
 
 
-@pytest.mark.parametrize("left_out", ["twemoji", "fxemoji"])
-def test_a_missing_package_is_named_with_the_install_command(left_out, tmp_path):
-    root = write_packages(tmp_path / "root", [family for family in FAMILIES if family != left_out])
+@pytest.mark.parametrize("missing", ["twemoji", "fxemoji"])
+def test_a_missing_package_is_named_with_the_install_command(missing, tmp_path):
+    root = write_packages(tmp_path / "root", [family for family in FAMILIES if family != missing])
     with pytest.raises(UserError) as error:
         EmojiData(root=str(root)).prepare_data()
-    message = str(error.value)
-    assert "\n" not in message
-    assert [
-        part for part in ("`data.root`", str(root), left_out, "npm install @iconify-json/") if part not in message
-    ] == []
+    parts = ("`data.root`", str(root), missing, "npm install @iconify-json/")
+    assert [part for part in parts if part not in str(error.value)] == []
 
 
 def test_a_missing_renderer_is_named_with_its_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"resvg_py.*sagl\[emoji\]"):
         EmojiData(root=str(write_packages(tmp_path))).prepare_data()
-
-
-# -------------------------------------------------------------------------------------------------- data module
 
 
 def test_loaders_return_the_images_of_their_split_with_category_labels(tmp_path):

@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sagl.data.image_data import ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
@@ -16,9 +15,6 @@ from tests.helpers.networks import COLOUR, GREY
 def dataset(*files, num_classes=None, **options):
     crop = CropResize(image_size=8, channels=3, **options)
     return ImageDataset(MemorySource(files, num_classes), np.arange(len(files)), crop)
-
-
-# ---------------------------------------------------------------------------------------------------------- dataset
 
 
 def test_items_of_an_image_differ_by_epoch_and_are_reproducible():
@@ -37,18 +33,12 @@ def test_the_next_readable_image_replaces_a_corrupt_one(fraction):
     for item in (1, 2, 3, 1 + 4):
         assert torch.equal(images[item].image, expected)
         assert images[item].label == 3
-
-
-def test_the_first_image_replaces_the_last():
-    assert dataset(grey(1), b"", num_classes=2)[1][1:] == (0, "image 1")
+    assert dataset(grey(1), b"", num_classes=2)[1][1:] == (0, "image 1")  # the first one follows the last
 
 
 def test_a_data_set_without_readable_images_is_refused():
     with pytest.raises(UserError, match=r"`data`.* 3"):
         dataset(b"", b"", b"")[0]
-
-
-# ------------------------------------------------------------------------------------------------------ data module
 
 
 class MemoryData(ImageDataModule):
@@ -145,7 +135,3 @@ def test_the_default_number_of_workers_is_the_number_of_cores_and_at_most_eight(
     for cores, workers in ((1, 1), (6, 6), (64, 8)):
         monkeypatch.setattr("sagl.data.image_data.available_cpus", lambda cores=cores: cores)
         assert data_module(num_workers=None)._loader_settings.num_workers == workers
-
-
-def test_greyscale_images_are_repeated_in_rgb():
-    assert dataset(encode(Image.new("L", (8, 8), 7)))[0].image.unique().tolist() == [7]

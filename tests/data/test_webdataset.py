@@ -25,9 +25,6 @@ def values(batches):
     return [[int(image.float().mean()) for image in images] for images, _ in batches]
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_images_and_labels_are_those_that_webdataset_reads_in_the_same_order(tmp_path):
     shards = write_shards(tmp_path)
@@ -126,9 +123,6 @@ def test_a_source_can_be_pickled_while_it_is_in_use(tmp_path):
     source = ShardImageSource(write_shards(tmp_path))
     source.read_bytes(0)
     assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
-
-
-# --------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("done", [1, 9, 11])

@@ -39,7 +39,7 @@ def test_bits_per_dim_are_the_references(name):
 
 @pytest.mark.parametrize("clip_x0", [False, True])
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small", "fixed_large"])
-def test_bits_per_dim_are_those_of_a_second_derivation(clip_x0, variance):
+def test_bits_per_dim_are_those_of_an_independent_implementation(clip_x0, variance):
     schedule = make_schedule(DiffusionSettings(noise_schedule="cosine"), "ddim10")
     process = formulas.Process("cosine", schedule.timesteps.tolist())
     x_0, noise = pixels(), [standard_normal(seed=step) for step in range(10)]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.diffusion.schedule import Schedule, make_schedule
+from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers import formulas
 from tests.helpers.reference_values import values
@@ -29,8 +29,10 @@ def test_respaced_betas_and_timesteps_are_the_references(key):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize(("respacing", "total"), [(None, 1000), ("17", 1000), ("ddim20", 1000), ("3,4", 400)])
-def test_tables_are_those_of_a_second_derivation(kind, respacing, total):
+@pytest.mark.parametrize(
+    ("respacing", "total"), [(None, 1000), ("17", 1000), ("ddim20", 1000), ("3,4", 400), ("1", 1000)]
+)
+def test_tables_are_those_of_an_independent_implementation(kind, respacing, total):
     schedule = schedule_of(kind, respacing, total)
     process = formulas.Process(kind, schedule.timesteps.tolist(), total)
     for step in range(schedule.num_steps):
@@ -50,22 +52,6 @@ def test_respacing_to_all_timesteps_is_the_identity(kind, respacing):
     whole, respaced = schedule_of(kind), schedule_of(kind, respacing)
     assert respaced.timesteps.tolist() == list(range(1000))
     torch.testing.assert_close(respaced.alphas_cumprod, whole.alphas_cumprod, rtol=0, atol=0)
-
-
-def test_respacing_keeps_the_noise_level_of_the_timesteps_it_keeps():
-    whole, respaced = schedule_of(), schedule_of(respacing="10,15,20")
-    assert respaced.num_steps == 45
-    for step in range(45):
-        assert respaced.alpha_bar(step) == whole.alpha_bar(int(respaced.timesteps[step]))
-
-
-def test_linear_betas_scale_with_the_length_of_the_process():
-    assert float(schedule_of(total=250).betas[-1]) == pytest.approx(0.08, abs=1e-12)
-    assert float(schedule_of(total=250).betas[0]) == pytest.approx(4e-4, abs=1e-12)
-
-
-def test_cosine_betas_end_at_their_limit():
-    assert float(schedule_of("cosine").betas.max()) == pytest.approx(0.999, abs=1e-12)
 
 
 def test_a_batch_of_steps_gets_the_values_of_each():
@@ -92,10 +78,3 @@ def test_the_timestep_is_that_of_the_original_process():
     got = schedule_of(respacing="ddim4").timestep(3, 2, torch.device("cpu"))
     assert got.tolist() == [750, 750]
     assert got.dtype == torch.int64
-
-
-def test_a_schedule_of_one_step_has_finite_tables():
-    schedule = schedule_of(respacing="1")
-    assert isinstance(schedule, Schedule)
-    tables = (schedule.log_beta, schedule.log_posterior_variance, schedule.log_fixed_large_variance)
-    assert all(torch.isfinite(table(0)) for table in tables)

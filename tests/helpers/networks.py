@@ -68,7 +68,7 @@ def grey_unet(**changes):
     return optimize_for_cpu(draw_weights(UNet(UNetSettings(**{**GREY, **changes})), 1)).requires_grad_(False)
 
 
-def grey_checkpoint(*, recommended=None, diffusion=None, **changes):
+def grey_weights(*, recommended=None, diffusion=None, **changes):
     """Return a tiny grey network as a `NetworkWeights`."""
     network = grey_unet(**changes)
     return NetworkWeights(
@@ -81,7 +81,7 @@ def grey_checkpoint(*, recommended=None, diffusion=None, **changes):
 
 def write_grey_unet(path, **options):
     """Write a tiny grey network as safetensors; return the path."""
-    write_checkpoint(grey_checkpoint(**options), path)
+    write_checkpoint(grey_weights(**options), path)
     return path
 
 

@@ -2,35 +2,18 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sagl.errors import UserError
-from sagl.models.adm import Classifier, UNet, timestep_embedding
-from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.models.adm import UNet, timestep_embedding
+from sagl.settings.network import UNetSettings
 from sagl.shapes import AttentionSite
 from tests.helpers import formulas
 from tests.helpers.networks import grey_unet, small_classifier, small_unet
-from tests.helpers.reference_values import KEY_LISTS, classifier, generator, network, relative_error, values
+from tests.helpers.reference_values import classifier, generator, network, relative_error, values
 
 TIMESTEPS = torch.tensor([0, 371, 999])
 LABELS = {"adm_a": None, "adm_a8": None, "adm_b": torch.tensor([0, 7, 999])}
-
-RELEASED_UNET = {"image_size": 256, "num_channels": 256, "num_head_channels": 64, "resblock_updown": True}
-RELEASED_CLASSIFIER = {"num_channels": 128, "resblock_updown": True}
-RELEASED = {
-    "imagenet64": UNetSettings(
-        **{**RELEASED_UNET, "image_size": 64, "num_channels": 192}, num_res_blocks=3, num_classes=1000
-    ),
-    "imagenet128": UNetSettings(**{**RELEASED_UNET, "image_size": 128, "num_head_channels": None}, num_classes=1000),
-    "imagenet256_cond": UNetSettings(**RELEASED_UNET, num_classes=1000),
-    "imagenet256_uncond": UNetSettings(**RELEASED_UNET),
-    "imagenet512": UNetSettings(**{**RELEASED_UNET, "image_size": 512}, num_classes=1000),
-    "lsun_cat": UNetSettings(**RELEASED_UNET),
-    "classifier64": ClassifierSettings(image_size=64, num_res_blocks=4, **RELEASED_CLASSIFIER),
-    "classifier128": ClassifierSettings(image_size=128, **RELEASED_CLASSIFIER),
-    "classifier256": ClassifierSettings(image_size=256, **RELEASED_CLASSIFIER),
-    "classifier512": ClassifierSettings(image_size=512, **RELEASED_CLASSIFIER),
-}
-"""Flags of the released checkpoints, by the names of the key lists."""
 
 VARIANTS = {
     "grey": {"in_channels": 1},
@@ -59,9 +42,6 @@ def images(batch=2, channels=3, height=16, width=16, seed=0):
 
 def reference_images():
     return torch.randn(3, 3, 32, 32, generator=generator(10))
-
-
-# ------------------------------------------------------------------------------------------ reference values
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "optimized"])
@@ -97,23 +77,13 @@ def test_logits_and_gradient_of_the_classifier_are_the_references(optimized):
     assert relative_error(torch.autograd.grad(log_prob, x)[0], values("forward")["classifier_c.grad"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(KEY_LISTS))
-def test_released_key_list_loads_strictly(name):
-    with torch.device("meta"):
-        net = (Classifier if name.startswith("classifier") else UNet)(RELEASED[name])
-        net.load_state_dict({key: torch.empty(shape) for key, shape in KEY_LISTS[name].items()}, strict=True)
-
-
-# ------------------------------------------------------------------------------------------- other settings
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forward_and_attention_of_other_settings_are_those_of_a_second_derivation(name):
+def test_forward_and_attention_of_other_settings_are_those_of_an_independent_implementation(name):
     net = small_unet(**VARIANTS[name])
     s = net.settings
     x, timesteps = images(channels=s.in_channels), torch.tensor([3, 777])
     labels = torch.tensor([6, 2]) if s.num_classes else None
-    sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "sag_release")]
+    sites = [AttentionSite(site, heads) for site in net.settings.sites for heads in ("layer", "sag_release")] * 2
     with torch.no_grad():
         output = net(x, timesteps, labels, attention_sites=sites)
         expected, maps = formulas.adm(net, x, timesteps, labels)
@@ -164,9 +134,6 @@ def test_dropout_acts_only_in_training():
         assert not torch.equal(without, net.train()(x, timesteps).out)
 
 
-# --------------------------------------------------------------------------------------------------- labels
-
-
 def test_no_labels_is_the_null_label():
     net = small_unet(num_classes=3, null_label=True)
     x, timesteps = images(), torch.tensor([5, 600])
@@ -187,40 +154,14 @@ def test_an_unconditional_network_ignores_labels(unet):
         assert torch.equal(unet(x, timesteps).out, unet(x, timesteps, torch.tensor([50, 2])).out)
 
 
-# ------------------------------------------------------------------------------------------- attention sites
-
-
-@pytest.mark.parametrize("name", ["adm_a", "adm_b"])
-def test_requesting_attention_at_any_site_does_not_change_the_output(name):
-    net, x, labels = network(name), reference_images(), LABELS[name]
+def test_requesting_attention_at_any_site_does_not_change_the_output(unet):
+    x, timesteps = images(), torch.tensor([5, 600])
     with torch.no_grad():
-        plain = net(x, TIMESTEPS, labels)
+        plain = unet(x, timesteps)
         assert plain.attention == {}
-        for site in net.settings.sites:
-            output = net(x, TIMESTEPS, labels, attention_sites=[AttentionSite(site)])
-            torch.testing.assert_close(output.out, plain.out, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["adm_a", "adm_b"])
-def test_every_site_returns_a_map_of_its_resolution_with_mean_one(name):
-    net = network(name)
-    with torch.no_grad():
-        sites = [AttentionSite(site) for site in net.settings.sites]
-        attention = net(reference_images(), TIMESTEPS, LABELS[name], attention_sites=sites).attention
-    assert list(attention) == sites
-    for site, token_map in attention.items():
-        assert token_map.shape[-2:] == (net.settings.sites[site.name],) * 2
-        torch.testing.assert_close(token_map.mean(dim=(2, 3)), torch.ones(token_map.shape[:2]), rtol=0, atol=1e-5)
-
-
-def test_a_site_may_be_requested_twice_and_under_both_head_layouts():
-    net, released = small_unet(num_head_channels=8), AttentionSite("output.1", "sag_release")
-    with torch.no_grad():
-        sites = [AttentionSite("output.1"), released, AttentionSite("output.1")]
-        attention = net(images(), torch.tensor([5, 600]), attention_sites=sites).attention
-    assert set(attention) == {AttentionSite("output.1"), released}
-    assert attention[AttentionSite("output.1")].shape[1] == 8
-    assert attention[released].shape[1] == 4
+        for site in unet.settings.sites:
+            out = unet(x, timesteps, attention_sites=[AttentionSite(site)]).out
+            torch.testing.assert_close(out, plain.out, rtol=0, atol=1e-6)
 
 
 def test_a_site_without_attention_is_refused():
@@ -228,27 +169,19 @@ def test_a_site_without_attention_is_refused():
         small_unet()(images(), torch.tensor([5, 600]), attention_sites=[AttentionSite("output.99")])
 
 
-# ---------------------------------------------------------------------------------- training and classifiers
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_gives_the_same_gradients(dropout):
-    x, gradients = images(), []
+def test_activation_checkpointing_computes_blocks_twice_and_gives_the_same_gradients(dropout):
+    x, gradients, calls = images(), [], []
     for use_checkpoint in (False, True):
         net = small_unet(use_checkpoint=use_checkpoint, dropout=dropout).train()
+        net.middle_block[1].norm.register_forward_hook(lambda *_: calls.append(1))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net(x, torch.tensor([5, 600])).out.square().mean().backward()
         gradients.append([p.grad for p in net.parameters()])
+    assert len(calls) == 1 + 2
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
-
-
-def test_activation_checkpointing_runs_blocks_a_second_time():
-    calls, net = [], small_unet(use_checkpoint=True)
-    net.middle_block[1].norm.register_forward_hook(lambda *_: calls.append(1))
-    net(images(), torch.tensor([5, 600])).out.sum().backward()
-    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
@@ -263,39 +196,33 @@ def test_every_pooling_gives_a_logit_for_each_class_and_a_gradient(pool):
 
 @pytest.mark.parametrize("pool", ["spatial", "spatial_v2"])
 def test_spatial_poolings_use_the_mean_features_of_every_block(pool):
-    net, x, timesteps = small_classifier(pool=pool), images(), torch.tensor([5, 600])
-    means = []
+    net, x, timesteps, means = small_classifier(pool=pool), images(), torch.tensor([5, 600]), []
     for block in (*net.input_blocks, net.middle_block):
         block.register_forward_hook(lambda _, __, out: means.append(out[0].mean(dim=(2, 3))))
     with torch.no_grad():
         logits = net(x, timesteps)
-        features = torch.cat(means, dim=1)
-        hidden = net.out[0](features)
+        hidden = net.out[0](torch.cat(means, dim=1))
         if pool == "spatial_v2":
-            hidden = torch.nn.functional.group_norm(hidden, 32, net.out[1].weight, net.out[1].bias)
-        expected = net.out[-1](hidden.relu() if pool == "spatial" else torch.nn.functional.silu(hidden))
+            hidden = F.silu(F.group_norm(hidden, 32, net.out[1].weight, net.out[1].bias))
+        expected = net.out[-1](hidden.relu() if pool == "spatial" else hidden)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_adaptive_pooling_is_a_linear_map_of_the_mean():
-    net = small_classifier(pool="adaptive")
+    net, h = small_classifier(pool="adaptive"), images(2, 64, 8, 8)
     with torch.no_grad():
-        h = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(0))
-        normed = torch.nn.functional.group_norm(h, 32, net.out[0].weight, net.out[0].bias)
-        mean = torch.nn.functional.silu(normed).mean(dim=(2, 3))
+        mean = F.silu(F.group_norm(h, 32, net.out[0].weight, net.out[0].bias)).mean(dim=(2, 3))
         expected = mean @ net.out[3].weight[:, :, 0, 0].T + net.out[3].bias
         torch.testing.assert_close(net.out(h), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_pooling_returns_the_mean_tokens_output():
-    net = small_classifier(pool="attention")
-    pool = net.out[2]
-    h = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_attention_pooling_returns_the_output_of_the_mean_token():
+    pool, h = small_classifier(pool="attention").out[2], images(2, 64, 8, 8)
     tokens = torch.cat([h.mean(dim=(2, 3))[:, :, None], h.flatten(2)], dim=2) + pool.positional_embedding
     with torch.no_grad():
-        qkv = torch.nn.functional.conv1d(tokens, pool.qkv_proj.weight, pool.qkv_proj.bias)
+        qkv = F.conv1d(tokens, pool.qkv_proj.weight, pool.qkv_proj.bias)
         first = formulas.attend(qkv, 2, "new")[0][:, :, :1]
-        expected = torch.nn.functional.conv1d(first, pool.c_proj.weight, pool.c_proj.bias)[:, :, 0]
+        expected = F.conv1d(first, pool.c_proj.weight, pool.c_proj.bias)[:, :, 0]
         torch.testing.assert_close(pool(h), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -51,18 +51,11 @@ def test_gradients_in_16_bits_are_those_of_float64_to_rounding():
         assert (half.double() - double).norm() <= 0.02 * double.norm()
 
 
-def test_attention_received_is_the_map_summed_over_queries():
-    query, key, _ = heads()
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_attention_received_is_the_map_summed_over_queries(tokens):
+    query, key, _ = heads(tokens)
     expected = explicit_map(query, key).sum(dim=-2)
     torch.testing.assert_close(attention_received(query, key).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [1, 64, 300])
-def test_attention_received_has_mean_one_in_every_head(tokens):
-    query, key, _ = heads(tokens)
-    received = attention_received(query, key)
-    torch.testing.assert_close(received.mean(dim=-1), torch.ones(2, 3), rtol=0, atol=1e-5)
-    assert tokens == 1 or received.std() > 0.1
 
 
 @pytest.mark.parametrize("elements", [1, 3 * 300 * 7, 3 * 300 * 300 - 1, 3 * 300 * 300, 6 * 300 * 300])

@@ -1,4 +1,4 @@
-"""The network that comes with the package: what it is, and that its images are garments."""
+"""The bundled network: its settings, and the quality of its images."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def garments() -> PaddedFashionMNIST:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[torch.Tensor, torch.Tensor]:
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, ten of each class, and their labels."""
     file = read_checkpoint(DEFAULT_CHECKPOINT)
     chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
@@ -58,30 +58,30 @@ def test_its_recommended_settings_are_settings():
 
 
 @pytest.mark.slow
-def test_images_are_of_the_class_that_was_asked_for(drawn, garments):
-    """Of ten classes, the nearest mean image of real garments is the right one for most drawn images."""
-    images, labels = drawn
+def test_images_are_of_the_requested_class(samples, garments):
+    """Of ten classes, the nearest mean image of real garments is the right one for most samples."""
+    images, labels = samples
     means = torch.stack([to_float(garments.images[garments.labels == c]).mean(dim=0) for c in range(10)])
     suggest = torch.cdist(to_float(images).flatten(1), means.flatten(1)).argmin(dim=1)
     assert (suggest == labels).float().mean() >= 0.5
 
 
 @pytest.mark.slow
-def test_backgrounds_are_black_without_speckle(drawn):
-    """The frame of two black pixels around every training image is black in the drawn ones too."""
-    images, _ = drawn
+def test_backgrounds_are_black_without_speckle(samples):
+    """The frame of two black pixels around every training image is black in the samples ones too."""
+    images, _ = samples
     frame = images.clone()
     frame[..., 2:-2, 2:-2] = 0
     assert (frame > 40).float().mean() < 0.01
 
 
 @pytest.mark.slow
-def test_images_are_nearer_to_garments_than_noisy_garments_are(drawn, garments):
+def test_images_are_nearer_to_garments_than_noisy_garments_are(samples, garments):
     extract = EXTRACTORS["effnet_lite0_64"](torch.device("cpu"))
     real = statistics(extract_features(garments.images[:1000], extract).pooled)
     noisy = (
         garments.images[1000 : 1000 + NUM_IMAGES].float()
         + 40 * torch.randn(NUM_IMAGES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     ).clamp(0, 255)
-    distance = frechet_distance(statistics(extract_features(drawn[0], extract).pooled), real)
+    distance = frechet_distance(statistics(extract_features(samples[0], extract).pooled), real)
     assert distance < frechet_distance(statistics(extract_features(noisy.to(torch.uint8), extract).pooled), real)

@@ -1,13 +1,11 @@
 import copy
 import inspect
 import json
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
 
 from sagl.errors import UserError
 from sagl.models.adm import UNet
@@ -23,11 +21,12 @@ from sagl.models.diffusers import (
     to_diffusers,
     write_diffusers,
 )
+from sagl.models.zoo import RELEASED
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from tests.helpers.networks import draw_weights, small_classifier
 from tests.helpers.reference_values import KEY_LISTS, relative_error
-from tests.models.test_adm import RELEASED
+from tests.models.test_zoo import KEY_LIST_OF, UNETS
 
 EXACT = 1e-13
 """Relative error, due to the rounding of ADM's output to float32."""
@@ -70,8 +69,6 @@ FOREIGN = {
     "layers_per_block": 1,
 }
 """A network of diffusers with defaults for all other keys."""
-STORED = {"network": SMALL}
-"""Settings of the first variant in a configuration."""
 
 
 @cache
@@ -110,24 +107,16 @@ def equal(converted, expected):
     )
 
 
-def network_file(net, **options):
-    return NetworkWeights(
-        model_settings=net.settings,
-        diffusion=options.pop("diffusion", DiffusionSettings()),
-        state_dict=net.state_dict(),
-        **options,
-    )
-
-
-# ----------------------------------------------------------------------------------------------- to diffusers
+def weights_of(net, **options):
+    options = {"diffusion": DiffusionSettings(), **options}
+    return NetworkWeights(model_settings=net.settings, state_dict=net.state_dict(), **options)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_diffusers_computes_the_same_and_the_conversion_back_is_exact(name):
     net = adm(name)
     config, state = to_diffusers(net.settings, net.state_dict())
-    got, expected = outputs(unet2d(config, state), net.settings), outputs(net, net.settings)
-    assert relative_error(got, expected) < EXACT
+    assert relative_error(outputs(unet2d(config, state), net.settings), outputs(net, net.settings)) < EXACT
     settings, back = from_diffusers(config, state)
     assert settings == net.settings
     assert equal(back, net.state_dict())
@@ -152,20 +141,21 @@ def test_the_null_label_is_the_last_class_of_diffusers():
     assert relative_error(last, none) < EXACT
 
 
-@pytest.mark.parametrize("name", sorted(name for name in RELEASED if not name.startswith("classifier")))
+@pytest.mark.parametrize("name", UNETS)
 def test_released_networks_have_the_parameters_of_a_unet2d_or_are_refused(name):
+    settings, shapes = RELEASED[name].settings, KEY_LISTS[KEY_LIST_OF[name]]
     with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in KEY_LISTS[name].items()}
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
         if name in ("imagenet128", "imagenet512"):  # heads of many widths; a first level half as wide
             with pytest.raises(UserError, match="`num_heads`" if name == "imagenet128" else "`channel_mult`"):
-                to_diffusers(RELEASED[name], state)
+                to_diffusers(settings, state)
             return
-        config, converted = to_diffusers(RELEASED[name], state)
+        config, converted = to_diffusers(settings, state)
         expected = UNet2DModel.from_config(config).state_dict()
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
-    settings, back = from_diffusers(config, converted)
-    assert settings == RELEASED[name]
-    assert {key: list(t.shape) for key, t in back.items()} == dict(KEY_LISTS[name])
+    original, back = from_diffusers(config, converted)
+    assert original == settings
+    assert {key: list(t.shape) for key, t in back.items()} == dict(shapes)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +174,6 @@ def test_a_network_that_diffusers_cannot_express_is_refused(changes, named):
     with pytest.raises(UserError) as error:
         to_diffusers(net.settings, net.state_dict())
     assert [part for part in (*named, "format") if part not in str(error.value)] == []
-
-
-def test_parameters_of_other_settings_are_refused():
-    net = adm()
-    with pytest.raises(UserError, match=r"parameters differ: input_blocks\.1\.1\.norm\.bias: settings have none"):
-        to_diffusers(replace(net.settings, channel_mult=(1,), attention_resolutions=()), net.state_dict())
-
-
-# --------------------------------------------------------------------------------------------- from diffusers
 
 
 @pytest.mark.parametrize(
@@ -217,9 +198,8 @@ def test_a_folder_that_diffusers_saved_computes_the_same(changes, tmp_path):
     model.register_to_config(power=0.75)  # diffusers' average of weights notes such things
     model.save_pretrained(tmp_path)
     file = read_diffusers(tmp_path)
-    assert (
-        relative_error(outputs(build_network(file), file.model_settings), outputs(model, file.model_settings)) < EXACT
-    )
+    settings = file.model_settings
+    assert relative_error(outputs(build_network(file), settings), outputs(model, settings)) < EXACT
     variance = "learned_range" if changes.get("out_channels") == 6 else "fixed_small"
     assert (file.diffusion, file.recommended) == (DiffusionSettings(variance=variance), {})
 
@@ -253,15 +233,10 @@ def test_keys_that_a_configuration_leaves_out_are_at_diffusers_defaults():
         ("class_embed_type", "timestep"),
         ("out_channels", 4),
         ("resnet_time_scale_shift", "spatial"),
-        ("resnet_time_scale_shift", "scale_shift"),  # its middle would not normalise
         ("attn_norm_num_groups", 8),
         ("downsample_type", "fir"),
-        ("upsample_type", "resnet"),
         ("sample_size", None),
         ("sample_size", (16, 24)),
-        ("sample_size", 15),
-        ("block_out_channels", (40, 64)),
-        ("attention_head_dim", 48),
         ("down_block_types", ("DownBlock2D", "AttnSkipDownBlock2D")),
         ("down_block_types", ("DownBlock2D",)),
         ("down_block_types", ("ResnetDownsampleBlock2D", "AttnDownBlock2D")),
@@ -269,36 +244,34 @@ def test_keys_that_a_configuration_leaves_out_are_at_diffusers_defaults():
     ],
 )
 def test_a_value_that_adm_cannot_express_is_refused_by_its_key(key, value):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=key):
         from_diffusers({**FOREIGN, key: value}, {})
-    assert "\n" not in str(error.value)
-    other = {("upsample_type", "resnet"): "down_block_types", ("sample_size", 15): "image_size"}
-    other |= {("resnet_time_scale_shift", "scale_shift"): "attn_norm_num_groups"}
-    other |= {("block_out_channels", (40, 64)): "(40, 64)", ("attention_head_dim", 48): "48"}
-    assert other.get((key, value), key) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("change", "named"),
     [
-        ("block_out_channels", []),
-        ("block_out_channels", None),
-        ("block_out_channels", (0, 0)),
-        ("block_out_channels", (32.5, 65)),
-        ("down_block_types", None),
-        ("up_block_types", [["UpBlock2D"], "UpBlock2D"]),
-        ("sample_size", 16.0),
-        ("layers_per_block", 1.5),
-        ("in_channels", None),
-        ("num_class_embeds", 2.5),
-        ("attention_head_dim", "8"),
-        ("dropout", "none"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups"),  # its middle would not normalise
+        ({"upsample_type": "resnet"}, "down_block_types"),
+        ({"sample_size": 15}, "`image_size` .*15"),
+        ({"block_out_channels": (40, 64)}, r"`num_channels` .*\(40, 64\)"),
+        ({"attention_head_dim": 48}, "`num_head_channels` .*48"),
+        ({"block_out_channels": []}, "`config`"),
+        ({"block_out_channels": (0, 0)}, "`config`"),
+        ({"block_out_channels": (32.5, 65)}, "`num_channels` .*32.5"),
+        ({"down_block_types": None}, "`config`"),
+        ({"up_block_types": [["UpBlock2D"], "UpBlock2D"]}, "`config`"),
+        ({"sample_size": 16.0}, "`config`"),
+        ({"layers_per_block": 1.5}, "`num_res_blocks` .*1.5"),
+        ({"in_channels": None}, "`config`"),
+        ({"num_class_embeds": 2.5}, "`num_classes` .*2.5"),
+        ({"attention_head_dim": "8"}, "`config`"),
+        ({"dropout": "none"}, "`config`"),
     ],
 )
-def test_values_of_other_types_are_refused_in_one_line(key, value):
-    with pytest.raises(UserError, match=r"`.+` .*must be") as error:
-        from_diffusers({**FOREIGN, key: value}, {})
-    assert "\n" not in str(error.value)
+def test_values_of_other_types_or_that_contradict_another_key_are_refused(change, named):
+    with pytest.raises(UserError, match=named):
+        from_diffusers(FOREIGN | change, {})
 
 
 def test_widths_come_back_where_their_quotient_is_rounded_down():
@@ -312,10 +285,9 @@ def test_widths_come_back_where_their_quotient_is_rounded_down():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conv_in.weight": None}, "1 parameters differ: conv_in.weight: settings (32, 3, 3, 3), file has none"),
-        ({"mid_block.attentions.0.to_k.bias": None}, "mid_block.attentions.0.to_k.bias: settings (64,), file has none"),
-        ({f"skip.{k}": torch.zeros(1) for k in range(9)}, "9 parameters differ: skip.0: settings have none, file (1,)"),
-        ({"conv_in.bias": torch.zeros(1, 32)}, "conv_in.bias: settings (32,), file (1, 32). If an old"),
+        ({"conv_in.weight": None}, "1 parameters differ: conv_in.weight: settings (32, 3, 3, 3)"),
+        ({f"skip.{k}": torch.zeros(1) for k in range(9)}, "9 parameters differ: skip.0: "),
+        ({"conv_in.bias": torch.zeros(1, 32)}, "conv_in.bias: settings (32,), file (1, 32)"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(change, message):
@@ -325,14 +297,11 @@ def test_parameters_that_do_not_fit_are_refused(change, message):
     assert message in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------- folders
-
-
 @pytest.mark.parametrize("name", ["null_label", "new_order"])
 def test_a_folder_keeps_all_settings_also_when_diffusers_saves_it(name, tmp_path):
     recommended = {"sampler": "ddim", "sag": {"scale": 0.3, "interval": [0.25, 1]}}
     diffusion = DiffusionSettings(noise_schedule="cosine", num_timesteps=400, variance="fixed_large")
-    file = network_file(adm(name), diffusion=diffusion, recommended=recommended)
+    file = weights_of(adm(name), diffusion=diffusion, recommended=recommended)
     write_diffusers(file, tmp_path / "new" / "a")
     assert sorted(path.name for path in (tmp_path / "new").rglob("*")) == ["a", CONFIG, WEIGHTS]
     model, report = UNet2DModel.from_pretrained(tmp_path / "new" / "a", output_loading_info=True)
@@ -340,50 +309,40 @@ def test_a_folder_keeps_all_settings_also_when_diffusers_saves_it(name, tmp_path
     model.save_pretrained(tmp_path / "b")
     for folder in (tmp_path / "new" / "a", tmp_path / "b"):
         converted = read_diffusers(folder)
-        assert (converted.model_settings, converted.diffusion, converted.recommended) == (
-            file.model_settings,
-            diffusion,
-            recommended,
-        )
+        settings = converted.model_settings
+        assert (settings, converted.diffusion, converted.recommended) == (file.model_settings, diffusion, recommended)
         assert equal(converted.state_dict, file.state_dict)
-    assert (
-        relative_error(
-            outputs(build_network(converted), converted.model_settings), outputs(model.eval(), converted.model_settings)
-        )
-        < EXACT
-    )
+    assert relative_error(outputs(build_network(converted), settings), outputs(model.eval(), settings)) < EXACT
 
 
 def test_given_diffusion_settings_are_used_for_folders_without_sagls(tmp_path):
     cosine, linear = DiffusionSettings(noise_schedule="cosine"), DiffusionSettings()
     foreign().save_pretrained(tmp_path / "theirs")
-    write_diffusers(network_file(adm()), tmp_path / "ours")
+    write_diffusers(weights_of(adm()), tmp_path / "ours")
     assert read_diffusers(tmp_path / "theirs", cosine).diffusion == cosine
     assert read_diffusers(tmp_path / "ours", cosine).diffusion == linear
 
 
 def test_diffusers_does_not_warn_of_sagls_key(tmp_path, caplog):
-    write_diffusers(network_file(adm()), tmp_path / "a")
+    write_diffusers(weights_of(adm()), tmp_path / "a")
     with caplog.at_level("WARNING", logger="diffusers"):
         UNet2DModel.from_pretrained(tmp_path / "a", low_cpu_mem_usage=False)
     assert caplog.messages == []
 
 
 def test_a_classifier_is_refused(tmp_path):
-    net = small_classifier()
-    file = NetworkWeights(model_settings=net.settings, diffusion=DiffusionSettings(), state_dict=net.state_dict())
     with pytest.raises(UserError, match=r"`checkpoint` .*classifier"):
-        write_diffusers(file, tmp_path / "a")
+        write_diffusers(weights_of(small_classifier()), tmp_path / "a")
 
 
 def test_half_precision_stays_half(tmp_path):
-    write_diffusers(network_file(copy.deepcopy(adm()).half()), tmp_path / "a")
+    write_diffusers(weights_of(copy.deepcopy(adm()).half()), tmp_path / "a")
     assert {tensor.dtype for tensor in read_diffusers(tmp_path / "a").state_dict.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_missing_or_damaged_file_is_refused(name, tmp_path):
-    write_diffusers(network_file(adm()), tmp_path / "a")
+    write_diffusers(weights_of(adm()), tmp_path / "a")
     path = tmp_path / "a" / name
     path.write_bytes(path.read_bytes()[:99])
     with pytest.raises(UserError, match=r"`checkpoint` .*damaged"):
@@ -396,30 +355,17 @@ def test_a_missing_or_damaged_file_is_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"dropout": 0.5},
-            r"`dropout` .*_sagl, 0.0, got 0.5",
-        ),
+        ({"dropout": 0.5}, r"`dropout` .*_sagl, 0.0, got 0.5"),
         ({SAGL_KEY: {}}, "`_sagl`"),
         ({SAGL_KEY: {"network": {"depth": 3}}}, "`_sagl`"),
-        ({SAGL_KEY: STORED | {"diffusion": None}}, "`_sagl`"),
-        ({SAGL_KEY: STORED | {"diffusion": {"num_timesteps": 99.5}}}, "`num_timesteps` must be an integer"),
-        ({SAGL_KEY: STORED | {"recommended": [1]}}, "`recommended` must be a mapping"),
-        ({SAGL_KEY: STORED | {"recommended": "abc"}}, "`recommended` must be a mapping"),
+        ({SAGL_KEY: {"network": SMALL, "diffusion": None}}, "`_sagl`"),
+        ({SAGL_KEY: {"network": SMALL, "diffusion": {"num_timesteps": 99.5}}}, "`num_timesteps` .*99.5"),
+        ({SAGL_KEY: {"network": SMALL, "recommended": [1]}}, r"`recommended` .*\[1\]"),
     ],
 )
 def test_settings_of_sagl_that_are_invalid_or_contradict_other_keys_are_refused(change, message, tmp_path):
-    write_diffusers(network_file(adm()), tmp_path / "a")
+    write_diffusers(weights_of(adm()), tmp_path / "a")
     path = tmp_path / "a" / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        read_diffusers(tmp_path / "a")
-
-
-def test_weights_of_another_network_are_refused(tmp_path):
-    write_diffusers(network_file(adm()), tmp_path / "a")
-    state = load_file(tmp_path / "a" / WEIGHTS)
-    state["class_embedding.weight"] = torch.zeros(3, 128)
-    save_file(state, tmp_path / "a" / WEIGHTS)
-    with pytest.raises(UserError, match=r"1 parameters differ: class_embedding\.weight: settings have none"):
         read_diffusers(tmp_path / "a")

@@ -5,13 +5,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sagl.errors import UserError
 from sagl.models.adm import UNet
 from sagl.models.hub import HubUNet
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.networks import grey_checkpoint, grey_unet
+from tests.helpers.networks import grey_unet, grey_weights
 
 COSINE = DiffusionSettings(noise_schedule="cosine")
 
@@ -19,7 +19,7 @@ COSINE = DiffusionSettings(noise_schedule="cosine")
 @pytest.fixture
 def saved(tmp_path):
     """A tiny network in the files of the Hub."""
-    checkpoint = grey_checkpoint(recommended={"respacing": "5"}, diffusion=COSINE)
+    checkpoint = grey_weights(recommended={"respacing": "5"}, diffusion=COSINE)
     HubUNet.from_checkpoint(checkpoint).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -37,14 +37,6 @@ def test_a_network_comes_back_with_settings_and_outputs(saved):
 
 def test_weights_keep_openais_names(saved):
     assert load_file(saved / "model.safetensors").keys() == grey_unet().state_dict().keys()
-
-
-def test_a_missing_parameter_is_refused_by_name(saved):
-    state_dict = load_file(saved / "model.safetensors")
-    del state_dict["out.2.bias"]
-    save_file(state_dict, saved / "model.safetensors")
-    with pytest.raises(UserError, match=r"1 parameters differ: out\.2\.bias"):
-        HubUNet.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -67,7 +59,7 @@ def test_a_repository_with_only_a_pickle_is_loaded_strictly(complete, monkeypatc
 
 
 def test_weights_that_do_not_match_are_refused():
-    checkpoint = grey_checkpoint()
+    checkpoint = grey_weights()
     settings = replace(checkpoint.model_settings, num_classes=7)
     with pytest.raises(UserError, match="parameters differ"):
         HubUNet.from_checkpoint(replace(checkpoint, model_settings=settings))
@@ -80,14 +72,14 @@ def test_the_model_card_describes_the_network(saved):
 
 
 def test_a_push_uploads_weights_settings_and_card(monkeypatch):
-    sent = {}
+    uploaded = {}
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Repo", (), {"repo_id": repo_id})())
 
     def upload(self, *, repo_id, folder_path, **_):
-        sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, to=repo_id)
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, to=repo_id)
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    HubUNet.from_checkpoint(grey_checkpoint()).push_to_hub("owner/name")
-    assert sent["to"] == "owner/name"
-    assert {"model.safetensors", "config.json", "README.md"} < sent.keys()
-    assert b'from_pretrained("owner/name")' in sent["README.md"]
+    HubUNet.from_checkpoint(grey_weights()).push_to_hub("owner/name")
+    assert uploaded["to"] == "owner/name"
+    assert {"model.safetensors", "config.json", "README.md"} < uploaded.keys()
+    assert b'from_pretrained("owner/name")' in uploaded["README.md"]

@@ -12,7 +12,7 @@ from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, PretrainedEntry
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.utils.files import sha256
-from tests.helpers.networks import grey_checkpoint, grey_unet, write_grey_unet, write_training_checkpoint
+from tests.helpers.networks import grey_unet, grey_weights, write_grey_unet, write_training_checkpoint
 
 COSINE = DiffusionSettings(noise_schedule="cosine", num_timesteps=100)
 
@@ -56,7 +56,7 @@ def same(file, other):
 def test_a_file_is_read_with_the_settings_inside_it(kind, tmp_path):
     path = write_grey_unet(tmp_path / "a.safetensors", diffusion=COSINE, recommended={"respacing": "5"})
     file = load(kind(path))
-    assert same(file, grey_checkpoint(diffusion=COSINE))
+    assert same(file, grey_weights(diffusion=COSINE))
     assert file.recommended == {"respacing": "5"}
 
 
@@ -77,18 +77,13 @@ def test_the_bundled_network_is_loaded_by_name():
 @pytest.mark.parametrize("place", ["cache", "elsewhere"])
 def test_a_released_network_is_loaded_by_name_or_by_its_file(place, entry, cached, tmp_path):
     file = load("tiny" if place == "cache" else write_state(tmp_path / "copy" / entry.file))
-    assert same(file, grey_checkpoint(diffusion=COSINE))
+    assert same(file, grey_weights(diffusion=COSINE))
     build_network(file)
 
 
 def test_a_file_with_settings_keeps_them_whatever_its_name(entry, tmp_path):
     path = write_training_checkpoint(tmp_path / "last.ckpt").rename(tmp_path / entry.file)
     assert load(path).diffusion == DiffusionSettings(noise_schedule="cosine")
-
-
-def test_a_file_without_settings_and_of_another_name_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"`model` .*other\.pt"):
-        load(write_state(tmp_path / "other.pt"))
 
 
 def test_a_file_takes_precedence_over_a_name(monkeypatch, tmp_path):
@@ -131,32 +126,24 @@ def test_the_sha256_of_a_downloaded_file_is_recorded_and_compared(entry, cached)
         load("tiny")
 
 
-def test_raw_weights_of_a_released_network_are_refused_before_the_download(entry, monkeypatch):
-    monkeypatch.setattr(loading, "download_pretrained", lambda name: pytest.fail("fetched"))
-    with pytest.raises(UserError, match=r"`weights` .*tiny, got .raw"):
-        load("tiny", "raw")
-
-
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "argument"),
     [
-        ("lsun_cats", r"must be one of .*imagenet64.*; got 'lsun_cats'\. Did you mean lsun_cat\?"),
-        (
-            "fashion_mnis",
-            r"must be one of .*fashion_mnist.*; got 'fashion_mnis'\. Did you mean fashion_mnist or fashion_mnist_cl",
-        ),
-        ("absent.safetensors", r"`checkpoint` must be a file, and absent\.safetensors does not exist"),
-        ("absent/lsun_cat.pt", r"`checkpoint` must be a file, and absent/lsun_cat\.pt does not exist"),
-        ("absent.ckpt", r"`checkpoint` must be a file, and absent\.ckpt does not exist"),
+        ("lsun_cats", "`model`"),
+        ("fashion_mnis", "`model`"),
+        ("absent.safetensors", "`checkpoint`"),
+        ("absent/lsun_cat.pt", "`checkpoint`"),
+        ("absent.ckpt", "`checkpoint`"),
     ],
 )
-def test_a_missing_name_or_file_is_refused(name, said, monkeypatch, tmp_path):
+def test_a_missing_name_or_file_is_refused(name, argument, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"{argument} .*{name}"):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "tiny"])
-def test_raw_weights_are_refused_for_a_network_with_one_set(name, cached):
+def test_raw_weights_of_a_network_with_one_set_are_refused_before_a_download(name, entry, monkeypatch):
+    monkeypatch.setattr(loading, "download_pretrained", lambda name: pytest.fail("downloads"))
     with pytest.raises(UserError, match=r"`weights` .*(tiny|fashion_mnist)"):
         load(name, "raw")

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from sagl.errors import UserError
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.networks import grey_checkpoint, write_grey_unet
+from tests.helpers.networks import grey_weights, write_grey_unet
 
 
 def test_a_file_contains_the_settings_of_its_network(tmp_path):
-    file = grey_checkpoint(recommended={"respacing": "5"})
+    file = grey_weights(recommended={"respacing": "5"})
     metadata = read_metadata(write_grey_unet(tmp_path / "a.safetensors", recommended={"respacing": "5"}))
     assert set(metadata) == {"network", "diffusion", "recommended"}
     assert metadata["recommended"] == {"respacing": "5"}
@@ -52,7 +52,7 @@ def test_a_recommendation_that_is_no_mapping_is_refused(recommended, tmp_path):
     ],
 )
 def test_fractions_in_place_of_integers_are_refused(part, name, value):
-    metadata = {"network": asdict(grey_checkpoint().model_settings), "diffusion": asdict(DiffusionSettings())}
+    metadata = {"network": asdict(grey_weights().model_settings), "diffusion": asdict(DiffusionSettings())}
     metadata[part][name] = value
     with pytest.raises(UserError, match=f"`{name}` must be an integer, got {value}"):
         settings_from_metadata(metadata, Path("a.safetensors"))
@@ -60,6 +60,6 @@ def test_fractions_in_place_of_integers_are_refused(part, name, value):
 
 @pytest.mark.parametrize("change", [{"channel_mult": ["wide"]}, {"channel_mult": [1e308, 1e308]}, {"depth": 3}])
 def test_invalid_settings_are_refused(change):
-    metadata = {"network": asdict(grey_checkpoint().model_settings) | change, "diffusion": {}}
+    metadata = {"network": asdict(grey_weights().model_settings) | change, "diffusion": {}}
     with pytest.raises(UserError, match=r"`checkpoint` .*a\.safetensors"):
         settings_from_metadata(metadata, Path("a.safetensors"))

@@ -55,20 +55,6 @@ def test_the_recommended_settings_of_the_bundled_network_are_valid():
     make_labels(request.samples, [0, 1], network)
 
 
-def test_sag_needs_only_a_scale_for_the_bundled_network():
-    request, file = parse_sample_config(["--sag.scale", "0.05"]), read_checkpoint(DEFAULT_CHECKPOINT)
-    assert request.guidances["sag"].scale == 0.05
-    assert "sag" in build_pipeline(build_network(file), file.diffusion, request.sampler, request.guidances).guidances
-
-
-@pytest.mark.parametrize("label", ["null", "balanced", "9"])
-def test_the_bundled_network_has_ten_classes_and_a_null_label(label):
-    labels = make_labels(
-        parse_sample_config(["--labels", label]).samples, [9], build_network(read_checkpoint(DEFAULT_CHECKPOINT))
-    )
-    assert (None if labels is None else labels.tolist()) == (None if label == "null" else [9])
-
-
 def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
     asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
     found = [
@@ -89,9 +75,6 @@ def test_a_classifier_is_not_a_diffusion_model(name):
         get_unet_settings(name)
 
 
-# ---------------------------------------------------------------------------------------- released checkpoints
-
-
 def test_there_are_thirteen_released_checkpoints_each_with_a_key_list():
     assert sorted(RELEASED) == sorted(KEY_LIST_OF)
     assert len(RELEASED) == 13
@@ -105,11 +88,6 @@ def test_settings_give_the_parameters_of_the_released_file(name):
         network = Classifier(settings) if isinstance(settings, ClassifierSettings) else UNet(settings)
     got = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert got == {key: tuple(shape) for key, shape in KEY_LISTS[KEY_LIST_OF[name]].items()}
-
-
-def test_unets_are_unets_and_classifiers_classifiers():
-    assert {type(RELEASED[name].settings) for name in UNETS} == {UNetSettings}
-    assert {type(RELEASED[name].settings) for name in CLASSIFIERS} == {ClassifierSettings}
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))

@@ -33,7 +33,7 @@ def test_trajectory_is_the_references_at_every_step(name):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("clip_x0", [False, True])
 @pytest.mark.parametrize("has_score", [False, True])
-def test_every_step_is_that_of_a_second_derivation(respacing, kind, eta, clip_x0, has_score):
+def test_every_step_is_that_of_an_independent_implementation(respacing, kind, eta, clip_x0, has_score):
     schedule = make_schedule(DiffusionSettings(noise_schedule=kind), respacing)
     process = formulas.Process(kind, schedule.timesteps.tolist())
     x, noise = draws(schedule.num_steps)

@@ -46,29 +46,17 @@ def as_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-# --------------------------------------------------------------------------------------------------------- npz
-
-
-@pytest.mark.parametrize("count", [1, 4, 6])
-def test_an_npz_is_what_numpy_saves_of_the_first_images(count, tmp_path):
+@pytest.mark.parametrize(("count", "batch"), [(1, 4), (4, 4), (6, 4), (6, 1)])
+def test_an_npz_is_what_numpy_saves_of_the_first_images_for_shards_of_any_size(count, batch, tmp_path):
     images = random_images(6)
-    write_npz(write_run(tmp_path / "run", {"samples": images}), tmp_path / "a.npz", count)
+    write_npz(write_run(tmp_path / "run", {"samples": images}, batch=batch), tmp_path / "a.npz", count)
     np.savez(tmp_path / "b.npz", images[:count], np.arange(5, 5 + count))
     with zipfile.ZipFile(tmp_path / "a.npz") as actual, zipfile.ZipFile(tmp_path / "b.npz") as expected:
         assert actual.namelist() == expected.namelist() == ["arr_0.npy", "arr_1.npy"]
-        assert [actual.read(name) for name in actual.namelist()] == [
-            expected.read(name) for name in expected.namelist()
-        ]
+        assert all(actual.read(name) == expected.read(name) for name in expected.namelist())
     with np.load(tmp_path / "a.npz") as arrays:
         assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (count, 8, 8, 3))
         assert (arrays["arr_1"].dtype, arrays["arr_1"].tolist()) == (np.int64, list(range(5, 5 + count)))
-
-
-def test_an_npz_does_not_depend_on_the_size_of_the_shards(tmp_path):
-    for batch in (1, 4):
-        run = write_run(tmp_path / f"run{batch}", {"samples": random_images(6)}, batch=batch)
-        write_npz(run, tmp_path / f"{batch}.npz", 6)
-    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "4.npz").read_bytes()
 
 
 def test_the_memory_for_an_npz_does_not_grow_with_the_run(tmp_path):
@@ -96,9 +84,6 @@ def test_the_name_of_an_npz_contains_its_shape(tmp_path):
     assert npz_name(write_run(tmp_path, {"samples": random_images(2, side=16)}), 2) == "samples_2x16x16x3.npz"
 
 
-# -------------------------------------------------------------------------------------------------------- grid
-
-
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_grid_has_unguided_images_above_the_samples_above_their_masks(masks, tmp_path):
     mask_frequencies = random_images(6, seed=3)[..., :1].repeat(3, axis=-1)
@@ -124,9 +109,6 @@ def test_a_grid_of_an_empty_run_is_refused(tmp_path):
         write_grid(tmp_path, tmp_path / "grid.png")
 
 
-# ------------------------------------------------------------------------------------------------------ images
-
-
 @pytest.mark.parametrize("num_samples", [None, 5])
 def test_images_have_the_bytes_of_the_shards_and_are_named_by_their_ids(num_samples, tmp_path):
     images = random_images(6)
@@ -135,38 +117,21 @@ def test_images_have_the_bytes_of_the_shards_and_are_named_by_their_ids(num_samp
     assert actual == {f"{i:06d}.png": encode_png(image) for i, image in enumerate(images[:num_samples])}
 
 
-# ------------------------------------------------------------------------------------------------------- masks
-
-
-def test_never_mnum_samples_is_black_and_always_mnum_samples_is_white():
-    image = colorize_masks(torch.tensor([0.0, 1.0]).view(1, 1, 1, 2))
-    assert (image.shape, image.dtype) == ((1, 3, 1, 2), torch.uint8)
-    assert image[0, :, 0, 0].tolist() == [0, 0, 0]
-    assert image[0, :, 0, 1].tolist() == [255, 255, 255]
-
-
-def test_a_larger_mask_frequency_is_brighter():
-    colors = colorize_masks(torch.linspace(0, 1, 31).view(1, 1, 1, 31))[0, :, 0].double()
-    brightness = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ colors
+def test_mask_frequencies_are_brighter_the_larger_with_straight_lines_between_the_color_stops():
+    colors = colorize_masks(torch.linspace(0, 1, 31).view(1, 1, 1, 31))[0, :, 0]
+    assert colors.dtype == torch.uint8
+    stops = [[0, 0, 0], [38, 42, 110], [130, 81, 75], [222, 120, 40], [255, 255, 255]]
+    assert [pytest.approx(colors[:, k].tolist(), abs=1) for k in (0, 10, 15, 20, 30)] == stops
+    brightness = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ colors.double()
     assert bool((brightness.diff() > 0).all())
 
 
-def test_thirds_are_the_color_stops_with_a_straight_line_between_them():
-    colors = colorize_masks(torch.tensor([1 / 3, 0.5, 2 / 3]).view(3, 1, 1, 1)).flatten(1).double()
-    assert colors[0].tolist() == pytest.approx([38, 42, 110], abs=1)
-    assert colors[2].tolist() == pytest.approx([222, 120, 40], abs=1)
-    assert colors[1].tolist() == pytest.approx([130, 81, 75], abs=1)
-
-
-# ---------------------------------------------------------------------------------------------- denoising strip
-
-
-def frame(step, *, mnum_samples=True, channels=1, batch=2):
+def frame(step, *, masked=True, channels=1, batch=2):
     """A step of a few samples, different for each step; black and white, because a gif keeps those exactly."""
     generator = torch.Generator().manual_seed(step)
     x0_hat = 255 * torch.randint(0, 2, (batch, 1, 8, 8), dtype=torch.uint8, generator=generator)
     mask = torch.rand(batch, 1, 8, 8, generator=generator) < 0.5
-    return Frame(x0_hat=x0_hat.expand(-1, channels, -1, -1), mask=mask if mnum_samples else None)
+    return Frame(x0_hat=x0_hat.expand(-1, channels, -1, -1), mask=mask if masked else None)
 
 
 def rows_of(frames, i):
@@ -198,38 +163,28 @@ def test_steps_go_evenly_from_the_noisiest_to_the_cleanest(num_steps, columns):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_time_goes_to_the_right_with_each_sample_above_its_masks(channels, tmp_path):
-    frames = [frame(9, mnum_samples=False, channels=channels), *(frame(step, channels=channels) for step in (4, 2, 0))]
+@pytest.mark.parametrize("masked", [True, False])
+def test_time_goes_to_the_right_with_each_sample_above_its_masks_if_there_are_any(masked, channels, tmp_path):
+    frames = [frame(step, masked=masked and step < 9, channels=channels) for step in (9, 4, 2, 0)]
     draw_strip(frames, tmp_path / "new")
-    expected = image_grid([*rows_of(frames, 0), *rows_of(frames, 1)], columns=4)
+    rows = [row for i in (0, 1) for row in rows_of(frames, i)[: 1 + masked]]
+    expected = image_grid(rows, columns=4)
     assert (read_png(tmp_path / "new" / "strip.png") == expected.permute(1, 2, 0).numpy()).all()
-    assert expected.shape == (3, 4 * 18 + 2, 4 * 18 + 2)
+    assert {path.name for path in contents(tmp_path)} == {"strip.png", "strip.gif"}
 
 
 def test_all_frames_are_in_one_row_however_many(tmp_path):
-    draw_strip([frame(step, mnum_samples=False, batch=1) for step in range(20)], tmp_path)
+    draw_strip([frame(step, masked=False, batch=1) for step in range(20)], tmp_path)
     assert read_png(tmp_path / "strip.png").shape == (18 + 2, 20 * 18 + 2, 3)
 
 
-def test_without_masks_there_are_no_rows_for_them(tmp_path):
-    frames = [frame(step, mnum_samples=False) for step in (3, 0)]
-    draw_strip(frames, tmp_path)
-    expected = image_grid([rows_of(frames, 0)[0], rows_of(frames, 1)[0]], columns=2)
-    assert (read_png(tmp_path / "strip.png") == expected.permute(1, 2, 0).numpy()).all()
-
-
-@pytest.mark.parametrize("mnum_samples", [True, False])
-def test_the_gif_has_a_frame_per_step_with_the_samples_side_by_side_and_a_longer_last_one(mnum_samples, tmp_path):
-    frames = [frame(step, mnum_samples=mnum_samples) for step in (9, 4, 0)]
+@pytest.mark.parametrize("num_frames", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_gif_has_a_frame_per_step_with_the_samples_side_by_side_and_a_longer_last_one(masked, num_frames, tmp_path):
+    frames = [frame(step, masked=masked) for step in (9, 4, 0)[-num_frames:]]
     draw_strip(frames, tmp_path)
     shown = list(gif_frames(tmp_path / "strip.gif"))
-    assert [duration for _, duration in shown] == [GIF_MILLISECONDS] * 2 + [10 * GIF_MILLISECONDS]
+    assert [duration for _, duration in shown] == [GIF_MILLISECONDS] * (num_frames - 1) + [10 * GIF_MILLISECONDS]
     for (image, _), f in zip(shown, frames, strict=True):
-        rows = [to_rgb(f.x0_hat)] + ([colorize_masks(f.mask.float())] if mnum_samples else [])
+        rows = [to_rgb(f.x0_hat)] + ([colorize_masks(f.mask.float())] if masked else [])
         assert (image == image_grid(rows).permute(1, 2, 0).numpy()).all()
-
-
-def test_a_strip_of_one_frame_leaves_no_other_files(tmp_path):
-    draw_strip([frame(0)], tmp_path)
-    assert {path.name for path in contents(tmp_path)} == {"strip.png", "strip.gif"}
-    assert len(list(gif_frames(tmp_path / "strip.gif"))) == 1

@@ -161,10 +161,10 @@ def test_an_unconditional_network_has_no_labels(labels):
 
 
 @every_sampler
-def test_scale_0_leaves_guidance_out_and_gives_the_unguided_bytes(sampler):
+@pytest.mark.parametrize("inactive", [{"scale": 0.0}, {"interval": (0.5, 0.5)}])
+def test_a_guidance_of_scale_0_or_an_empty_interval_gives_the_unguided_bytes(sampler, inactive):
     network = stable_unet()
-    off, on = pipeline_of(sampler, network=network, scale=0.0), pipeline_of(sampler, network=network)
-    assert off.guidances == {}
+    off, on = pipeline_of(sampler, network=network, **inactive), pipeline_of(sampler, network=network)
     assert off.nfe == on.unguided.nfe == off.schedule.num_steps
     images, mask_frequency = sampled(off, RunSettings())
     assert mask_frequency is None
@@ -197,31 +197,18 @@ def test_nfe_counts_every_call_of_the_network(settings, nfe):
     assert pipeline.unguided.nfe == 8
 
 
-@every_sampler
-def test_an_empty_interval_gives_the_unguided_bytes(sampler):
-    pipeline = pipeline_of(sampler, interval=(0.5, 0.5))
-    images, mask_frequency = sampled(pipeline, RunSettings())
-    assert mask_frequency is None
-    assert torch.equal(images, sampled(pipeline.unguided, RunSettings())[0])
-
-
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
-    ("network", "settings", "parts"),
-    [
-        ({}, {"site": "output.7"}, ("`sag.site`", "output.1 (8x8)", "'output.7'")),
-        ({}, {"sampler": SamplerSettings(respacing="1001")}, ("`respacing`", "1000", "1001")),
-        ({"null_label": False}, {"cfg_scale": 1.0}, ("`cfg.scale`", "null label")),
-    ],
+    ("settings", "value"),
+    [({"site": "output.7"}, "`sag.site` .*'output.7'"), ({"sampler": SamplerSettings(respacing="1001")}, "1001")],
 )
-def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated(network, settings, parts):
-    network = stable_unet(**network)
+def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated(settings, value):
+    network = stable_unet()
     calls = count_calls(network)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=value):
         pipeline_of(**{"sampler": "ddpm", "network": network, **settings})
-    assert [part for part in parts if part not in str(error.value)] == []
     assert calls == []
 
 

@@ -89,21 +89,10 @@ def test_the_last_member_has_length_and_sha256_of_the_others(tmp_path):
     assert (index[0], json.loads(index[1])) == (run_folder.INDEX, expected)
 
 
-@pytest.mark.parametrize("member", ["000000.png", "000000.json", "000001.png", "000001.json", run_folder.INDEX])
-@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
-def test_a_changed_byte_in_any_member_is_detected(member, part, tmp_path):
-    path = shard(tmp_path, 0, 1)
-    with tarfile.open(path) as tar:
-        header = tar.getmember(member)
-    damage(path, header.offset_data + round(part * (header.size - 1)))
-    with pytest.raises(UserError, match=r"000000-000001\.tar"):
-        read_shard(path)
-
-
 def test_a_changed_byte_anywhere_in_the_file_is_detected(tmp_path):
     path = shard(tmp_path, 0, 1)
     data = path.read_bytes()
-    for at in (*range(0, len(data), 97), -1):
+    for at in (*range(0, len(data), 61), -1):
         damage(path, at)
         with pytest.raises(UserError, match="is damaged"):
             read_shard(path)
@@ -141,6 +130,7 @@ def test_webdataset_reads_the_images_and_labels_of_a_shard(tmp_path):
 
 
 def test_samples_are_in_order_of_ids_and_as_many_as_requested(tmp_path):
+    assert list(iter_samples(tmp_path)) == list(iter_samples(tmp_path / "absent", 3)) == []
     for first in (999_998, 1_000_002, 4, 0):
         shard(tmp_path, first, first + 3)
     (tmp_path / "shards" / "other-file.tar").write_text("not a shard")
@@ -149,10 +139,6 @@ def test_samples_are_in_order_of_ids_and_as_many_as_requested(tmp_path):
     assert [sample.id for sample in iter_samples(tmp_path)] == ids
     for count in (0, 1, 4, 9, 99):
         assert [sample.id for sample in iter_samples(tmp_path, count)] == ids[:count]
-
-
-def test_a_folder_without_shards_has_no_samples(tmp_path):
-    assert list(iter_samples(tmp_path)) == list(iter_samples(tmp_path / "absent", 3)) == []
 
 
 def test_only_the_shards_that_are_needed_are_read(tmp_path):

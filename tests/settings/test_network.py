@@ -83,8 +83,6 @@ def test_settings_are_frozen_keyword_only_and_hashable_also_from_lists(cls, base
         cls(32)
 
 
-# ------------------------------------------------------------------------------------------------------- sites
-
 SMALL_UNETS = {
     "middle alone": UNetSettings(**SMALL, attention_resolutions=()),
     "every level": UNetSettings(**SMALL, attention_resolutions=(32, 16, 8), num_res_blocks=1),

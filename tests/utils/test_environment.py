@@ -76,9 +76,6 @@ def test_available_memory_is_the_systems_and_none_if_unknown(files):
     assert environment.available_bytes(torch.device("cpu")) == 123 * 1024
 
 
-# -------------------------------------------------------------------------------------------------- threads
-
-
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 4), ("150000 100000", 2), ("800000 100000", 4), ("50000 100000", 1), ("", 4)]
 )

@@ -35,9 +35,6 @@ def test_packaged_configs_are_in_the_checkout_or_inside_the_package(monkeypatch,
     assert packaged_configs() == tmp_path / "sagl" / "configs"
 
 
-# -------------------------------------------------------------------------------------------------- atomic writes
-
-
 def test_a_file_gets_its_name_when_it_is_complete_and_replaces_an_old_one(tmp_path):
     path = tmp_path / "deep" / "er" / "a.bin"
     for old, new in ((None, b"first"), (b"first", b"second")):
@@ -118,9 +115,6 @@ def test_a_file_has_the_permissions_of_the_umask(umask, mode, tmp_path):
     finally:
         assert os.umask(before) == umask
     assert (tmp_path / "a").stat().st_mode & 0o777 == mode
-
-
-# ---------------------------------------------------------------------------------------------- writable folders
 
 
 @pytest.mark.parametrize("name", [".", "existing", "new", "new/and/deep", "linked"])
