@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from sagl.commands.subcommands import SUBCOMMANDS
-from tests.helpers.tiny import contents, exit_code, write_tiny
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents
+from tests.helpers.networks import write_grey_unet
 
 OVERFLOW = ["--sag.scale", "1e300", "--sag.site", "middle", "--sag.kernel_size", "3", "--clip_x0", "false"]
 SHORT = ("--respacing", "2", "--num_samples", "2", "--progress", "off")
@@ -32,7 +34,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("network") / "tiny.safetensors")
+    return write_grey_unet(tmp_path_factory.mktemp("network") / "tiny.safetensors")
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def foreign():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        network = write_tiny(folder / "tiny.safetensors")
+        network = write_grey_unet(folder / "tiny.safetensors")
         network.chmod(0o644)
         (folder / "secret.safetensors").write_bytes(network.read_bytes())
         (folder / "secret.yaml").write_text("seed: 1")

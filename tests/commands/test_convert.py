@@ -12,14 +12,14 @@ from sagl.models.checkpoints import in_dtype, read_checkpoint, write_checkpoint
 from sagl.models.metadata import read_metadata
 from sagl.models.zoo import RELEASED
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.tiny import (
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents
+from tests.helpers.networks import (
     GREY,
-    contents,
-    exit_code,
     grey_unet,
-    network_file,
-    write_tiny,
-    write_tiny_classifier,
+    grey_weights,
+    write_grey_classifier,
+    write_grey_unet,
     write_training_checkpoint,
 )
 
@@ -65,7 +65,7 @@ def test_a_training_checkpoint_becomes_a_file_with_its_ema_or_raw_weights(flags,
 
 def test_each_tensor_keeps_its_dtype_unless_another_is_set(tmp_path):
     source = tmp_path / "half.safetensors"
-    write_checkpoint(in_dtype(network_file(), torch.float16), source)
+    write_checkpoint(in_dtype(grey_weights(), torch.float16), source)
     for flags, dtype in (([], torch.float16), (["--dtype", "float32"], torch.float32)):
         target = convert(source, tmp_path / f"{dtype}.safetensors", *flags)
         assert {tensor.dtype for tensor in load_file(target).values()} == {dtype}
@@ -73,7 +73,7 @@ def test_each_tensor_keeps_its_dtype_unless_another_is_set(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_file_in_half_precision_is_half_the_size_and_close(dtype, tmp_path):
-    source = write_tiny(tmp_path / "tiny.safetensors")
+    source = write_grey_unet(tmp_path / "tiny.safetensors")
     target = convert(source, tmp_path / "half.safetensors", "--dtype", str(dtype).removeprefix("torch."))
     state = load_file(target)
     assert target.stat().st_size < 2 * sum(tensor.numel() for tensor in state.values()) + 20_000
@@ -92,7 +92,7 @@ def test_a_plain_state_dict_is_converted_with_the_settings_of_a_config(tmp_path)
 
 
 def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
-    file = read_checkpoint(write_tiny_classifier(tmp_path / "tiny.safetensors"))
+    file = read_checkpoint(write_grey_classifier(tmp_path / "tiny.safetensors"))
     entry = replace(RELEASED["imagenet64_classifier"], settings=file.model_settings)
     monkeypatch.setitem(RELEASED, "imagenet64_classifier", entry)
     torch.save(dict(file.state_dict), tmp_path / "renamed.pt")
@@ -104,7 +104,7 @@ def test_a_renamed_classifier_is_converted_by_its_model(tmp_path, monkeypatch):
 
 
 def test_a_network_comes_back_from_a_folder_for_diffusers(tmp_path):
-    source = write_tiny(tmp_path / "tiny.safetensors", recommended={"respacing": "5"})
+    source = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"respacing": "5"})
     back = convert(convert(source, tmp_path / "tiny-v1.0"), tmp_path / "back.safetensors")
     assert read_metadata(back) == read_metadata(source)
     expected, state = load_file(source), load_file(back)
@@ -185,5 +185,5 @@ def test_an_impossible_target_is_refused_before_a_download(target, tmp_path, ref
 
 @pytest.mark.parametrize("flags", [["--weights", "raw"], ["--model", "lsun_cat"]])
 def test_options_for_files_are_refused_for_a_folder(flags, tmp_path, refusal):
-    folder = convert(write_tiny(tmp_path / "tiny.safetensors"), tmp_path / "folder")
+    folder = convert(write_grey_unet(tmp_path / "tiny.safetensors"), tmp_path / "folder")
     assert flags[0] in refusal(folder, tmp_path / "back.safetensors", *flags)

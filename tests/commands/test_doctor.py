@@ -11,7 +11,8 @@ import torch
 
 from sagl.commands import doctor
 from sagl.commands.doctor import extractors, folders, machine, mpi, versions
-from tests.helpers.tiny import contents, exit_code, write_fashion_mnist
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents, write_fashion_mnist
 
 
 def line(lines, name):

@@ -13,9 +13,11 @@ from sagl.commands.fit import training_parser, trains_classifier
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.helpers.tiny import QUIET, contents, exit_code, read_png, write_config, write_fashion_mnist
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents, read_png, write_fashion_mnist, write_fashion_mnist_config
+from tests.helpers.training import IGNORED_WARNINGS
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 NETWORK = {"image_size": 32, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1]}
 NETWORK |= {"attention_resolutions": [16], "num_classes": 10, "null_label": True}
@@ -44,7 +46,7 @@ NO_VALIDATION = ["--trainer.limit_val_batches", 0]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A whole configuration, with data of its own beside it."""
-    return write_config(tmp_path_factory.mktemp("fit"), CONFIG)
+    return write_fashion_mnist_config(tmp_path_factory.mktemp("fit"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from sagl.models.checkpoints import build_classifier, read_checkpoint
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings
 from tests.commands.test_fit import NO_VALIDATION, TRAINER, error_line, last
-from tests.helpers.tiny import QUIET, exit_code, write_config, write_fashion_mnist
+from tests.helpers.commands import exit_code
+from tests.helpers.files import write_fashion_mnist, write_fashion_mnist_config
+from tests.helpers.training import IGNORED_WARNINGS
 
-pytestmark = QUIET
+pytestmark = IGNORED_WARNINGS
 
 CLASSIFIER = {"image_size": 32, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1]}
 CLASSIFIER |= {"attention_resolutions": [16], "num_head_channels": 32, "num_classes": 10}
@@ -24,7 +26,7 @@ CONFIG = {"model": MODEL, "trainer": TRAINER, "ema_decay": 0.9}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A whole configuration, with data of its own beside it."""
-    return write_config(tmp_path_factory.mktemp("fit"), CONFIG, batch_size=8)
+    return write_fashion_mnist_config(tmp_path_factory.mktemp("fit"), CONFIG, batch_size=8)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.utils import environment
 from sagl.utils.images import to_rgb, to_uint8
-from tests.helpers.tiny import contents, exit_code, network_file, write_tiny, write_training_checkpoint
+from tests.helpers.commands import exit_code
+from tests.helpers.files import contents
+from tests.helpers.networks import grey_weights, write_grey_unet, write_training_checkpoint
 
 SAMPLER = ["--sampler", "ddim", "--respacing", "4", "--seed", "2"]
 SHORT = [*SAMPLER, "--batch_size", "4", "--trainer.precision", "32-true"]
@@ -31,7 +33,7 @@ SAG = {"scale": 0.5, "site": "output.0", "blur_sigma": 1.0}
 
 def sample(folder, *flags, network=None):
     """Run the command on a tiny network; return its run folder."""
-    network = network or write_tiny(folder.parent / "tiny.safetensors")
+    network = network or write_grey_unet(folder.parent / "tiny.safetensors")
     assert exit_code("sample", "--checkpoint", network, "--output", folder, *flags) == 0
     return folder
 
@@ -114,13 +116,13 @@ def test_a_run_may_begin_at_any_sample(compared, tiny, tmp_path):
 
 
 def test_samples_of_an_unconditional_network_have_the_label_minus_1(tmp_path):
-    network = write_tiny(tmp_path / "tiny.safetensors", num_classes=None, null_label=False)
+    network = write_grey_unet(tmp_path / "tiny.safetensors", num_classes=None, null_label=False)
     assert arrays_of(sample(tmp_path / "run", *TWO, network=network))[1].tolist() == [-1, -1]
 
 
 def test_the_requested_weights_of_a_training_checkpoint_are_used(tmp_path):
     checkpoint = write_training_checkpoint(tmp_path / "last.ckpt")
-    tiny = write_tiny(tmp_path / "raw.safetensors", diffusion=DiffusionSettings(noise_schedule="cosine"))
+    tiny = write_grey_unet(tmp_path / "raw.safetensors", diffusion=DiffusionSettings(noise_schedule="cosine"))
     requests = {"ema": (checkpoint, []), "raw": (checkpoint, ["--weights", "raw"]), "file": (tiny, [])}
     images = {
         name: arrays_of(sample(tmp_path / name, *TWO, *flags, network=network))[0]
@@ -157,7 +159,7 @@ def test_a_run_of_other_settings_is_refused_by_the_first_that_differs(
     flags, parts, compared, tiny, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    file = network_file()
+    file = grey_weights()
     changed = {name: tensor * 1.01 for name, tensor in file.state_dict.items()}
     other = type(file)(model_settings=file.model_settings, diffusion=file.diffusion, state_dict=changed)
     write_checkpoint(other, tmp_path / "other.safetensors")
@@ -173,7 +175,7 @@ def test_a_run_without_its_last_exports_is_not_complete(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    network = write_tiny(tmp_path / "tiny.safetensors")
+    network = write_grey_unet(tmp_path / "tiny.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr("sagl.sampling.exports.save_png", full_disk)
         assert exit_code("sample", "--checkpoint", network, "--output", tmp_path / "run", *TWO) == 2
@@ -285,7 +287,7 @@ RECOMMENDED = {"sampler": "ddim", "respacing": "3", "labels": "balanced", "sag":
 
 
 def test_recommended_settings_of_a_file_are_used(tmp_path):
-    network = write_tiny(tmp_path / "tiny.safetensors", recommended=RECOMMENDED)
+    network = write_grey_unet(tmp_path / "tiny.safetensors", recommended=RECOMMENDED)
     folder = sample(tmp_path / "run", "--num_samples", "4", network=network)
     settings = metadata_of(folder)["settings"]
     for name, value in RECOMMENDED.items():
@@ -301,7 +303,7 @@ def test_recommended_settings_of_a_file_are_used(tmp_path):
     [(["--sag.scale", "0.1"], 0.1, "3"), (["--respacing", "5"], 0.4, "5"), (["--sag.scale", "0"], 0.0, "3")],
 )
 def test_a_flag_goes_before_the_recommendation_of_the_file_and_leaves_the_rest(flags, scale, respacing, tmp_path):
-    network = write_tiny(tmp_path / "tiny.safetensors", recommended=RECOMMENDED)
+    network = write_grey_unet(tmp_path / "tiny.safetensors", recommended=RECOMMENDED)
     config = parse_sample_config(["--checkpoint", str(network), *flags])
     assert (config.guidances["sag"].scale, config.guidances["sag"].site) == (scale, "output.1")
     assert (config.sampler.respacing, config.sampler.sampler) == (respacing, "ddim")
@@ -314,6 +316,6 @@ def test_without_a_recommendation_settings_have_the_defaults_of_their_fields(tin
 
 
 def test_a_recommendation_of_unknown_settings_is_refused(tmp_path):
-    network = write_tiny(tmp_path / "tiny.safetensors", recommended={"sag": {"strength": 3}})
+    network = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sag": {"strength": 3}})
     with pytest.raises(UserError, match=r"`recommended`.*strength"):
         parse_sample_config(["--checkpoint", str(network)])
