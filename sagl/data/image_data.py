@@ -1,7 +1,10 @@
 """Sources of labelled images, and the dataset and data module that train on them."""
 
 import hashlib
+import io
 import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +45,8 @@ class ImageSource(ABC):
 
     num_classes: int | None = None
     """Number of classes; None if the images have no labels."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user on what the source leaves out, and on how it numbers the classes."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -64,16 +69,30 @@ class ImageSource(ABC):
 
 
 def cached_index(file: Path, folder: str, build: Callable[[], Array]) -> Array:
-    """Return `build()`, stored in a folder of the cache under the path, size and modification time of `file`."""
+    """Return `build()`, stored in a folder of the cache under the path, size and modification time of `file`.
+
+    The stored file ends with its sha256, so that a damaged one is built again.
+    """
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")).hexdigest()[:16]
     path = cache_folder() / folder / f"{key}.npy"
-    if not path.is_file():
-        index = build()
-        with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as stream:
-            np.save(stream, index)
+    if not _is_whole(path):
+        stream = io.BytesIO()
+        np.save(stream, build())
+        content = stream.getvalue()
+        with atomic_file(path, "SAGL_CACHE") as partial:
+            partial.write_bytes(content + hashlib.sha256(content).digest())
     cached: Array = np.load(path, mmap_mode="r")
     return cached
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file exists and ends with the sha256 of what comes before."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 class ImageDataset(EpochDataset):
@@ -151,6 +170,9 @@ class ImageDataModule(LightningDataModule):
             UserError: the source cannot be opened, a setting is out of range, or the labels do not fit the network.
         """
         self.images = self.source()
+        if rank_and_world_size(self.trainer)[0] == 0:
+            for note in self.images.notes:
+                print(note, file=sys.stderr)
         for name in ("num_validation", "num_test"):
             require(getattr(self, name) >= 0, f"`data.{name}` must be at least 0, got {getattr(self, name)}.")
         require(

@@ -5,7 +5,11 @@ keys as a pickle in the working directory, which it loads again. Here each proce
 reads, and the keys are a plain array in the cache folder.
 """
 
+import io
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,44 +17,73 @@ import lmdb
 import numpy as np
 from torchvision.datasets.lsun import LSUNClass
 
+from sagl.data import lmdb_keys
 from sagl.data.image_data import Array, ImageDataModule, ImageSource, cached_index
-from sagl.errors import UserError
+from sagl.errors import UserError, require
 
 DOWNLOADS = "http://dl.yf.io/lsun"
 SUFFIXES = ("", "_lmdb", "_train_lmdb")
 """Suffixes that LSUN's archives of objects and scenes append to the name of a category."""
+FILE_SUFFIXES = (".lmdb", ".mdb")
+"""Suffixes of databases that are files rather than folders with data.mdb."""
 _ENVIRONMENTS: dict[str, tuple[int, lmdb.Environment]] = {}
-"""Open databases by folder, with the id of the process; lmdb allows a database to be opened once per process."""
+"""Open databases by real path, with the id of the process; lmdb allows a database to be opened once per process."""
+
+
+def is_lmdb(path: Path) -> bool:
+    """Return whether this is a folder with data.mdb, or a database in one file."""
+    return (path / "data.mdb").is_file() or (path.suffix.lower() in FILE_SUFFIXES and path.is_file())
+
+
+class Keys(Sequence[bytes]):
+    """Keys of a database, from the array of `lmdb_keys`."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
+        return bytes(self.array[index])[:-1]
 
 
 class LSUNImageSource(ImageSource, LSUNClass):
     """Image source of one category of LSUN, without labels, in the order of the keys."""
 
-    def __init__(self, folder: Path, *, argument: str = "data.root") -> None:
+    def __init__(self, path: Path, *, argument: str = "data.root") -> None:
         """List the keys, which takes minutes for millions of images the first time.
 
         Args:
-            folder: folder with data.mdb.
-            argument: name of `folder` in messages.
+            path: folder with data.mdb, or a database in one file.
+            argument: name of `path` in messages.
 
         Raises:
-            UserError: the database is corrupt.
+            UserError: the database is empty or corrupt.
         """
-        self.root, self.transform, self.target_transform = str(folder), None, None
-        try:
-            self.keys = cached_index(folder / "data.mdb", "lsun", self._read_keys)
-        except lmdb.Error as error:
-            raise UserError(f"`{argument}` must be an LSUN database, and {folder} is corrupt: {error}.") from error
+        self.root, self.transform, self.target_transform = str(path), None, None
+        file = path / "data.mdb" if path.is_dir() else path
+        self.keys = Keys(cached_index(file, "lsun", lambda: _list_keys(path, argument)))
+        require(len(self.keys) > 0, f"`{argument}` must be an LMDB of images, and {path} has no entries.")
 
     @property
     def env(self) -> lmdb.Environment:
         """The database, opened once in each process."""
-        process, environment = _ENVIRONMENTS.get(self.root, (None, None))
+        path = os.path.realpath(self.root)
+        process, environment = _ENVIRONMENTS.get(path, (None, None))
         if environment is None or process != os.getpid():
             if environment is not None:
                 environment.close()  # inherited from the parent process, and not to be read in this one
-            environment = lmdb.open(self.root, max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
-            _ENVIRONMENTS[self.root] = (os.getpid(), environment)
+            environment = lmdb.open(
+                os.fsencode(path),
+                subdir=os.path.isdir(path),
+                max_readers=1,
+                readonly=True,
+                lock=False,
+                readahead=False,
+                meminit=False,
+            )
+            _ENVIRONMENTS[path] = (os.getpid(), environment)
         return environment
 
     def __len__(self) -> int:
@@ -61,11 +94,26 @@ class LSUNImageSource(ImageSource, LSUNClass):
             return bytes(transaction.get(self.keys[index]) or b"")
 
     def name(self, index: int) -> str:
-        return f"{self.keys[index].decode()} in {self.root}"
+        return f"{self.keys[index].decode(errors='backslashreplace')} in {self.root}"
 
-    def _read_keys(self) -> Array:
-        with self.env.begin() as transaction:
-            return np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=np.bytes_)
+
+def _list_keys(path: Path, argument: str) -> Array:
+    """Run `lmdb_keys`.
+
+    Raises:
+        UserError: the database is corrupt.
+    """
+    program = [sys.executable, "-P", lmdb_keys.__file__, os.fspath(path)]
+    result = subprocess.run(program, capture_output=True, check=False)
+    reason = result.stderr.decode(errors="backslashreplace").strip().splitlines()[-1:] or [
+        "reading it ends by a signal"
+    ]
+    require(
+        result.returncode == 0,
+        f"`{argument}` must be an LMDB of images, and {path} is corrupt: {reason[0]}. Copy or download it again.",
+    )
+    keys: Array = np.load(io.BytesIO(result.stdout))
+    return keys
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Pixels = Tensor
@@ -17,6 +17,9 @@ MIN_CROP_FRACTION = 0.8
 """Smallest side of a random crop, as a fraction of the image's shorter side."""
 _RGB = getattr(getattr(torchvision.io, "ImageReadMode", None), "RGB", None)
 """Read mode of torchvision's decoder; None for versions without a decoder (it is deprecated)."""
+Image.MAX_IMAGE_PIXELS = 1 << 30
+"""Pixels at which Pillow warns of a decompression bomb; at twice as many it refuses. Its own limit of 89 million is
+less than whole-slide and satellite images have."""
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -61,19 +64,36 @@ def resize_shorter_side(pixels: Pixels, size: int) -> Pixels:
 def decode_image(data: bytes, channels: int) -> Pixels:
     """Decode an image file to (H, W, channels): JPEG to RGB with torchvision, which is faster, the rest with Pillow.
 
+    The image is turned upright as its EXIF orientation says; of an animation, the first frame is taken.
+
     Raises:
         Exception: the data are corrupt; Pillow raises many types.
     """
-    # torchvision fills a truncated JPEG with grey, so the end marker is required.
-    if _RGB and channels == 3 and data[:2] == _JPEG_START and data[-2:] == _JPEG_END:
-        with suppress(RuntimeError), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(jpeg, _RGB).permute(1, 2, 0)
-    return to_pixels(Image.open(io.BytesIO(data)), channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's decoder is deprecated; Pillow warns of EXIF data and palettes
+        # torchvision fills a truncated JPEG with grey, so the end marker is required.
+        if _RGB and channels == 3 and data[:2] == _JPEG_START and data[-2:] == _JPEG_END:
+            with suppress(RuntimeError):
+                jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return torchvision.io.decode_jpeg(jpeg, _RGB, apply_exif_orientation=True).permute(1, 2, 0)
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        with suppress(Exception):  # for unreadable EXIF data, Pillow raises many types
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_pixels(image, channels)
 
 
 def to_pixels(image: Image.Image, channels: int | None = None) -> Pixels:
-    """Return a Pillow image as (H, W, C), converted to RGB (`channels` 3) or greyscale (1) if `channels` is given."""
+    """Return a Pillow image as (H, W, C), converted to RGB (`channels` 3) or greyscale (1) if `channels` is given.
+
+    Of 16 bits, the upper 8 are taken, as Pillow does for colour images. Transparency is dropped.
+
+    Raises:
+        ValueError: the image has 32 bits per channel, whose range is not known.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     converted = image if channels is None else image.convert("RGB" if channels == 3 else "L")
     return torch.from_numpy(np.array(converted).reshape(image.height, image.width, -1))

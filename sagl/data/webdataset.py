@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from posixpath import dirname, join, normpath, splitext
 from typing import BinaryIO
 
 import numpy as np
@@ -23,6 +24,7 @@ from sagl.data.image_data import NO_LABEL, Array, ImageDataModule, ImageSource, 
 from sagl.data.webdataset_files import BLOCK_SIZE, check_tar, shard_files
 from sagl.errors import require
 from sagl.utils.files import cache_folder
+from sagl.utils.listing import is_hidden
 
 LABEL_SUFFIX = ".cls"
 """Suffix of the members that hold a label as text."""
@@ -108,50 +110,72 @@ class ShardData(ImageDataModule):
 
 
 def _index(shard: Path, argument: str) -> Array:
-    """Index the images of a shard, (images, 3) int64: offset, length, label. Warn if the shard is truncated."""
+    """Index the images of a shard, (images, 3) int64: offset, length, label. Say what is left out."""
     check_tar(shard, argument)
+    rows, used = [], set()
     with shard.open("rb") as file:
         members, complete = _read_members(file)
-        rows = []
-        for by_suffix in members.values():
-            image = next((member for suffix, member in by_suffix.items() if suffix in IMAGE_SUFFIXES), None)
-            if image:
+        members = [member for member in members if not member.isdir()]
+        for key, by_suffix in _group(members, complete=complete).items():
+            suffix = next((suffix for suffix in by_suffix if suffix in IMAGE_SUFFIXES), None)
+            if suffix:
+                image = by_suffix[suffix]
                 label = by_suffix.get(LABEL_SUFFIX)
                 label_value = _read_label(file, label, argument) if label else NO_LABEL
                 rows.append((image.offset_data, image.size, label_value))
+                used.add(f"{key}{suffix}")
     if not complete:
         print(f"{shard} is truncated. Its {len(rows)} complete images are used.", file=sys.stderr)
+    names = [member.name for member in members if _suffix(member.name) in IMAGE_SUFFIXES]
+    if complete and (num_unused := len(names) - len(rows)):
+        first = next((name for name in names if f"{normpath(splitext(name)[0])}{_suffix(name)}" not in used), names[-1])
+        print(f"{shard}: left out {num_unused} of {len(names)} images, the first of them {first}.", file=sys.stderr)
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
-def _read_members(file: BinaryIO) -> tuple[Members, bool]:
-    """Return the complete members by key and suffix, as WebDataset groups them, and whether the shard is complete.
+def _read_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], bool]:
+    """Return the complete members, and whether the shard is complete.
 
-    In a truncated shard, a key with a truncated member is left out, and so is the last key if it has fewer members than
-    the first.
+    In a truncated shard, those with the key of the truncated member are left out.
     """
-    members: Members = {}
+    members: list[tarfile.TarInfo] = []
     end, file_size = 0, os.fstat(file.fileno()).st_size
     for member in _iter_members(file):
-        key, suffix = base_plus_ext(member.name)
-        if member.offset_data + member.size > file_size:
-            members.pop(key, None)
-            break
-        end = member.offset_data + -(-member.size // BLOCK_SIZE) * BLOCK_SIZE
-        if member.isreg() and key:
-            members.setdefault(key, {}).setdefault(f".{suffix.lower()}", member)
-    complete = _read(file, end, BLOCK_SIZE) == bytes(BLOCK_SIZE)  # a tar file ends with blocks of zeros
-    if not complete and members:
-        last = next(reversed(members))
-        if len(members[last]) < len(next(iter(members.values()))):
-            del members[last]
-    return members, complete
+        size = member.size if member.isreg() else 0
+        if member.offset_data + size > file_size:
+            key = base_plus_ext(member.name)[0]
+            return [other for other in members if base_plus_ext(other.name)[0] != key], False
+        members.append(member)
+        end = member.offset_data + -(-size // BLOCK_SIZE) * BLOCK_SIZE
+    return members, _read(file, end, BLOCK_SIZE) == bytes(BLOCK_SIZE)  # a tar file ends with blocks of zeros
 
 
 def _iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Iterate over the members up to the first unreadable header."""
     with suppress(tarfile.ReadError), tarfile.open(fileobj=file, mode="r:") as tar:
         yield from tar
+
+
+def _group(members: list[tarfile.TarInfo], *, complete: bool) -> Members:
+    """Return the members by key and suffix, as WebDataset groups them; links are followed, hidden files left out.
+
+    In a truncated shard, the last key is left out if it has fewer members than the first.
+    """
+    by_path = {normpath(member.name): member for member in members if member.isreg() and not member.issparse()}
+    groups: Members = {}
+    for member in members:
+        link = {tarfile.LNKTYPE: member.linkname, tarfile.SYMTYPE: join(dirname(member.name), member.linkname)}
+        target = by_path.get(normpath(link.get(member.type, member.name)))
+        key, suffix = base_plus_ext(member.name)
+        if target and key and not any(map(is_hidden, normpath(member.name).split("/"))):
+            groups.setdefault(normpath(key), {}).setdefault(f".{suffix.lower()}", target)
+    if not complete and groups and len(groups[next(reversed(groups))]) < len(next(iter(groups.values()))):
+        groups.popitem()
+    return groups
+
+
+def _suffix(name: str) -> str:
+    return splitext(name)[1].lower()
 
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, argument: str) -> int:

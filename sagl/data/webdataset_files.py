@@ -2,8 +2,10 @@
 
 import glob
 import hashlib
+import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +15,11 @@ from webdataset.shardlists import expand_urls
 
 from sagl.errors import UserError, require
 from sagl.utils.download import download
+from sagl.utils.listing import is_hidden
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):")
+MAX_NAME_LENGTH = 200
+"""Bytes of a file name, which leave room for what is added to it in the cache folder."""
 BLOCK_SIZE = 512
 """Bytes per block of a tar file, which ends with two blocks of zeros."""
 
@@ -71,13 +76,50 @@ def _resolve(name: str, cache: Path, argument: str) -> list[Path]:
     """Return the files of a path, folder, glob or URL."""
     scheme = _check_scheme(name, argument)
     if scheme in ("http", "https"):
-        return [_download(name, cache, argument)]
+        return [download_file(name, cache, argument)]
     path = Path(unquote(urlsplit(name).path) if scheme else name).expanduser()
     if path.is_file():
         return [path]
-    files = sorted(glob.glob(str(path / "*.tar" if path.is_dir() else path)))
+    files = tar_files(path) if path.is_dir() else [Path(file) for file in sorted(glob.glob(str(path)))]
     require(bool(files), f"`{argument}` must lead to tar files, and there is none at {path}.")
-    return [Path(file) for file in files]
+    return files
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """Return the tar files in a folder, sorted by name; hidden ones are left out."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar" and not is_hidden(path.name))
+
+
+def is_url(name: str) -> bool:
+    """Return whether this is an http or https address."""
+    return name.lower().startswith(("http://", "https://"))
+
+
+def download_file(url: str, cache: Path, argument: str) -> Path:
+    """Return the local copy of a tar or npz file; download it into `cache` once.
+
+    Raises:
+        UserError: The address is not usable, or does not lead to such a file.
+    """
+    _check_scheme(url, argument)
+    name = Path(unquote(urlsplit(url).path)).name
+    require(
+        url.isascii() and url.isprintable() and name.isprintable() and len(os.fsencode(name)) <= MAX_NAME_LENGTH,
+        f"`{argument}` must be an address in ASCII (with % for other characters) whose file name has at most "
+        f"{MAX_NAME_LENGTH} printable characters, got {url!r}.",
+    )
+    check = check_npz if name.lower().endswith(".npz") else partial(check_tar, argument=argument)
+    target = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    return download(url, target, check=check, folder_argument="data.cache")
+
+
+def check_npz(file: Path) -> None:
+    """Check that a file is a complete zip archive.
+
+    Raises:
+        UserError: It is not.
+    """
+    require(zipfile.is_zipfile(file), f"it is no npz file: {file.stat().st_size} bytes")
 
 
 def _check_scheme(name: str, argument: str) -> str:
@@ -89,11 +131,8 @@ def _check_scheme(name: str, argument: str) -> str:
         f"`{argument}` must be paths or file:, http: or https: URLs, got {name!r}. Commands such as pipe: are not run: "
         "write their output to a file. A path with a colon must begin with ./",
     )
+    try:
+        urlsplit(name if scheme else "")
+    except ValueError as error:
+        raise UserError(f"`{argument}` must be a valid address, got {name!r}: {error}.") from error
     return scheme
-
-
-def _download(url: str, cache: Path, argument: str) -> Path:
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(unquote(urlsplit(url).path)).name}"
-    target = cache / name
-    check = partial(check_tar, argument=argument)
-    return download(url, target, check=check, folder_argument="data.cache")

@@ -128,6 +128,8 @@ def _fetch(
 def _request(url: str, target: Path, timeout: float, on_progress: OnProgress) -> Path:
     """Request the missing bytes once, append them to the partial file, and return its path."""
     with _open(url, timeout) as response:
+        if response.status != 200:
+            raise _DownloadError(f"the server answered with status {response.status} instead of the whole file")
         length, etag = response.length, response.headers.get("ETag", "")
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # RFC 9110, 13.1.5
         identity = hashlib.sha256(f"{url} {validator} {length}".encode()).hexdigest()[:12]

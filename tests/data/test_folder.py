@@ -1,7 +1,10 @@
+import os
+import re
+
 import pytest
 import torch
 
-from sagl.data.folder import FolderData, FolderImageSource
+from sagl.data.folder import FolderData, FolderImageSource, number_classes
 from sagl.errors import UserError
 from tests.helpers.files import FOLDER_FILES, write_csv, write_folder
 from tests.helpers.training import IGNORED_WARNINGS
@@ -23,6 +26,52 @@ def test_sub_folders_are_classes_numbered_by_their_names(tmp_path):
     source = FolderImageSource(write_folder(tmp_path / "images"), "folders")
     assert source.classes == ["birds", "cats", "dogs"]
     assert [source.label(i) for i in range(5)] == [0, 1, 1, 2, 2]
+
+
+def test_linked_folders_are_classes_and_hidden_ones_are_not(tmp_path, capsys):
+    root = write_folder(tmp_path / "images", ("dogs/a.png", "dogs/._a.png", ".ipynb_checkpoints/b.png", "birds/c.png"))
+    write_folder(root, ("__MACOSX/dogs/a.png", "@eaDir/a.png"))
+    (root / "cats").symlink_to(write_folder(tmp_path / "store", ("x.png", "y.png")))
+    (root / "dogs" / "notes.txt").touch()
+    source = FolderImageSource(root, "folders")
+    assert source.classes == ["birds", "cats", "dogs"]
+    assert source.files == ["birds/c.png", "cats/x.png", "cats/y.png", "dogs/a.png"]
+    (note,) = source.notes
+    for part in ("1 files (1 .txt)", "4 hidden", ".ipynb_checkpoints"):
+        assert part in note
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (("0", "1", "10", "2"), [0, 1, 10, 2]),
+        (("007", "008"), [7, 8]),
+        (("1.0", "3.0"), [1, 3]),
+        (("10", "9", "A"), [0, 1, 2]),
+        (("3e8", "v1.5"), [0, 1]),
+    ],
+)
+def test_folders_that_are_all_whole_numbers_are_used_as_labels(folders, labels, tmp_path):
+    source = FolderImageSource(write_folder(tmp_path / "images", [f"{name}/a.png" for name in folders]), "folders")
+    assert source.labels == labels
+    is_mixed = "A" in folders
+    assert source.notes == (("Classes are numbered in the order of their names: 0 = 10, 1 = 9, 2 = A.",) * is_mixed)
+
+
+@pytest.mark.parametrize("label", ["-1", "1.5", "nan", "NaN", "+2", "10000000000", "1 and 01"])
+def test_labels_that_are_other_numbers_are_refused(label):
+    names = [*label.split(" and "), "0", "cat" if "and" not in label else "7"]
+    with pytest.raises(UserError, match=rf"`data.labels`.*{re.escape(label.split(' and ')[-1])}"):
+        number_classes(names, "data.labels")
+
+
+def test_a_class_folder_without_images_is_refused(tmp_path):
+    root = write_folder(tmp_path / "images", ("cats/a.png", "dogs/b.png"))
+    (root / "birds" / "deep").mkdir(parents=True)
+    (root / "birds" / "deep" / "a.tif").touch()
+    with pytest.raises(UserError, match=r"`data.root`.* birds"):
+        FolderImageSource(root, "folders")
+    assert FolderImageSource(root).notes == (f"{root}: left out 1 files (1 .tif).",)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +131,16 @@ def test_a_file_that_is_not_a_table_of_labels_is_refused(content, message, tmp_p
         (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(UserError, match=f"`data.labels`.*{message}"):
         FolderImageSource(write_folder(tmp_path / "images"), str(tmp_path / "labels.csv"))
+
+
+def test_a_csv_may_have_any_order_of_columns_any_form_of_paths_and_bytes_of_any_encoding(tmp_path):
+    name = os.fsdecode(b"caf\xe9 [1]*.png")
+    root = write_folder(tmp_path / "images", ("a.png", "b/c.png", name))
+    table = tmp_path / "labels.CSV"
+    rows = ["label, extra, file", "3.0, x, ./b//c.png", f'"12",,{root}/a.png', f"0,,{name}", ""]
+    table.write_bytes(os.fsencode("\r\n".join(rows)))
+    source = FolderImageSource(root, str(table))
+    assert dict(zip(source.files, source.labels, strict=True)) == {"a.png": 12, "b/c.png": 3, name: 0}
 
 
 def test_other_values_of_labels_are_refused(tmp_path):

@@ -2,6 +2,7 @@ import io
 import os
 import shutil
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchvision.datasets.lsun import LSUNClass
 
 from sagl.data.dataloader import ImageLoader, LoaderSettings
 from sagl.data.image_data import ImageDataset
-from sagl.data.lsun import LSUNData, LSUNImageSource, find_lsun_folder
+from sagl.data.lsun import LSUNData, LSUNImageSource, find_lsun_folder, is_lmdb
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
 from tests.helpers.files import LSUN_COUNT, START_METHODS, contents, encode, ramp, write_lsun
@@ -45,9 +46,10 @@ def test_keys_are_listed_once_as_plain_data_in_the_cache_and_nowhere_else(tmp_pa
     assert contents(folder) == before
     (index,) = (cache / "lsun").iterdir()
     keys = np.load(index, allow_pickle=False)
-    assert keys.tolist() == [f"{i:040x}".encode() for i in range(LSUN_COUNT)]
-    np.save(index, keys[:4])
-    assert len(LSUNImageSource(folder)) == 4  # the cached index was read
+    assert keys.tolist() == [f"{i:040x}.".encode() for i in range(LSUN_COUNT)]
+    monkeypatch.setattr("sagl.data.lsun._list_keys", lambda *_: pytest.fail("the cached keys are not read"))
+    LSUNImageSource(folder)
+    monkeypatch.undo()
     os.utime(folder / "data.mdb", ns=(1, 1))
     assert len(LSUNImageSource(folder)) == LSUN_COUNT  # the database has changed
 
@@ -76,6 +78,62 @@ def test_a_category_is_found_under_each_name_of_its_archive(name, tmp_path):
     folder = write_lsun(tmp_path / name)
     assert find_lsun_folder(tmp_path, "cat") == folder
     assert find_lsun_folder(folder, "cat") == folder
+
+
+def write_entries(path, entries, **options):
+    """Write an LMDB with the given keys and values."""
+    environment = lmdb.open(str(path), map_size=1 << 24, **options)
+    with environment.begin(write=True) as transaction:
+        for key, value in entries.items():
+            transaction.put(key, value)
+    environment.close()
+    return path
+
+
+def test_keys_of_any_bytes_are_read(tmp_path):
+    keys = [b"\x00", b"\x00\x00", b"\x01\x00\x00\x00", b"a/b.jpg", b"caf\xc3\xa9", b"\xff\xfe"]
+    source = LSUNImageSource(write_entries(tmp_path / "db", {key: b"image of " + key for key in keys}))
+    assert [source.read_bytes(i) for i in range(len(source))] == [b"image of " + key for key in keys]
+    assert source.name(5) == rf"\xff\xfe in {tmp_path / 'db'}"
+
+
+def test_a_database_in_one_file_is_read_under_each_of_its_paths(tmp_path):
+    file = write_entries(tmp_path / "cat.LMDB", {b"a": b"1", b"b": b"2"}, subdir=False)
+    (tmp_path / "link.lmdb").symlink_to(file)
+    for path in (file, tmp_path / "link.lmdb"):
+        assert is_lmdb(path)
+        assert LSUNImageSource(path).read_bytes(1) == b"2"
+    assert not is_lmdb(tmp_path)
+
+
+def test_a_damaged_index_is_made_again(tmp_path, cache):
+    folder = write_lsun(tmp_path / "cat")
+    expected = list(LSUNImageSource(folder).keys)
+    (index,) = (cache / "lsun").iterdir()
+    content = index.read_bytes()
+    for damaged in (b"", content[:150], content[:-1], content[:200] + b"x" + content[201:], content + b"x"):
+        index.write_bytes(damaged)
+        assert list(LSUNImageSource(folder).keys) == expected
+        assert index.read_bytes() == content
+
+
+@pytest.mark.parametrize("fraction", [0, 0.01, 0.5, 0.99])
+def test_an_empty_or_truncated_database_is_refused(fraction, tmp_path):
+    values = np.random.default_rng(0).bytes(3000)
+    folder = write_entries(tmp_path / "db", {f"{i:05d}".encode(): values for i in range(600 if fraction else 0)})
+    if fraction:
+        file = folder / "data.mdb"
+        os.truncate(file, int(file.stat().st_size * fraction) // 4096 * 4096)
+    with pytest.raises(UserError, match=r"`data.root`.*db"):
+        LSUNImageSource(folder)
+
+
+def test_a_database_that_ends_its_reader_by_a_signal_is_refused(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGBUS)")
+    monkeypatch.setattr("sagl.data.lmdb_keys.__file__", str(program))
+    with pytest.raises(UserError, match=r"`data.root`.*cat"):
+        LSUNImageSource(write_lsun(tmp_path / "cat"))
 
 
 def test_a_missing_or_corrupt_database_is_refused(tmp_path):

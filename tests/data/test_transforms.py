@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sagl.data.transforms import CropResize, decode_image, resize_shorter_side, to_pixels
 from tests.helpers.files import encode, ramp
@@ -65,6 +65,55 @@ def test_greyscale_is_pillows():
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
 def test_images_of_other_modes_become_rgb(mode):
     assert decode_image(encode(Image.new(mode, (9, 12)), "TIFF"), 3).shape == (12, 9, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
+def test_of_16_bits_the_upper_8_are_taken(mode, kind, channels):
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 7), dtype=np.uint16)
+    image = Image.frombytes(mode, (7, 5), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    pixels = decode_image(encode(image, kind), channels).numpy()
+    assert np.array_equal(pixels, np.repeat((values >> 8)[..., None], channels, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_with_32_bits_per_channel_are_refused(mode):
+    with pytest.raises(ValueError, match="32 bits"):
+        decode_image(encode(Image.new(mode, (9, 12)), "TIFF"), 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_upright(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(ramp(24, 16), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        expected = np.array(upright.convert(mode)).reshape(upright.height, upright.width, channels)
+        assert np.array_equal(decode_image(data, channels).numpy(), expected)
+
+
+@pytest.mark.parametrize("exif", [b"MM\0*garbage", b"II*\0\xff\xff\xff\xff", b"", bytes(40)])
+def test_corrupt_exif_data_do_not_make_an_image_corrupt(exif):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encode(ramp(24, 16), kind, exif=b"Exif\0\0" + exif)
+        assert [decode_image(data, channels).shape for channels in (1, 3)] == [(16, 24, 1), (16, 24, 3)]
+
+
+def test_palettes_with_transparency_keep_their_colours():
+    image = ramp(24, 16).quantize(16)
+    data = encode(image, transparency=bytes(range(0, 160, 10)))
+    assert np.array_equal(decode_image(data, 3).numpy(), np.array(image.convert("RGB")))
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    data = encode(ramp(9, 8), "WEBP", save_all=True, append_images=[ramp(9, 8).rotate(180)], lossless=True)
+    assert torch.equal(decode_image(data, 3), to_pixels(ramp(9, 8)))
+
+
+def test_a_large_image_is_no_decompression_bomb():
+    assert decode_image(encode(Image.new("1", (20000, 10000))), 1).shape == (10000, 20000, 1)
 
 
 @pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 2), ("L", 0), ("CMYK", 0)])

@@ -1,5 +1,7 @@
+import io
 import os
 import pickle
+import tarfile
 
 import pytest
 from webdataset import WebDataset
@@ -55,6 +57,40 @@ def test_members_are_grouped_by_the_part_before_the_first_dot(tmp_path):
     )
     expected = [(grey(1, "JPEG"), 2), (grey(2, "WEBP"), 3), (grey(4, "BMP"), 0)]
     assert read_all(ShardImageSource([shard])) == expected
+
+
+def test_members_of_every_form_are_read_once_or_counted(tmp_path, capsys):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w", format=tarfile.PAX_FORMAT) as tar:
+
+        def add(name, data=b"", **fields):
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            for field, value in fields.items():
+                setattr(header, field, value)
+            tar.addfile(header, io.BytesIO(data))
+
+        add("./", type=tarfile.DIRTYPE)
+        add("x.png/", type=tarfile.DIRTYPE)
+        add("./a.PNG", b"a", pax_headers={"comment": "…"})
+        add("a.cls", b"4")
+        add("/root/b c[1]*.jpg", b"b")
+        add("/root/b c[1]*.cls", b"5")
+        add(300 * "n" + "é.jpg", b"n")
+        add(300 * "n" + "é.cls", b"6")
+        add("hard.jpg", type=tarfile.LNKTYPE, linkname="./a.PNG")
+        add("hard.cls", b"7")
+        add("d/soft.jpg", type=tarfile.SYMTYPE, linkname="../a.PNG")
+        add("d/soft.cls", b"8")
+        complete = [(b"a", 4), (b"b", 5), (b"n", 6), (b"a", 7), (b"a", 8)]
+        for name in ("a.seg.png", "._a.jpg", "__MACOSX/a.jpg", "d/.ipynb_checkpoints/a.jpg", "a.jpg", "./a.PNG"):
+            add(name, b"a")
+        add("broken.jpg", type=tarfile.SYMTYPE, linkname="nowhere")
+    assert read_all(ShardImageSource([shard])) == complete
+    message = capsys.readouterr().err
+    for part in ("left out 7 of 12", "a.seg.png", str(shard)):
+        assert part in message
+    assert message.count("\n") == 1
 
 
 def test_headers_are_read_once_and_nothing_is_written_beside_the_shards(tmp_path, cache):
