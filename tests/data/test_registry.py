@@ -7,7 +7,7 @@ from sagl.data.npz import NpzImageSource
 from sagl.data.registry import open_image_source
 from sagl.data.webdataset import ShardImageSource
 from sagl.errors import UserError
-from tests.helpers.image_sources import write_folder, write_lsun, write_npz, write_shard, write_shards
+from tests.helpers.files import write_folder, write_lsun, write_npz, write_shard, write_shards
 
 
 def test_a_path_determines_the_kind_of_source(tmp_path):
