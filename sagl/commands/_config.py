@@ -58,7 +58,9 @@ def sample_parser() -> Parser:
     p.add_argument("--output", type=str, default="samples", help="Run folder.")
     p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
     p.add_argument("--exports", type=str, default="", help=f"Further exports of the images: {','.join(EXPORTS)}.")
-    p.add_argument("--progress", type=ProgressKind, default="auto", help="auto: a bar on a terminal, else lines.")
+    p.add_argument(
+        "--progress", type=ProgressKind, default="auto", help="Progress; auto: a bar on a terminal, else lines."
+    )
     p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
     p.add_settings(RunSettings)
     p.add_settings(SamplerSettings)

@@ -27,7 +27,7 @@ Line = tuple[str, str, str]
 
 
 def doctor_parser() -> Parser:
-    return Parser("doctor", "Report what this machine has, and what is missing.")
+    return Parser("doctor", "Report the machine, the libraries and the data, and how to install what is missing.")
 
 
 def main(arguments: list[str]) -> None:

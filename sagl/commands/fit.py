@@ -23,7 +23,7 @@ DESCRIPTIONS = {
 EPILOGS = {
     "fit": f"""further groups of options, which are best set in a --config:
   --data CLASS                sagl.data.folder.FolderData, …webdataset.ShardData, …lsun.LSUNData, …npz.NpzData,
-                              …fashion_mnist.FashionMNISTData
+                              …fashion_mnist.FashionMNISTData, …emoji.EmojiData
   --data.…                    root, batch_size, num_workers, …: sagl fit --data.help CLASS lists those of a class
   --trainer.…                 arguments of Lightning's Trainer: devices, max_steps, precision, …
   --preview.…                 num_samples, scales, num_metric_samples, keep_best, …: grids and metrics at validation
@@ -59,7 +59,9 @@ def training_parser(command: str, *, classifier: bool = False, full: bool = Fals
     p.add_argument("--config", action="config", help="YAML file, or name of a packaged one, such as lsun_cat.")
     p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
     p.add_argument("--resume", action="store_true", help="Continue from OUTPUT/checkpoints/last.ckpt if it exists.")
-    p.add_argument("--checkpoint", type=str, default=None, help="File or name of the initial weights.")
+    p.add_argument(
+        "--checkpoint", type=str, default=None, help="Weights to start from or to evaluate: a file or a name."
+    )
     p.add_argument("--weights", type=str, default="ema", help="Weights of a .ckpt to read: ema, ema:DECAY or raw.")
     p.add_settings(CheckpointSettings)
     p.add_settings(ClassifierTrainingSettings if classifier else DiffusionTrainingSettings, "model")

@@ -17,7 +17,7 @@ def shard_parser() -> Parser:
     p.add_argument("--shard_size", type=int, default=10000, help="Images per shard.")
     p.add_argument("--labels", type=str, default=None, help="Labels of a folder: folders, none (default) or a .csv.")
     progress = Literal["auto", "bar", "lines", "off"]
-    p.add_argument("--progress", type=progress, default="auto", help="auto: a bar on a terminal, else lines.")
+    p.add_argument("--progress", type=progress, default="auto", help="Progress; auto: a bar on a terminal, else lines.")
     return p
 
 

@@ -49,7 +49,7 @@ class SelfAttentionGuidance(GuidanceSettings):
     group = "sag"
 
     scale: float = 0.0
-    """The paper's s; 0 is off and costs nothing. The released code's flag is 1 + s."""
+    """Guidance scale, the paper's s; 0 is off and costs nothing. The released code's flag is 1 + s."""
     site: str = "output.2"
     """UNet block whose attention makes the mask: input.k, middle or output.k."""
     threshold: float = 1.0
@@ -91,7 +91,7 @@ class ClassifierFreeGuidance(GuidanceSettings):
     needs_labels = True
 
     scale: float = 0.0
-    """The paper's s: conditional + s · (conditional - null); 0 is off and costs nothing."""
+    """Guidance scale, s in conditional + s · (conditional - null); 0 is off and costs nothing."""
 
     def check_network(self, network: UNetSettings) -> None:
         """Require a null label."""
@@ -106,7 +106,7 @@ class ClassifierGuidance(GuidanceSettings):
     needs_labels = True
 
     scale: float = 0.0
-    """Factor on grad log p(y | x_t); 0 is off and costs nothing."""
+    """Guidance scale, the factor on grad log p(y | x_t); 0 is off and costs nothing."""
     checkpoint: str | None = None
     """Classifier of noisy images: the name of a released one, or a file."""
 

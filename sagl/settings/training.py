@@ -146,7 +146,7 @@ class TrainingSettings:
     """Settings common to the training of diffusion models and classifiers."""
 
     diffusion: DiffusionSettings | None = None
-    """Diffusion process; left out, that of the released network, or ADM's."""
+    """Diffusion process; by default that of the released network, or ADM's."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its learning-rate schedule."""
     freeze: tuple[str, ...] = ()
