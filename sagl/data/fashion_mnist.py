@@ -1,9 +1,6 @@
 """Fashion-MNIST (Xiao et al. 2017). For training, its 28x28 images are padded to 32x32 with black pixels."""
 
 import gzip
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +13,7 @@ from sagl.data.image_data import Array
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.data.npz import ArrayImageSource
 from sagl.errors import UserError
-from sagl.utils.files import cache_folder
+from sagl.utils.files import atomic_file, cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder in which Debian's package dataset-fashion-mnist installs the four gzipped files."""
@@ -88,7 +85,8 @@ def prepare_fashion_mnist(root: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     if all((DEBIAN_FOLDER / f"{name}.gz").is_file() for name in FILES):
         for name in FILES:
-            _gunzip(DEBIAN_FOLDER / f"{name}.gz", raw / name)
+            with gzip.open(DEBIAN_FOLDER / f"{name}.gz") as source, atomic_file(raw / name, "data.root") as partial:
+                partial.write_bytes(source.read())
         return
     try:
         FashionMNIST(root, download=True)
@@ -102,12 +100,3 @@ def prepare_fashion_mnist(root: Path) -> None:
 
 def _raw_folder(root: Path) -> Path:
     return root / "FashionMNIST" / "raw"
-
-
-def _gunzip(packed: Path, target: Path) -> None:
-    """Unpack a file; `target` appears when it is complete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        copy = Path(folder) / target.name
-        with gzip.open(packed) as source, copy.open("wb") as unpacked:
-            shutil.copyfileobj(source, unpacked)
-        os.replace(copy, target)

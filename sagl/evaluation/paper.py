@@ -62,9 +62,7 @@ def _has_guidance(row: PaperRow, settings: Mapping[str, Any]) -> bool:
             return False
         actual = {setting: settings.get(f"{name}.{setting}") for setting in expected}
         if "kernel_size" in actual:
-            actual["kernel_size"] = (
-                actual["kernel_size"] or DEFAULT_KERNEL_SIZE
-            )  # the default fits images of 128 pixels
+            actual["kernel_size"] = actual["kernel_size"] or DEFAULT_KERNEL_SIZE  # fits images of 128 pixels
         in_all_steps = settings.get(f"{name}.interval", (0, 1)) in ([0, 1], (0, 1))
         if scale and not (in_all_steps and actual == dict(expected)):
             return False
