@@ -1,5 +1,6 @@
 """Exponential moving averages (EMA) of the weights: one by Lightning's `WeightAveraging`, and further ones."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,41 +17,56 @@ def warmup_decay(decay: float, num_updates: int) -> float:
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
+def average_dtype(weight: Tensor) -> torch.dtype:
+    """Return the data type of an average: at least float32, because 16 bits round small updates to nothing."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 class EMA(WeightAveraging):
     """EMA of the weights, in use during validation and saved as a checkpoint's `state_dict`.
 
     The raw weights are saved as `current_model_state`, and are in the module when training ends.
     """
 
+    _raw_weights: list[Tensor] | None = None
+    """Copies of the raw weights while the average is in the module."""
+
     def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         super().__init__(use_buffers=False, multi_avg_fn=self._update)
-        self.decay, self._swapped = settings.ema_decay, False
+        self.decay = settings.ema_decay
 
     def _update(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
+        current = [weight.to(average.dtype) for weight, average in zip(current, averaged, strict=True)]
         get_ema_multi_avg_fn(warmup_decay(self.decay, int(num_averaged)))(averaged, current, num_averaged)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module to the trainer's precision before it is copied and a checkpoint is read into the copy."""
         trainer.precision_plugin.convert_module(pl_module)
         super().setup(trainer, pl_module, stage)
+        for average in self._average_model.parameters() if self._average_model else ():
+            average.data = average.data.to(average_dtype(average))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the average to the device of the weights."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._swapped = True
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_epoch_end(trainer, pl_module)
-        self._swapped = False
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        """Put the average into the module, or the raw weights back; the average itself is never rounded."""
+        assert self._average_model is not None
+        weights = list(pl_module.parameters())
+        sources: Iterable[Tensor] = self._average_model.module.parameters()
+        if self._raw_weights is not None:
+            sources, self._raw_weights = self._raw_weights, None
+        else:
+            self._raw_weights = [weight.detach().clone() for weight in weights]
+        for weight, source in zip(weights, sources, strict=True):
+            weight.data.copy_(source.data)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back if the run ends during validation."""
-        if self._swapped:
-            self.on_validation_epoch_end(trainer, pl_module)
+        if self._raw_weights is not None:
+            self._swap_models(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the raw weights in the module; the base class would overwrite them with the average."""
@@ -72,7 +88,7 @@ class ExtraEMAs(Callback):
         for decay in self.decays:
             saved = self._averages.get(decay, {})
             self._averages[decay] = {
-                name: saved[name].to(weight) if name in saved else weight.detach().clone()
+                name: saved.get(name, weight.detach()).to(weight.device, average_dtype(weight), copy=True)
                 for name, weight in pl_module.named_parameters()
             }
 
@@ -80,7 +96,7 @@ class ExtraEMAs(Callback):
         """Update once per optimiser step; the first update copies the weights."""
         if trainer.global_step == self._latest_step:
             return
-        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        weights = [weight.detach().to(average_dtype(weight)) for weight in pl_module.parameters()]
         for decay, average in self._averages.items():
             effective_decay = warmup_decay(decay, self._num_updates) if self._num_updates else 0.0
             torch._foreach_lerp_(list(average.values()), weights, 1 - effective_decay)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, NoisePredictor, split_eps_and_variance
-from sagl.diffusion.process import add_noise, maybe_clip, posterior_mean, x0_hat_from_eps
+from sagl.diffusion.process import add_noise, cast_like, maybe_clip, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import Variance
 from sagl.shapes import Image, PerSample, Timestep
@@ -25,7 +25,7 @@ def vlb_term(
     x0_hat = maybe_clip(x0_hat_from_eps(x_t, eps, alpha_bar), clip_x0)
     mean = posterior_mean(x0_hat, x_t, alpha_bar, alpha_bar_prev)
     true_mean = posterior_mean(x_0, x_t, alpha_bar, alpha_bar_prev)
-    true_log_variance = schedule.log_posterior_variance(steps).to(x_0)
+    true_log_variance = cast_like(schedule.log_posterior_variance(steps), x_0)
     kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     decoder_nll = -discretized_log_likelihood(x_0, mean, log_variance / 2)
     return torch.where(steps == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2)
@@ -108,7 +108,7 @@ def prior_bits(x_0: Image, schedule: Schedule) -> PerSample:
     """Compute the KL of q(x_T | x_0) from the standard normal, in bits per dimension."""
     alpha_bar = schedule.alpha_bar(schedule.num_steps - 1)
     zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
-    kl = gaussian_kl(alpha_bar.sqrt().to(x_0) * x_0, (1 - alpha_bar).log().to(x_0), zero, zero)
+    kl = gaussian_kl(cast_like(alpha_bar.sqrt(), x_0) * x_0, cast_like((1 - alpha_bar).log(), x_0), zero, zero)
     return mean_flat(kl) / math.log(2)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sagl.diffusion.process import interpolate_log_variance
+from sagl.diffusion.process import cast_like, interpolate_log_variance
 from sagl.diffusion.schedule import Schedule
 from sagl.errors import require
 from sagl.settings.diffusion import Variance
@@ -127,5 +127,5 @@ def split_eps_and_variance(
         low, high = schedule.log_posterior_variance(step), schedule.log_beta(step)
         return eps, interpolate_log_variance(variance_channels, low, high)
     if variance == "fixed_small":
-        return eps, schedule.log_posterior_variance(step).to(out)
-    return eps, schedule.log_fixed_large_variance(step).to(out)
+        return eps, cast_like(schedule.log_posterior_variance(step), out)
+    return eps, cast_like(schedule.log_fixed_large_variance(step), out)

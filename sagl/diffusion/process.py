@@ -1,6 +1,6 @@
 """The diffusion process as functions of tensors and alpha_bar (Ho et al. 2020; eq. 2 to 8 of the SAG paper).
 
-Coefficients are float64, () or (B, 1, 1, 1); images keep their own dtype.
+Coefficients are float64, () on the CPU or (B, 1, 1, 1) on the device of the images; images keep their own dtype.
 """
 
 from torch import Tensor
@@ -43,5 +43,8 @@ def maybe_clip(x0_hat: Image, clip_x0: bool) -> Image:
 
 
 def cast_like(coefficient: Tensor, image: Image) -> Tensor:
-    """Return a float64 coefficient in the image's dtype, because a batch of them would promote the image."""
-    return coefficient.to(image)
+    """Return a float64 coefficient in the image's dtype, because a batch of them would promote the image.
+
+    A single coefficient stays on the CPU: as an argument of a kernel it needs no copy, for which a GPU would wait.
+    """
+    return coefficient.to(image.dtype) if coefficient.dim() == 0 else coefficient.to(image)

@@ -64,9 +64,9 @@ class Schedule:
         """Return the fixed large log variance: log beta, with the posterior's at step 0 as in ADM."""
         return self._gather(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
 
-    def timestep(self, step: int | Tensor, batch: int, device: torch.device) -> Timestep:
-        """Return the original timestep of a step: -> (batch,) int64 on `device`."""
-        return self.timesteps[step].expand(batch).to(device)
+    def timestep(self, step: int, batch: int, device: torch.device) -> Timestep:
+        """Return the original timestep of a step: -> (batch,) int64, made on `device` without a copy."""
+        return torch.zeros(batch, dtype=torch.int64, device=device) + self.timesteps[step]
 
     @cached_property
     def betas(self) -> Tensor:

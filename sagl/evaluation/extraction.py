@@ -9,7 +9,9 @@ from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
 from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import Extractor, Features, check_features
 from sagl.settings.evaluation import ExtractionSettings
+from sagl.shapes import ImageUint8
 from sagl.utils.distributed import Ranks
+from sagl.utils.prefetch import prefetch
 from sagl.utils.progress import ProgressReporter
 
 
@@ -53,18 +55,18 @@ class FeatureExtraction:
         accumulator = FeatureAccumulator(total=num_samples, max_features=max_features, keep_logits=keep_logits)
         ranks, batch_size = self.ranks, self.settings.batch_size
         kind = self.settings.progress if ranks.rank == 0 else "off"
+        starts = range(ranks.rank * batch_size, num_samples, batch_size * ranks.world_size)
+        batches = prefetch(images.read(start, min(num_samples, start + batch_size)) for start in starts)
         with ProgressReporter(f"{self.name} of {title}", num_samples, kind) as progress:
-            for first in range(0, num_samples, batch_size * ranks.world_size):
-                start = first + ranks.rank * batch_size
-                for features in ranks.gather(self._features(images, start, min(num_samples, start + batch_size))):
+            for _ in range(0, num_samples, batch_size * ranks.world_size):
+                for features in ranks.gather(self._features(next(batches, None))):
                     if features is not None:
                         accumulator.add(features)
                         progress.advance(len(features.pooled))
         return accumulator.finalize() if ranks.rank == 0 else None
 
-    def _features(self, images: ImageSet, start: int, stop: int) -> Features | None:
-        if start >= stop:
+    def _features(self, batch: ImageUint8 | None) -> Features | None:
+        if batch is None:
             return None
-        batch = images.read(start, stop)
         with torch.inference_mode():
             return check_features(self.extract(batch), len(batch))

@@ -69,16 +69,21 @@ def gaussian_blur(images: Image, kernel_size: int, blur_sigma: float) -> Image:
 
     A constant image is a fixed point. `kernel_size` // 2 must be below H and W.
     """
-    along_columns, along_rows = (blur_matrix(size, kernel_size, blur_sigma).to(images) for size in images.shape[-2:])
+    along_columns, along_rows = (
+        blur_matrix(size, kernel_size, blur_sigma, images.dtype, images.device) for size in images.shape[-2:]
+    )
     return along_columns.mT @ (images @ along_rows)
 
 
 @lru_cache(maxsize=8)
-def blur_matrix(size: int, kernel_size: int, blur_sigma: float) -> Tensor:
-    """Return the one-dimensional Gaussian blur with mirrored ends as a matrix: -> (size, size) float64."""
+def blur_matrix(size: int, kernel_size: int, blur_sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the one-dimensional Gaussian blur with mirrored ends as a matrix, from float64: -> (size, size).
+
+    It is cached on the device, so that no step copies it.
+    """
     half_width = kernel_size // 2
     mirrored = F.pad(torch.eye(size, dtype=torch.float64)[None], (half_width, half_width), mode="reflect")[0]
-    return mirrored.unfold(-1, kernel_size, 1) @ gaussian_kernel(kernel_size, blur_sigma)
+    return (mirrored.unfold(-1, kernel_size, 1) @ gaussian_kernel(kernel_size, blur_sigma)).to(device, dtype)
 
 
 def gaussian_kernel(kernel_size: int, blur_sigma: float) -> Tensor:

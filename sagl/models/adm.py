@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sagl.errors import require
 from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
+from sagl.models.normalization import NUM_GROUPS, ada_group_norm
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
 from sagl.shapes import AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
 
@@ -42,14 +43,11 @@ class AdaGroupNorm(nn.GroupNorm):
     """Adaptive group normalisation (ADM, section 3.1): (1 + scale) · norm(x) + shift, in 32 groups."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(32, channels)
+        super().__init__(NUM_GROUPS, channels)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """Normalise x (B, C, …); `scale` and `shift` are (B, C), or None for plain group normalisation."""
-        h = super().forward(x)
-        if scale is None or shift is None:
-            return h
-        return h * (1 + scale[..., None, None]) + shift[..., None, None]
+        return ada_group_norm(x, self.weight, self.bias, scale, shift, self.eps)
 
 
 class SiLU(nn.SiLU):

@@ -7,10 +7,9 @@ from torch.nn import functional as F
 from sagl.shapes import Heads
 
 MAX_MAP_ELEMENTS = {"cpu": 2**20}
-"""Elements of the attention map that exist at a time during its summation, by device; 2^24 on others.
-
-On a CPU the part fits into the caches.
-"""
+"""Elements of the attention map that exist at a time during its summation on a CPU, where they fit into the caches."""
+MAX_SAMPLE_MAP_ELEMENTS = 2**20
+"""Elements of each sample's map that exist at a time elsewhere, so that the work does not depend on the batch size."""
 MAX_UNFUSED_TOKENS_HALF = 1024
 """On CPUs in half precision, plain matrix products are used up to this many tokens."""
 MAX_UNFUSED_TOKENS_TRAINING = 256
@@ -52,16 +51,23 @@ def _prefer_unfused(query: Heads) -> bool:
 def attention_received(query: Heads, key: Heads) -> Tensor:
     """Sum softmax(Q Kᵀ / √d) of eq. 14 over the queries: 2 x (B, head, L, d) -> (B, head, L) float32.
 
-    The rows of a softmax sum to 1, so the mean over tokens is exactly 1: the natural threshold. Only
-    `MAX_MAP_ELEMENTS` of the map exist at a time.
+    The rows of a softmax sum to 1, so the mean over tokens is exactly 1: the natural threshold. Only a part of the map
+    exists at a time.
     """
-    _, heads, tokens, head_channels = query.shape
-    scale = head_channels**-0.25  # as ADM: on q and k each, which is safer in half precision than d^-1/2 afterwards
-    rows = MAX_MAP_ELEMENTS.get(query.device.type, 2**24) // (heads * tokens)  # of the map of all heads
-    samples, rows = max(1, rows // tokens), max(1, min(rows, tokens))
+    scale = query.shape[-1] ** -0.25  # as ADM: on q and k each, which is safer in half precision than d^-1/2 afterwards
+    samples, rows = _map_part(query)
     sums = []
     for q, k in zip(query.split(samples), key.split(samples), strict=True):
         scaled_k = (k * scale).mT
         maps = (((chunk * scale) @ scaled_k).float().softmax(dim=-1) for chunk in q.split(rows, dim=-2))
         sums.append(sum((part.sum(dim=-2) for part in maps), start=torch.zeros((), device=key.device)))
     return torch.cat(sums)
+
+
+def _map_part(query: Heads) -> tuple[int, int]:
+    """Return how many samples, and rows of each one's map, are summed at a time."""
+    batch, heads, tokens, _ = query.shape
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = MAX_MAP_ELEMENTS["cpu"] // (heads * tokens)
+        return max(1, rows // tokens), max(1, min(rows, tokens))
+    return batch, max(1, min(MAX_SAMPLE_MAP_ELEMENTS // (heads * tokens), tokens))

@@ -219,6 +219,8 @@ class WinogradConv2d(nn.Conv2d):
         return winograd_convolution(x, self._transformed_weight(), self.bias)
 
     def _should_use_winograd(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         height, width = x.shape[-2:]
         if min(height, width) < MIN_SIDE or height % 4 or width % 4:
             return False
@@ -226,7 +228,7 @@ class WinogradConv2d(nn.Conv2d):
             return False
         if torch.is_grad_enabled() or self.weight.requires_grad or self.weight.is_inference():
             return False  # changes of inference tensors are not counted, so their transforms cannot be cached
-        return x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
+        return x.device.type in ("cpu", "meta")
 
     def _transformed_weight(self) -> Tensor:
         key = self.weight.data_ptr(), self.weight._version

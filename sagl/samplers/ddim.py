@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagl.diffusion.noise import StepNoise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
-from sagl.diffusion.process import eps_from_x0_hat, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import cast_like, eps_from_x0_hat, maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
 
@@ -25,11 +25,11 @@ def ddim_step(
     """
     alpha_bar, alpha_bar_prev = schedule.alpha_bar(step), schedule.alpha_bar(step - 1)
     x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
-    eps = eps_from_x0_hat(x, x0_hat, alpha_bar) - (1 - alpha_bar).sqrt().to(x) * prediction.score
+    eps = eps_from_x0_hat(x, x0_hat, alpha_bar) - cast_like((1 - alpha_bar).sqrt(), x) * prediction.score
     x0_hat = x0_hat_from_eps(x, eps, alpha_bar)
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
-    mean = alpha_bar_prev.sqrt().to(x) * x0_hat + (1 - alpha_bar_prev - sigma**2).sqrt().to(x) * eps
-    return mean + sigma.to(x) * noise(step) if step and eta else mean
+    mean = cast_like(alpha_bar_prev.sqrt(), x) * x0_hat + cast_like((1 - alpha_bar_prev - sigma**2).sqrt(), x) * eps
+    return mean + cast_like(sigma, x) * noise(step) if step and eta else mean
 
 
 def ddim(

@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
-from sagl.diffusion.noise import initial_noise, random_labels, step_noise
+from sagl.diffusion.noise import StepNoise, initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
@@ -24,6 +24,7 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings
 from sagl.shapes import Image, Labels, Mask
+from sagl.utils.prefetch import pin, prefetch, to_device
 
 Trajectory = Iterator[tuple[int, Image, Prediction]]
 """(step, x after the step, the step's prediction), the noisiest step first."""
@@ -42,8 +43,7 @@ class SamplingPipeline:
     def sample_progressive(self, seed: int, ids: Sequence[int], labels: Labels | None) -> Trajectory:
         """Sample a batch step by step; the noise of each sample depends on seed and id alone."""
         s, device = self.sampler_settings, next(self.network.parameters()).device
-        shape = self._image_shape
-        x_T, noise = initial_noise(seed, ids, shape).to(device), step_noise(seed, ids, shape, device)
+        x_T, noise = initial_noise(seed, ids, self._image_shape).to(device), self._step_noise(seed, ids, device)
         condition = Condition(labels=None if labels is None else labels.to(device))
         sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
@@ -52,6 +52,20 @@ class SamplingPipeline:
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
         return run_to_end(self.sample_progressive(seed, ids, labels))
+
+    def _step_noise(self, seed: int, ids: Sequence[int], device: torch.device) -> StepNoise:
+        """Return the noise of the steps, each drawn while the step before it is computed."""
+        draw = step_noise(seed, ids, self._image_shape, torch.device("cpu"))
+        is_random = self.sampler_settings.sampler == "ddpm" or self.sampler_settings.eta > 0
+        steps = range(self.schedule.num_steps - 1, 0, -1) if is_random else ()
+        values = prefetch((step, pin(draw(step), device)) for step in steps)
+
+        def noise(step: int) -> Image:
+            drawn_step, value = next(values)
+            assert step == drawn_step, "samplers go through the steps in order"
+            return to_device(value, device)
+
+        return noise
 
     @property
     def predictor(self) -> NoisePredictor:

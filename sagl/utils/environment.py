@@ -4,11 +4,15 @@ import ctypes
 import math
 import os
 import platform
+import re
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sagl.errors import UserError
 from sagl.settings.sampling import WeightPrecision
 
 if TYPE_CHECKING:
@@ -74,7 +78,78 @@ def _cpu_flags() -> set[str]:
     return set(read_text_or_empty(Path("/proc/cpuinfo")).split())
 
 
+# ----------------------------------------------------------------------------------------------------- GPUs
+
+
+def gpu_problem() -> str:
+    """Return why PyTorch cannot use the GPU of this machine; empty if it can, or if there is none."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if not available and torch.cuda.device_count() == 0:
+        return ""
+    try:
+        capability = torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:
+        return "" if available else " ".join(str(error).split("\n")[0].split())
+    architectures = torch.cuda.get_arch_list()
+    if not architectures or has_kernels(capability, architectures):
+        return ""
+    return f"it has compute capability {capability[0]}.{capability[1]}, and this PyTorch {', '.join(architectures)}"
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Return whether a build of PyTorch for some architectures, such as sm_80 and compute_90, runs on a GPU.
+
+    Compiled kernels (sm) run on the same major version from their minor version on; PTX (compute) on all later ones.
+    """
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(architectures)):
+        version = int(major), int(minor)
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return True
+    return False
+
+
+def disable_tf32() -> None:
+    """Compute float32 in float32 on GPUs; cuDNN would round the factors of convolutions to TF32, with 10 bits."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def use_deterministic_algorithms() -> None:
+    """Let the gradients of classifier guidance have the same bits every time; on GPUs some sums have a random order.
+
+    Call it before the first product on a GPU. Operations without a deterministic algorithm still run, with a warning.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 # --------------------------------------------------------------------------------------------------- memory
+
+
+@contextmanager
+def refuse_out_of_memory(parameter: str, advice: str = "") -> Iterator[None]:
+    """Turn running out of memory in the body into a `UserError`.
+
+    Args:
+        parameter: the batch size.
+        advice: what else may help, as a sentence.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"`{parameter}` is too large for the memory of this device. Lower it. {advice}({str(error).split('. ')[0]})"
+        ) from error
 
 
 def available_bytes(device: "torch.device") -> int | None:
@@ -90,14 +165,15 @@ def available_bytes(device: "torch.device") -> int | None:
 
 
 def peak_gigabytes() -> float:
-    """Return the peak memory so far: of the GPU if there is one, otherwise of the process."""
+    """Return the peak memory so far: of the GPU if one is in use, otherwise of the process."""
     import resource
 
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # -------------------------------------------------------------------------------------------------- threads

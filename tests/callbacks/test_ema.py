@@ -73,6 +73,20 @@ def test_validation_uses_the_average_and_training_the_raw_weights():
     assert torch.equal(line.weight, without.weight)
 
 
+def test_averages_of_16_bit_weights_are_kept_in_float32(tmp_path):
+    """In 16 bits, steps of 1e-4 of the difference are rounded to nothing."""
+    options = {"precision": "bf16-true", "val_check_interval": 10, "check_val_every_n_epoch": None}
+    saved = save(tmp_path / "last.ckpt", [ema(0.9999), extra()], 30, **options)
+    assert {saved[name]["weight"].dtype for name in ("state_dict", "current_model_state")} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+    assert saved["extra_emas"]["0.9"]["weight"].dtype == torch.float32
+    callback = ema(0.9999)
+    callback._update(averages := [torch.zeros(1)], [torch.ones(1, dtype=torch.bfloat16)], 10**6)
+    torch.testing.assert_close(averages[0], torch.tensor([1e-4]))
+
+
 def test_a_checkpoint_holds_the_average_as_state_dict_and_the_raw_weights_beside_it(tmp_path):
     callback = ema(0.5)
     line, _ = fit_line(callbacks=[callback, ResumableCheckpoint(tmp_path / "last.ckpt")], max_steps=6)

@@ -229,3 +229,11 @@ def test_a_network_with_tiles_agrees_with_the_plain_one():
         tiled = optimize_for_cpu(network)(x, timesteps).out
     assert not tiled.equal(plain)
     assert relative_error(tiled, plain) < 1e-4
+
+
+def test_a_network_with_winograds_layers_compiles_without_a_break():
+    network = optimize_for_cpu(small_unet(image_size=64, num_channels=64, attention_resolutions=(32,)))
+    assert any(isinstance(layer, WinogradConv2d) for layer in network.modules())
+    compiled = torch.compile(network.requires_grad_(False), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(randn(1, 3, 64, 64), torch.tensor([5]))

@@ -1,3 +1,4 @@
+import threading
 from collections import Counter
 from functools import cache
 
@@ -109,6 +110,32 @@ def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
     for (step, x, _), (want_step, want_x, _) in zip(got, want, strict=True):
         assert step == want_step
         assert torch.equal(x, want_x)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim-eta"])
+def test_the_noise_of_a_step_is_drawn_while_the_network_computes_it(sampler, monkeypatch):
+    """Draw and network wait for each other, so a step takes the longer of the two times and not their sum."""
+    meeting = threading.Barrier(2, timeout=60)
+
+    def slow_step_noise(*args):
+        draw = step_noise(*args)
+
+        def noise(step):
+            meeting.wait()
+            return draw(step)
+
+        return noise
+
+    pipeline = pipeline_of(sampler, scale=0.0)
+    expected, _ = sampled(pipeline, RunSettings())
+
+    def slow_network(_, args):
+        if args[1][0] > 0:  # the last step adds no noise
+            meeting.wait()
+
+    pipeline.network.register_forward_pre_hook(slow_network)
+    monkeypatch.setattr("sagl.sampling.pipeline.step_noise", slow_step_noise)
+    assert torch.equal(sampled(pipeline, RunSettings())[0], expected)
 
 
 # ----------------------------------------------------------------------------------------------- batches

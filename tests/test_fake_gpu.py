@@ -1,0 +1,128 @@
+"""What a GPU is given to do, counted on fake CUDA tensors and on the meta device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sagl.models import normalization
+from sagl.models.adm import UNet
+from sagl.models.cpu_kernels import optimize_for_cpu
+from sagl.models.memory import MemoryTracker
+from sagl.models.zoo import RELEASED
+from sagl.sampling.pipeline import build_pipeline
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import SamplerSettings
+from sagl.shapes import AttentionSite
+from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
+from tests.helpers.tiny import COLOUR
+
+SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
+CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
+UNCONDITIONAL = COLOUR | {"num_classes": None, "null_label": False}
+LSUN = RELEASED["lsun_cat"].settings
+
+
+def meta_unet(settings):
+    with torch.device("meta"):
+        return UNet(settings)
+
+
+def guided_step(sampler, guidances):
+    """Count what the third step of a trajectory dispatches."""
+    network = meta_unet(UNetSettings(**COLOUR)).eval().requires_grad_(False)
+    with fake_cuda(), torch.inference_mode():
+        settings = SamplerSettings(sampler=sampler, respacing="10", eta=0.0)
+        pipeline = build_pipeline(on_fake_cuda(network), DiffusionSettings(), settings, guidances)
+        steps = pipeline.sample_progressive(0, range(4), torch.zeros(4, dtype=torch.int64))
+        next(steps), next(steps)  # the first ones also fill caches
+        with DispatchCounter() as counter:
+            _, x, _ = next(steps)
+        assert x.device.type == "cuda"
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidances", "copies"),
+    [("ddpm", {}, 1), ("ddpm", SAG, 1), ("ddim", SAG, 0), ("ddpm", CFG_AND_SAG, 1), ("ddim", CFG_AND_SAG, 0)],
+    ids=["ddpm", "ddpm sag", "ddim sag", "ddpm cfg and sag", "ddim cfg and sag"],
+)
+def test_the_noise_is_all_that_a_step_copies_to_the_gpu_and_nothing_comes_back(sampler, guidances, copies):
+    counter = guided_step(sampler, guidances)
+    assert (counter.to_gpu, counter.to_cpu) == (copies, 0)
+
+
+def lsun_pass(batch):
+    network = meta_unet(LSUN).eval().requires_grad_(False).bfloat16()
+    with fake_cuda():
+        on_fake_cuda(network)
+        with torch.device("cuda"):
+            x, timesteps = torch.zeros(batch, 3, 256, 256), torch.zeros(batch, dtype=torch.int64)
+        with torch.inference_mode(), DispatchCounter() as counter:
+            network(x, timesteps)
+    return counter.total
+
+
+def test_a_pass_of_the_lsun_network_dispatches_as_much_for_any_batch():
+    assert lsun_pass(8) == lsun_pass(64) <= 3000
+
+
+def graphs(batch, sites):
+    """Compile a network on the meta device, and return the number of nodes of each of its graphs."""
+    nodes = []
+
+    def count(graph, inputs):
+        nodes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    network = optimize_for_cpu(meta_unet(UNetSettings(**UNCONDITIONAL))).eval().requires_grad_(False)
+    compiled = torch.compile(network, backend=count, dynamic=False)
+    with torch.device("meta"), torch.inference_mode():
+        compiled(torch.zeros(batch, 3, 16, 16), torch.zeros(batch, dtype=torch.int64), attention_sites=sites)
+    return nodes
+
+
+@pytest.mark.parametrize("sites", [(), (AttentionSite("output.1"),)], ids=["plain", "attention"])
+def test_a_network_compiles_as_one_graph_of_a_size_that_no_batch_changes(sites):
+    sizes = [graphs(batch, sites) for batch in (2, 8, 32)]
+    assert len(sizes[0]) == 1
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+# -------------------------------------------------------------------------------------------- training memory
+
+
+def training_bytes(settings, batch, monkeypatch):
+    """Peak of forward and backward in bf16-mixed on a GPU, without the weights and their gradients."""
+    monkeypatch.setattr(normalization, "_is_on_gpu", lambda x: True)
+    network = meta_unet(settings).bfloat16()
+    with torch.device("meta"):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        x = torch.zeros(batch, settings.in_channels, settings.image_size, settings.image_size)
+        labels = None if settings.num_classes is None else torch.zeros(batch, dtype=torch.int64)
+        with MemoryTracker() as tracker:
+            network(x, torch.zeros(batch, dtype=torch.int64), labels).out.float().square().mean().backward()
+    return tracker.peak
+
+
+def state_bytes(settings):
+    """Weights, two moments, average, gradients and DDP's buckets in float32, and weights cast to 16 bits."""
+    return (6 * 4 + 2) * sum(p.numel() for p in meta_unet(settings).parameters())
+
+
+def test_eight_images_of_the_lsun_network_train_in_24_gb_with_checkpoints(monkeypatch):
+    checkpointed = replace(LSUN, use_checkpoint=True)
+    assert state_bytes(LSUN) + training_bytes(checkpointed, 8, monkeypatch) < 0.9 * 24e9
+
+
+def test_features_keep_the_data_type_of_autocast_through_normalisation():
+    for size in (4, 256):
+        with fake_cuda(torch.bfloat16):
+            x = torch.zeros(1, 64, size, size, dtype=torch.bfloat16, device="cuda")
+            weight, scale = torch.zeros(64, device="cuda"), torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")
+            out = normalization.ada_group_norm(x, weight, weight, scale, scale, eps=1e-5)
+        assert out.dtype == torch.bfloat16
