@@ -1,5 +1,6 @@
 """`sagl fit` can parse and instantiate every file in configs/."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_configuration_is_instantiated_as_written(file, tmp_path):
     settings = run.module.network.settings
     network = config["model"].get("network") or config["model"]["classifier"]
     if isinstance(network, str):
-        assert settings == get_unet_settings(network)[0]
+        use_checkpoint = config["model"].get("use_checkpoint", False)
+        assert settings == replace(get_unet_settings(network)[0], use_checkpoint=use_checkpoint)
     else:
         for name, value in network.items():
             assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value), name

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from sagl.models import normalization
 from sagl.models.adm import UNet
@@ -16,12 +17,14 @@ from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.shapes import AttentionSite
+from sagl.utils.files import packaged_configs
 from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
 from tests.helpers.tiny import COLOUR
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
 CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
 UNCONDITIONAL = COLOUR | {"num_classes": None, "null_label": False}
+OTHER_CONFIGS = ("lsun_horse", "imagenet128", "imagenet256_cond", "imagenet256_uncond")
 LSUN = RELEASED["lsun_cat"].settings
 
 
@@ -114,9 +117,13 @@ def state_bytes(settings):
     return (6 * 4 + 2) * sum(p.numel() for p in meta_unet(settings).parameters())
 
 
-def test_eight_images_of_the_lsun_network_train_in_24_gb_with_checkpoints(monkeypatch):
-    checkpointed = replace(LSUN, use_checkpoint=True)
-    assert state_bytes(LSUN) + training_bytes(checkpointed, 8, monkeypatch) < 0.9 * 24e9
+@pytest.mark.parametrize("name", ["lsun_cat", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_CONFIGS)])
+def test_a_packaged_config_trains_in_24_gb(name, monkeypatch):
+    config = yaml.safe_load((packaged_configs() / f"{name}.yaml").read_text())
+    settings = replace(RELEASED[name].settings, use_checkpoint=config["model"]["use_checkpoint"])
+    batch_size = config["data"]["init_args"]["batch_size"]
+    assert batch_size == 8
+    assert state_bytes(settings) + training_bytes(settings, batch_size, monkeypatch) < 0.9 * 24e9
 
 
 def test_features_keep_the_data_type_of_autocast_through_normalisation():

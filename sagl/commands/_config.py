@@ -34,7 +34,7 @@ SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
 """Top-level keys of a config for `sagl sample`."""
 TRAINING_KEYS = {"model", "trainer", "data", "preview", "seed_everything", *field_names(CheckpointSettings)}
-TRAINING_KEYS |= {"output", "resume", "ckpt_path", "weights_only"}
+TRAINING_KEYS |= {"output", "global_batch_size", "resume", "ckpt_path", "weights_only"}
 """Other top-level keys: those for `sagl fit`. `model` and `trainer` are read in part."""
 MODEL_GROUPS = {
     "network": UNetSettings,
@@ -45,7 +45,7 @@ MODEL_GROUPS = {
     "blur_aware": BlurAwareSettings,
 }
 """Groups of settings below `model`."""
-MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "freeze", "max_nonfinite_batches", "seed"}
+MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "use_checkpoint", "freeze", "max_nonfinite_batches", "seed"}
 
 
 def sample_parser() -> Parser:

@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sagl.commands._parser import Parser
 from sagl.settings.evaluation import EXTRACTOR_NAMES
-from sagl.utils.environment import available_cpus, has_fast_bfloat16
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import select_device
+from sagl.utils.environment import available_cpus, gpu_problem, has_fast_bfloat16
 from sagl.utils.files import cache_folder, nearest_existing, packaged_configs
 
 LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
@@ -68,8 +70,12 @@ def machine() -> Iterator[Line]:
     yield "threads", f"{threads} on {cores} cores", f"export OMP_NUM_THREADS={cores}" if threads > cores else ""
     yield "processor", torch.backends.cpu.get_cpu_capability(), ""
     yield "fast bfloat16", "yes" if has_fast_bfloat16() else "no", ""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield "GPU", ", ".join(gpus) or "none", ""
+    if problem := gpu_problem():
+        yield "GPU", f"not usable: {problem}", "update its driver, or install a PyTorch that suits both: pytorch.org"
+    else:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield "GPU", ", ".join(gpus) or "none", ""
+    yield "default device", select_device(DeviceSettings()).type, ""
 
 
 def mpi() -> Iterator[Line]:

@@ -1,5 +1,6 @@
 """`sagl fit`, and the parser that it shares with `sagl validate` and `sagl test`."""
 
+import re
 from argparse import SUPPRESS
 from itertools import pairwise
 
@@ -38,7 +39,16 @@ All options of sagl fit are accepted too: --data.root, --data.num_validation, --
 }
 EPILOGS["test"] = EPILOGS["validate"]
 SHORT_HELP = {
-    "fit": ("config", "output", "resume", "checkpoint", "weights", *CheckpointSettings.__dataclass_fields__, "model."),
+    "fit": (
+        "config",
+        "output",
+        "resume",
+        "checkpoint",
+        "weights",
+        "global_batch_size",
+        *CheckpointSettings.__dataclass_fields__,
+        "model.",
+    ),
     "validate": ("config", "run", "checkpoint", "weights"),
     "test": ("config", "run", "checkpoint", "weights"),
 }
@@ -63,6 +73,8 @@ def training_parser(command: str, *, classifier: bool = False, full: bool = Fals
         "--checkpoint", type=str, default=None, help="Weights to start from or to evaluate: a file or a name."
     )
     p.add_argument("--weights", type=str, default="ema", help="Weights of a .ckpt to read: ema, ema:DECAY or raw.")
+    global_batch = "Images per optimiser step in all processes together; batches are accumulated up to this number."
+    p.add_argument("--global_batch_size", type=int | None, default=None, help=global_batch)
     p.add_settings(CheckpointSettings)
     p.add_settings(ClassifierTrainingSettings if classifier else DiffusionTrainingSettings, "model")
     if not classifier:
@@ -101,6 +113,11 @@ def resolve_config_names(arguments: list[str]) -> list[str]:
     return [str(packaged_config(arg)) if before == "--config" else arg for before, arg in pairwise(["", *separate])]
 
 
+def rename_network_flags(arguments: list[str]) -> list[str]:
+    """Rename --model.network.use_checkpoint, which a named network does not have, to --model.use_checkpoint."""
+    return [re.sub(r"^--model\.(network|classifier)\.use_checkpoint\b", "--model.use_checkpoint", a) for a in arguments]
+
+
 def trains_classifier(arguments: list[str]) -> bool:
     """Return whether a command line, or one of its configs, has settings of `model.classifier`.
 
@@ -123,7 +140,7 @@ def run_command(command: str, arguments: list[str]) -> None:
     if {"--help", "-h"} & set(arguments):
         print(training_parser(command).format_help())
         return
-    arguments = parse_interval_arg(resolve_config_names(arguments))
+    arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
     classifier = trains_classifier(arguments)
     parser = training_parser(command, classifier=classifier, full=True)
     if classifier:

@@ -84,6 +84,8 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
         for note in guidance.notes(run.network) if guidance.scale else ():
             print(note)
     choices = []
+    if config.devices.accelerator == "auto":
+        choices.append(f"--trainer.accelerator {'cpu' if select_device(config.devices).type == 'cpu' else 'gpu'}")
     if config.devices.precision == "auto":
         choices.append(f"--trainer.precision {run.config.devices.precision}")
     if config.samples.batch_size is None:

@@ -23,9 +23,16 @@ from sagl.models.loading import load
 from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.settings.sampling import SamplerSettings
+from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.settings.training import CheckpointSettings, ClassifierTrainingSettings
-from sagl.utils.environment import disable_malloc_trim, set_threads
+from sagl.utils.distributed import exit_when_parent_dies, global_rank, report_unused_gpu, select_device
+from sagl.utils.environment import (
+    disable_malloc_trim,
+    disable_tf32,
+    has_fast_bfloat16,
+    refuse_out_of_memory,
+    set_threads,
+)
 
 IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Prefixes of messages of Lightning that are not shown, because users cannot act on them."""
@@ -48,7 +55,10 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
         UserError: the settings are not valid; nothing has been written.
     """
     disable_malloc_trim()
+    disable_tf32()
     set_threads()
+    if global_rank() > 0:
+        exit_when_parent_dies()
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a resumed run
     for handler in logging.getLogger("lightning.pytorch").handlers:
@@ -58,10 +68,11 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
     trainer, module, data, resume_from = (prepare_fit if command == "fit" else prepare_evaluation)(parser, config)
     if config.checkpoint and resume_from is None:
         _load_weights(module, config.checkpoint, config.weights)
-    if command == "fit":
-        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    else:
-        (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
+    with refuse_out_of_memory("data.batch_size", "`model.use_checkpoint` saves memory, too. "):
+        if command == "fit":
+            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        else:
+            (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
 
 
 def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
@@ -93,6 +104,8 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
     if options["logger"] is None:
         options["logger"] = TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
+    if init.global_batch_size is not None:
+        trainer.accumulate_grad_batches = _num_accumulated(init.global_batch_size, init.data, trainer)
     return TrainingSetup(trainer, module, init.data, last if resumed else None)
 
 
@@ -132,7 +145,54 @@ def _build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Traine
     extra = options.pop("callbacks") or []
     callbacks = [*(extra if isinstance(extra, list) else [extra]), *callbacks]
     options["use_distributed_sampler"] = False  # the data modules split the data among the ranks
+    strategy = options["strategy"]
+    require(
+        not isinstance(strategy, str) or strategy.startswith(("auto", "ddp")),
+        f"`trainer.strategy` must be auto or ddp, got {strategy}: a checkpoint is one file with all weights, and "
+        "strategies that split the weights are not supported.",
+    )
+    if isinstance(options["accelerator"], str):
+        options["accelerator"] = _select_accelerator(options["accelerator"], str(options["precision"]))
     return Trainer(**options, callbacks=callbacks)
+
+
+def _select_accelerator(accelerator: str, precision: str) -> str:
+    """Return cuda if there is a GPU that can be used and is allowed, otherwise cpu.
+
+    Raises:
+        UserError: the accelerator is neither a GPU of CUDA nor the CPU, or is not there.
+    """
+    require(
+        accelerator in ("auto", "cpu", "gpu", "cuda"),
+        f"`trainer.accelerator` must be auto, cpu or gpu (CUDA), got {accelerator}: the noise schedule needs float64.",
+    )
+    device = select_device(DeviceSettings(accelerator="gpu" if accelerator == "cuda" else accelerator))
+    if accelerator == "auto":
+        report_unused_gpu(device)
+    if precision.startswith("bf16") and device.type == "cuda" and not has_fast_bfloat16(device):
+        print(f"`trainer.precision` {precision} is slow on this GPU, which does not compute in bfloat16: use 16-mixed.")
+    return device.type
+
+
+def _num_accumulated(global_batch_size: int, data: LightningDataModule, trainer: Trainer) -> int:
+    """Return the number of batches per optimiser step and process that make up the global batch.
+
+    Raises:
+        UserError: it is no whole number, or is set as well.
+    """
+    batch_size: int = data.batch_size
+    require(
+        trainer.accumulate_grad_batches == 1,
+        f"`trainer.accumulate_grad_batches` must be left out with `global_batch_size` {global_batch_size}, got "
+        f"{trainer.accumulate_grad_batches}. Set global_batch_size to null to use it.",
+    )
+    num_batches, rest = divmod(global_batch_size, batch_size * trainer.world_size)
+    require(
+        num_batches > 0 and rest == 0,
+        f"`global_batch_size` must be a multiple of `data.batch_size` times the number of processes, {batch_size} "
+        f"times {trainer.world_size}, got {global_batch_size}.",
+    )
+    return num_batches
 
 
 def _sampling_settings(init: Namespace) -> dict[str, Any]:

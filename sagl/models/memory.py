@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sagl.models.adm import UNet
+from sagl.models.adm import Classifier, UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Context in which the bytes of new tensors are counted: `current` and `peak`.
+    """Context in which the bytes of new tensors are counted: `current`, `peak`, and `largest` of a single one.
 
     Counts sizes at allocation, independent of the allocator; buffers inside of an operation are not counted.
     """
@@ -23,6 +24,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
+        self.largest = 0
         self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -45,10 +47,15 @@ class MemoryTracker(TorchDispatchMode):
         self._storages.add(storage)
         self.current += storage.nbytes()
         self.peak = max(self.peak, self.current)
+        self.largest = max(self.largest, storage.nbytes())
         weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, num_bytes: int) -> None:
         self.current -= num_bytes
+
+
+MAX_ELEMENTS = 2**31 - 1
+"""Elements of a tensor that 32-bit indices, which some kernels of GPUs use, can count."""
 
 
 def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
@@ -56,14 +63,43 @@ def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
 
     Counted on the meta device, without computing. The weights include the transformed copies that CPU kernels cache.
     """
-    with torch.device("meta"):
-        network = optimize_for_cpu(UNet(s)).to(dtype).eval().requires_grad_(False)
-        weights = sum(p.numel() * p.element_size() for p in network.parameters())
-        x = torch.empty(1, s.in_channels, s.image_size, s.image_size)
+    with torch.device("meta"), torch.inference_mode():
+        network, x, timesteps = _meta_inputs(s, dtype)
         labels = None if s.num_classes is None else torch.zeros(1, dtype=torch.long)
-        with torch.inference_mode():
-            with MemoryTracker() as first_pass:
-                network(x, torch.zeros(1), labels)
-            with MemoryTracker() as second_pass:
-                network(x, torch.zeros(1), labels)
-    return weights + first_pass.current, second_pass.peak
+        with MemoryTracker() as first_pass:
+            network(x, timesteps, labels)
+        with MemoryTracker() as second_pass:
+            network(x, timesteps, labels)
+    return _weight_bytes(network) + first_pass.current, second_pass.peak
+
+
+def estimate_gradient_memory(s: ClassifierSettings, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of a classifier's weights, and the peak of the gradient of one image, as guidance takes it."""
+    with torch.device("meta"):
+        network, x, timesteps = _meta_inputs(s, dtype)
+        with MemoryTracker() as tracker:
+            torch.autograd.grad(network(x.requires_grad_(), timesteps).sum(), x)
+    return _weight_bytes(network), tracker.peak
+
+
+def max_batch_size(s: UNetSettings | ClassifierSettings) -> int:
+    """Return the largest batch none of whose tensors has more than `MAX_ELEMENTS` elements."""
+    with torch.device("meta"), torch.inference_mode():
+        network, x, timesteps = _meta_inputs(s, torch.float32)
+        with MemoryTracker() as tracker:
+            network(x, timesteps, *([torch.zeros(1, dtype=torch.long)] if isinstance(s, UNetSettings) else []))
+    return MAX_ELEMENTS // (tracker.largest // 4)
+
+
+def _meta_inputs(s: UNetSettings | ClassifierSettings, dtype: torch.dtype) -> tuple[UNet | Classifier, Tensor, Tensor]:
+    """Return a network on the meta device, with one image and its timestep."""
+    network = optimize_for_cpu(UNet(s) if isinstance(s, UNetSettings) else Classifier(s)).to(dtype)
+    return (
+        network.eval().requires_grad_(False),
+        torch.empty(1, s.in_channels, s.image_size, s.image_size),
+        torch.zeros(1),
+    )
+
+
+def _weight_bytes(network: UNet | Classifier) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())

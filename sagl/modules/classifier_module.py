@@ -33,6 +33,7 @@ class ClassifierModule(TrainingModule):
         classifier, diffusion = settings.classifier, DiffusionSettings()
         if isinstance(classifier, str):
             classifier, diffusion = get_classifier_settings(classifier)
+        classifier = settings.apply_to(classifier)
         super().__init__(replace(settings, classifier=classifier), settings.diffusion or diffusion)
         self.network = seeded_init(lambda: Classifier(classifier), settings.seed)
         freeze(self.network, settings.freeze)

@@ -61,7 +61,7 @@ class DiffusionModule(TrainingModule):
         network, diffusion = settings.network, DiffusionSettings()
         if isinstance(network, str):
             network, diffusion = get_unet_settings(network)
-        diffusion = settings.diffusion or diffusion
+        network, diffusion = settings.apply_to(network), settings.diffusion or diffusion
         check_training_settings(network, diffusion, settings)
         super().__init__(replace(settings, network=network), diffusion)
         self.network_settings = network  # read by the data module

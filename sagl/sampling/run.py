@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagl.errors import require
+from sagl.errors import UserError, require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.run_folder import (
     check_same_run,
@@ -29,11 +29,16 @@ from sagl.sampling.run_folder import (
 )
 from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import GuidanceSettings
-from sagl.settings.network import UNetSettings
+from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.distributed import num_processes, require_launcher, select_device
-from sagl.utils.environment import available_bytes, default_precision, set_threads
+from sagl.utils.environment import (
+    available_bytes,
+    default_precision,
+    set_threads,
+    use_deterministic_algorithms,
+)
 from sagl.utils.files import cache_folder, require_writable, sha256
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_folder
@@ -212,6 +217,8 @@ class SamplingRun:
         from sagl.sampling.pipeline import build_pipeline
 
         config = self.config
+        if device.type == "cuda":
+            use_deterministic_algorithms()
         checkpoint = _read_checkpoint(config, self.checkpoint)
         assert config.devices.precision != "auto"
         network = cast_weights(build_network(checkpoint), config.devices.precision, device)
@@ -346,17 +353,36 @@ def _choose_batch_size(config: SampleConfig, network: UNetSettings, metadata: Ma
     return replace(config, samples=replace(samples, batch_size=size))
 
 
+def _classifier_settings(config: SampleConfig) -> ClassifierSettings | None:
+    """Return the settings of the classifier that guides the run; None if there is none, or it cannot be loaded."""
+    from sagl.models.loading import load
+
+    guidance = config.guidances.get("classifier")
+    if not isinstance(guidance, ClassifierGuidance) or not guidance.scale or guidance.checkpoint is None:
+        return None
+    try:
+        settings = load(guidance.checkpoint).model_settings
+    except UserError:  # building the guidance will raise it again, with the name of the setting
+        return None
+    return settings if isinstance(settings, ClassifierSettings) else None
+
+
 def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
     """Return up to 64; on a CPU at most what suits its caches, and never more than three quarters of memory hold."""
     from sagl.models.checkpoints import DTYPES
-    from sagl.models.memory import estimate_memory
+    from sagl.models.memory import estimate_gradient_memory, estimate_memory, max_batch_size
 
     assert config.devices.precision != "auto"
-    device = select_device(config.devices)
-    size = 64 if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
+    device, dtype = select_device(config.devices), DTYPES[config.devices.precision]
+    size = (
+        min(64, max_batch_size(network)) if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
+    )
     free_bytes = available_bytes(device)
     if free_bytes is not None:
-        weight_bytes, image_bytes = estimate_memory(network, DTYPES[config.devices.precision])
+        weight_bytes, image_bytes = estimate_memory(network, dtype)
+        if classifier := _classifier_settings(config):
+            classifier_bytes, gradient_bytes = estimate_gradient_memory(classifier, dtype)
+            weight_bytes, image_bytes = weight_bytes + classifier_bytes, max(image_bytes, gradient_bytes)
         share = free_bytes // (num_processes(config.devices)[0] if device.type == "cpu" else 1)
         size = min(size, max(1, (share * 3 // 4 - weight_bytes) // image_bytes))
     return min(config.samples.num_samples, size)

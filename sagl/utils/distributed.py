@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sagl.errors import UserError, require
 from sagl.settings.sampling import DeviceSettings
-from sagl.utils.environment import set_threads
+from sagl.utils.environment import disable_tf32, gpu_problem, refuse_out_of_memory, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -67,18 +67,30 @@ def require_launcher(devices: DeviceSettings) -> None:
 
 
 def select_device(devices: DeviceSettings) -> "torch.device":
-    """Return the device of this process: a GPU by its local rank if there is one and it is allowed, else the CPU.
+    """Return the device of this process: a GPU by its local rank if one is usable and allowed, else the CPU.
 
     Raises:
-        UserError: `accelerator` is gpu, and torch finds none.
+        UserError: `accelerator` is gpu, and there is none that torch can use.
     """
     import torch
 
-    available = torch.cuda.is_available()
-    require(devices.accelerator != "gpu" or available, "`trainer.accelerator` gpu needs a GPU, and torch finds none.")
-    if not available or devices.accelerator == "cpu":
+    if devices.accelerator == "cpu":
+        return torch.device("cpu")
+    problem = gpu_problem()
+    available = torch.cuda.is_available() and not problem
+    require(
+        devices.accelerator != "gpu" or available,
+        f"`trainer.accelerator` gpu needs a GPU that torch can use, and {problem or 'torch finds none'}.",
+    )
+    if not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
+
+
+def report_unused_gpu(device: "torch.device") -> None:
+    """Print on rank 0 why the GPU of this machine is not used, if `device` is the CPU in spite of it."""
+    if device.type == "cpu" and global_rank() == 0 and (problem := gpu_problem()):
+        print(f"The GPU is not used: {problem}. Computing on the CPU.", file=sys.stderr)
 
 
 def num_processes(devices: DeviceSettings) -> tuple[int, int]:
@@ -198,8 +210,12 @@ def launch(devices: DeviceSettings) -> Iterator[Ranks]:
     """
     num_local, num_total = num_processes(devices)
     threads = set_threads(num_local)
+    disable_tf32()
+    if devices.accelerator == "auto":
+        report_unused_gpu(select_device(devices))
     if num_total == 1:
-        yield Ranks(device=select_device(devices))
+        with refuse_out_of_memory("batch_size"):
+            yield Ranks(device=select_device(devices))
         return
     if global_rank() > 0:
         exit_when_parent_dies()
@@ -208,7 +224,8 @@ def launch(devices: DeviceSettings) -> Iterator[Ranks]:
     assert ranks.store is not None
     error = None
     try:
-        yield ranks
+        with refuse_out_of_memory("batch_size"):
+            yield ranks
         ranks.wait()
     except UserError as caught:
         error = caught

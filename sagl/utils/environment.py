@@ -57,15 +57,17 @@ def default_precision(device: "torch.device") -> WeightPrecision:
     bfloat16 if the device computes in it (AVX512-BF16, AMX; GPUs of compute capability 8.0 and above), otherwise
     float16 on GPUs and float32 on CPUs.
     """
-    if device.type == "cuda":
+    if has_fast_bfloat16(device):
+        return "bf16-true"
+    return "16-true" if device.type == "cuda" else "32-true"
+
+
+def has_fast_bfloat16(device: "torch.device | None" = None) -> bool:
+    """Return whether the GPU, or the processor, has bfloat16 instructions; False without /proc/cpuinfo."""
+    if device is not None and device.type == "cuda":
         import torch
 
-        return "bf16-true" if torch.cuda.get_device_capability(device) >= (8, 0) else "16-true"
-    return "bf16-true" if has_fast_bfloat16() else "32-true"
-
-
-def has_fast_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions; always False where /proc/cpuinfo does not exist."""
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
@@ -147,9 +149,8 @@ def refuse_out_of_memory(parameter: str, advice: str = "") -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise UserError(
-            f"`{parameter}` is too large for the memory of this device. Lower it. {advice}({str(error).split('. ')[0]})"
-        ) from error
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        raise UserError(f"`{parameter}` is too large for this device's memory. Lower it. {advice}({reason})") from error
 
 
 def available_bytes(device: "torch.device") -> int | None:

@@ -1,13 +1,17 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sagl.errors import UserError
 from sagl.utils import environment
+from sagl.utils.environment import refuse_out_of_memory
 
 SCRIPT = """
 import json, resource, sys
@@ -193,3 +197,87 @@ def test_a_machine_without_proc_stat_counts_as_quiet(monkeypatch):
     monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(environment, "read_text_or_empty", machine.read)
     assert not environment.is_busy(2)
+
+
+# ----------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that torch can use; returns a function that changes its capability, or the error of its driver."""
+
+    def change(*, capability=(9, 0), architectures=("sm_80", "sm_90"), error=None):
+        def get_device_capability(device=None):
+            if error:
+                raise RuntimeError(error)
+            return capability
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: error is None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
+
+    change()
+    return change
+
+
+def test_a_gpu_is_used_unless_its_driver_is_too_old_or_torch_has_no_kernels_for_it(gpu):
+    assert environment.gpu_problem() == ""
+    gpu(error="The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
+    assert "too old (found version 11040)" in environment.gpu_problem()
+    gpu(capability=(6, 1))
+    assert "6.1" in environment.gpu_problem()
+    assert "sm_80" in environment.gpu_problem()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),
+        ((10, 0), ["sm_90", "sm_100"], True),
+        ((7, 0), ["sm_75", "compute_75"], False),
+    ],
+)
+def test_kernels_run_on_later_minor_versions_and_ptx_on_all_later_ones(capability, architectures, runs):
+    assert environment.has_kernels(capability, architectures) == runs
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bf16-true"), ((7, 5), "16-true")])
+def test_gpus_without_bfloat16_get_float16(capability, precision, gpu):
+    gpu(capability=capability)
+    assert environment.default_precision(torch.device("cuda", 0)) == precision
+
+
+def test_float32_is_not_tf32_after_it_is_disabled():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        environment.disable_tf32()
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_names_the_batch_size(error):
+    with pytest.raises(UserError, match=r"`batch_size`.*allocate") as caught, refuse_out_of_memory("batch_size"):
+        raise error
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="other"), refuse_out_of_memory("batch_size"):
+        raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(("platform", "gigabytes"), [("linux", 2.048), ("darwin", 0.002)])
+def test_peak_memory_is_in_bytes_on_macos_and_in_kilobytes_elsewhere(platform, gigabytes, monkeypatch):
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2 * 10**6))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert environment.peak_gigabytes() == gigabytes
