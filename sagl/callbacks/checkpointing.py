@@ -15,6 +15,9 @@ from torch import Tensor
 from sagl.settings.training import CheckpointSettings, PreviewSettings
 from sagl.utils.files import atomic_file
 
+MAX_SAVING_SHARE = 0.05
+"""Largest share of the time that periodic saves may take; large checkpoints are saved less often."""
+
 
 class SaveConfig(Callback):
     """Writes the configuration of a training to config.yaml; a resumed run overwrites it."""
@@ -39,7 +42,7 @@ class ResumableCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         self.path, self.settings = path, settings
-        self._step, self._saved_step, self._saved_time = 0, 0, time.monotonic()
+        self._step, self._saved_step, self._saved_time, self._save_seconds = 0, 0, time.monotonic(), 0.0
         self._stepped, self._stop_requested = False, False
 
     # ------------------------------------------------------------------------------------------------------ when
@@ -79,7 +82,8 @@ class ResumableCheckpoint(Checkpoint):
     def _should_save(self, trainer: Trainer) -> bool:
         """Return whether any rank has a reason: clocks may differ, and SIGTERM may reach one rank alone."""
         steps = trainer.global_step - self._saved_step >= self.settings.save_every_steps
-        minutes = time.monotonic() - self._saved_time >= 60 * self.settings.save_every_minutes
+        interval = max(60 * self.settings.save_every_minutes, self._save_seconds / MAX_SAVING_SHARE)
+        minutes = time.monotonic() - self._saved_time >= interval
         return trainer.strategy.reduce_boolean_decision(steps or minutes or self._stop_requested, all=False)
 
     def _stop_if_requested(self, trainer: Trainer) -> None:
@@ -89,11 +93,12 @@ class ResumableCheckpoint(Checkpoint):
     # ------------------------------------------------------------------------------------------------------ what
 
     def _save(self, trainer: Trainer) -> None:
-        partial = self.path.with_suffix(".partial")
+        partial, start_time = self.path.with_suffix(".partial"), time.monotonic()
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             os.replace(partial, self.path)
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
+        self._save_seconds = self._saved_time - start_time
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrite the progress of the loops so that a resumed run continues with the next batch.

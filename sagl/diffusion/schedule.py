@@ -50,19 +50,19 @@ class Schedule:
 
     def alpha_bar(self, step: int | Tensor) -> AlphaBar:
         """Return the cumulative product of 1 - beta; 1 at step -1."""
-        return self._gather(self._padded, step, shift=1)
+        return self._gather("_padded", step, shift=1)
 
     def log_beta(self, step: int | Tensor) -> AlphaBar:
         """Return log beta, the upper end of a learned variance."""
-        return self._gather(self.betas.log(), step)
+        return self._gather("_log_betas", step)
 
     def log_posterior_variance(self, step: int | Tensor) -> AlphaBar:
         """Return the log variance of eq. 4, the lower end of a learned variance; step 0, -inf, takes step 1's value."""
-        return self._gather(self._log_posterior, step)
+        return self._gather("_log_posterior", step)
 
     def log_fixed_large_variance(self, step: int | Tensor) -> AlphaBar:
         """Return the fixed large log variance: log beta, with the posterior's at step 0 as in ADM."""
-        return self._gather(torch.cat([self._log_posterior[:1], self.betas.log()[1:]]), step)
+        return self._gather("_log_fixed_large", step)
 
     def timestep(self, step: int, batch: int, device: torch.device) -> Timestep:
         """Return the original timestep of a step: -> (batch,) int64, made on `device` without a copy."""
@@ -74,6 +74,14 @@ class Schedule:
         return 1 - self._padded[1:] / self._padded[:-1]
 
     @cached_property
+    def _log_betas(self) -> Tensor:
+        return self.betas.log()
+
+    @cached_property
+    def _log_fixed_large(self) -> Tensor:
+        return torch.cat([self._log_posterior[:1], self._log_betas[1:]])
+
+    @cached_property
     def _padded(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
 
@@ -82,11 +90,18 @@ class Schedule:
         variance = self.betas * (1 - self._padded[:-1]) / (1 - self._padded[1:])
         return torch.cat([variance[1:2] if self.num_steps > 1 else self.betas, variance[1:]]).log()
 
-    @staticmethod
-    def _gather(table: Tensor, step: int | Tensor, shift: int = 0) -> Tensor:
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
+        """Tables by name and device, each copied to a device once."""
+        return {}
+
+    def _gather(self, name: str, step: int | Tensor, shift: int = 0) -> Tensor:
+        table: Tensor = getattr(self, name)
         if isinstance(step, int):
             return table[step + shift]
-        return table.to(step.device)[step + shift][:, None, None, None]
+        if (name, step.device) not in self._copies:
+            self._copies[name, step.device] = table.to(step.device)
+        return self._copies[name, step.device][step + shift][:, None, None, None]
 
 
 def make_schedule(settings: DiffusionSettings, respacing: str | None = None) -> Schedule:

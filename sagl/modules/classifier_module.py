@@ -14,6 +14,7 @@ from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import ClassifierTrainingSettings
 from sagl.shapes import Image, Labels, Timestep
+from sagl.utils.prefetch import to_device
 
 
 class ClassifierModule(TrainingModule):
@@ -69,7 +70,8 @@ class ClassifierModule(TrainingModule):
             f"`model.classifier.num_classes` must be above every label of the data, got {num_classes} and a label "
             f"{high}.",
         )
-        return classifier_loss(self.network, x_0, labels, timesteps.to(x_0.device), noise.to(x_0), self.schedule)
+        timesteps, noise = to_device(timesteps, x_0.device), to_device(noise, x_0.device).to(x_0.dtype)
+        return classifier_loss(self.network, x_0, labels, timesteps, noise, self.schedule)
 
     @property
     def _topk(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import DiffusionTrainingSettings
 from sagl.shapes import Image, Labels, PerSample, Timestep
+from sagl.utils.prefetch import to_device
 
 TIMESTEP_SAMPLERS = {"uniform": UniformTimesteps, "loss_second_moment": LossSecondMomentTimesteps}
 
@@ -80,7 +81,7 @@ class DiffusionModule(TrainingModule):
         draw = self._sample_noise(x_0)
         labels = self._drop_labels(batch[1], bernoulli(draw.rngs, self.settings.label_dropout))
         losses = self._compute_losses(x_0, draw.timesteps, draw.noise, labels, draw.rngs)
-        loss = (losses.total * draw.weights.to(losses.total)).mean()
+        loss = (losses.total * to_device(draw.weights, losses.total.device).to(losses.total.dtype)).mean()
         if not self._log_if_finite({"loss": loss, "mse": losses.mse.mean(), "vlb": losses.vlb.mean()}):
             return self._zero_loss()
         if self.settings.loss.timestep_sampler != "uniform":
@@ -104,11 +105,11 @@ class DiffusionModule(TrainingModule):
         self, x_0: Image, timesteps: Timestep, noise: Image, labels: Labels | None, rngs: SampleRngs | None = None
     ) -> Losses:
         """Compute the training losses; with `rngs`, blur-aware training degrades some of the images first."""
-        timesteps, noise = timesteps.to(x_0.device), noise.to(x_0)
+        timesteps, noise = to_device(timesteps, x_0.device), to_device(noise, x_0.device).to(x_0.dtype)
         x_input, target, degraded = x_0, noise, None
         blur_aware = self.settings.blur_aware
         if rngs is not None and blur_aware.probability > 0:
-            degraded = bernoulli(rngs, blur_aware.probability).to(x_0.device)
+            degraded = to_device(bernoulli(rngs, blur_aware.probability), x_0.device)
             alpha_bar = self.schedule.alpha_bar(timesteps)
             x_input, target = degrade_batch(
                 blur_aware, self.network, x_0, noise, alpha_bar, timesteps, labels, degraded, rngs
@@ -141,7 +142,7 @@ class DiffusionModule(TrainingModule):
         null_label = self.network.settings.num_classes
         if null_label is None:
             return None
-        return torch.where(dropped.to(labels.device) | (labels < 0), null_label, labels)
+        return torch.where(to_device(dropped, labels.device) | (labels < 0), null_label, labels)
 
     def _estimate_bits_per_dim(self, x_0: Image, labels: Labels | None, batch_idx: int) -> PerSample:
         generator = torch.Generator().manual_seed(batch_idx + 1)

@@ -1,13 +1,14 @@
 """Base class of the LightningModules: random numbers, optimiser, skipped batches, validation means and logs."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import AdamW
 
 from sagl.diffusion.noise import SampleRngs, batch_rngs, initial_noise, randn, seed_dropout, timestep_generator
@@ -20,6 +21,7 @@ from sagl.settings.training import OptimizerSettings, TrainingSettings
 from sagl.shapes import Image, ImageUint8, Labels, PerSample, Timestep
 from sagl.utils.environment import peak_gigabytes
 from sagl.utils.images import to_float
+from sagl.utils.prefetch import pin, prefetch
 
 Batch = tuple[ImageUint8, Labels]
 Network = TypeVar("Network", bound=nn.Module)
@@ -61,6 +63,14 @@ class TrainingNoise:
     """(B, C, H, W): noise of this rank's images."""
 
 
+class DrawnNoise(NamedTuple):
+    """Noise of this rank's images of a batch, (B, C, H, W), and their generators after it was drawn."""
+
+    batch_index: int
+    rngs: SampleRngs
+    noise: Image
+
+
 class TrainingModule(LightningModule):
     """Training of a network on noisy images. A subclass builds `network` and defines the loss of a batch.
 
@@ -84,6 +94,7 @@ class TrainingModule(LightningModule):
         self.schedule = make_schedule(diffusion)
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._step_has_gradient = False
+        self._noise_ahead: Iterator[DrawnNoise] = iter(())
         self._batch_end_time: float | None = None
         self._num_validated = 0
         self._sums: dict[str, Tensor] = {}
@@ -99,15 +110,30 @@ class TrainingModule(LightningModule):
         batch_index = self.trainer.fit_loop.total_batch_idx  # over all epochs, continued by a resumed run
         global_size = len(x_0) * world_size
         seed_dropout(seed, batch_index, rank)
-        rngs = batch_rngs(seed, batch_index, range(rank, global_size, world_size))
         timesteps, weights = self.timestep_sampler.sample(global_size, timestep_generator(seed, batch_index))
+        drawn = self._draw_noise(batch_index, x_0.shape)
         return TrainingNoise(
             timesteps=timesteps[rank::world_size],
             weights=weights[rank::world_size],
             global_timesteps=timesteps,
-            rngs=rngs,
-            noise=randn(rngs, x_0.shape[1:]),
+            rngs=drawn.rngs,
+            noise=drawn.noise,
         )
+
+    def _draw_noise(self, batch_index: int, shape: torch.Size) -> DrawnNoise:
+        """Return the noise of a batch, which was drawn during the batch before if that had the same shape."""
+        drawn = next(self._noise_ahead, None)
+        if drawn is None or (drawn.batch_index, drawn.noise.shape) != (batch_index, shape):
+            self._noise_ahead = prefetch(self._draw_noise_from(batch_index, shape))
+            drawn = next(self._noise_ahead)
+        return drawn
+
+    def _draw_noise_from(self, batch_index: int, shape: torch.Size) -> Iterator[DrawnNoise]:
+        """Draw the noise of one batch after the other."""
+        rank, world_size = self.global_rank, self.trainer.world_size
+        for index in count(batch_index):
+            rngs = batch_rngs(self.settings.seed, index, range(rank, shape[0] * world_size, world_size))
+            yield DrawnNoise(index, rngs, pin(randn(rngs, shape[1:]), self.device))
 
     def _log_if_finite(self, values: Mapping[str, Tensor]) -> bool:
         """Log the rank means of `values` if the loss, the first of them, is finite on all ranks; return whether it is.
@@ -125,12 +151,18 @@ class TrainingModule(LightningModule):
             f"non-finite loss, got {self.num_skipped_in_a_row}. Lower model.optimizer.learning_rate, or set "
             "trainer.gradient_clip_val, and resume.",
         )
-        self.log("train/skipped_batches", float(self.num_skipped))
-        if finite:
-            self._step_has_gradient = True
+        self._step_has_gradient |= finite
+        if self._logs_this_step:
+            self.log("train/skipped_batches", float(self.num_skipped))
+        if self._logs_this_step and finite:
             self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return finite
+
+    @property
+    def _logs_this_step(self) -> bool:
+        """Whether loggers receive the values of this step; other values are left out, since each makes a GPU wait."""
+        return self.trainer._logger_connector.should_update_logs or bool(self.trainer.fast_dev_run)
 
     def _zero_loss(self) -> Tensor:
         """Return a loss with zero gradients; DDP waits for the gradient of every parameter."""
@@ -140,8 +172,9 @@ class TrainingModule(LightningModule):
         """Reduce a tensor over all ranks by `op`, "mean" or "sum"."""
         if self.trainer.world_size == 1:
             return values
-        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op=op)
-        return reduced
+        total = values.to(self.device, copy=True)
+        distributed.all_reduce(total)  # Lightning's reduction would also wait for all ranks at a barrier
+        return total / self.trainer.world_size if op == "mean" else total
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -194,11 +227,12 @@ class TrainingModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
         """Log the throughput, data loading included, and the peak memory."""
         now = time.monotonic()
-        if self._batch_end_time is not None:
+        if self._batch_end_time is not None and self._logs_this_step:
             num_images = len(batch[0]) * self.trainer.world_size
             self.log("train/images_per_second", num_images / (now - self._batch_end_time))
         self._batch_end_time = now
-        self.log("train/peak_memory_gb", peak_gigabytes())
+        if self._logs_this_step:
+            self.log("train/peak_memory_gb", peak_gigabytes())
 
     def on_validation_end(self) -> None:
         """Exclude the time of validation from the throughput."""
@@ -210,7 +244,7 @@ class TrainingModule(LightningModule):
             optimizer.zero_grad()  # with gradients of 0, AdamW's moments would still move the weights
         self._step_has_gradient = False
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradients:
+        if gradients and self._logs_this_step:
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     # --------------------------------------------------------------------------------------------- checkpoints

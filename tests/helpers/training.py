@@ -26,8 +26,9 @@ def with_stub_trainer(module, *, batch=0, rank=0, ranks=1, weights_seed=1):
         optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])],
         state=SimpleNamespace(fn="fit"),
         max_steps=10,
-        strategy=SimpleNamespace(reduce=lambda values, reduce_op: values),
+        _logger_connector=SimpleNamespace(should_update_logs=True),
     )
+    module._all_reduce = lambda values, op: values
     module.logged = {}
     module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})
     module.log_dict = lambda values: [module.log(name, value) for name, value in values.items()]
@@ -71,7 +72,8 @@ def trainer(*, callbacks=(), **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)}
     quiet |= {} if "val_check_interval" in options else {"limit_val_batches": 0}
-    return Trainer(accelerator="cpu", max_epochs=-1, callbacks=list(callbacks), **quiet, **options)
+    quiet["log_every_n_steps"] = 1
+    return Trainer(accelerator="cpu", max_epochs=-1, callbacks=list(callbacks), **{**quiet, **options})
 
 
 class Line(LightningModule):

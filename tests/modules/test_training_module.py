@@ -69,6 +69,32 @@ def test_timesteps_are_uniform_and_noise_is_standard_normal():
     assert len({x.numpy().tobytes() for x in noise.noise}) == 4000
 
 
+@pytest.mark.parametrize(("before", "size"), [((), 4), ((9,), 4), ((9,), 2), ((5,), 4)])
+def test_noise_drawn_ahead_is_that_of_its_own_batch(before, size):
+    """Whatever batch was drawn before it: the one before, with as many images or more, or another one."""
+
+    def draw(module, batch, size):
+        module.trainer.fit_loop.total_batch_idx = batch
+        drawn = module._sample_noise(torch.zeros(size, 1, 2, 2))
+        return drawn.noise, [rng.random() for rng in drawn.rngs]
+
+    module = with_stub_trainer(classifier())
+    for batch in before:
+        draw(module, batch, 4)
+    noise, numbers = draw(module, 10, size)
+    expected_noise, expected_numbers = draw(with_stub_trainer(classifier()), 10, size)
+    assert torch.equal(noise, expected_noise)
+    assert numbers == expected_numbers
+
+
+def test_values_are_logged_only_where_a_logger_receives_them():
+    module = with_stub_trainer(diffusion())
+    module.trainer._logger_connector.should_update_logs = False
+    loss_of_step(module)
+    module.on_train_batch_end(None, (IMAGES, LABELS), 0)
+    assert module.logged == {}
+
+
 # --------------------------------------------------------------------------------------------------- validation
 
 
