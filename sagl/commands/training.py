@@ -23,7 +23,7 @@ from sagl.models.loading import load
 from sagl.models.transfer import load_pretrained_weights
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.settings.sampling import DeviceSettings, SamplerSettings
+from sagl.settings.sampling import Accelerator, DeviceSettings, SamplerSettings
 from sagl.settings.training import CheckpointSettings, ClassifierTrainingSettings
 from sagl.utils.distributed import exit_when_parent_dies, global_rank, report_unused_gpu, select_device
 from sagl.utils.environment import (
@@ -36,6 +36,8 @@ from sagl.utils.environment import (
 
 IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Prefixes of messages of Lightning that are not shown, because users cannot act on them."""
+ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+"""Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
 WEIGHT_SUFFIXES = (".pt", ".ckpt", ".safetensors")
 
 
@@ -105,7 +107,7 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
         options["logger"] = TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
     if init.global_batch_size is not None:
-        trainer.accumulate_grad_batches = _num_accumulated(init.global_batch_size, init.data, trainer)
+        trainer.accumulate_grad_batches = _num_accumulated(init.global_batch_size, init.data.batch_size, trainer)
     return TrainingSetup(trainer, module, init.data, last if resumed else None)
 
 
@@ -163,10 +165,10 @@ def _select_accelerator(accelerator: str, precision: str) -> str:
         UserError: the accelerator is neither a GPU of CUDA nor the CPU, or is not there.
     """
     require(
-        accelerator in ("auto", "cpu", "gpu", "cuda"),
+        accelerator in ACCELERATORS,
         f"`trainer.accelerator` must be auto, cpu or gpu (CUDA), got {accelerator}: the noise schedule needs float64.",
     )
-    device = select_device(DeviceSettings(accelerator="gpu" if accelerator == "cuda" else accelerator))
+    device = select_device(DeviceSettings(accelerator=ACCELERATORS[accelerator]))
     if accelerator == "auto":
         report_unused_gpu(device)
     if precision.startswith("bf16") and device.type == "cuda" and not has_fast_bfloat16(device):
@@ -174,13 +176,12 @@ def _select_accelerator(accelerator: str, precision: str) -> str:
     return device.type
 
 
-def _num_accumulated(global_batch_size: int, data: LightningDataModule, trainer: Trainer) -> int:
+def _num_accumulated(global_batch_size: int, batch_size: int, trainer: Trainer) -> int:
     """Return the number of batches per optimiser step and process that make up the global batch.
 
     Raises:
         UserError: it is no whole number, or is set as well.
     """
-    batch_size: int = data.batch_size
     require(
         trainer.accumulate_grad_batches == 1,
         f"`trainer.accumulate_grad_batches` must be left out with `global_batch_size` {global_batch_size}, got "

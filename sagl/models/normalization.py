@@ -26,7 +26,8 @@ def ada_group_norm(
         return _norm_and_affine(x, weight, bias, scale, shift, eps)
     with torch.autocast("cuda", enabled=False):
         if torch.compiler.is_compiling() or x.dim() < 4 or x.shape[1:].numel() < MIN_ELEMENTS:
-            return _norm_and_affine(x, *(_cast(value, x) for value in (weight, bias, scale, shift)), eps)
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return _norm_and_affine(x, weight, bias, _cast(scale, x), _cast(shift, x), eps)
         return _channel_norm(x, weight, bias, scale, shift, eps)
 
 
@@ -44,7 +45,7 @@ def _norm_and_affine(
 
 
 def _cast(value: Tensor | None, x: Tensor) -> Tensor | None:
-    return value if value is None or value.dtype == x.dtype else value.to(x.dtype)
+    return None if value is None else value.to(x.dtype)
 
 
 def _channel_norm(

@@ -162,7 +162,7 @@ class TrainingModule(LightningModule):
     @property
     def _logs_this_step(self) -> bool:
         """Whether loggers receive the values of this step; other values are left out, since each makes a GPU wait."""
-        return self.trainer._logger_connector.should_update_logs or bool(self.trainer.fast_dev_run)
+        return self.trainer._logger_connector.should_update_logs
 
     def _zero_loss(self) -> Tensor:
         """Return a loss with zero gradients; DDP waits for the gradient of every parameter."""
