@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torchmetrics.image.fid import _compute_fid
 
+from sagl.metrics.feature_metrics import FeatureMetrics
+from sagl.metrics.features import Features
 from sagl.models import normalization
 from sagl.models.adm import UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
@@ -19,7 +22,7 @@ from sagl.settings.sampling import SamplerSettings
 from sagl.shapes import AttentionSite
 from sagl.utils.files import packaged_configs
 from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
-from tests.helpers.tiny import COLOUR
+from tests.helpers.networks import COLOUR
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
 CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
@@ -55,6 +58,16 @@ def guided_step(sampler, guidances):
 def test_the_noise_is_all_that_a_step_copies_to_the_gpu_and_nothing_comes_back(sampler, guidances, copies):
     counter = guided_step(sampler, guidances)
     assert (counter.to_gpu, counter.to_cpu) == (copies, 0)
+
+
+def test_metrics_of_previews_are_computed_on_the_device():
+    """The meta device has no data: a step that goes through NumPy or the CPU would fail."""
+    device, images = torch.device("meta"), torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    metrics = FeatureMetrics(lambda x: Features(torch.zeros(len(x), 8)), images[:1], device)
+    metrics.update_real(images)
+    total, products, _ = metrics.real_state.values()
+    distance = _compute_fid(total, products, total, products)
+    assert (total.device, products.device, distance.device) == (device, device, device)
 
 
 def lsun_pass(batch):

@@ -90,6 +90,9 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
         choices.append(f"--trainer.precision {run.config.devices.precision}")
     if config.samples.batch_size is None:
         choices.append(f"--batch_size {run.config.samples.batch_size}")
+    num_batches, num_ranks = len(run.config.batches), num_processes(config.devices)[1]
+    if num_batches < num_ranks:
+        print(f"{num_ranks} processes share {num_batches} batches, so some have no work. Lower --batch_size.")
     if choices:
         print("Chosen for this machine:", *choices, f"OMP_NUM_THREADS={set_threads(num_processes(config.devices)[0])}")
 
@@ -115,7 +118,10 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
     with torch.inference_mode():
         labels = make_labels(settings, ids, pipeline.network)
         steps = pipeline.unguided.sample_progressive(settings.seed, ids, labels)
-        times = [time.monotonic(), *(time.monotonic() for _ in islice(steps, 2))]
+        times = [time.monotonic()]
+        for _, x, _ in islice(steps, 2):
+            x.sum().item()  # waits for a GPU
+            times.append(time.monotonic())
     seconds = [end - start for start, end in pairwise(times)][-1]  # the first evaluation is slower
     evaluations = pipeline.nfe + pipeline.schedule.num_steps * config.compare
     num_batches = len(run.missing_batches())

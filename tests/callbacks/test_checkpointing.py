@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from sagl.callbacks import checkpointing
 from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint
@@ -98,6 +98,20 @@ def test_it_is_saved_every_so_many_steps_or_minutes_and_once_at_the_end(options,
     assert callback.steps == steps
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert read(callback.path)["global_step"] == 10
+
+
+def test_saves_take_no_more_than_a_twentieth_of_the_time(tmp_path, clock, monkeypatch):
+    """Saves of 6 s, at steps of 30 s: two minutes apart, not one."""
+    save = Trainer.save_checkpoint
+
+    def slow_save(*args, **kwargs):
+        clock.seconds += 6
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", slow_save)
+    callback = Recorder(tmp_path / "checkpoints" / "last.ckpt", CheckpointSettings(save_every_minutes=1.0))
+    fit_line(callbacks=[callback, SlowSteps(clock, 30)], max_steps=11)
+    assert callback.steps == [2, 6, 10, 11]
 
 
 def test_a_resumed_run_counts_from_the_step_that_it_continues_from(tmp_path, clock):

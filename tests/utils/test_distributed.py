@@ -15,6 +15,7 @@ from sagl.utils.distributed import (
     has_peers,
     launch,
     num_processes,
+    report_unused_gpu,
     require_launcher,
     select_device,
 )
@@ -167,3 +168,34 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"accelerator.*gpu"):
         select_device(DeviceSettings(accelerator="gpu"))
+
+
+def test_processes_talk_over_gloo_and_need_no_nccl(monkeypatch):
+    class LaunchedError(Exception):
+        pass
+
+    def launch_nothing(**options):
+        assert options["strategy"]._process_group_backend == "gloo"
+        raise LaunchedError
+
+    monkeypatch.setattr("lightning.fabric.Fabric", launch_nothing)
+    with pytest.raises(LaunchedError), launch(DeviceSettings(devices="2", accelerator="cpu")):
+        pass
+
+
+def test_running_out_of_memory_names_the_batch_size():
+    with pytest.raises(UserError, match="`batch_size`"), launch(DeviceSettings(devices="1", accelerator="cpu")):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("problem", ["", "its driver is too old"])
+def test_a_gpu_that_torch_cannot_use_is_reported_and_left_or_refused(problem, environ, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sagl.utils.distributed.gpu_problem", lambda: problem)
+    device = select_device(DeviceSettings())
+    assert device.type == ("cpu" if problem else "cuda")
+    report_unused_gpu(device)
+    assert capsys.readouterr().err.count(problem or "GPU") == bool(problem)
+    if problem:
+        with pytest.raises(UserError, match=f"accelerator.*{problem}"):
+            select_device(DeviceSettings(accelerator="gpu"))
