@@ -73,8 +73,8 @@ def training_parser(command: str, *, classifier: bool = False, full: bool = Fals
         "--checkpoint", type=str, default=None, help="Weights to start from or to evaluate: a file or a name."
     )
     p.add_argument("--weights", type=str, default="ema", help="Weights of a .ckpt to read: ema, ema:DECAY or raw.")
-    global_batch = "Images per optimiser step in all processes together; batches are accumulated up to this number."
-    p.add_argument("--global_batch_size", type=int | None, default=None, help=global_batch)
+    global_batch = "Images per optimiser step of all processes, by accumulation."
+    p.add_argument("--global_batch_size", type=int | None, default=None, metavar="N", help=global_batch)
     p.add_settings(CheckpointSettings)
     p.add_settings(ClassifierTrainingSettings if classifier else DiffusionTrainingSettings, "model")
     if not classifier:

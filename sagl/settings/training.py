@@ -152,7 +152,7 @@ class TrainingSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its learning-rate schedule."""
     use_checkpoint: bool | None = None
-    """Activation checkpointing: less memory, about a third more time. null: the network's own setting."""
+    """Activation checkpointing: less memory, a third more time. null: as the network."""
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.* or time_embed.*."""
     max_nonfinite_batches: int = 10
