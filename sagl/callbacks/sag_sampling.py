@@ -44,7 +44,7 @@ class PreviewMetrics:
             return
         images = [batch.cpu() for batch in batches]
         self._metrics = FeatureMetrics(self._extract, images[0][:1], self._device)
-        path = cache_folder() / "statistics" / f"preview-{self._name}-{_fingerprint(images)}.npz"
+        path = cache_folder() / "statistics" / f"preview-float32-{self._name}-{_fingerprint(images)}.npz"
         if path.is_file():
             with np.load(path) as arrays:
                 self._metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -112,8 +112,10 @@ class SAGPreviews(Callback):
             pipelines = self._build_pipelines(pl_module)
             if self.settings.num_samples:
                 self._log_grid(trainer, pipelines)
-            if self.settings.num_metric_samples:
-                self._log_metrics(trainer, pl_module, pipelines)
+            images = {scale: self._metric_samples(trainer, pipeline) for scale, pipeline in pipelines.items()}
+        if self.settings.num_metric_samples:
+            with torch.inference_mode():
+                self._log_metrics(trainer, pl_module, images)
 
     def _build_pipelines(self, module: LightningModule) -> Pipelines:
         assert isinstance(module, DiffusionModule)
@@ -152,13 +154,20 @@ class SAGPreviews(Callback):
             for logger in trainer.loggers:
                 log_image(logger, f"preview/scales {_join(pipelines)}", grid, trainer.global_step)
 
-    def _log_metrics(self, trainer: Trainer, module: LightningModule, pipelines: Pipelines) -> None:
+    def _metric_samples(self, trainer: Trainer, pipeline: SamplingPipeline) -> list[ImageUint8]:
+        """Sample this rank's images for metrics."""
         count = self.settings.num_metric_samples
+        ids = ([i for i in batch if i < count] for batch in self._rank_batches(trainer, count))
+        return [_sample(pipeline, batch)[0].cpu() for batch in ids if batch]
+
+    def _log_metrics(
+        self, trainer: Trainer, module: LightningModule, images: Mapping[float, Sequence[ImageUint8]]
+    ) -> None:
+        """Log the metrics of each scale's images. Extractors compute in float32, whatever the trainer's precision."""
         self._metrics = self._metrics or PreviewMetrics(self.settings.extractor, module.device)
         self._metrics.update_real(_validation_images(trainer))
-        for scale, pipeline in pipelines.items():
-            ids = ([i for i in batch if i < count] for batch in self._rank_batches(trainer, count))
-            for name, value in self._metrics.compute(_sample(pipeline, batch)[0] for batch in ids if batch).items():
+        for scale, batches in images.items():
+            for name, value in self._metrics.compute(batches).items():
                 module.log(f"val/{name}_{scale:g}", value, sync_dist=True)
 
     def _rank_batches(self, trainer: Trainer, count: int) -> Iterator[list[int]]:

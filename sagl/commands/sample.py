@@ -84,8 +84,6 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
         for note in guidance.notes(run.network) if guidance.scale else ():
             print(note)
     choices = []
-    if config.devices.accelerator == "auto":
-        choices.append(f"--trainer.accelerator {'cpu' if select_device(config.devices).type == 'cpu' else 'gpu'}")
     if config.devices.precision == "auto":
         choices.append(f"--trainer.precision {run.config.devices.precision}")
     if config.samples.batch_size is None:
@@ -94,6 +92,8 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
     if num_batches < num_ranks:
         print(f"{num_ranks} processes share {num_batches} batches, so some have no work. Lower --batch_size.")
     if choices:
+        accelerator = "cpu" if select_device(config.devices).type == "cpu" else "gpu"
+        choices.insert(0, f"--trainer.accelerator {accelerator}")
         print("Chosen for this machine:", *choices, f"OMP_NUM_THREADS={set_threads(num_processes(config.devices)[0])}")
 
 

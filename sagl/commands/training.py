@@ -29,7 +29,7 @@ from sagl.utils.distributed import exit_when_parent_dies, global_rank, report_un
 from sagl.utils.environment import (
     disable_malloc_trim,
     disable_tf32,
-    has_fast_bfloat16,
+    gpu_has_bfloat16,
     refuse_out_of_memory,
     set_threads,
 )
@@ -171,7 +171,7 @@ def _select_accelerator(accelerator: str, precision: str) -> str:
     device = select_device(DeviceSettings(accelerator=ACCELERATORS[accelerator]))
     if accelerator == "auto":
         report_unused_gpu(device)
-    if precision.startswith("bf16") and device.type == "cuda" and not has_fast_bfloat16(device):
+    if precision.startswith("bf16") and device.type == "cuda" and not gpu_has_bfloat16(device):
         print(f"`trainer.precision` {precision} is slow on this GPU, which does not compute in bfloat16: use 16-mixed.")
     return device.type
 

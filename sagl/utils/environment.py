@@ -57,17 +57,20 @@ def default_precision(device: "torch.device") -> WeightPrecision:
     bfloat16 if the device computes in it (AVX512-BF16, AMX; GPUs of compute capability 8.0 and above), otherwise
     float16 on GPUs and float32 on CPUs.
     """
-    if has_fast_bfloat16(device):
-        return "bf16-true"
-    return "16-true" if device.type == "cuda" else "32-true"
+    if device.type == "cuda":
+        return "bf16-true" if gpu_has_bfloat16(device) else "16-true"
+    return "bf16-true" if has_fast_bfloat16() else "32-true"
 
 
-def has_fast_bfloat16(device: "torch.device | None" = None) -> bool:
-    """Return whether the GPU, or the processor, has bfloat16 instructions; False without /proc/cpuinfo."""
-    if device is not None and device.type == "cuda":
-        import torch
+def gpu_has_bfloat16(device: "torch.device") -> bool:
+    """Return whether a GPU has bfloat16 instructions; others compute in it slowly."""
+    import torch
 
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether the processor has bfloat16 instructions; always False where /proc/cpuinfo does not exist."""
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
