@@ -14,7 +14,7 @@ EXIT_100_WITH_TORCH = "sys.exit(100 if {'torch', 'lightning', 'torchvision'} & s
 
 
 def exit_code_of_process(*arguments):
-    """Run a command in a process of its own; the exit code is 100 if it has imported torch."""
+    """Return the exit code of a command in a new process, 100 if it has imported torch."""
     program = f"import sys; from sagl.cli import main; code = main({list(arguments)!r}); {EXIT_100_WITH_TORCH}"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode
 
@@ -32,7 +32,7 @@ def test_help_and_refused_command_lines_need_no_torch(arguments, code):
     assert exit_code_of_process(*arguments) == code
 
 
-def test_an_import_of_torch_would_be_noticed():
+def test_an_import_of_torch_is_detected():
     program = f"import sys, types; sys.modules['torch'] = types; code = 0; {EXIT_100_WITH_TORCH}"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 100
 

@@ -47,7 +47,7 @@ def instantiate(file, tmp_path):
         return prepare_fit(parser, parser.parse(arguments))
 
 
-def test_there_are_configurations_of_the_papers_networks_and_of_small_images():
+def test_there_are_configs_of_the_papers_networks_and_of_small_images():
     assert {file.stem for file in FILES} == {*FASHION_MNIST, "emoji", "my_images", *PAPER}
 
 
@@ -89,13 +89,13 @@ def test_networks_of_the_paper_are_sampled_with_the_settings_of_table_7(name):
     scale, site, blur_sigma = PAPER[name]
     expected = SelfAttentionGuidance(scale=scale, site=site, threshold=1.0, blur_sigma=blur_sigma, kernel_size=31)
     for flags in (["--config", name], ["--model", name]):
-        request = parse_sample_config(flags)
-        assert request.model == name
-        assert request.network == RELEASED[name].settings
-        assert request.guidances["sag"] == expected
-        assert (request.sampler.sampler, request.sampler.respacing) == ("ddpm", "250")
+        config = parse_sample_config(flags)
+        assert config.model == name
+        assert config.network == RELEASED[name].settings
+        assert config.guidances["sag"] == expected
+        assert (config.sampler.sampler, config.sampler.respacing) == ("ddpm", "250")
         classifier = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)
-        assert (request.guidances["classifier"].checkpoint, request.guidances["classifier"].scale) == classifier
+        assert (config.guidances["classifier"].checkpoint, config.guidances["classifier"].scale) == classifier
 
 
 @pytest.mark.parametrize("name", PAPER)

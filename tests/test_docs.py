@@ -17,22 +17,22 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
+def run_process(folder, *arguments):
+    """Run Python in a folder; it must succeed."""
+    command = [sys.executable, *arguments]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, (arguments, process.stderr)
+
+
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)
 
 
-@pytest.mark.parametrize("name", ["docs/python.md"])
-def test_python_on_the_page_runs(name, tmp_path):
-    code = blocks(ROOT / name, "python")
+@pytest.mark.slow
+def test_the_python_page_runs(tmp_path):
+    code = blocks(ROOT / "docs" / "python.md", "python")
     assert code
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "\n".join(code)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr
+    run_process(tmp_path, "-W", "error", "-c", "\n".join(code))
 
 
 def test_guided_and_unguided_images_and_their_masks_take_ten_lines_of_python():
@@ -47,7 +47,7 @@ SHORTER = {
     "test": ["--data.num_validation", "9968"],
     "statistics": ["--num_samples", "100"],
 }
-"""What is added to a command of the README so that it takes seconds; later flags go before earlier ones."""
+"""Flags that make a command of the README short; later flags override earlier ones."""
 
 
 @pytest.mark.slow
@@ -57,23 +57,19 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for command in commands:
         verb, *arguments = shlex.split(command)
-        line = [sys.executable, "-m", "sagl.cli", verb, *arguments, *SHORTER.get(verb, [])]
-        run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert run.returncode == 0, (command, run.stderr)
+        run_process(tmp_path, "-m", "sagl.cli", verb, *arguments, *SHORTER.get(verb, []))
 
 
 @pytest.mark.slow
-def test_the_recipe_for_ones_own_pictures_runs(tmp_path):
-    recipe = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-    pictures = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)
+def test_the_recipe_for_ones_own_images_runs(tmp_path):
+    block = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    images = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)
     (tmp_path / "my_images").mkdir()
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / "my_images" / f"{number}.jpg")
-    for command in recipe[0].splitlines()[:2]:
+    for command in block[0].splitlines()[:2]:
         verb, *arguments = shlex.split(command)[1:]
-        line = [sys.executable, "-m", "sagl.cli", verb, *arguments, *SHORTER[verb]]
-        run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert run.returncode == 0, (command, run.stderr)
+        run_process(tmp_path, "-m", "sagl.cli", verb, *arguments, *SHORTER[verb])
     assert (tmp_path / "mine" / "grid.png").exists()
     assert (tmp_path / "runs" / "my_images" / "checkpoints" / "last.ckpt").exists()
 
@@ -86,8 +82,8 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_functions_exist(page):
-    named = set(re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()))
-    missing = [(file, name) for file, name in named if name not in definitions(resolve(file))]
+    names = set(re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()))
+    missing = [(file, name) for file, name in names if name not in definitions(resolve(file))]
     assert missing == []
 
 

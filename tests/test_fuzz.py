@@ -43,11 +43,13 @@ SENSIBLE = {
     "labels": st.sampled_from(["random", "balanced", "null", "0", "2,1", "0, 1"]),
     "sag.site": st.sampled_from(["input.1", "middle", "output.0", "output.1"]),
     "sag.kernel_size": st.sampled_from([1, 3, 15, None]),
-    "sag.interval": st.sampled_from([[0.0, 1.0], [0.5, 0.5], [0, 0.25]]),
+    "eta": st.just(0.0) | st.floats(0, 1),
+    **dict.fromkeys([f"{name}.interval" for name in GUIDANCES], st.sampled_from([[0.0, 1.0], [0.5, 0.5], [0, 0.25]])),
     "sag.blur_sigma": st.floats(0.1, 1e4),
     "classifier.scale": st.just(0.0),
     "classifier.checkpoint": st.none(),
     "trainer.accelerator": st.sampled_from(["auto", "cpu"]),
+    "trainer.num_nodes": st.just(1),
     "trainer.devices": st.sampled_from(["auto", "-1", "1"]),
 }
 """Values of settings whose type allows too much, or values that take long."""
@@ -60,19 +62,8 @@ NESTED = [[], [1, 2], [0.6, 0.2], [[0, 1], 1], [None, 1], ["a"], [math.nan, 1], 
 NESTED += [{None: 3}, {"class_path": "os.system", "init_args": {}}]
 LONG = {"num_samples": [2**32, 2**63, 2**64, 10**30], "batch_size": [2**32, 2**63, 2**64, 10**30]}
 """Values that would be refused late or take too long."""
-NAMES = [
-    "num_sample",
-    "sag.scal",
-    "sag.",
-    ".",
-    "sagscale",
-    "SAG.scale",
-    "ünï",
-    "sag.scale.scale",
-    "cfg.site",
-    "num-samples",
-]
-NAMES += ["model.network", "data", "trainer", "sag", "cfg", "classifier"]
+NAMES = ["num_sample", "sag.scal", "sag.", ".", "sagscale", "SAG.scale", "ünï", "sag.scale.scale", "cfg.site"]
+NAMES += ["num-samples", "model.network", "data", "trainer", "sag", "cfg", "classifier"]
 
 
 def of_type(kind):
@@ -102,11 +93,18 @@ def wrong(name):
 
 
 ANY = st.sampled_from(sorted(TYPES))
-PAIRS = st.tuples(
-    st.lists(ANY.flatmap(sensible), max_size=4),
-    st.lists(ANY.flatmap(wrong) | st.tuples(st.sampled_from(NAMES), st.sampled_from(WORDS + EDGES)), max_size=2),
-).flatmap(lambda two: st.permutations(two[0] + two[1]))
-"""Settings in any order; the last one of a name counts."""
+WRONG = ANY.flatmap(wrong) | st.tuples(st.sampled_from(NAMES), st.sampled_from(WORDS + EDGES))
+
+
+def mixed(num_wrong):
+    """Return up to four sensible settings and some wrong ones in any order; the last one of a name counts."""
+    drawn = st.tuples(
+        st.lists(ANY.flatmap(sensible), max_size=4), st.lists(WRONG, min_size=num_wrong, max_size=num_wrong)
+    )
+    return drawn.flatmap(lambda lists: st.permutations(lists[0] + lists[1]))
+
+
+PAIRS = st.sampled_from([0, 0, 0, 1, 2]).flatmap(mixed)
 
 
 def as_text(value):
@@ -160,7 +158,7 @@ def examples(count):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hypothesis_writes_elsewhere(tmp_path_factory):
+def hypothesis_folder(tmp_path_factory):
     set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
 
 
@@ -170,9 +168,9 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def ask(tiny, tmp_path, monkeypatch):
+def exit_code_of_sample(tiny, tmp_path, monkeypatch):
     """Run a request in an empty folder and check its output; return the exit code."""
-    folder = tmp_path / "place"
+    folder = tmp_path / "folder"
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     folder.mkdir()
@@ -204,22 +202,22 @@ def ask(tiny, tmp_path, monkeypatch):
     return run
 
 
-def last(pairs, name):
+def last_value(pairs, name):
     """Return the last value of a setting."""
     return [value for other, value in pairs if other == name][-1]
 
 
 def assert_both_outcomes(codes, count):
-    """Check that all examples were drawn, some run and some refused."""
+    """Check that all examples were drawn, and that neither outcome is rare."""
     assert len(codes) >= count
-    assert set(codes) == {0, 2}
+    assert 0.1 <= codes.count(0) / len(codes) <= 0.9
 
 
 SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("count", [70, pytest.param(1400, marks=SLOW)])
-def test_every_command_line_is_run_or_refused_in_one_line(count, ask):
+def test_every_command_line_is_run_or_refused_in_one_line(count, exit_code_of_sample):
     codes = []
     lines = PAIRS.flatmap(lambda pairs: st.tuples(st.just([*SMALL.items(), *pairs]), as_command_line(pairs)))
 
@@ -228,21 +226,21 @@ def test_every_command_line_is_run_or_refused_in_one_line(count, ask):
     def check(drawn):
         pairs, line = drawn
         small = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
-        codes.append(ask([*small, *line], last(pairs, "num_samples")))
+        codes.append(exit_code_of_sample([*small, *line], last_value(pairs, "num_samples")))
 
     check()
     assert_both_outcomes(codes, count)
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(600, marks=SLOW)])
-def test_every_config_is_run_or_refused_in_one_line(count, ask, tmp_path):
+def test_every_config_is_run_or_refused_in_one_line(count, exit_code_of_sample, tmp_path):
     codes, file = [], tmp_path / "drawn.yaml"
 
     @examples(count)
     @given(PAIRS.flatmap(as_yaml))
     def check(text):
         file.write_text(text)
-        codes.append(ask(["--config", file, "--num_samples", "2", "--respacing", "1"], 2))
+        codes.append(exit_code_of_sample(["--config", file, "--num_samples", "2", "--respacing", "1"], 2))
 
     check()
     assert_both_outcomes(codes, count)

@@ -1,4 +1,4 @@
-"""What is installed works from anywhere: the wheel holds weights and configs, and runs without the checkout."""
+"""The wheel contains weights and configs, and runs in any folder without the checkout."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, unpacked."""
+    """The unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
     with zipfile.ZipFile(wheel) as archive:
@@ -23,7 +23,7 @@ def installed(tmp_path_factory):
 
 
 def run(installed, folder, *arguments):
-    """The command from the unpacked wheel, in another folder, with a home of its own."""
+    """Run the command of the unpacked wheel in a folder that is also its home."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "HOME": str(folder)}
     line = [sys.executable, "-m", "sagl.cli", *arguments]
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -45,16 +45,15 @@ def test_the_wheel_holds_code_weights_and_configs_and_nothing_else(installed):
     }
 
 
-def test_the_installed_command_samples_from_another_folder(installed, tmp_path):
+@pytest.mark.slow
+def test_the_installed_command_samples_in_another_folder(installed, tmp_path):
     flags = ["--sag.scale", "0.05", "--num_samples", "1", "--respacing", "2", "--progress", "off"]
-    done = run(installed, tmp_path, "sample", *flags)
-    assert done.returncode == 0, done.stderr
+    process = run(installed, tmp_path, "sample", *flags)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "samples" / "grid.png").is_file()
 
 
 def test_the_installed_command_finds_its_configs_by_name(installed, tmp_path):
-    done = run(installed, tmp_path, "sample", "--config", "lsun_ct")
-    assert done.returncode == 2
-    assert f"one of {', '.join(sorted(path.stem for path in (ROOT / 'configs').glob('*.yaml')))}" in done.stderr
-    done = run(installed, tmp_path, "sample", "--config", "lsun_cat", "--labels", "3")
-    assert "--labels" in done.stderr  # refused before anything is fetched
+    process = run(installed, tmp_path, "sample", "--config", "lsun_ct")
+    assert process.returncode == 2
+    assert f"one of {', '.join(sorted(path.stem for path in (ROOT / 'configs').glob('*.yaml')))}" in process.stderr

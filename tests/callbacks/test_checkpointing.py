@@ -20,14 +20,14 @@ VALIDATION = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_san
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless a test moves it."""
-    hand = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: hand.seconds))
-    return hand
+    """A clock that only tests advance."""
+    fake = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: fake.seconds))
+    return fake
 
 
 class SlowSteps(Callback):
-    """Moves the clock at every step."""
+    """Advances the clock at every step."""
 
     def __init__(self, clock, seconds):
         self.clock, self.seconds = clock, seconds
@@ -265,7 +265,7 @@ def fit_best(folder, distances, ckpt_path=None, max_steps=None, **settings):
     return sorted(path.name for path in (folder / "best").iterdir())
 
 
-def test_the_checkpoints_with_the_smallest_distances_are_kept(tmp_path):
+def test_the_checkpoints_with_the_smallest_distances_remain(tmp_path):
     assert fit_best(tmp_path, [5.0, 3.0, 4.0, 6.0]) == ["best_00000006.ckpt", "best_00000009.ckpt"]
     assert read(tmp_path / "best" / "best_00000006.ckpt")["global_step"] == 6
 

@@ -14,7 +14,7 @@ DECAYS = (0.25, 0.9)
 
 
 def expected_averages(weights, decay):
-    """The average after each of these weights, written down plainly: the first is taken whole."""
+    """Return the average after each of these weights by its definition; it starts as the first."""
     average, averages = weights[0].clone(), [weights[0]]
     for n, weight in enumerate(weights[1:], start=1):
         d = min(decay, (1 + n) / (10 + n))
@@ -36,19 +36,19 @@ def extra():
 
 
 def fit(callback, steps, **options):
-    """A fitted line, and its weights after every step."""
+    """Fit a line; return it and its weights after every step."""
     line, _ = fit_line(callbacks=[callback], max_steps=steps, **options)
     return line, [*line.seen["train"][1:], line.weight.detach().clone()]
 
 
 def save(path, callbacks, steps, **options):
-    """The checkpoint at the end of a fit."""
+    """Return the checkpoint at the end of a fit."""
     fit_line(callbacks=[*callbacks, ResumableCheckpoint(path)], max_steps=steps, **options)
     return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.9999])
-def test_the_average_is_its_plain_derivation(decay):
+def test_the_average_is_that_of_its_definition(decay):
     callback = ema(decay)
     _, weights = fit(callback, 30)
     torch.testing.assert_close(average_of(callback), expected_averages(weights, decay)[-1], rtol=1e-5, atol=1e-6)

@@ -182,21 +182,3 @@ def test_previews_are_unguided_if_the_network_lacks_the_default_site(tmp_path):
     fit(build_module(), [preview(tmp_path, SelfAttentionGuidance(), scales=(0.0, 0.5))], steps=2)
     (path,) = (tmp_path / "previews").iterdir()
     assert read_png(path).shape == image_grid([IMAGES[:5]]).permute(1, 2, 0).shape
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"num_samples": -1}, "preview.num_samples"),
-        ({"num_metric_samples": 1}, "preview.num_metric_samples"),
-        ({"batch_size": 0}, "preview.batch_size"),
-        ({"scales": ()}, "preview.scales"),
-        ({"keep_best": 2}, "preview.num_metric_samples"),
-        ({"keep_best": 2, "num_metric_samples": 9, "best_scale": 0.2}, "preview.best_scale"),
-        ({"sampler": "euler"}, "sampler"),
-        ({"max_checkpoint_gb": 0.0}, "preview.max_checkpoint_gb"),
-    ],
-)
-def test_invalid_preview_settings_are_refused_by_name(settings, name):
-    with pytest.raises(UserError, match=name):
-        PreviewSettings(**settings)

@@ -16,7 +16,7 @@ from tests.helpers.files import contents, write_fashion_mnist
 
 
 def line(lines, name):
-    """State of one thing, and what to do."""
+    """Return state and advice of a line."""
     (line,) = [(state, todo) for other, state, todo in lines if other == name]
     return line
 
@@ -64,7 +64,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(without_pa
     assert {f"sagl[{extra}]" for extra in project["optional-dependencies"]} >= set(doctor.OPTIONAL.values())
 
 
-def test_a_report_is_made_without_torch():
+def test_a_report_needs_no_torch():
     program = """import sys
 sys.modules.update(dict.fromkeys(["torch", "torchvision", "lightning"]))
 from sagl.cli import main
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_reported(obstacle, cache, monkeypatch
     assert "SAGL_CACHE" in line(folders(), "cache")[1]
 
 
-def test_fashion_mnist_is_found_in_the_cache_or_in_debians_folder(cache, monkeypatch, tmp_path):
+def test_fashion_mnist_may_be_in_the_cache_or_in_debians_folder(cache, monkeypatch, tmp_path):
     monkeypatch.setattr("sagl.data.fashion_mnist.DEBIAN_FOLDER", tmp_path / "debian")
     assert "apt-get install dataset-fashion-mnist" in line(doctor.data(), "Fashion-MNIST")[1]
     (tmp_path / "debian").mkdir()

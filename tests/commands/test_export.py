@@ -60,6 +60,7 @@ def test_an_unfinished_run_is_exported_as_far_as_it_goes(run, tmp_path, capsys):
     assert exit_code("export", run, "--npz", tmp_path / "a.npz") == 0
     with np.load(tmp_path / "a.npz") as arrays:
         assert len(arrays["arr_0"]) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "a.npz"}  # and no export that was not requested
     assert "4 of 6" in capsys.readouterr().out
 
 

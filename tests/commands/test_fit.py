@@ -1,12 +1,9 @@
-import io
 import json
 from pathlib import Path
 
-import lmdb
 import pytest
 import torch
 import yaml
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sagl.commands.fit import training_parser, trains_classifier
@@ -14,7 +11,7 @@ from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
 from tests.helpers.commands import exit_code
-from tests.helpers.files import contents, read_png, write_fashion_mnist, write_fashion_mnist_config
+from tests.helpers.files import contents, read_png, write_fashion_mnist, write_fashion_mnist_config, write_lsun
 from tests.helpers.training import IGNORED_WARNINGS
 
 pytestmark = IGNORED_WARNINGS
@@ -282,26 +279,20 @@ def test_a_command_line_trains_a_classifier_exactly_if_it_or_its_config_describe
 
 # ---------------------------------------------------------------------------------------------------------- LSUN
 
-TINY_CAT = {"image_size": 32, "num_channels": 32, "num_res_blocks": 2, "channel_mult": [1, 1]}
-TINY_CAT |= {"attention_resolutions": [16], "num_head_channels": 32, "learn_sigma": True}
 
-
-def write_cats(folder, count):
-    """Write images of many sizes as LSUN packs them."""
-    environment = lmdb.open(str(folder / "cat"), map_size=1 << 26)
-    with environment.begin(write=True) as transaction:
-        for i in range(count):
-            file = io.BytesIO()
-            Image.new("RGB", (40 + i % 9, 36), (i % 256, 9, 200)).save(file, "JPEG")
-            transaction.put(f"{i:040x}".encode(), file.getvalue())
-    environment.close()
-
-
-@pytest.mark.slow
 def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
-    write_cats(tmp_path, 1600)
-    options = ["--data.root", tmp_path, "--trainer.max_steps", "2", "--model.network", json.dumps(TINY_CAT)]
-    options += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-    assert exit_code("fit", "--config", "configs/lsun_cat.yaml", "--output", tmp_path / "run", *options) == 0
+    write_lsun(tmp_path / "cat", "JPEG")
+    network = {"image_size": 16, "num_channels": 32, "channel_mult": [1], "attention_resolutions": [16]}
+    options = ["--data.root", tmp_path, "--data.batch_size", 2, "--data.num_validation", 2, "--data.num_workers", 0]
+    options += ["--model.network", json.dumps(network), "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"]
+    options += [
+        "--trainer.accumulate_grad_batches",
+        1,
+        "--trainer.log_every_n_steps",
+        1,
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    assert exit_code("fit", "--config", "lsun_cat", "--output", tmp_path / "run", *options) == 0
     assert read(tmp_path / "run")["global_step"] == 2

@@ -141,24 +141,3 @@ def test_processes_started_here_and_by_torchrun_compute_what_one_does(images, tm
     process = evaluate(images, tmp_path / "torchrun", program=torchrun)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["values"] == expected["values"]
-
-
-@pytest.mark.slow
-def test_a_damaged_image_ends_all_processes_with_one_line(images, tmp_path):
-    (tmp_path / "real").mkdir()
-    for image in (images / "real").iterdir():
-        (tmp_path / "real" / image.name).write_bytes(image.read_bytes()[: None if image.stem != "13" else 60])
-    process = evaluate(images, tmp_path / "cache", "--trainer.devices", 2, reference=tmp_path / "real")
-    assert process.returncode == 2, process.stderr
-    (line,) = [line for line in process.stderr.splitlines() if "images," not in line]
-    assert "13.png" in line
-
-
-@pytest.mark.slow
-def test_statistics_of_two_processes_are_those_of_one(images, tmp_path):
-    for num_processes in (1, 2):
-        output = tmp_path / f"{num_processes}.npz"
-        process = run(tmp_path, "statistics", images / "real", "--output", output, "--trainer.devices", num_processes)
-        assert process.returncode == 0, process.stderr
-    one, two = (np.load(tmp_path / f"{num_processes}.npz") for num_processes in (1, 2))
-    assert all(np.array_equal(one[name], two[name]) for name in one.files)

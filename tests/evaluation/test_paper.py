@@ -42,7 +42,7 @@ def test_a_run_of_imagenet128_is_in_several_tables():
         ("sag.blur_sigma", 9.0, "Table 9", 5.70),
     ],
 )
-def test_each_ablation_is_found_by_its_setting(setting, value, table, fid):
+def test_each_ablation_has_a_row(setting, value, table, fid):
     rows = matching_rows("imagenet128", IMAGENET128 | {setting: value})
     assert [(row.table, row.values["fid"]) for row in rows] == [(table, fid)]
 
@@ -93,9 +93,9 @@ def test_the_number_of_steps_may_differ():
 
 @pytest.mark.parametrize("model", sorted({row.model for row in paper_rows()}))
 def test_the_packaged_config_of_a_network_in_the_paper_has_a_row(model):
-    advice = sampling_settings(read_config(RELEASED[model].config))
-    settings = {f"sag.{name}": value for name, value in advice["sag"].items()} | {"sag.interval": [0.0, 1.0]}
-    settings["classifier.scale"] = advice.get("classifier", {}).get("scale", 0.0)
+    recommended = sampling_settings(read_config(RELEASED[model].config))
+    settings = {f"sag.{name}": value for name, value in recommended["sag"].items()} | {"sag.interval": [0.0, 1.0]}
+    settings["classifier.scale"] = recommended.get("classifier", {}).get("scale", 0.0)
     assert rows_of(model, settings) != []
 
 

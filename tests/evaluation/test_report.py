@@ -108,12 +108,6 @@ def test_the_page_has_no_script_and_no_external_address():
         assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
 
 
-def test_the_page_has_styles_for_dark_screens_and_print():
-    source = render_html(report())
-    assert "@media (prefers-color-scheme: dark)" in source
-    assert "@media print" in source
-
-
 def test_the_images_are_those_of_the_runs_byte_for_byte():
     source = report()
     images = Page(render_html(source)).all("img")

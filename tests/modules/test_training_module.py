@@ -1,4 +1,4 @@
-"""Laws that hold for any `TrainingModule`, tested on the diffusion module or the classifier, whichever is simpler."""
+"""Properties of any `TrainingModule`, tested on the diffusion module or the classifier, whichever is simpler."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def classifier(**options):
 BOTH = pytest.mark.parametrize("build", [diffusion, classifier])
 
 
-def test_initial_weights_come_from_the_seed_alone_and_leave_the_global_generator_as_it_was():
+def test_initial_weights_depend_on_the_seed_alone_and_do_not_change_the_global_generator():
     torch.manual_seed(1)
     expected = torch.randn(3)
     torch.manual_seed(1)
@@ -204,7 +204,7 @@ def test_an_accumulated_step_learns_from_its_finite_batches(nan_batches, learns)
 
 
 def is_plain(value):
-    """Whether a value consists of dicts, lists, tuples, numbers and strings alone."""
+    """Return whether a value consists of dicts, lists, tuples, numbers and strings."""
     if isinstance(value, dict):
         return all(type(name) is str and is_plain(inner) for name, inner in value.items())
     if type(value) in (list, tuple):

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from sagl.errors import UserError
-from sagl.settings.training import CheckpointSettings, OptimizerSettings, TrainingSettings
+from sagl.settings.training import CheckpointSettings, OptimizerSettings, PreviewSettings, TrainingSettings
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,31 @@ from sagl.settings.training import CheckpointSettings, OptimizerSettings, Traini
         (CheckpointSettings, "save_every_steps", 0),
         (CheckpointSettings, "save_every_minutes", -1.0),
         (TrainingSettings, "max_nonfinite_batches", -1),
+        (PreviewSettings, "preview.num_samples", -1),
+        (PreviewSettings, "preview.num_metric_samples", 1),
+        (PreviewSettings, "preview.batch_size", 0),
+        (PreviewSettings, "preview.scales", ()),
+        (PreviewSettings, "preview.max_checkpoint_gb", 0.0),
     ],
 )
 def test_invalid_settings_are_refused_with_name_and_value(settings_class, name, value):
     with pytest.raises(UserError) as error:
-        settings_class(**{name: value})
+        settings_class(**{name.removeprefix("preview."): value})
     assert f"`{name}`" in str(error.value)
     assert str(value).strip("(),") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"keep_best": 2}, "preview.num_metric_samples"),
+        ({"keep_best": 2, "num_metric_samples": 9, "best_scale": 0.2}, "preview.best_scale"),
+        ({"sampler": "euler"}, "sampler"),
+    ],
+)
+def test_previews_without_what_they_need_are_refused(settings, name):
+    with pytest.raises(UserError, match=name):
+        PreviewSettings(**settings)
 
 
 @pytest.mark.parametrize(
