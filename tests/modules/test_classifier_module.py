@@ -76,12 +76,6 @@ def test_a_released_classifier_s_name_stands_for_its_settings_and_its_process():
     assert module.diffusion_settings.noise_schedule == "cosine"
 
 
-@pytest.mark.parametrize("name", ["imagenet64", "imagenet64_classifer"])
-def test_an_unknown_classifier_is_refused_with_a_suggestion(name):
-    with pytest.raises(UserError, match=r"`model.classifier`.*imagenet64_classifier\?"):
-        ClassifierModule(ClassifierTrainingSettings(classifier=name))
-
-
 def test_bright_and_dark_images_are_distinguished_after_a_few_dozen_steps():
     bright = torch.arange(64) % 2
     images = (bright * 255).to(torch.uint8)[:, None, None, None].expand(64, 1, 8, 8)
