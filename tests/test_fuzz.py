@@ -50,6 +50,7 @@ SENSIBLE = {
     "classifier.checkpoint": st.none(),
     "trainer.accelerator": st.sampled_from(["auto", "cpu"]),
     "trainer.num_nodes": st.just(1),
+    "trainer.compile": st.just(False),
     "trainer.devices": st.sampled_from(["auto", "-1", "1"]),
 }
 """Values of settings whose type allows too much, or values that take long."""
@@ -60,7 +61,11 @@ EDGES = [0, -1, -(2**31), 2**32, 2**63, 2**64, 10**30, 0.5, -0.0, 1.5, 1e300, 5e
 EDGES += [math.nan, math.inf, -math.inf, True, False]
 NESTED = [[], [1, 2], [0.6, 0.2], [[0, 1], 1], [None, 1], ["a"], [math.nan, 1], {}, {"a": 1}, {"scale": 1}, {1: 2}]
 NESTED += [{None: 3}, {"class_path": "os.system", "init_args": {}}]
-LONG = {"num_samples": [2**32, 2**63, 2**64, 10**30], "batch_size": [2**32, 2**63, 2**64, 10**30]}
+LONG = {
+    "trainer.compile": [True, "true"],
+    "num_samples": [2**32, 2**63, 2**64, 10**30],
+    "batch_size": [2**32, 2**63, 2**64, 10**30],
+}
 """Values that would be refused late or take too long."""
 NAMES = ["num_sample", "sag.scal", "sag.", ".", "sagscale", "SAG.scale", "ünï", "sag.scale.scale", "cfg.site"]
 NAMES += ["num-samples", "model.network", "data", "trainer", "sag", "cfg", "classifier"]
@@ -87,9 +92,9 @@ def sensible(name):
 def wrong(name):
     """Return a setting with a value of any kind."""
     long = LONG.get(name, [])
-    edges = [value for value in EDGES if value not in long]
+    allowed = [value for value in WORDS + EDGES if value not in long]
     empty = [] if name == "respacing" else [None]  # the default is 250 steps
-    return st.tuples(st.just(name), st.sampled_from(WORDS + edges + NESTED + empty))
+    return st.tuples(st.just(name), st.sampled_from(allowed + NESTED + empty))
 
 
 ANY = st.sampled_from(sorted(TYPES))
