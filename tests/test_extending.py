@@ -1,4 +1,4 @@
-"""The page on extending sagl, executed: a guidance method by one file and one line."""
+"""The page on extending sagl, executed: a guidance method and a sampler, each by one file and one line."""
 
 import json
 import os
@@ -12,24 +12,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+GUIDANCE_PAGE, SAMPLER_PAGE = (ROOT / "docs" / "extending.md").read_text().split("# Add a sampler")
 SHORT = {"sample": ["--num_samples", "2", "--batch_size", "2", "--respacing", "2", "--progress", "off"], "compare": []}
 
 
-def block(language):
-    return re.search(rf"```{language}\n(.*?)```", PAGE, flags=re.S)[1]
+def block(page, language):
+    return re.search(rf"```{language}\n(.*?)```", page, flags=re.S)[1]
+
+
+def add_entry(file, head, entry):
+    text = file.read_text()
+    assert text.count(head) == 1
+    file.write_text(text.replace(head, f"{head} {entry.strip()} "))
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A copy of the package with the page's file and line; returns a function that runs its command."""
+    """A copy of the package with the page's files and lines; returns a function that runs a command."""
     folder = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "sagl", folder / "sagl", ignore=shutil.ignore_patterns("__pycache__"))
+    package = folder / "sagl"
+    shutil.copytree(ROOT / "sagl", package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "sagl" / "guidance" / "autoguidance.py").write_text(block("python"))
-    registry = folder / "sagl" / "guidance" / "registry.py"
-    head, entries = registry.read_text().split("GUIDANCES: dict[str, GuidanceEntry] = {\n")
-    registry.write_text(f"{head}GUIDANCES: dict[str, GuidanceEntry] = {{\n    {block('text')}{entries}")
+    (package / "guidance" / "autoguidance.py").write_text(block(GUIDANCE_PAGE, "python"))
+    head = "GUIDANCES: dict[str, GuidanceEntry] = {"
+    add_entry(package / "guidance" / "registry.py", head, block(GUIDANCE_PAGE, "text"))
+    (package / "samplers" / "plms.py").write_text(block(SAMPLER_PAGE, "python"))
+    add_entry(package / "settings" / "sampling.py", "SAMPLERS = {", block(SAMPLER_PAGE, "text"))
 
     def run(*arguments):
         environment = {**os.environ, "PYTHONPATH": str(folder)}
@@ -42,21 +50,23 @@ def extended(tmp_path_factory):
     return run
 
 
-def test_the_flags_of_the_new_method_are_in_the_help(extended):
+def test_the_help_has_the_flags_of_the_new_method_and_the_new_sampler(extended):
     text = extended("sample", "--help")
     for setting in ("scale", "interval", "weak_checkpoint"):
         assert f"--autoguidance.{setting}" in text
     assert "Weaker network" in text
+    assert "plms" in text
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_guide_record_and_compare(extended):
-    for command in block("bash").splitlines():
+def test_the_commands_of_the_page_sample_record_and_compare(extended):
+    for command in (block(GUIDANCE_PAGE, "bash") + block(SAMPLER_PAGE, "bash")).splitlines():
         _, verb, *arguments = shlex.split(command)
         extended(verb, *arguments, *SHORT[verb])
-    (strong, guided) = (
-        json.loads((extended.folder / name / "run.json").read_text()) for name in ("strong", "autoguided")
+    strong, guided, solved = (
+        json.loads((extended.folder / name / "run.json").read_text()) for name in ("strong", "autoguided", "solved")
     )
     assert guided["settings"]["autoguidance"]["scale"] == 0.5
     assert guided["nfe"] > strong["nfe"]
     assert "autoguidance" in (extended.folder / "comparison.html").read_text()
+    assert solved["settings"]["sampler"] == "plms"
