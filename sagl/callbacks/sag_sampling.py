@@ -24,7 +24,7 @@ from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import PreviewSettings
 from sagl.shapes import ImageUint8
-from sagl.utils.files import atomic_file, cache_folder
+from sagl.utils.files import atomic_file, cache_file, cache_folder
 from sagl.utils.images import image_grid, save_png, to_uint8
 
 Pipelines = Mapping[float, SamplingPipeline]
@@ -52,7 +52,7 @@ class PreviewMetrics:
         for batch in images:
             self._metrics.update_real(batch)
         state: dict[str, Any] = {name: value.cpu().numpy() for name, value in self._metrics.real_state.items()}
-        with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+        with cache_file(path) as partial, partial.open("wb") as file:
             np.savez(file, **state)
 
     def compute(self, batches: Iterable[ImageUint8]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from sagl.models.zoo import get_settings, name_from_filename
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import NetworkSettings
 from sagl.utils.files import require_unused, require_writable
+from sagl.utils.run_lock import lock_file
 
 if TYPE_CHECKING:
     from sagl.models.checkpoints import NetworkWeights
@@ -48,7 +49,12 @@ def main(arguments: list[str]) -> None:
     """
     args = convert_parser().parse(arguments)
     target = Path(args.target)
-    _check_target(target)
+    with lock_file(target, "target"):
+        _check_target(target)
+        _convert(args, target)
+
+
+def _convert(args: Any, target: Path) -> None:  # noqa: ANN401 (the parser's namespace)
     recommended = None if args.recommended is None else _parse_recommended(args.recommended)
     config = {} if args.config is None else model_settings(read_config(args.config))
     config_settings = config.get("network") or config.get("classifier")

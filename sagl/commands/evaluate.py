@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,10 @@ from sagl.evaluation.metric_display import format_result, print_result
 from sagl.evaluation.results import read_results, save_result
 from sagl.sampling.run_folder import is_run
 from sagl.settings.evaluation import MetricSettings
+from sagl.utils.distributed import global_rank
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file, require_new
+from sagl.utils.run_lock import lock_file
 
 
 def evaluate_parser() -> Parser:
@@ -43,9 +46,9 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     (extraction, devices), metrics = extraction_settings(args), from_namespace(MetricSettings, args)
     output, run = None if args.output is None else Path(args.output), Path(args.images)
-    if output is not None:
-        require(output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {output}.")
-        require_new(output, overwrite=args.overwrite)
+    require(
+        output is None or output.suffix in (".json", ".csv"), f"`output` must end in .json or .csv, got {args.output}."
+    )
     saves_result = is_run(run) and os.access(run, os.W_OK)
     if saves_result:
         read_results(run)  # a damaged file is refused before the work
@@ -53,20 +56,25 @@ def main(arguments: list[str]) -> None:
         print(f"{run} is not writable: the result is not saved there.", file=sys.stderr)
     from sagl.evaluation.evaluate import evaluate
 
-    result = evaluate(
-        args.images,
-        args.reference,
-        num_samples=args.num_samples,
-        extraction=extraction,
-        metrics=metrics,
-        devices=devices,
-    )
-    if saves_result:
-        save_result(run, result)
-    if output is not None:
-        with atomic_file(output) as partial:
-            partial.write_text(format_result(result, output.suffix[1:]))
-    if args.format == "table":
-        print_result(result)
-    else:
-        print(format_result(result, args.format), end="", flush=True)
+    with nullcontext() if output is None or global_rank() else lock_file(output):
+        if output is not None:
+            require_new(output, overwrite=args.overwrite)
+        result = evaluate(
+            args.images,
+            args.reference,
+            num_samples=args.num_samples,
+            extraction=extraction,
+            metrics=metrics,
+            devices=devices,
+        )
+        try:
+            if saves_result:
+                save_result(run, result)
+            if output is not None:
+                with atomic_file(output) as partial:
+                    partial.write_text(format_result(result, output.suffix[1:]))
+        finally:  # numbers that cannot be saved are printed
+            if args.format == "table":
+                print_result(result)
+            else:
+                print(format_result(result, args.format), end="", flush=True)

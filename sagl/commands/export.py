@@ -5,6 +5,7 @@ from pathlib import Path
 from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.sampling.run_folder import count_images, read_run_json
+from sagl.utils.run_lock import lock_file, lock_folder
 
 
 def export_parser() -> Parser:
@@ -40,5 +41,6 @@ def main(arguments: list[str]) -> None:
 
     for name, write in (("grid", write_grid), ("images", write_images), ("npz", write_npz)):
         if (path := flags[name]) is not None:
-            write(run, Path(path), num_samples, argument=name)
+            with (lock_folder if name == "images" else lock_file)(Path(path), name):
+                write(run, Path(path), num_samples, argument=name)
             print(f"{path}: {num_samples} images.")

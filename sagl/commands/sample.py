@@ -7,10 +7,11 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from sagl.commands._config import parse_sample_config, sample_parser
-from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun
-from sagl.sampling.run_folder import count_images
+from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun, lock_run
+from sagl.sampling.run_folder import SHARDS, count_images
 from sagl.utils.distributed import global_rank, has_peers, launch, num_processes, select_device
 from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
+from sagl.utils.files import remove_partial
 from sagl.utils.progress import ProgressReporter
 
 __all__ = ["main", "sample_parser"]
@@ -30,11 +31,13 @@ def main(arguments: list[str]) -> None:
     if global_rank() > 0:
         sample_missing(config)
         return
-    run = SamplingRun.open(config, shlex.join(["sagl", "sample", *arguments]))
+    command = shlex.join(["sagl", "sample", *arguments])
     if config.dry_run:
-        print_cost(config, run)
+        print_cost(config, SamplingRun.open(config, command))
         return
-    with run.lock():
+    with lock_run(config.output):
+        run = SamplingRun.open(config, command)
+        remove_partial(run.folder, "*", f"{SHARDS}/*")
         batches, pipeline = run.missing_batches(), None
         if batches:
             run.prepare_folder(batches)

@@ -7,6 +7,7 @@ from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.utils.files import require_writable
 from sagl.utils.progress import ProgressReporter
+from sagl.utils.run_lock import lock_folder
 
 
 def shard_parser() -> Parser:
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
     source = open_image_source(args.source, args.labels)
     shards = plan_shards(output, name, len(source), args.shard_size)
-    with ProgressReporter(name, len(source), args.progress) as progress:
+    with lock_folder(output), ProgressReporter(name, len(source), args.progress) as progress:
         num_existing = write_shards(source, shards, progress.advance)
     print(f"{output}: {len(source)} images in {len(shards)} shards, {num_existing} of which existed.")
     print(f"Train on them: --data sagl.data.webdataset.ShardData --data.shards {output}")

@@ -1,13 +1,16 @@
 """`sagl statistics`: a statistics file of reference images."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from sagl.commands._extraction import add_extraction_settings, extraction_settings
 from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
+from sagl.utils.distributed import global_rank
 from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import require_new
+from sagl.utils.run_lock import lock_file
 
 
 def statistics_parser() -> Parser:
@@ -33,17 +36,18 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     (extraction, devices), output = extraction_settings(args), Path(args.output)
     require(output.suffix == ".npz", f"`output` must end in .npz, got {output}.")
-    require_new(output, overwrite=args.overwrite)
-    from sagl.evaluation.evaluate import write_statistics
+    with nullcontext() if global_rank() else lock_file(output):
+        require_new(output, overwrite=args.overwrite)
+        from sagl.evaluation.evaluate import write_statistics
 
-    reference = write_statistics(
-        args.source,
-        output,
-        num_samples=args.num_samples,
-        max_features=args.max_features,
-        extraction=extraction,
-        devices=devices,
-    )
+        reference = write_statistics(
+            args.source,
+            output,
+            num_samples=args.num_samples,
+            max_features=args.max_features,
+            extraction=extraction,
+            devices=devices,
+        )
     count = reference.statistics.num_samples
     print(
         f"{output}: {reference.extractor} features of {count} images. Use it: sagl evaluate IMAGES --reference {output}"

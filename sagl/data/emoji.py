@@ -16,7 +16,7 @@ from sagl.data.emoji_icons import CATEGORIES, FAMILIES, Icon, digest, read_icons
 from sagl.data.image_data import Array
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.errors import UserError, require
-from sagl.utils.files import atomic_file, cache_folder
+from sagl.utils.files import cache_file, cache_folder
 
 SIZE = 32
 TEST_PERCENT = 10
@@ -78,7 +78,7 @@ def prepare_emoji(root: Path, max_variants: int) -> Path:
     path = cache_folder() / f"emoji-{digest(key)[:12]}.npz"
     if not path.exists():
         arrays = render_icons(select_variants(read_icons(packages), max_variants))
-        with atomic_file(path, "SAGL_CACHE") as partial, partial.open("wb") as file:
+        with cache_file(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
     return path
 

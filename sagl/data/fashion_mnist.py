@@ -13,7 +13,7 @@ from sagl.data.image_data import Array
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.data.npz import ArrayImageSource
 from sagl.errors import UserError
-from sagl.utils.files import atomic_file, cache_folder
+from sagl.utils.files import cache_file, cache_folder
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder in which Debian's package dataset-fashion-mnist installs the four gzipped files."""

@@ -31,7 +31,7 @@ from sagl.data.transforms import CropResize, Pixels, decode_image
 from sagl.errors import UserError, require
 from sagl.settings.network import UNetSettings
 from sagl.utils.environment import available_cpus
-from sagl.utils.files import atomic_file, cache_folder
+from sagl.utils.files import cache_file, cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -80,7 +80,7 @@ def cached_index(file: Path, folder: str, build: Callable[[], Array]) -> Array:
         stream = io.BytesIO()
         np.save(stream, build())
         content = stream.getvalue()
-        with atomic_file(path, "SAGL_CACHE") as partial:
+        with cache_file(path) as partial:
             partial.write_bytes(content + hashlib.sha256(content).digest())
     cached: Array = np.load(path, mmap_mode="r")
     return cached

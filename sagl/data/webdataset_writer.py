@@ -10,7 +10,7 @@ from webdataset import TarWriter
 from sagl.data.image_data import NO_LABEL, ImageSource
 from sagl.data.webdataset import ShardImageSource
 from sagl.errors import UserError, require
-from sagl.utils.files import atomic_file, sha256
+from sagl.utils.files import atomic_file, remove_partial, sha256
 
 MANIFEST = "shards.json"
 """File beside the shards with the number of images and the sha256 of each; written when all shards are complete."""
@@ -50,6 +50,7 @@ def write_shards(source: ImageSource, shards: list[Shard], on_images: Callable[[
         UserError: the folder holds shards of other images, an image cannot be read, or a file cannot be written.
     """
     _check_folder(shards)
+    remove_partial(shards[0].path.parent, "*.tar.*", f"{MANIFEST}.*")
     existing = [shard for shard in shards if shard.path.is_file()]
     for shard in existing:
         _check_images(source, shard)

@@ -10,7 +10,7 @@ from sagl.evaluation.image_sets import ImageSet, RunImages, Size, cache_key, ope
 from sagl.metrics.checks import require_finite_features
 from sagl.metrics.statistics_file import Reference, has_images, has_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTOR_NAMES
-from sagl.utils.files import cache_folder
+from sagl.utils.files import cache_folder, partial_pattern, remove_partial
 
 
 def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, max_features: int) -> Reference | None:
@@ -37,6 +37,7 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
         return replace(read_reference(path), notes=notes) if extraction.ranks.rank == 0 else None
     reference = _from_images(name, images, extraction, max_features)
     if reference is not None and path is not None:
+        remove_partial(path.parent, partial_pattern(path))
         try:
             write_reference(reference, path, "SAGL_CACHE")
         except UserError as error:  # the cache only saves time

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file
+from sagl.utils.run_lock import lock_file
 
 RESULTS_FILE = "evaluation.json"
 T = TypeVar("T")
@@ -72,9 +73,10 @@ def save_result(folder: Path, result: EvaluationResult) -> None:
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    others = [other for other in read_results(folder) if not result.is_same_measurement(other)]
-    entries = [asdict(entry) for entry in (*others, result)]
-    with atomic_file(folder / RESULTS_FILE) as partial:
+    path = folder / RESULTS_FILE
+    with lock_file(path, "run"), atomic_file(path, "run") as partial:
+        others = [other for other in read_results(folder) if not result.is_same_measurement(other)]
+        entries = [asdict(entry) for entry in (*others, result)]
         partial.write_text(json.dumps({"results": entries}, indent=2) + "\n")
 
 

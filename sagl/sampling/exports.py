@@ -19,7 +19,7 @@ from sagl.sampling.pipeline import SamplingPipeline, make_labels, x0_predictions
 from sagl.sampling.run_folder import SAMPLES, Sample, decode_png, iter_samples
 from sagl.settings.sampling import RunSettings
 from sagl.shapes import ImageUint8, Mask
-from sagl.utils.files import atomic_file
+from sagl.utils.files import atomic_file, remove_partial
 from sagl.utils.images import image_grid, save_png, to_rgb, to_uint8
 
 GRID_SAMPLES = 256
@@ -54,6 +54,7 @@ def write_images(run: Path, folder: Path, num_samples: int | None = None, argume
     Raises:
         UserError: the run is damaged, or the folder cannot be written (names `argument`).
     """
+    remove_partial(folder, "*.png.*")
     try:
         for sample in iter_samples(run, num_samples):
             with atomic_file(folder / f"{sample.id:06d}.png", argument) as partial:

@@ -22,7 +22,6 @@ from sagl.sampling.run_folder import (
     missing_batches,
     read_run_json,
     remove_damaged,
-    remove_partial,
     remove_superseded,
     write_run_json,
     write_shard,
@@ -115,6 +114,16 @@ class SampleConfig:
         return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in id_batches(self.samples)]
 
 
+def lock_run(folder: Path) -> AbstractContextManager[None]:
+    """Hold a run folder for this command, unless it is a run that cannot be written to.
+
+    Raises:
+        UserError: another command holds it.
+    """
+    read_only = is_run(folder) and not os.access(folder, os.W_OK)
+    return nullcontext() if read_only else lock_folder(folder)
+
+
 @dataclass(kw_only=True)
 class SamplingRun:
     """A run folder and the configuration of its images. Rank 0 opens it and sends it to the other ranks."""
@@ -129,6 +138,8 @@ class SamplingRun:
     @classmethod
     def open(cls, config: SampleConfig, command: str = "") -> "SamplingRun":
         """Check a configuration against the weights, the machine and the content of the folder; write nothing.
+
+        A command that goes on to write calls it under `lock_run`.
 
         Args:
             config: the configuration.
@@ -172,15 +183,6 @@ class SamplingRun:
         """The run folder."""
         return self.config.output
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder for this command, unless it is a run that cannot be written to.
-
-        Raises:
-            UserError: another command holds it.
-        """
-        read_only = is_run(self.folder) and not os.access(self.folder, os.W_OK)
-        return nullcontext() if read_only else lock_folder(self.folder)
-
     def missing_batches(self) -> list[Sequence[int]]:
         """Return the ids of every batch that is not in the folder yet."""
         return missing_batches(self.folder, self.config.batches)
@@ -191,13 +193,12 @@ class SamplingRun:
         return sum(len(ids) for ids in batches if (ids[0], ids[-1]) in shards)
 
     def prepare_folder(self, batches: Sequence[Sequence[int]]) -> None:
-        """Remove what an earlier command left unfinished, and record the number of threads.
+        """Remove damaged shards, and record the number of threads.
 
         Raises:
             UserError: the folder cannot be written.
         """
         require_writable(self.folder)
-        remove_partial(self.folder)
         remove_damaged(self.folder, batches)
         threads, old_threads = set_threads(num_processes(self.config.devices)[0]), self.metadata["threads"]
         if old_threads not in (None, threads):

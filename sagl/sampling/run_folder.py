@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from sagl.errors import UserError, require
-from sagl.utils.files import PARTIAL, atomic_file
+from sagl.utils.files import atomic_file, is_partial
 from sagl.utils.run_lock import LOCK_NAME
 
 RUN_JSON, INDEX, SHARDS = "run.json", "index.json", "shards"
@@ -233,8 +233,8 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     metadata = read_run_json(folder)
     if not metadata:
-        files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        others = [name for name in files if name != LOCK_NAME and not name.endswith(PARTIAL)]
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        others = [path.name for path in files if path.name != LOCK_NAME and not is_partial(path)]
         require(
             not others,
             f"`output` must be a new folder or a run of sagl sample, and {folder} contains {others and others[0]}. "
@@ -280,13 +280,6 @@ def remove_damaged(folder: Path, batches: Sequence[Sequence[int]]) -> None:
     for (first, last), path in list_shards(folder).items():
         overlaps = any(ids[0] <= last and first <= ids[-1] for ids in batches)
         if overlaps and not _contains((first, last), path, (first, last)):
-            path.unlink()
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete files that a killed process had not finished; no other process may be writing to the folder."""
-    for parent in (folder, folder / SHARDS):
-        for path in parent.glob(f"*{PARTIAL}"):
             path.unlink()
 
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sagl.errors import UserError, require
-from sagl.utils.files import atomic_file, sha256
+from sagl.utils.files import cache_file, sha256
 
 
 def cached_sha256(path: Path) -> str:
@@ -29,7 +29,7 @@ def cached_sha256(path: Path) -> str:
         f"{record.get('sha256')}. Delete {record_path.name} to accept the new file, or both to download it again.",
     )
     record = {"sha256": digest, "length": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    with suppress(UserError), atomic_file(record_path, "path") as partial:
+    with suppress(UserError), cache_file(record_path, "path") as partial:
         partial.write_text(json.dumps(record) + "\n")
     return digest
 

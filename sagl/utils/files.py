@@ -1,17 +1,20 @@
 """Files and folders of the user: cache, packaged configs, checksums, atomic writes, checks of output paths."""
 
 import errno
+import fcntl
+import glob
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sagl.errors import UserError, require
 
-PARTIAL = ".partial"
-"""Suffix of a file that is being written."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk or quota."""
 
 
 def cache_folder() -> Path:
@@ -33,27 +36,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------- atomic writes
+
+
 @contextmanager
 def atomic_file(path: Path, argument: str = "output") -> Iterator[Path]:
     """Write a file completely or not at all, replacing an existing one.
 
     Yields:
-        A temporary path to write to. It is synced to disk and renamed to `path` if the block succeeds.
+        A temporary path to write to, NAME.PID.partial. It is synced to disk and renamed to `path` if the block
+        succeeds, and removed otherwise.
 
     Raises:
         UserError: The disk is full or read-only, or a folder has this name; names `argument`.
     """
     require(bool(path.name) and not path.is_dir(), f"`{argument}` must be a file, but {path} is a folder.")
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with _write_errors(path, argument):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            _sync(partial)
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):  # its folder may not exist
-            partial.unlink(missing_ok=True)
+    with file_errors(path, argument), _locked_partial(path, is_folder=False) as partial:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
 
 
 @contextmanager
@@ -61,22 +62,92 @@ def atomic_folder(folder: Path, argument: str = "output") -> Iterator[Path]:
     """Write a folder of files completely or not at all.
 
     Yields:
-        A temporary folder to write to. Its files are synced to disk and it is renamed to `folder` if the block
-        succeeds.
+        A temporary folder to write to, NAME.PID.partial. Its files are synced to disk and it is renamed to `folder` if
+        the block succeeds, and it is removed otherwise.
 
     Raises:
         UserError: The folder is not empty, or the disk is full or read-only; names `argument`.
     """
     require_unused(folder, argument)
-    with _write_errors(folder, argument):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}{PARTIAL}-") as temporary:
-            partial = Path(temporary) / "folder"  # has the permissions of a new folder; TemporaryDirectory is private
-            partial.mkdir()
-            yield partial
-            for file in partial.iterdir():
-                _sync(file)
-            os.replace(partial, folder)
+    with file_errors(folder, argument), _locked_partial(folder, is_folder=True) as partial:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        os.replace(partial, folder)
+
+
+@contextmanager
+def cache_file(path: Path, argument: str = "SAGL_CACHE") -> Iterator[Path]:
+    """Write a file of the cache as `atomic_file` does; remove what killed processes left of it before.
+
+    Raises:
+        UserError: The file cannot be written; names `argument`.
+    """
+    remove_partial(path.parent, partial_pattern(path))
+    with atomic_file(path, argument) as partial:
+        yield partial
+
+
+def partial_pattern(path: Path) -> str:
+    """Return the pattern for `remove_partial` of the incomplete files of a path."""
+    return f"{glob.escape(path.name)}.*"
+
+
+def is_partial(path: Path) -> bool:
+    """Return whether this is the name of an incomplete file or folder of ours: NAME.PID.partial."""
+    return re.search(r".\.\d+\.partial$", path.name) is not None
+
+
+def remove_partial(folder: Path, *patterns: str) -> None:
+    """Delete incomplete files and folders of processes that were killed.
+
+    The writer of such a file holds a lock on it for as long as it lives. One that is locked, or that the file system
+    cannot lock, is kept.
+
+    Args:
+        folder: Folder to search; may be missing.
+        patterns: Glob patterns relative to the folder, such as "*" or "shards/*".
+    """
+    for pattern in patterns:
+        for path in filter(is_partial, folder.glob(f"{pattern}.partial")):
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+@contextmanager
+def _locked_partial(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """Create the incomplete file or folder of a path, hold a lock on it, and remove it unless it was renamed."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _create_locked(partial, is_folder=is_folder)
+    try:
+        yield partial
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(partial) if is_folder else partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _create_locked(partial: Path, *, is_folder: bool) -> int:
+    """Create and lock an incomplete file or folder; return the descriptor that holds the lock."""
+    while True:
+        if is_folder:
+            partial.mkdir(exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # another process removed or renamed it before it was locked
+            if os.path.samestat(os.stat(descriptor), partial.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------- checks of outputs
 
 
 def require_unused(folder: Path, argument: str = "output") -> None:
@@ -130,6 +201,20 @@ def nearest_existing(path: Path) -> Path:
     return Path(path.anchor or ".")
 
 
+@contextmanager
+def file_errors(path: Path, argument: str = "output") -> Iterator[None]:
+    """Convert an error of the file system to a UserError.
+
+    Raises:
+        UserError: Names `argument`, the path and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        hint = "Free some space and repeat the command" if error.errno in NO_SPACE else "Choose another place"
+        raise UserError(f"`{argument}` {path} cannot be written: {error.strerror or error}. {hint}.") from error
+
+
 def _sync(path: Path) -> None:
     """Give a file the default permissions and wait until its bytes are on disk."""
     with path.open("rb+") as file:
@@ -141,14 +226,3 @@ def _umask() -> int:
     """Return the umask, which can only be read by setting it."""
     os.umask(umask := os.umask(0o077))
     return umask
-
-
-@contextmanager
-def _write_errors(path: Path, argument: str) -> Iterator[None]:
-    """Convert an error of the file system to a UserError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = "Free some space and repeat the command" if full else "Choose another place"
-        raise UserError(f"`{argument}` {path} cannot be written: {error.strerror or error}. {hint}.") from error

@@ -1,4 +1,4 @@
-"""Lock of a run folder, so that one command at a time writes to it."""
+"""Locks of outputs, so that one command at a time writes to a folder or a file."""
 
 import errno
 from collections.abc import Iterator
@@ -8,42 +8,65 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sagl.errors import UserError
-from sagl.utils.files import require_writable
+from sagl.utils.files import partial_pattern, remove_partial, require_writable
 
 LOCK_NAME = ".lock"
-"""Lock file in the run folder. A command that was killed leaves it behind, unlocked."""
+"""Lock file in a folder. A command that was killed leaves it behind, unlocked."""
 LOCK_TIMEOUT_SECONDS = 10.0
 """Time for the processes of a command that was killed to end."""
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this command; create it if it is missing, and remove it if it is empty at the end.
+def lock_folder(folder: Path, argument: str = "output") -> Iterator[None]:
+    """Hold a folder for this command; create it if it is missing, and remove it if it is empty at the end.
 
-    Rank 0 of a command holds the lock for all ranks.
+    Rank 0 of a command holds the lock for all ranks. What a command decides from the content of the folder, it reads
+    under the lock.
 
     Raises:
-        UserError: another command holds the folder, or it cannot be written.
+        UserError: another command holds the folder, or it cannot be written; names `argument`.
     """
-    require_writable(folder)
-    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=LOCK_TIMEOUT_SECONDS)
+    require_writable(folder, argument)
+    with _lock(folder / LOCK_NAME, folder, argument):
+        yield
+
+
+@contextmanager
+def lock_file(path: Path, argument: str = "output") -> Iterator[None]:
+    """Hold a file, or a folder that is written as a whole, and remove what killed commands left of it.
+
+    The lock is .NAME.lock beside the file. Rank 0 of a command holds it for all ranks.
+
+    Raises:
+        UserError: another command holds the file, or it cannot be written; names `argument`.
+    """
+    require_writable(path.absolute().parent, argument)
+    with _lock(path.with_name(f".{path.name}{LOCK_NAME}"), path, argument):
+        remove_partial(path.parent, partial_pattern(path))
+        yield
+
+
+@contextmanager
+def _lock(lock_path: Path, target: Path, argument: str) -> Iterator[None]:
+    """Hold a lock file; create its folder if it is missing, and remove it if it is empty at the end."""
+    created = [path for path in lock_path.absolute().parents if not path.exists()]
+    lock = FileLock(lock_path, timeout=LOCK_TIMEOUT_SECONDS)
     try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"`output` must be a folder that no other command writes to, and {folder} is in use. Wait for the other "
-            "command, stop it, or choose another folder."
+            f"`{argument}` must not be in use by another command, and {target} is in use. Wait for the other command, "
+            "stop it, or choose another place."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        print(f"{folder}: this file system has no locks. Make sure that one command at a time writes to it.")
+            raise UserError(f"`{argument}` {target} cannot be locked: {error.strerror or error}.") from error
+        print(f"{target}: this file system has no locks. Make sure that one command at a time writes to it.")
     try:
         yield
     finally:
-        (folder / LOCK_NAME).unlink(missing_ok=True)
+        lock_path.unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # not empty
             for path in created:
