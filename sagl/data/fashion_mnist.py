@@ -85,7 +85,7 @@ def prepare_fashion_mnist(root: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     if all((DEBIAN_FOLDER / f"{name}.gz").is_file() for name in FILES):
         for name in FILES:
-            with gzip.open(DEBIAN_FOLDER / f"{name}.gz") as source, atomic_file(raw / name, "data.root") as partial:
+            with gzip.open(DEBIAN_FOLDER / f"{name}.gz") as source, cache_file(raw / name, "data.root") as partial:
                 partial.write_bytes(source.read())
         return
     try:

@@ -2,6 +2,8 @@ import errno
 import hashlib
 import json
 import re
+import shutil
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -169,6 +171,20 @@ def test_a_run_of_other_settings_is_refused_by_the_first_that_differs(
     message = capsys.readouterr().err
     assert [part for part in ["--output", *parts] if part not in message] == []
     assert contents(compared) == before
+
+
+def test_a_run_that_appears_while_the_command_waits_for_the_folder_is_not_changed(
+    compared, tiny, tmp_path, monkeypatch
+):
+    @contextmanager
+    def wait_for_another_command(folder):
+        shutil.copytree(compared, folder)
+        yield
+
+    monkeypatch.setattr("sagl.commands.sample.lock_run", wait_for_another_command)
+    assert exit_code("sample", "--checkpoint", tiny, "--output", tmp_path / "run", *TWO, "--seed", "3") == 2
+    shards = sorted(path.read_bytes() for path in (compared / "shards").iterdir())
+    assert sorted(path.read_bytes() for path in (tmp_path / "run" / "shards").iterdir()) == shards
 
 
 def test_a_run_without_its_last_exports_is_not_complete(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from sagl.errors import UserError
-from sagl.utils.files import atomic_file, atomic_folder, cache_folder, packaged_configs, require_writable
+from sagl.utils.files import (
+    atomic_file,
+    atomic_folder,
+    cache_file,
+    cache_folder,
+    is_partial,
+    packaged_configs,
+    remove_partial,
+    require_writable,
+)
 from tests.helpers.files import contents
 
 
@@ -56,6 +66,49 @@ def test_files_of_a_folder_are_synced_and_readable_before_it_has_its_name(tmp_pa
     finally:
         os.umask(before)
     assert events == [0o644, tmp_path / "a"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from sagl.utils.files import atomic_file, atomic_folder
+with atomic_file(Path(sys.argv[1]) / "a.bin") as file, atomic_folder(Path(sys.argv[1]) / "folder") as folder:
+    file.write_bytes(b"half")
+    (folder / "b").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_incomplete_files_are_removed_once_their_writer_is_dead_and_others_never(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
+    assert len([path for path in tmp_path.iterdir() if is_partial(path)]) == 2
+    others = {tmp_path / name for name in ("film.mkv.partial", "a.bin.x.partial", ".7.partial", "a.bin.7.partial.txt")}
+    for path in others:
+        path.touch()
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "link.7.partial").symlink_to("film.mkv.partial")
+    with atomic_file(tmp_path / "c.bin") as file, atomic_folder(tmp_path / "d") as folder:
+        remove_partial(tmp_path, "*")
+        assert {*others, tmp_path / "x.partial", tmp_path / "link.7.partial", file, folder} == set(tmp_path.iterdir())
+
+
+def test_a_writer_whose_file_was_removed_before_it_was_locked_creates_it_again(tmp_path, monkeypatch):
+    lock = fcntl.flock
+    removals = iter([lambda: next(tmp_path.iterdir()).unlink(), lambda: None])
+    monkeypatch.setattr("fcntl.flock", lambda *arguments: [next(removals)(), lock(*arguments)])
+    with atomic_file(tmp_path / "a") as partial:
+        partial.write_bytes(b"a")
+        monkeypatch.setattr("fcntl.flock", lock)
+        remove_partial(tmp_path, "*")
+    assert (tmp_path / "a").read_bytes() == b"a"
+
+
+def test_a_file_of_the_cache_replaces_what_killed_processes_left_of_it(tmp_path):
+    for name in ("index[1].npy.7.partial", "index1.npy.7.partial"):
+        (tmp_path / name).touch()
+    with cache_file(tmp_path / "index[1].npy") as partial:
+        partial.write_bytes(b"a")
+    assert {path.name for path in tmp_path.iterdir()} == {"index[1].npy", "index1.npy.7.partial"}
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):

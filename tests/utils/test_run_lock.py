@@ -5,7 +5,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.utils import run_lock
-from sagl.utils.run_lock import LOCK_NAME, lock_folder
+from sagl.utils.run_lock import LOCK_NAME, lock_file, lock_folder
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,17 @@ def test_a_folder_is_created_and_removed_again_if_it_stays_empty(tmp_path):
     with lock_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "file").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+def test_a_file_is_held_by_one_command_and_freed_of_what_killed_ones_left(tmp_path):
+    (tmp_path / "a.npz.7.partial").touch()
+    (tmp_path / "b.npz.7.partial").touch()
+    with lock_file(tmp_path / "a.npz", "npz"):
+        with pytest.raises(UserError, match=r"`npz`.*in use"), lock_file(tmp_path / "a.npz", "npz"):
+            pass
+        with lock_file(tmp_path / "c.npz"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["b.npz.7.partial"]
 
 
 def test_a_lock_file_that_a_killed_command_left_behind_does_not_lock(tmp_path):
