@@ -1,14 +1,19 @@
 """The `sagl` command: a table of subcommands, whose modules are imported when they run."""
 
+import os
 import re
+import signal
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from types import ModuleType
 
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
+from sagl.utils.distributed import global_rank
 from sagl.utils.environment import choose_thread_waiting
+from sagl.utils.signals import Interrupted, on_stop_signal, raise_interrupted
 
 
 def usage() -> str:
@@ -24,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; None stands for those of the process.
 
     Returns:
-        The exit code: 0; 2 after a `UserError`, whose message is printed as one line; 130 after an interrupt.
+        The exit code: 0; 2 after a `UserError`, whose message is printed as one line; 128 + its number after a signal,
+        except 0 for a training that SIGTERM ends.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -36,16 +42,25 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" Did you mean {similar[0]}?" if similar else ""
         print_error(command, f"the command must be one of {', '.join(SUBCOMMANDS)}, got {command!r}.{hint}")
         return 2
+    try:
+        with on_stop_signal(raise_interrupted):
+            return run_command(command, rest)
+    except Interrupted as end:
+        if global_rank() == 0:
+            print_error(command, str(end))
+        ends_well = global_rank() > 0 or (command == "fit" and end.number == signal.SIGTERM)
+        return 0 if ends_well else 128 + end.number  # launchers kill rank 0 after the failure of another rank
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Run a subcommand and return 0, or 2 after a `UserError`, which is printed."""
     choose_thread_waiting()
     module = import_module(SUBCOMMANDS[command][0])
     try:
-        module.main(rest)
+        module.main(arguments)
     except UserError as error:
         print_error(command, with_flags(str(error), command, module))
         return 2
-    except KeyboardInterrupt:
-        print_error(command, "interrupted. All files are intact, and the same command continues from them.")
-        return 130
     return 0
 
 
@@ -61,8 +76,32 @@ def print_error(command: str, message: str) -> None:
     print(f"sagl {command}: {' '.join(message.split())}", file=sys.stderr)
 
 
+class OptionalOutput(TextIOWrapper):
+    """Text output that does not end the command if it cannot be written: `| head` has ended, or its disk is full."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
 def run() -> None:
     """Entry point of the console script."""
+    for name in ("stdout", "stderr"):
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):
+            options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+            setattr(sys, name, OptionalOutput(stream.detach(), **options))
     sys.exit(main())
 
 

@@ -2,18 +2,19 @@
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from sagl.settings.training import CheckpointSettings, PreviewSettings
-from sagl.utils.files import atomic_file
+from sagl.utils.files import atomic_file, remove_partial
+from sagl.utils.signals import Interrupted
 
 MAX_SAVING_SHARE = 0.05
 """Largest share of the time that periodic saves may take; large checkpoints are saved less often."""
@@ -31,32 +32,50 @@ class SaveConfig(Callback):
                 partial.write_text(self.text)
 
 
-class ResumableCheckpoint(Checkpoint):
-    """Saves last.ckpt, from which a resumed run continues exactly: periodically, at SIGTERM and at the end.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their target and renames them. Lightning's own class writes to TMPDIR and copies."""
 
-    A save follows an optimiser step, so that no accumulated gradient is lost, and the validation due at that step.
-    The file is written under another name and renamed, so that a kill leaves a complete file. SIGTERM is handled at the
-    next such moment by all ranks together. Lightning's own handler may stop between two accumulated batches, and may
-    let ranks wait for each other.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Write a checkpoint completely or not at all.
+
+        Raises:
+            UserError: it cannot be written; the previous file is intact.
+        """
+        with atomic_file(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch replaces the error of the file system by one of its own
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Saves last.ckpt, from which a resumed run continues exactly: periodically, at a stop signal and at the end.
+
+    A save follows an optimiser step, so that no accumulated gradient is lost, and the validation due at that step. A
+    stop signal, see `request_stop`, is handled at the next such moment by all ranks together. Lightning's own handler
+    of SIGTERM may stop between two accumulated batches, and may let ranks wait for each other.
     """
 
     def __init__(self, path: Path, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         self.path, self.settings = path, settings
         self._step, self._saved_step, self._saved_time, self._save_seconds = 0, 0, time.monotonic(), 0.0
-        self._stepped, self._stop_requested = False, False
+        self._stepped, self._stop_signal = False, 0
 
     # ------------------------------------------------------------------------------------------------------ when
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+    def request_stop(self, number: int) -> None:
+        """Save at the next opportunity and end the training; a handler for `on_stop_signal`."""
+        self._stop_signal = number
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the resumed step, install the handler of SIGTERM and remove partial files of a killed run."""
+        """Count from the resumed step, and remove unfinished files of a killed run."""
         self._step = self._saved_step = trainer.global_step
         self._saved_time, self._stepped = time.monotonic(), False
-        self._stop_requested = trainer.received_sigterm
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_sigterm)  # Lightning restores the previous handlers at the end
         if trainer.is_global_zero:
-            for stale in self.path.parent.glob("*.partial"):
-                stale.unlink()
+            remove_partial(self.path.parent, "*")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Save if it is due, after the logs, so that the curves of a killed run have no gap."""
@@ -76,27 +95,24 @@ class ResumableCheckpoint(Checkpoint):
         if trainer.global_step > self._saved_step or not trainer.global_step:
             self._save(trainer)
 
-    def _on_sigterm(self, *_: Any) -> None:  # noqa: ANN401 (a signal and its frame)
-        self._stop_requested = True
-
     def _should_save(self, trainer: Trainer) -> bool:
-        """Return whether any rank has a reason: clocks may differ, and SIGTERM may reach one rank alone."""
+        """Return whether any rank has a reason: clocks may differ, and a signal may reach one rank alone."""
         steps = trainer.global_step - self._saved_step >= self.settings.save_every_steps
         interval = max(60 * self.settings.save_every_minutes, self._save_seconds / MAX_SAVING_SHARE)
         minutes = time.monotonic() - self._saved_time >= interval
-        return trainer.strategy.reduce_boolean_decision(steps or minutes or self._stop_requested, all=False)
+        due = steps or minutes or bool(self._stop_signal)
+        return trainer.strategy.reduce_boolean_decision(due, all=False)
 
     def _stop_if_requested(self, trainer: Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
-            raise SIGTERMException  # Lightning then tears everything down and exits with code 0
+        if trainer.strategy.reduce_boolean_decision(bool(self._stop_signal), all=False):
+            consequence = f"{self.path} is saved after step {trainer.global_step}, and `resume` continues from it"
+            raise Interrupted(self._stop_signal or signal.SIGTERM, consequence)
 
     # ------------------------------------------------------------------------------------------------------ what
 
     def _save(self, trainer: Trainer) -> None:
-        partial, start_time = self.path.with_suffix(".partial"), time.monotonic()
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self.path)
+        start_time = time.monotonic()
+        trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         self._save_seconds = self._saved_time - start_time
 

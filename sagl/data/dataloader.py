@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sagl.errors import require
 from sagl.shapes import ImageUint8, Labels
+from sagl.utils.signals import block_stop_signals
 
 Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -195,7 +197,9 @@ class ImageLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:  # noqa: ANN401 (the type of DataLoader's iterator is private)
-        for slot, labels, corrupt in super().__iter__():
+        with block_stop_signals() if self.settings.num_workers else nullcontext():  # the workers start here
+            messages = super().__iter__()
+        for slot, labels, corrupt in messages:
             if self.corrupt_log:
                 self.corrupt_log.update(corrupt)
             yield self.batches.copy_out(slot, len(labels)), torch.tensor(labels)

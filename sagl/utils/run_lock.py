@@ -40,7 +40,7 @@ def lock_file(path: Path, argument: str = "output") -> Iterator[None]:
     Raises:
         UserError: another command holds the file, or it cannot be written; names `argument`.
     """
-    require_writable(path.absolute().parent, argument)
+    require_writable(path.absolute().parent, argument, f"Choose another place than {path}.")
     with _lock(path.with_name(f".{path.name}{LOCK_NAME}"), path, argument):
         remove_partial(path.parent, partial_pattern(path))
         yield

@@ -1,0 +1,74 @@
+"""Signals that ask a command to end: SIGINT (Ctrl-C), SIGTERM and SIGHUP."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTACT = "all files are intact, and the same command continues from them"
+
+
+class Interrupted(BaseException):
+    """A command ends because of a signal. Unlike KeyboardInterrupt, no library catches it.
+
+    Args:
+        number: number of the signal.
+        consequence: what is on the disk, for the user.
+    """
+
+    def __init__(self, number: int, consequence: str = INTACT) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {consequence}.")
+        self.number = number
+
+
+def raise_interrupted(number: int) -> None:
+    """Handle a stop signal by ending the command.
+
+    Raises:
+        Interrupted: always.
+    """
+    raise Interrupted(number)
+
+
+@contextmanager
+def on_stop_signal(handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of the first stop signal; a second one ends the process at once.
+
+    A signal that the process was started to ignore, such as SIGHUP by nohup, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if previous[number] not in (signal.SIG_IGN, None)]
+
+    def handle(number: int, _: Any) -> None:  # noqa: ANN401 (a frame)
+        for other in handled:
+            signal.signal(other, signal.SIG_DFL)
+        handler(number)
+
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, previous[number])
+
+
+@contextmanager
+def block_stop_signals() -> Iterator[None]:
+    """Block the stop signals. Processes that are started in the body inherit this, and so ignore them.
+
+    A terminal, `timeout` and cluster schedulers signal all processes of a command, and the main process needs its
+    workers until it has saved its work.
+    """
+    resource_tracker.ensure_running()  # its start, by some ways of starting processes, would unblock the signals
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
