@@ -100,8 +100,8 @@ def run() -> None:
     """Entry point of the console script."""
     for name in ("stdout", "stderr"):
         if isinstance(stream := getattr(sys, name), TextIOWrapper):
-            options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
-            setattr(sys, name, OptionalOutput(stream.detach(), **options))
+            encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
+            setattr(sys, name, OptionalOutput(stream.detach(), encoding, errors, line_buffering=by_line))
     sys.exit(main())
 
 

@@ -3,6 +3,7 @@
 There is one case per kind of input. The values that a parameter allows are tested with settings, parser and readers.
 """
 
+import codecs
 import json
 import os
 import resource
@@ -218,6 +219,7 @@ def test_without_space_for_a_single_file_there_is_none(refusal, tiny, workdir, c
 @contextmanager
 def permissions_of_nobody():
     """Give this process the permissions of another user."""
+    codecs.lookup("ascii")  # Python's own files may be out of reach for it
     os.setresgid(65534, 65534, 0)
     os.setresuid(65534, 65534, 0)
     try:

@@ -2,20 +2,23 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint, SaveConfig
+from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint, SaveConfig
 from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGPreviews
 from sagl.commands._parser import Parser, field_names, from_namespace
+from sagl.commands._resume import changed_settings, check_same_parameters
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import load_training_checkpoint, read_state_dict
@@ -33,11 +36,15 @@ from sagl.utils.environment import (
     refuse_out_of_memory,
     set_threads,
 )
+from sagl.utils.files import NO_SPACE, file_errors
+from sagl.utils.run_lock import lock_folder
+from sagl.utils.signals import on_stop_signal
 
 IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Prefixes of messages of Lightning that are not shown, because users cannot act on them."""
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
+MEMORY_HINT = ("data.batch_size", "`model.use_checkpoint` saves memory, too. ")
 WEIGHT_SUFFIXES = (".pt", ".ckpt", ".safetensors")
 
 
@@ -67,14 +74,40 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
         handler.addFilter(lambda record: not record.getMessage().startswith(IGNORED_MESSAGES))
     if command != "fit":
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer, module, data, resume_from = (prepare_fit if command == "fit" else prepare_evaluation)(parser, config)
+    if command == "fit":
+        require(config.output is not None, "`output` must be a folder, got none.")
+        writes = global_rank() == 0 and not config.trainer.fast_dev_run
+        with lock_folder(Path(config.output)) if writes else nullcontext():
+            fit(parser, config)
+        return
+    trainer, module, data, _ = prepare_evaluation(parser, config)
+    _load_weights(module, config.checkpoint, config.weights)
+    with refuse_out_of_memory(*MEMORY_HINT):
+        (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
+
+
+def fit(parser: Parser, config: Namespace) -> None:
+    """Train. The caller holds the folder.
+
+    Raises:
+        UserError: the settings are not valid, or the disk is full.
+        Interrupted: a stop signal ended the training after a save.
+    """
+    trainer, module, data, resume_from = prepare_fit(parser, config)
     if config.checkpoint and resume_from is None:
         _load_weights(module, config.checkpoint, config.weights)
-    with refuse_out_of_memory("data.batch_size", "`model.use_checkpoint` saves memory, too. "):
-        if command == "fit":
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
+    try:
+        with (
+            refuse_out_of_memory(*MEMORY_HINT),
+            on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
+        ):
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-        else:
-            (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
+    except OSError as error:  # of a logger
+        if error.errno not in NO_SPACE:
+            raise
+        with file_errors(Path(config.output)):
+            raise
 
 
 def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
@@ -84,7 +117,6 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
         UserError: the settings are not valid, the folder holds a run and `resume` is false, or its last checkpoint
             cannot be read.
     """
-    require(config.output is not None, "`output` must be a folder, got none.")
     output = Path(config.output)
     last = output / "checkpoints" / "last.ckpt"
     resumed = config.resume and last.exists()
@@ -92,19 +124,30 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
         resumed or not last.exists(),
         f"`output` must be a new folder unless `resume` is true, and {output} holds a run.",
     )
-    if resumed:
-        load_training_checkpoint(last)  # raises a UserError now rather than a traceback later
+    saved = load_training_checkpoint(last)["hyper_parameters"] if resumed else None
     init = parser.instantiate(config)
     module = _build_module(init)
+    text = parser.dump(config, skip_unset=False)
+    if saved is not None:
+        check_same_parameters(saved, module.hparams)
+        changes = changed_settings(output / "config.yaml", text)
+        if changes and global_rank() == 0:
+            print(f"The training in {output} continues with {', '.join(changes)}.")
     module.hparams["ema_decay"] = config.ema_decay
     module.hparams["recommended"] = _sampling_settings(init) if isinstance(module, DiffusionModule) else {}
-    callbacks = _fit_callbacks(init, output, isinstance(module, DiffusionModule))
-    callbacks.append(SaveConfig(output / "config.yaml", parser.dump(config, skip_unset=False)))
     options = init.trainer.as_dict()
-    if SLURMEnvironment.detect() and options["plugins"] is None:
-        options["plugins"] = SLURMEnvironment(auto_requeue=False)  # Lightning's requeueing does not resume exactly
+    callbacks = _fit_callbacks(init, output, isinstance(module, DiffusionModule))
+    if not options["fast_dev_run"]:
+        callbacks.append(SaveConfig(output / "config.yaml", text))
+    plugins = options["plugins"] or []
+    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    if SLURMEnvironment.detect() and not plugins:
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing does not resume exactly
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    options["plugins"] = plugins
     if options["logger"] is None:
-        options["logger"] = TensorBoardLogger(output, name="logs", version="")
+        options["logger"] = not options["fast_dev_run"] and TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
     if init.global_batch_size is not None:
         trainer.accumulate_grad_batches = _num_accumulated(init.global_batch_size, init.data.batch_size, trainer)
@@ -112,10 +155,20 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
 
 
 def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Callback]:
-    """Build the callbacks of a training; those that use the EMA weights during validation come before `EMA`."""
-    settings, folder = from_namespace(CheckpointSettings, init), output / "checkpoints"
-    callbacks: list[Callback] = [SAGPreviews(output, init.preview, init.sag)] if has_previews else []
+    """Build the callbacks of a training; those that use the EMA weights during validation come before `EMA`.
+
+    Those that write are left out of a trial with `trainer.fast_dev_run`.
+    """
+    settings, folder, is_trial = (
+        from_namespace(CheckpointSettings, init),
+        output / "checkpoints",
+        init.trainer.fast_dev_run,
+    )
+    preview = replace(init.preview, num_samples=0) if has_previews and is_trial else init.get("preview")
+    callbacks: list[Callback] = [SAGPreviews(output, preview, init.sag)] if has_previews else []
     callbacks += [EMA(settings), ExtraEMAs(settings)]
+    if is_trial:
+        return callbacks
     if has_previews and init.preview.keep_best:
         callbacks.append(BestCheckpoints(folder, init.preview))
     return [*callbacks, ResumableCheckpoint(folder / "last.ckpt", settings)]

@@ -217,7 +217,7 @@ class ImageDataModule(LightningDataModule):
         """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0."""
         rank, world_size = rank_and_world_size(self.trainer)
         path = None
-        if self.trainer and self.trainer.state.fn == "fit":
+        if self.trainer and self.trainer.state.fn == "fit" and not getattr(self.trainer, "fast_dev_run", False):
             path = Path(self.trainer.default_root_dir) / f"corrupt_images{f'_{rank}' if rank else ''}.txt"
         return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images) / world_size))
 

@@ -255,6 +255,14 @@ class TrainingModule(LightningModule):
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the state of the training, but not the settings of its optimiser, which may have changed."""
+        s = self.settings.optimizer
+        for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+            learning_rate = s.learning_rate * s.lr_multiplier(schedule["last_epoch"], self.trainer.max_steps)
+            for group in optimizer["param_groups"]:
+                group |= {"initial_lr": s.learning_rate, "betas": s.betas, "weight_decay": s.weight_decay}
+                group["lr"] = learning_rate
+            schedule["base_lrs"] = [s.learning_rate for _ in schedule["base_lrs"]]
         self.timestep_sampler.load_state_dict(checkpoint.get("timestep_sampler", {}))
         self.num_skipped = checkpoint.get("num_skipped", 0)
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

@@ -1,4 +1,6 @@
+import errno
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,9 +8,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from sagl.callbacks import checkpointing
-from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint
+from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint
 from sagl.callbacks.ema import EMA
+from sagl.errors import UserError
 from sagl.settings.training import CheckpointSettings, PreviewSettings
+from sagl.utils.signals import STOP_SIGNALS, Interrupted, on_stop_signal
 from tests.helpers.training import IGNORED_WARNINGS, fit_line
 
 pytestmark = [
@@ -49,10 +53,10 @@ class Recorder(ResumableCheckpoint):
 
 
 class EndAt(Callback):
-    """Ends a run at a step, by an exception or by SIGTERM, in training or in validation."""
+    """Ends a run at a step, by an exception or by a signal, in training or in validation."""
 
-    def __init__(self, step, exception=None, *, in_validation=False):
-        self.step, self.exception, self.in_validation = step, exception, in_validation
+    def __init__(self, step, exception=None, *, in_validation=False, number=signal.SIGTERM):
+        self.step, self.exception, self.in_validation, self.number = step, exception, in_validation, number
 
     def on_train_batch_start(self, trainer, *_):
         if not self.in_validation:
@@ -66,7 +70,7 @@ class EndAt(Callback):
         if trainer.global_step == self.step:
             if self.exception:
                 raise self.exception
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self.number)
 
 
 def last(path, **settings):
@@ -75,6 +79,14 @@ def last(path, **settings):
 
 def read(path):
     return torch.load(path, weights_only=True)
+
+
+def fit_to_signal(callbacks, **options):
+    """Fit until a signal ends the run; return its number."""
+    (saver,) = (callback for callback in callbacks if isinstance(callback, ResumableCheckpoint))
+    with pytest.raises(Interrupted) as end, on_stop_signal(saver.request_stop):
+        fit_line(callbacks=callbacks, **options)
+    return end.value.number
 
 
 # -------------------------------------------------------------------------------------------- last.ckpt: when
@@ -137,57 +149,84 @@ def test_a_run_that_fails_leaves_the_last_save_which_continues_to_the_same_weigh
     torch.testing.assert_close(resumed.weight, whole.weight)
 
 
-def test_a_save_that_fails_leaves_the_previous_file(tmp_path, clock, monkeypatch):
-    path = tmp_path / "last.ckpt"
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_a_save_on_a_full_disk_is_refused_and_leaves_the_previous_file(in_torch, tmp_path, monkeypatch):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
 
-    def fail(target):
-        target.write_bytes(b"half")
-        raise OSError("no space left on device")
+    def fill_disk(content, file):
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            if in_torch:
+                raise RuntimeError("unexpected pos 576 vs 534")  # noqa: B904 (torch does so)
+            raise
 
-    class Full(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 5:
-                monkeypatch.setattr(trainer, "save_checkpoint", fail)
-
-    with pytest.raises(OSError, match="no space"):
-        fit_line(callbacks=[last(path, save_every_steps=3), Full()], max_steps=9)
-    assert read(path)["global_step"] == 3
+    monkeypatch.setattr("torch.save", fill_disk)
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written: No space left"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert read(path) == {"step": 1}
 
 
-def test_partial_files_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / "last.partial").write_bytes(b"half")
+def test_a_checkpoint_is_written_beside_its_target_and_nowhere_else(tmp_path, monkeypatch):
+    opened = []
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(Path, "open", lambda path, mode, open=Path.open: opened.append(path) or open(path, mode))
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "checkpoints" / "last.ckpt")
+    assert {path.parent for path in opened} == {tmp_path / "checkpoints"}
+
+
+def test_unfinished_files_of_a_killed_run_are_removed_and_no_others(tmp_path):
+    for name in ("last.ckpt.7.partial", "best_00000001.ckpt.7.partial", "mine.partial"):
+        (tmp_path / name).write_bytes(b"half")
     fit_line(callbacks=[last(tmp_path / "last.ckpt")], max_steps=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "mine.partial"]
 
 
-# ------------------------------------------------------------------------------------------- last.ckpt: SIGTERM
+# -------------------------------------------------------------------------------------- last.ckpt: stop signals
 
 
-def test_sigterm_is_handled_after_the_step_and_the_previous_handler_is_restored(tmp_path, clock):
-    path, handler = tmp_path / "last.ckpt", signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        fit_line(callbacks=[last(path), EndAt(3)], max_steps=9)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_is_handled_after_the_step(number, tmp_path, clock):
+    path = tmp_path / "last.ckpt"
+    assert fit_to_signal([last(path), EndAt(3, number=number)], max_steps=9) == number
     whole, _ = fit_line(callbacks=[], max_steps=4)
     assert read(path)["global_step"] == 4
     assert torch.equal(read(path)["state_dict"]["weight"], whole.weight)
-    assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_sigterm_during_validation_saves_average_and_raw_weights_each_in_its_place(tmp_path, clock):
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_sanity_check_start", "on_train_start"])
+def test_a_stop_signal_before_the_first_step_is_handled_after_it(hook, tmp_path, clock):
+    early, path = Callback(), tmp_path / "last.ckpt"
+    setattr(early, hook, lambda *_: signal.raise_signal(signal.SIGTERM))
+    fit_to_signal([early, last(path)], max_steps=9, **VALIDATION | {"num_sanity_val_steps": 1})
+    assert read(path)["global_step"] == 1
+
+
+def test_a_stop_signal_while_the_last_save_is_written_does_not_end_a_complete_run(tmp_path, clock):
+    saver = last(tmp_path / "last.ckpt")
+    saver.on_save_checkpoint = lambda *_: signal.raise_signal(signal.SIGTERM)
+    with on_stop_signal(saver.request_stop):
+        fit_line(callbacks=[saver], max_steps=3)
+    assert read(saver.path)["global_step"] == 3
+
+
+def test_a_stop_signal_during_validation_saves_average_and_raw_weights_each_in_its_place(tmp_path, clock):
     path, settings = tmp_path / "last.ckpt", CheckpointSettings(ema_decay=0.5)
-    with pytest.raises(SystemExit):
-        fit_line(callbacks=[EMA(settings), last(path), EndAt(6, in_validation=True)], max_steps=9, **VALIDATION)
+    fit_to_signal([EMA(settings), last(path), EndAt(6, in_validation=True)], max_steps=9, **VALIDATION)
     whole, _ = fit_line(callbacks=[ema := EMA(settings)], max_steps=6)
     assert read(path)["global_step"] == 6
     torch.testing.assert_close(read(path)["current_model_state"]["weight"], whole.weight.detach())
     torch.testing.assert_close(read(path)["state_dict"]["weight"], ema._average_model.module.weight.detach())
 
 
-def test_sigterm_waits_until_accumulated_gradients_have_been_applied(tmp_path, clock):
+def test_a_stop_signal_waits_until_accumulated_gradients_have_been_applied(tmp_path, clock):
     path, options = tmp_path / "last.ckpt", {"max_steps": 9, "accumulate_grad_batches": 3}
-    with pytest.raises(SystemExit) as ended:
-        fit_line(callbacks=[last(path), EndAt(4)], **options)
-    assert ended.value.code in (None, 0)
+    fit_to_signal([last(path), EndAt(4)], **options)
     assert read(path)["global_step"] == 5
     resumed, _ = fit_line(callbacks=[], ckpt_path=path, **options)
     whole, _ = fit_line(callbacks=[], **options)

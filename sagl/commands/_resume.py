@@ -1,0 +1,66 @@
+"""Settings of a resumed training: those that may change, and those that may not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sagl.errors import require
+from sagl.models.metadata import SETTINGS_CLASSES, TRAINING_ONLY
+from sagl.sampling.run_folder import flatten
+
+START_SETTINGS = ("checkpoint", "weights")
+"""Settings of the beginning of a training, which a resumed one does not read again."""
+COMMAND_SETTINGS = ("config", "output", "resume")
+"""Settings of one command."""
+
+
+def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse a network or frozen parts other than those of the checkpoint, whose weights and moments would not fit.
+
+    Args:
+        saved: hyperparameters in the checkpoint.
+        current: hyperparameters of the module.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    for key in SETTINGS_CLASSES:
+        settings = current.get(key)
+        require((settings is None) == (saved.get(key) is None), f"`model.{key}` must be that of the run, got another.")
+        for name, value in (settings or {}).items():
+            old = saved[key].get(name, value)
+            require(
+                name in TRAINING_ONLY or _plain(value) == _plain(old),
+                f"`model.{key}.{name}` must be {old}, as in the run that is resumed, got {value}.",
+            )
+    old, new = (list(parameters.get("freeze", ())) for parameters in (saved, current))
+    require(old == new, f"`model.freeze` must be {old}, as in the run that is resumed, got {new}.")
+
+
+def changed_settings(config_file: Path, text: str) -> list[str]:
+    """Return the settings of a resumed training that differ from its config.yaml: ["seed 1 (was 0)"].
+
+    Args:
+        config_file: config.yaml of the run; may be missing.
+        text: new content of the file.
+
+    Raises:
+        UserError: a setting of `START_SETTINGS` differs.
+    """
+    if not config_file.is_file():
+        return []
+    old, new = (flatten(yaml.safe_load(content) or {}) for content in (config_file.read_text(), text))
+    for name in START_SETTINGS:
+        require(
+            old.get(name) == new.get(name),
+            f"`{name}` must be {old.get(name)}, with which the training in {config_file.parent} began, got "
+            f"{new.get(name)}.",
+        )
+    names = [name for name in dict.fromkeys((*new, *old)) if name.split(".")[0] not in COMMAND_SETTINGS]
+    return [f"{name} {new.get(name)} (was {old.get(name)})" for name in names if new.get(name) != old.get(name)]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any setting)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,48 @@
+import pytest
+import yaml
+
+from sagl.commands._resume import changed_settings, check_same_parameters
+from sagl.errors import UserError
+
+HPARAMS = {"network": {"num_channels": 32, "channel_mult": (1, 2), "dropout": 0.0}, "freeze": ()}
+
+
+def test_changed_settings_are_listed_by_full_names_with_both_values(tmp_path):
+    config = {
+        "output": "a",
+        "resume": False,
+        "model": {"seed": 0, "optimizer": {"betas": [0.9, 0.99]}},
+        "preview": None,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    new = {"output": "b", "resume": True, "model": {"seed": 1, "optimizer": {"betas": [0.9, 0.99]}}, "ema_decay": 0.9}
+    changes = changed_settings(tmp_path / "config.yaml", yaml.safe_dump(new))
+    assert sorted(changes) == ["ema_decay 0.9 (was None)", "model.seed 1 (was 0)"]
+    assert changed_settings(tmp_path / "absent.yaml", yaml.safe_dump(new)) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "weights"])
+def test_other_initial_weights_are_refused_because_a_resumed_training_does_not_read_them(name, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: "a"}))
+    with pytest.raises(UserError, match=f"`{name}` .* a, .* got None"):
+        changed_settings(tmp_path / "config.yaml", yaml.safe_dump({name: None}))
+
+
+def test_the_network_and_the_trained_parameters_must_stay_the_same():
+    loaded = {"network": {"num_channels": 32, "channel_mult": [1, 2]}, "freeze": []}  # of an older version, as lists
+    check_same_parameters(HPARAMS, HPARAMS)
+    check_same_parameters(loaded, HPARAMS | {"network": HPARAMS["network"] | {"dropout": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"network": HPARAMS["network"] | {"num_channels": 64}}, "model.network.num_channels"),
+        ({"network": HPARAMS["network"] | {"channel_mult": (1, 2, 3)}}, "model.network.channel_mult"),
+        ({"freeze": ("input_blocks.*",)}, "model.freeze"),
+        ({"network": None, "classifier": {}}, "model."),
+    ],
+)
+def test_another_network_or_other_frozen_parts_are_refused_by_name(changed, name):
+    with pytest.raises(UserError, match=f"`{name}"):
+        check_same_parameters(HPARAMS, HPARAMS | changed)

@@ -1,0 +1,51 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from sagl.utils.signals import STOP_SIGNALS, Interrupted, block_stop_signals, on_stop_signal, raise_interrupted
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of this process, which a test must leave as they were."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_calls_the_handler_and_a_second_one_would_end_the_process(number):
+    numbers = []
+    with on_stop_signal(numbers.append):
+        signal.raise_signal(number)
+        assert numbers == [number]
+        assert {signal.getsignal(other) for other in STOP_SIGNALS} == {signal.SIG_DFL}
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_stop_signal(raise_interrupted):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_no_library_catches_the_end_of_a_command():
+    with pytest.raises(Interrupted) as end, on_stop_signal(raise_interrupted):
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.number == signal.SIGTERM
+    assert not isinstance(end.value, Exception | KeyboardInterrupt)
+
+
+def test_processes_that_are_started_while_stop_signals_are_blocked_ignore_them():
+    with block_stop_signals():
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    for number in STOP_SIGNALS:
+        os.kill(child.pid, number)
+    child.communicate(b"\n")
+    assert child.returncode == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS) == set()
