@@ -41,9 +41,9 @@ def test_a_run_killed_repeatedly_ends_with_the_same_weights_state_and_curves(con
     assert not save_time(output)
 
     saving = start(config, output)
-    saving.pause_when(lambda: save_time(output) and (output / "checkpoints" / "last.partial").exists())
+    saving.pause_when(lambda: save_time(output) and list((output / "checkpoints").glob("last.ckpt.*.partial")))
     saving.kill()
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["last.ckpt", "last.partial"]
+    assert len(list((output / "checkpoints").iterdir())) == 2
 
     for _ in range(2):
         start(config, output, "--resume").kill_after_a_save(rng.uniform(0, 0.2))
