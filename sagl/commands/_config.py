@@ -1,7 +1,7 @@
 """Configuration of `sagl sample`: flags before YAML before recommendations of the weight file before defaults."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,7 +51,7 @@ MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "use_checkpoint", "freeze", "max_n
 def sample_parser() -> Parser:
     """Build the parser of `sagl sample`; the help texts are the docstrings of the settings' fields."""
     p = Parser("sample", "Sample images from a diffusion model, with or without guidance.")
-    p.add_argument("--config", type=str, default=None, help="A .yaml file, or the name of a packaged one: lsun_cat.")
+    add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
     p.add_argument("--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}.")
     p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
     p.add_argument("--weights", type=str, default=None, help="Weights of a .ckpt: ema (default), ema:DECAY or raw.")
@@ -69,6 +69,11 @@ def sample_parser() -> Parser:
     return p
 
 
+def add_config_argument(p: Parser, help_text: str) -> None:
+    """Add --config, which can be given several times."""
+    p.add_argument("--config", type=str, action="append", default=None, help=help_text)
+
+
 def _groups() -> dict[str, type]:
     """Return the settings classes of the groups of flags."""
     return {**{name: entry.settings_class for name, entry in GUIDANCES.items()}, "trainer": DeviceSettings}
@@ -83,12 +88,12 @@ def parse_sample_config(arguments: list[str]) -> SampleConfig:
     p = sample_parser()
     flags = p.parse(arguments)
     for name in ("config", "model", "checkpoint", "output"):
-        require(flags[name] != "", f"`{name}` must not be empty.")
-    config = {} if flags.config is None else read_config(flags.config)
+        require(flags[name] not in ("", [""]), f"`{name}` must not be empty.")
+    config, config_names = read_configs(flags.config), ", ".join(flags.config or ())
     model, sampling = model_settings(config), sampling_settings(config)
     require(
         "classifier" not in model,
-        f"`config` must describe a diffusion model, and {flags.config} describes a classifier. Classifiers go into "
+        f"`config` must describe a diffusion model, and {config_names} describes a classifier. Classifiers go into "
         "`classifier.checkpoint`.",
     )
     network = resolve_network(
@@ -98,7 +103,7 @@ def parse_sample_config(arguments: list[str]) -> SampleConfig:
         flags.weights or sampling.get("weights") or "ema",
     )
     set_recommended_defaults(p, recommended_settings(network["model"], network["checkpoint"]))
-    _set_defaults(p, sampling, f"`config` {flags.config}: ")
+    _set_defaults(p, sampling, f"`config` {config_names}: ")
     flags = p.parse(arguments)
     guidances = {
         name: _default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
@@ -186,19 +191,54 @@ def _name_of_file(path: Path) -> str | None:
 # ------------------------------------------------------------------------------------------------------- config
 
 
+def read_configs(names: Iterable[str] | None) -> dict[str, Any]:
+    """Read several configs, of which later ones override earlier ones setting by setting, as in `sagl fit`.
+
+    Raises:
+        UserError: one does not exist, is not a mapping, or has a setting twice.
+    """
+    merged: dict[str, Any] = {}
+    for name in names or ():
+        merged = _merge(merged, read_config(name))
+    return merged
+
+
+def _merge(earlier: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(earlier)
+    for key, value in later.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value or {}) if isinstance(old, dict) and isinstance(value, dict | None) else value
+    return merged
+
+
 def read_config(name: str) -> dict[str, Any]:
     """Read a config by its path, or a packaged one by its name.
 
     Raises:
-        UserError: it does not exist, or is not a mapping.
+        UserError: it does not exist, is not a mapping, or has a setting twice.
     """
     path = packaged_config(name)
     try:
-        config = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        repeated = next(_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)), None)
+        config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"`config` {path} is not readable YAML: {str(error).splitlines()[0]}.") from error
+    require(repeated is None, f"`config` {path} must have a setting once, and it has {repeated} twice. Remove one.")
     require(isinstance(config, dict), f"`config` {path} must be a mapping of settings, got {config!r:.60}.")
     return dict(config)
+
+
+def _repeated_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
+    """Yield the full names of keys that a mapping of a YAML document has twice, of which PyYAML ignores the first."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item, prefix)
+    elif isinstance(node, yaml.MappingNode):
+        keys = [str(key.value) for key, _ in node.value]
+        yield from (f"{prefix}{key}" for index, key in enumerate(keys) if key in keys[:index])
+        for key, value in zip(keys, (value for _, value in node.value), strict=True):
+            yield from _repeated_keys(value, f"{prefix}{key}.")
 
 
 def packaged_config(name: str) -> Path:

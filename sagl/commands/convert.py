@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sagl.commands._config import (
+    add_config_argument,
     model_settings,
-    read_config,
+    read_configs,
     recommended_settings,
     sample_parser,
     set_recommended_defaults,
@@ -33,7 +34,7 @@ def convert_parser() -> Parser:
     p.add_argument("checkpoint", type=str, help="A .safetensors, .ckpt or .pt file, a diffusers folder, or a name.")
     p.add_argument("target", type=str, help="The .safetensors file to write, or a new folder for diffusers.")
     p.add_argument("--model", type=str, default=None, help="Name of the network whose settings a .pt file has.")
-    p.add_argument("--config", type=str, default=None, help="Config whose model describes the network of a .pt file.")
+    add_config_argument(p, "Config whose model describes the network of a .pt file.")
     p.add_argument("--weights", type=str, default="ema", help="Weights of a training checkpoint: ema, ema:DECAY, raw.")
     dtypes = Literal["float32", "float16", "bfloat16"]
     p.add_argument("--dtype", type=dtypes, default=None, help="Data type to write; by default that of each tensor.")
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
 
 def _convert(args: Any, target: Path) -> None:  # noqa: ANN401 (the parser's namespace)
     recommended = None if args.recommended is None else _parse_recommended(args.recommended)
-    config = {} if args.config is None else model_settings(read_config(args.config))
+    config = model_settings(read_configs(args.config))
     config_settings = config.get("network") or config.get("classifier")
     model = args.model or config_settings or name_from_filename(Path(args.checkpoint))
     checkpoint = _read(args, model, config.get("diffusion"))

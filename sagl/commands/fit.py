@@ -124,11 +124,11 @@ def trains_classifier(arguments: list[str]) -> bool:
     Raises:
         UserError: a config cannot be read.
     """
-    for before, argument in pairwise(["", *arguments]):
-        model = read_config(argument).get("model") if before == "--config" else None
-        if argument.startswith("--model.classifier") or (isinstance(model, dict) and "classifier" in model):
-            return True
-    return False
+    configs = [read_config(argument) for before, argument in pairwise(["", *arguments]) if before == "--config"]
+    models = [config.get("model") for config in configs]
+    return any(argument.startswith("--model.classifier") for argument in arguments) or any(
+        isinstance(model, dict) and "classifier" in model for model in models
+    )
 
 
 def run_command(command: str, arguments: list[str]) -> None:
