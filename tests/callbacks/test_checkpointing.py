@@ -70,6 +70,7 @@ class EndAt(Callback):
         if trainer.global_step == self.step:
             if self.exception:
                 raise self.exception
+            self.step = None  # once
             signal.raise_signal(self.number)
 
 
