@@ -99,7 +99,8 @@ class OptionalOutput(TextIOWrapper):
 def run() -> None:
     """Entry point of the console script."""
     for name in ("stdout", "stderr"):
-        if isinstance(stream := getattr(sys, name), TextIOWrapper):
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a test's or a notebook's
             encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
             setattr(sys, name, OptionalOutput(stream.detach(), encoding, errors, line_buffering=by_line))
     sys.exit(main())

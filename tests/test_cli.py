@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from sagl import cli
 from sagl.cli import SUBCOMMANDS, with_flags
 from sagl.commands._parser import Parser
 from sagl.errors import UserError
+from sagl.utils.signals import STOP_SIGNALS
 from tests.helpers.commands import exit_code
 
 EXIT_100_WITH_TORCH = "sys.exit(100 if {'torch', 'lightning', 'torchvision'} & sys.modules.keys() else code)"
@@ -87,13 +90,32 @@ def test_parameter_names_become_flags_only_if_the_command_has_them(message, expe
     assert with_flags(message, "hat", SimpleNamespace(hat_parser=hat_parser)) == expected
 
 
-def test_an_interrupt_ends_in_one_line(monkeypatch, capsys):
-    def interrupt(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sagl.commands.convert.main", interrupt)
-    assert cli.main(["convert"]) == 130
+@pytest.mark.parametrize("command", ["convert", "fit"])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_command_in_one_line_with_a_code_of_its_own(number, command, monkeypatch, capsys):
+    monkeypatch.setattr(f"sagl.commands.{command}.main", lambda arguments: signal.raise_signal(number))
+    code = 0 if (command, number) == ("fit", signal.SIGTERM) else 128 + number
+    assert cli.main([command]) == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_rank_above_0_ends_silently_and_without_failure(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("sagl.commands.convert.main", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["convert"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("target", ["closed pipe", "/dev/full"])
+def test_a_command_whose_text_cannot_be_written_ends_well(target):
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = writer if target == "closed pipe" else os.open(target, os.O_WRONLY)
+    program = "from sagl import cli; cli.run()"
+    command = [sys.executable, "-c", program, "sample", "--help"]
+    process = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("exception", [KeyError, ValueError, RuntimeError])
