@@ -54,16 +54,24 @@ class SamplingPipeline:
         return run_to_end(self.sample_progressive(seed, ids, labels))
 
     def _step_noise(self, seed: int, ids: Sequence[int], device: torch.device) -> StepNoise:
-        """Return the noise of the steps, each drawn while the step before it is computed."""
+        """Return the noise of the steps, each drawn while the step before it is computed.
+
+        Samplers go from the noisiest step to the cleanest. After a step out of this order, drawing ahead starts again.
+        """
         draw = step_noise(seed, ids, self._image_shape, torch.device("cpu"))
-        is_random = self.sampler_settings.sampler == "ddpm" or self.sampler_settings.eta > 0
-        steps = range(self.schedule.num_steps - 1, 0, -1) if is_random else ()
-        values = prefetch((step, pin(draw(step), device)) for step in steps)
+
+        def draw_ahead(first: int) -> Iterator[tuple[int, Image]]:
+            return prefetch((step, pin(draw(step), device)) for step in range(first, 0, -1))
+
+        ahead = draw_ahead(self.schedule.num_steps - 1)
 
         def noise(step: int) -> Image:
-            drawn_step, value = next(values)
-            assert step == drawn_step, "samplers go through the steps in order"
-            return to_device(value, device)
+            nonlocal ahead
+            drawn = next(ahead, None)
+            if drawn is None or drawn[0] != step:
+                ahead = draw_ahead(step)
+                drawn = next(ahead)
+            return to_device(drawn[1], device)
 
         return noise
 

@@ -138,6 +138,16 @@ def test_the_noise_of_a_step_is_drawn_while_the_network_computes_it(sampler, mon
     assert torch.equal(sampled(pipeline, RunSettings())[0], expected)
 
 
+def test_a_sampler_may_need_noise_in_any_order():
+    pipeline, shape = pipeline_of("ddpm"), (3, 16, 16)
+    expected, noise = (
+        step_noise(7, [2, 3], shape, torch.device("cpu")),
+        pipeline._step_noise(7, [2, 3], torch.device("cpu")),
+    )
+    for step in (2, 2, 3, 1, 4):
+        assert torch.equal(noise(step), expected(step))
+
+
 # ----------------------------------------------------------------------------------------------- batches
 
 
