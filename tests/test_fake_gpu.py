@@ -22,11 +22,11 @@ from sagl.settings.sampling import SamplerSettings
 from sagl.shapes import AttentionSite
 from sagl.utils.files import packaged_configs
 from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
-from tests.helpers.networks import COLOUR
+from tests.helpers.networks import COLOUR, GREY
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
 CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
-UNCONDITIONAL = COLOUR | {"num_classes": None, "null_label": False}
+UNCONDITIONAL = UNetSettings(**GREY | {"num_classes": None, "null_label": False})
 OTHER_CONFIGS = ("lsun_horse", "imagenet128", "imagenet256_cond", "imagenet256_uncond")
 LSUN = RELEASED["lsun_cat"].settings
 
@@ -94,15 +94,17 @@ def graphs(batch, sites):
         return graph.forward
 
     torch.compiler.reset()
-    network = optimize_for_cpu(meta_unet(UNetSettings(**UNCONDITIONAL))).eval().requires_grad_(False)
+    network = optimize_for_cpu(meta_unet(UNCONDITIONAL)).eval().requires_grad_(False)
     compiled = torch.compile(network, backend=count, dynamic=False)
     with torch.device("meta"), torch.inference_mode():
-        compiled(torch.zeros(batch, 3, 16, 16), torch.zeros(batch, dtype=torch.int64), attention_sites=sites)
+        compiled(torch.zeros(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.int64), attention_sites=sites)
     return nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites", [(), (AttentionSite("output.1"),)], ids=["plain", "attention"])
-def test_a_network_compiles_as_one_graph_of_a_size_that_no_batch_changes(sites):
+def test_a_network_compiles_as_one_graph_of_a_size_that_no_batch_changes(sites, monkeypatch):
+    monkeypatch.setattr(normalization, "_is_on_gpu", lambda x: True)
     sizes = [graphs(batch, sites) for batch in (2, 8, 32)]
     assert len(sizes[0]) == 1
     assert sizes[0] == sizes[1] == sizes[2]

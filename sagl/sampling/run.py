@@ -35,6 +35,7 @@ from sagl.utils.distributed import num_processes, require_launcher, select_devic
 from sagl.utils.environment import (
     available_bytes,
     default_precision,
+    disable_tf32,
     set_threads,
     use_deterministic_algorithms,
 )
@@ -218,6 +219,7 @@ class SamplingRun:
         from sagl.sampling.pipeline import build_pipeline
 
         config = self.config
+        disable_tf32()
         if device.type == "cuda":
             use_deterministic_algorithms()
         checkpoint = _read_checkpoint(config, self.checkpoint)
