@@ -7,6 +7,7 @@ import torch
 import yaml
 from torchmetrics.image.fid import _compute_fid
 
+from sagl.diffusion.schedule import make_schedule
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.metrics.features import Features
 from sagl.models import normalization
@@ -14,15 +15,18 @@ from sagl.models.adm import UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.models.memory import MemoryTracker
 from sagl.models.zoo import RELEASED
+from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import SamplerSettings
+from sagl.settings.training import DiffusionTrainingSettings
 from sagl.shapes import AttentionSite
 from sagl.utils.files import packaged_configs
 from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
 from tests.helpers.networks import COLOUR, GREY
+from tests.helpers.training import with_stub_trainer
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
 CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
@@ -68,6 +72,24 @@ def test_metrics_of_previews_are_computed_on_the_device():
     total, products, _ = metrics.real_state.values()
     distance = _compute_fid(total, products, total, products)
     assert (total.device, products.device, distance.device) == (device, device, device)
+
+
+def test_a_batch_of_training_copies_its_noise_timesteps_weights_and_dropped_labels_and_no_tables():
+    settings = DiffusionTrainingSettings(network=UNetSettings(**GREY), label_dropout=0.5)
+    with torch.device("meta"):
+        module = with_stub_trainer(DiffusionModule(settings), weights_seed=None)
+    module.schedule = make_schedule(DiffusionSettings())
+    module._log_if_finite = lambda values: True
+    with fake_cuda(), torch.no_grad():
+        on_fake_cuda(module.network)
+        batch = (
+            torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device="cuda"),
+            torch.zeros(4, dtype=torch.int64, device="cuda"),
+        )
+        module.training_step(batch, 0)  # fills the caches of tables
+        with DispatchCounter() as counter:
+            module.training_step(batch, 1)
+    assert (counter.to_gpu, counter.to_cpu) == (4, 0)
 
 
 def lsun_pass(batch):
