@@ -77,11 +77,11 @@ def test_processes_that_lightning_started_end_with_rank_0_and_float32_is_not_tf3
     def stop(*_):
         raise UserError("enough")
 
-    monkeypatch.setattr(training, "prepare_fit", stop)
+    monkeypatch.setattr(training, "prepare_evaluation", stop)
     monkeypatch.setattr(training, "exit_when_parent_dies", lambda: calls.append("watch"))
     monkeypatch.setattr(training, "disable_tf32", lambda: calls.append("float32"))
     for rank in (0, 1):
         monkeypatch.setattr(training, "global_rank", lambda rank=rank: rank)
         with pytest.raises(UserError, match="enough"):
-            training.run("fit", None, SimpleNamespace())
+            training.run("validate", None, SimpleNamespace())
     assert calls == ["float32", "float32", "watch"]
