@@ -1,5 +1,6 @@
 """Resumable and distributed loading of images: datasets, the sampler and the data loaders."""
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,11 +17,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sagl.errors import require
 from sagl.shapes import ImageUint8, Labels
-from sagl.utils.signals import block_stop_signals
+from sagl.utils.signals import block_stop_signals, end_with_parent
 
 Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
 """Start method of worker processes."""
+SHARED_MEMORY = Path("/dev/shm")
+QUEUE_BYTES = 16 * 4096
+"""Shared memory of the locks of a worker's queues, a page each; an upper bound."""
 NUM_PREFETCHED = 4
 """Batches that each worker prepares in advance; with the default of 2, workers at times wait for the main process."""
 
@@ -122,6 +126,7 @@ class SharedMemoryBatches(Dataset[SlotMessage]):
         num_slots = num_workers * NUM_PREFETCHED + 2
         self.slots = torch.empty((num_slots, batch_size, *dataset.image_shape), dtype=torch.uint8)
         if num_workers:
+            require_shared_memory(self.slots.nbytes + (num_workers + 1) * QUEUE_BYTES)
             self.slots.share_memory_()
 
     def __getitems__(self, slot_and_items: Sequence[int]) -> SlotMessage:
@@ -140,6 +145,22 @@ class SharedMemoryBatches(Dataset[SlotMessage]):
         batch = torch.empty(images.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         np.copyto(batch.numpy(), images)
         return batch.permute(0, 3, 1, 2)
+
+
+def require_shared_memory(num_bytes: int) -> None:
+    """Refuse worker processes whose shared memory does not fit; without this, they are killed when they write to it.
+
+    Raises:
+        UserError: /dev/shm has less space.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    require(
+        free >= num_bytes,
+        f"`data.num_workers` needs {num_bytes / 1e6:.1f} MB of shared memory for each data loader, and {SHARED_MEMORY} "
+        f"has {free / 1e6:.1f} MB. Set it to 0, lower `data.batch_size`, or enlarge the folder: docker run --shm-size 1g.",
+    )
 
 
 class SlotBatchSampler(Sampler[list[int]]):
@@ -194,6 +215,7 @@ class ImageLoader(DataLoader[Any]):
             prefetch_factor=NUM_PREFETCHED if settings.num_workers else None,
             multiprocessing_context=settings.start_method if settings.num_workers else None,
             collate_fn=_identity,
+            worker_init_fn=end_with_parent if settings.num_workers else None,
         )
 
     def __iter__(self) -> Any:  # noqa: ANN401 (the type of DataLoader's iterator is private)

@@ -1,5 +1,7 @@
 """Signals that ask a command to end: SIGINT (Ctrl-C), SIGTERM and SIGHUP."""
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -64,7 +66,7 @@ def block_stop_signals() -> Iterator[None]:
     """Block the stop signals. Processes that are started in the body inherit this, and so ignore them.
 
     A terminal, `timeout` and cluster schedulers signal all processes of a command, and the main process needs its
-    workers until it has saved its work.
+    workers until it has saved its work. A worker calls `end_with_parent`.
     """
     resource_tracker.ensure_running()  # its start, by some ways of starting processes, would unblock the signals
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -72,3 +74,21 @@ def block_stop_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def end_with_parent(_: int = 0) -> None:
+    """Start a thread that ends this worker process when its parent sends a stop signal, and ignores other senders.
+
+    The signals are blocked, see `block_stop_signals`. Takes the number of the worker, which is not used.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    pid = parent.pid
+
+    def watch() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()

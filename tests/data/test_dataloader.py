@@ -1,4 +1,5 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +198,10 @@ def test_a_resumed_run_counts_the_corrupt_images_of_the_report(tmp_path):
 
 def test_iterating_over_a_dataset_gives_one_epoch_of_pairs():
     assert [label for _, label in CorruptRamps(7)] == [1, 1, 2, 3, 4, 6, 6]
+
+
+def test_workers_whose_shared_memory_does_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=64 << 10))
+    loader(num_workers=0)
+    with pytest.raises(UserError, match=r"`data\.num_workers`.*0\.1 MB.*--shm-size"):
+        loader(num_workers=2)

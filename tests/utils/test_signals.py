@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -5,7 +6,14 @@ import sys
 
 import pytest
 
-from sagl.utils.signals import STOP_SIGNALS, Interrupted, block_stop_signals, on_stop_signal, raise_interrupted
+from sagl.utils.signals import (
+    STOP_SIGNALS,
+    Interrupted,
+    block_stop_signals,
+    end_with_parent,
+    on_stop_signal,
+    raise_interrupted,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +57,26 @@ def test_processes_that_are_started_while_stop_signals_are_blocked_ignore_them()
     child.communicate(b"\n")
     assert child.returncode == 0
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS) == set()
+
+
+def wait(ready):
+    end_with_parent()
+    ready.set()
+    signal.pause()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_ignores_the_stop_signals_of_others_and_obeys_its_parent(method):
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=wait, args=(ready,), daemon=True)
+    with block_stop_signals():
+        worker.start()
+    assert ready.wait(60)
+    kill = "import os, sys; [os.kill(int(sys.argv[1]), number) for number in (1, 2, 15)]"
+    subprocess.run([sys.executable, "-c", kill, str(worker.pid)], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
