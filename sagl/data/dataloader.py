@@ -159,7 +159,8 @@ def require_shared_memory(num_bytes: int) -> None:
     require(
         free >= num_bytes,
         f"`data.num_workers` needs {num_bytes / 1e6:.1f} MB of shared memory for each data loader, and {SHARED_MEMORY} "
-        f"has {free / 1e6:.1f} MB. Set it to 0, lower `data.batch_size`, or enlarge the folder: docker run --shm-size 1g.",
+        f"has {free / 1e6:.1f} MB. Set it to 0, lower `data.batch_size`, or enlarge {SHARED_MEMORY} (docker run "
+        "--shm-size 1g).",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sagl.errors import require
 from sagl.evaluation.extraction import FeatureExtraction
-from sagl.evaluation.image_sets import ImageSet, RunImages, content_digest, open_image_set
+from sagl.evaluation.image_sets import ImageSet, RunImages, open_image_set
 from sagl.evaluation.reference import load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
@@ -61,7 +61,7 @@ def evaluate(
         images=images,
         num_samples=count,
         reference=reference,
-        reference_digest=content_digest(reference),
+        reference_digest=real.digest,
         num_reference=real.statistics.num_samples or None,
         extractor=name,
         resize=resize,

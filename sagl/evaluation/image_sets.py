@@ -1,9 +1,10 @@
 """Sets of images to evaluate, read by index: a sampling run, an npz file, Fashion-MNIST or any image source."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +23,8 @@ from sagl.utils.files import cache_folder, sha256
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
 """Splits of Fashion-MNIST, padded to 32×32 as for the training of the bundled network."""
+DIGEST_DIGITS = 16
+"""Hex digits of a digest that are stored with a result."""
 Size = tuple[int, int]
 """(H, W) in pixels."""
 
@@ -44,6 +47,10 @@ class ImageSet(ABC):
         Raises:
             UserError: an image is damaged, or of another size.
         """
+
+    def digest(self) -> str:
+        """Return the sha256 of all images as they are stored; empty for images that never change."""
+        return ""
 
     @property
     def image_size(self) -> Size:
@@ -88,6 +95,9 @@ class RunImages(ImageSet):
             shard += 1
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
+    def digest(self) -> str:
+        return _sha256(sample.pngs[SAMPLES] for path in self._paths for sample in read_shard(path))
+
 
 class SourceImages(ImageSet):
     """The images of a source in colour, at their original size or cropped and resized as for training."""
@@ -115,6 +125,15 @@ class SourceImages(ImageSet):
                 f"{_size(image)} pixels, the one before {_size(images[0])}. All are then cropped and resized.",
             )
         return torch.stack(images).permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        return _sha256(self._read_bytes(index) for index in range(len(self)))
+
+    def _read_bytes(self, index: int) -> bytes:
+        try:
+            return self.source.read_bytes(index)
+        except OSError as error:
+            raise UserError(f"{self.source.name(index)} cannot be read: {error.strerror}.") from error
 
     def _decode(self, index: int) -> torch.Tensor:
         try:
@@ -173,26 +192,20 @@ def cache_key(name: str) -> str | None:
         return name
     if not path.exists():
         return None
-    digest = hashlib.sha256(str(path.absolute()).encode())
+    digest = hashlib.sha256(os.fsencode(path.resolve()))
     for file in _files(path):
         stat = file.stat()
-        digest.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+        digest.update(os.fsencode(f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"))
     return f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
-def content_digest(name: str) -> str:
-    """Return a digest that distinguishes sets of one name on any machine.
+def content_digest(name: str, images: ImageSet) -> str:
+    """Return a digest of the content of an image set, the same on any machine; empty for images that never change.
 
-    It is the sha256 of a file, or of the file names and sizes of a folder; empty for a name or a pattern.
+    It is the sha256 of a file, otherwise of the images.
     """
     path = Path(name)
-    if name in SPLITS or not path.exists():
-        return ""
-    if path.is_file():
-        return sha256(path)[:16]
-    folder = path / SHARDS if list_shards(path) else path
-    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in _files(folder))
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    return (sha256(path) if path.is_file() else images.digest())[:DIGEST_DIGITS]
 
 
 def _files(path: Path) -> list[Path]:
@@ -202,6 +215,15 @@ def _files(path: Path) -> list[Path]:
 @lru_cache(maxsize=2)
 def _read_shard(path: Path) -> Sequence[Sample]:
     return read_shard(path)
+
+
+def _sha256(contents: Iterable[bytes]) -> str:
+    """Return the digest of several byte strings in order, each with its length."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _size(image: torch.Tensor) -> str:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 from sagl.errors import UserError, require
 from sagl.evaluation.extraction import FeatureExtraction
-from sagl.evaluation.image_sets import ImageSet, RunImages, Size, cache_key, open_image_set
+from sagl.evaluation.image_sets import (
+    DIGEST_DIGITS,
+    ImageSet,
+    RunImages,
+    Size,
+    cache_key,
+    content_digest,
+    open_image_set,
+)
 from sagl.metrics.checks import require_finite_features
 from sagl.metrics.statistics_file import Reference, has_images, has_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTOR_NAMES
-from sagl.utils.files import cache_folder, partial_pattern, remove_partial
+from sagl.utils.files import cache_folder, partial_pattern, remove_partial, sha256
 
 
 def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, max_features: int) -> Reference | None:
@@ -34,7 +42,10 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
     path = _cache_path(name, images, extraction.name, max_features)
     if extraction.ranks.broadcast(path is not None and path.is_file()):
         assert path is not None
-        return replace(read_reference(path), notes=notes) if extraction.ranks.rank == 0 else None
+        if extraction.ranks.rank > 0:
+            return None
+        cached = read_reference(path)
+        return replace(cached, notes=notes, digest=cached.digest or content_digest(name, images))
     reference = _from_images(name, images, extraction, max_features)
     if reference is not None and path is not None:
         remove_partial(path.parent, partial_pattern(path))
@@ -50,12 +61,18 @@ def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max
     if statistics is None:
         return None
     require_finite_features("reference", statistics.pooled)
-    return Reference(statistics=statistics, extractor=extraction.name, source=name, image_size=images.image_size)
+    return Reference(
+        statistics=statistics,
+        extractor=extraction.name,
+        source=name,
+        image_size=images.image_size,
+        digest=content_digest(name, images),
+    )
 
 
 def _from_file(name: str, extraction: FeatureExtraction, max_features: int) -> Reference | None:
     """Read a statistics file; its images, if it has any, give the features that it lacks."""
-    file = read_reference(Path(name))
+    file = replace(read_reference(Path(name)), digest=sha256(Path(name))[:DIGEST_DIGITS])
     same_extractor = file.extractor == extraction.name
     require(
         same_extractor or has_images(Path(name)),

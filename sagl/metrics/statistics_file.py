@@ -22,7 +22,7 @@ from sagl.utils.files import atomic_file
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 T = TypeVar("T")
-NAMES = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples", "extractor", "source", "image_size")
+NAMES = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples", "extractor", "source", "image_size", "digest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class Reference:
     """Path or name of the images, if the file has it."""
     image_size: tuple[int, int] | None = None
     """(H, W) of the images before the extractor resized them, if the file has it."""
+    digest: str = ""
+    """Digest of the images or of the file, which distinguishes references of one name; empty for images that never
+    change."""
     notes: tuple[str, ...] = ()
     """Notes on how the statistics were obtained; not written to the file."""
 
@@ -86,6 +89,7 @@ def read_reference(path: Path) -> Reference:
         ),
         extractor=str(arrays.get("extractor", INCEPTION)),
         source=str(arrays.get("source", "")),
+        digest=str(arrays.get("digest", "")),
         image_size=None if image_size is None or image_size.shape != (2,) else (int(image_size[0]), int(image_size[1])),
     )
 
@@ -106,6 +110,8 @@ def write_reference(reference: Reference, path: Path, argument: str = "output") 
         arrays["features"] = statistics.features.numpy()
     if reference.image_size is not None:
         arrays["image_size"] = reference.image_size
+    if reference.digest:
+        arrays["digest"] = reference.digest
     with atomic_file(path, argument) as partial, partial.open("wb") as file:
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 

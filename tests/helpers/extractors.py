@@ -63,10 +63,10 @@ def write_pair(folder):
     return run, reference, images, others
 
 
-def write_folder(path, images):
+def write_folder(path, images, suffix=".png"):
     path.mkdir()
     for k, image in enumerate(images):
-        Image.fromarray(image).save(path / f"{k:03d}.png")
+        Image.fromarray(image).save(path / f"{k:03d}{suffix}")
     return path
 
 
