@@ -17,7 +17,7 @@ from sagl.data.image_data import ImageSource
 from sagl.data.registry import open_image_source
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError, require
-from sagl.sampling.run_folder import SAMPLES, SHARDS, Pixels, Sample, decode_png, list_shards, read_shard
+from sagl.sampling.run_folder import SAMPLES, Pixels, Sample, decode_png, list_shards, read_shard
 from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, sha256
 
