@@ -3,13 +3,14 @@
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from sagl.commands._config import parse_sample_config, sample_parser
 from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun, lock_run
 from sagl.sampling.run_folder import SHARDS, count_images
-from sagl.utils.distributed import global_rank, has_peers, launch, num_processes, select_device
+from sagl.utils.distributed import global_rank, has_peers, launch, num_processes, refuse_on_all_ranks, select_device
 from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
 from sagl.utils.files import remove_partial
 from sagl.utils.progress import ProgressReporter
@@ -29,18 +30,21 @@ def main(arguments: list[str]) -> None:
     config = parse_sample_config(arguments)
     disable_malloc_trim()
     if global_rank() > 0:
-        sample_missing(config)
+        if not config.dry_run:
+            sample_missing(config)
         return
     command = shlex.join(["sagl", "sample", *arguments])
     if config.dry_run:
         print_cost(config, SamplingRun.open(config, command))
         return
-    with lock_run(config.output):
-        run = SamplingRun.open(config, command)
-        remove_partial(run.folder, "*", f"{SHARDS}/*")
-        batches, pipeline = run.missing_batches(), None
-        if batches:
-            run.prepare_folder(batches)
+    with ExitStack() as stack:
+        with refuse_on_all_ranks(config.devices):
+            stack.enter_context(lock_run(config.output))
+            run = SamplingRun.open(config, command)
+            remove_partial(run.folder, "*", f"{SHARDS}/*")
+            batches, pipeline = run.missing_batches(), None
+            if batches:
+                run.prepare_folder(batches)
         if batches or has_peers():
             pipeline = sample_missing(config, run, batches)
         if not batches and not run.missing_exports():

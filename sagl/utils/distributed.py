@@ -237,6 +237,18 @@ def launch(devices: DeviceSettings) -> Iterator[Ranks]:
         raise error
 
 
+@contextmanager
+def refuse_on_all_ranks(devices: DeviceSettings) -> Iterator[None]:
+    """Raise a `UserError` of the body on all ranks. For what rank 0 does before `launch`, where the others wait."""
+    try:
+        yield
+    except UserError:
+        if not has_peers():
+            raise
+        with launch(devices):
+            raise
+
+
 def _connect(devices: DeviceSettings, num_local: int) -> Ranks:
     """Start the other processes where that is needed, and connect with all of them."""
     from lightning.fabric import Fabric

@@ -1,6 +1,7 @@
 """Ranks of a command over gloo on the CPU, started by Fabric and by torchrun."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -199,3 +200,38 @@ def test_a_gpu_that_torch_cannot_use_is_reported_and_left_or_refused(problem, en
     if problem:
         with pytest.raises(UserError, match=f"accelerator.*{problem}"):
             select_device(DeviceSettings(accelerator="gpu"))
+
+
+REFUSED = """
+from sagl.errors import UserError
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import global_rank, launch, refuse_on_all_ranks
+
+devices = DeviceSettings(devices="2", accelerator="cpu")
+try:
+    if global_rank() == 0:
+        with refuse_on_all_ranks(devices):
+            raise UserError("refused before the launch")
+    with launch(devices) as ranks:
+        ranks.broadcast(None)
+except UserError as error:
+    print("error:", error)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_a_launcher_started_do_not_wait_for_one_that_is_refused_before_the_launch(tmp_path):
+    (tmp_path / "program.py").write_text(REFUSED)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    processes = [
+        subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs == ["error: refused before the launch\n", ""]
