@@ -67,6 +67,21 @@ class Parser(ArgumentParser):
         names = [action.dest for action in self._actions if action.dest != "help" and action.help != SUPPRESS]
         raise UserError(format_error(message, names)) from ex
 
+    def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 (as the overridden method)
+        """Build the objects of parsed settings.
+
+        Raises:
+            UserError: a settings class refuses a value. Of a setting with several types, jsonargparse raises a
+                `ValueError` that has the refusal in its text.
+        """
+        try:
+            result: Namespace = super().instantiate(*args, **kwargs)
+        except UserError:
+            raise
+        except ValueError as error:
+            self.error(str(error), error)
+        return result
+
     @property
     def options(self) -> list[str]:
         """Flags that the help shows."""
@@ -179,6 +194,9 @@ def _allowed(name: str, expected: str) -> str:
 _REWRITES: dict[str, Callable[..., str]] = {
     r"Parser key \"(.+?)\": .* Subtypes: \[<class 'sagl\.settings\..+? Errors: - (.+?) - Expected": (
         lambda names, name, error: f"{name}: {error}"
+    ),
+    r"Does not validate .*? Subtypes: \[<class 'sagl\.settings\..+? Errors: - (.+?) - Expected": lambda names, error: (
+        error
     ),
     r"NestedArg\(key='(.+?)'": (
         lambda names, name: f"there is no option with {name!r} on the command line: a --config can have it."

@@ -51,6 +51,7 @@ class InMemoryData(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        require(self.num_validation >= 0, f"`data.num_validation` must be at least 0, got {self.num_validation}.")
 
     @property
     @abstractmethod

@@ -219,6 +219,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain
         (["--model.network.null_label", "false"], ["label_dropout"]),
         (["--ema_decay", "1"], ["ema_decay", "1.0"]),
         (["--model.network.image_size", "big"], ["image_size"]),
+        (["--model.network.attention_resolutions", "[5]"], ["attention_resolutions", "5"]),
         (["--checkpoint", "fashion_mnist"], ["checkpoint"]),  # of another network
         (["--trainer.max_steps", "many"], ["max_steps"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),

@@ -135,3 +135,8 @@ def test_validation_and_test_images_are_the_two_parts_of_the_test_split(tmp_path
 
 def test_the_default_folder_is_the_cache_folder(cache):
     assert FashionMNISTData().folder == cache
+
+
+def test_a_negative_number_of_validation_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"`data.num_validation`.* -3"):
+        data_module(tmp_path, num_validation=-3)
