@@ -136,7 +136,7 @@ def prepare(folder, command):
     write_grey_unet(Path("tiny.safetensors"))
     (folder / "data").mkdir()
     options = {"trainer": {"max_steps": 2, "val_check_interval": 1, "logger": True, "precision": "32-true"}}
-    write_folder_config(folder / "data", **options, save_every_steps=1)
+    write_folder_config(folder / "data", data={"num_workers": 0}, **options, save_every_steps=1)
     shutil.copytree("data/images/0", "reference")
     if command == "diffusers":
         colours = {"in_channels": 3, "num_classes": None, "null_label": False}
