@@ -9,6 +9,7 @@ import yaml
 from sagl.errors import require
 from sagl.models.metadata import SETTINGS_CLASSES, TRAINING_ONLY
 from sagl.sampling.run_folder import flatten
+from sagl.utils.distributed import global_rank
 
 START_SETTINGS = ("checkpoint", "weights")
 """Settings of the beginning of a training, which a resumed one does not read again."""
@@ -37,6 +38,17 @@ def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) 
             )
     old, new = (list(parameters.get("freeze", ())) for parameters in (saved, current))
     require(old == new, f"`model.freeze` must be {old}, as in the run that is resumed, got {new}.")
+
+
+def report_changes(config_file: Path, text: str) -> None:
+    """Print the settings of a resumed training that differ from its config.yaml; see `changed_settings`.
+
+    Raises:
+        UserError: a setting of `START_SETTINGS` differs.
+    """
+    changes = changed_settings(config_file, text)
+    if changes and global_rank() == 0:
+        print(f"The training in {config_file.parent} continues with {', '.join(changes)}.")
 
 
 def changed_settings(config_file: Path, text: str) -> list[str]:

@@ -18,7 +18,7 @@ from sagl.callbacks.ema import EMA, ExtraEMAs
 from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGPreviews
 from sagl.commands._parser import Parser, field_names, from_namespace
-from sagl.commands._resume import changed_settings, check_same_parameters
+from sagl.commands._resume import check_same_parameters, report_changes
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import load_training_checkpoint, read_state_dict
@@ -97,17 +97,12 @@ def fit(parser: Parser, config: Namespace) -> None:
     if config.checkpoint and resume_from is None:
         _load_weights(module, config.checkpoint, config.weights)
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
-    try:
-        with (
-            refuse_out_of_memory(*MEMORY_HINT),
-            on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
-        ):
-            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    except OSError as error:  # of a logger
-        if error.errno not in NO_SPACE:
-            raise
-        with file_errors(Path(config.output)):
-            raise
+    with (
+        file_errors(Path(config.output), numbers=NO_SPACE),  # of a logger
+        refuse_out_of_memory(*MEMORY_HINT),
+        on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
+    ):
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
 
 
 def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
@@ -130,28 +125,30 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
     text = parser.dump(config, skip_unset=False)
     if saved is not None:
         check_same_parameters(saved, module.hparams)
-        changes = changed_settings(output / "config.yaml", text)
-        if changes and global_rank() == 0:
-            print(f"The training in {output} continues with {', '.join(changes)}.")
+        report_changes(output / "config.yaml", text)
     module.hparams["ema_decay"] = config.ema_decay
     module.hparams["recommended"] = _sampling_settings(init) if isinstance(module, DiffusionModule) else {}
     options = init.trainer.as_dict()
     callbacks = _fit_callbacks(init, output, isinstance(module, DiffusionModule))
     if not options["fast_dev_run"]:
         callbacks.append(SaveConfig(output / "config.yaml", text))
-    plugins = options["plugins"] or []
-    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    if SLURMEnvironment.detect() and not plugins:
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing does not resume exactly
-    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        plugins.append(AtomicCheckpointIO())
-    options["plugins"] = plugins
+    options["plugins"] = _fit_plugins(options["plugins"])
     if options["logger"] is None:
         options["logger"] = not options["fast_dev_run"] and TensorBoardLogger(output, name="logs", version="")
     trainer = _build_trainer({**options, "default_root_dir": str(output)}, callbacks)
     if init.global_batch_size is not None:
         trainer.accumulate_grad_batches = _num_accumulated(init.global_batch_size, init.data.batch_size, trainer)
     return TrainingSetup(trainer, module, init.data, last if resumed else None)
+
+
+def _fit_plugins(configured: Any) -> list[Any]:  # noqa: ANN401 (Lightning's own union)
+    """Return the plugins of a training: the configured ones, and ours."""
+    plugins = list(configured) if isinstance(configured, list | tuple) else [configured] if configured else []
+    if SLURMEnvironment.detect() and not plugins:
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing does not resume exactly
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    return plugins
 
 
 def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Callback]:

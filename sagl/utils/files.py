@@ -202,8 +202,8 @@ def nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
-def file_errors(path: Path, argument: str = "output") -> Iterator[None]:
-    """Convert an error of the file system to a UserError.
+def file_errors(path: Path, argument: str = "output", numbers: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Convert an error of the file system, or only those with certain numbers, to a UserError.
 
     Raises:
         UserError: Names `argument`, the path and the reason.
@@ -211,6 +211,8 @@ def file_errors(path: Path, argument: str = "output") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if numbers is not None and error.errno not in numbers:
+            raise
         hint = "Free some space and repeat the command" if error.errno in NO_SPACE else "Choose another place"
         raise UserError(f"`{argument}` {path} cannot be written: {error.strerror or error}. {hint}.") from error
 
