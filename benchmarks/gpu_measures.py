@@ -134,25 +134,23 @@ def steps(machine: Machine) -> None:
         with torch.inference_mode():
             trajectory = pipeline.sample_progressive(0, range(batch), None)
             time_ = seconds(machine, partial(next, trajectory), 1 if machine.small else 4)
-            count = _count_synchronisations(machine, partial(next, trajectory))
-        machine.check(
-            count == 0, f"a guided {sampler} step of {batch} does not wait", f"{time_ * 1e3:.0f} ms, {count} times"
-        )
+            machine.report(f"a guided {sampler} step of {batch}", f"{time_ * 1e3:.0f} ms")
+            _check_synchronisations(machine, f"a guided {sampler} step does not wait", partial(next, trajectory))
     draw = step_noise(0, range(batch), (3, network.settings.image_size, network.settings.image_size), machine.device)
     machine.report(f"noise of {batch} images", f"{seconds(machine, lambda: draw(3)) * 1e3:.1f} ms on the CPU")
 
 
-def _count_synchronisations(machine: Machine, function: Callable[[], object]) -> int:
+def _check_synchronisations(machine: Machine, name: str, function: Callable[[], object]) -> None:
     if not machine.is_gpu:
-        machine.skip("synchronisations of a step", "needs a GPU")
-        function()
-        return 0
+        machine.skip(name, "needs a GPU")
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         function()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    count = sum("synchroniz" in str(warning.message) for warning in caught)
+    machine.check(count == 0, name, f"{count} synchronisations")
 
 
 def memory(machine: Machine) -> None:

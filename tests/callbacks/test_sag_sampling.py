@@ -58,9 +58,9 @@ def build_module(learning_rate=1e-12):
     return module
 
 
-def fit(module, callbacks, steps=4):
+def fit(module, callbacks, steps=4, **options):
     validation = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 1}
-    run = trainer(callbacks=callbacks, max_steps=steps, **validation)
+    run = trainer(callbacks=callbacks, max_steps=steps, **validation, **options)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
     run.fit(module, loader, loader)
     return run
@@ -134,6 +134,27 @@ def test_a_logger_with_log_image_gets_the_grid_and_others_nothing():
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_extractors_compute_in_float32_whatever_the_trainer_s_precision(precision, tmp_path, monkeypatch):
+    seen = set()
+
+    def build(device):
+        seen.add(torch.get_default_dtype())
+        weight = torch.ones(64, 12)
+
+        def extract(images):
+            features = images.float().flatten(1) @ weight
+            seen.add(features.dtype)
+            return features
+
+        return extract
+
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", build)
+    callbacks = [preview(tmp_path, num_metric_samples=4), EMA(CheckpointSettings())]
+    fit(build_module(), callbacks, precision=precision)
+    assert seen == {torch.float32}
 
 
 def test_the_metrics_of_each_scale_are_those_of_its_images(tmp_path):
