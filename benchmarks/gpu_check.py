@@ -150,7 +150,10 @@ def ddp(machine: Machine) -> None:
     flags, steps = distributed_fit(machine), machine.num_steps
     result = machine.run(*machine.fit("ddp", *flags, "--trainer.max_steps", steps))
     machine.check(result.code == 0, f"fit on {machine.num_processes} processes", result)
-    machine.check("arning" not in result.err, "no warnings", [x for x in result.err.splitlines() if "arning" in x][:3])
+    found = [line for line in result.err.splitlines() if "arning" in line]
+    if not machine.is_gpu:  # gradients of the CPU's 1x1 kernels have other strides, for the same bytes
+        found = [line for line in found if "Grad strides" not in line]
+    machine.check(not found, "no warnings", found[:3])
     result = machine.run(*machine.fit("ddp", *flags, "--trainer.max_steps", 2 * steps, "--resume"))
     machine.check(result.code == 0, "resume on several processes", result)
     for end, expected in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
