@@ -21,6 +21,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_range(name: str, value: int, smallest: int, largest: int) -> None:
+    """Raise a `UserError` unless a parameter lies between two limits, both included."""
+    require(smallest <= value <= largest, f"`{name}` must be in {smallest} … {largest}, got {value}.")
+
+
 def require_finite(settings: object, prefix: str = "") -> None:
     """Refuse settings that contain nan or infinity.
 

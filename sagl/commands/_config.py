@@ -167,12 +167,18 @@ def resolve_network(
     return fields | {"network": network, "diffusion": diffusion or released_diffusion}
 
 
+def is_recommendable(name: str) -> bool:
+    """Return whether a weight file may recommend a setting: it may set the chain, the labels and the guidance."""
+    return name in {"labels", *field_names(SamplerSettings), *GUIDANCES}
+
+
 def recommended_settings(model: str | None, checkpoint: Path | None) -> dict[str, Any]:
     """Return the sampling settings that the weight file or the config of a released network recommends."""
     if checkpoint is not None and (recommended := read_metadata(checkpoint).get("recommended")):
         return dict(recommended)
     config = RELEASED[model].config if model in RELEASED else None
-    return sampling_settings(read_config(config)) if config else {}
+    settings = sampling_settings(read_config(config)) if config else {}
+    return {name: value for name, value in settings.items() if is_recommendable(name)}
 
 
 def _name_of_file(path: Path) -> str | None:
@@ -331,8 +337,14 @@ def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any]) -> None:
     """Make recommended settings the defaults of the parser of `sagl sample`.
 
     Raises:
-        UserError: they are not settings of `sagl sample`.
+        UserError: they are not settings of `sagl sample`, or may not be recommended.
     """
+    for name in recommended:
+        require(
+            is_recommendable(name),
+            f"`recommended` settings of a weight file may set sampler, labels and guidance, but not {name}. Replace "
+            "them: sagl convert FILE NEW_FILE --recommended JSON.",
+        )
     _set_defaults(p, dict(recommended), f"`recommended` must be settings of sagl sample, got {dict(recommended)}: ")
 
 

@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _convert(args: Any, target: Path) -> None:  # noqa: ANN401 (the parser's namespace)
-    recommended = None if args.recommended is None else _parse_recommended(args.recommended)
+    recommended = None if args.recommended is None else _parse_json(args.recommended)
+    set_recommended_defaults(sample_parser(), recommended or {})
     config = model_settings(read_configs(args.config))
     config_settings = config.get("network") or config.get("classifier")
     model = args.model or config_settings or name_from_filename(Path(args.checkpoint))
@@ -66,6 +67,7 @@ def _convert(args: Any, target: Path) -> None:  # noqa: ANN401 (the parser's nam
         recommended = dict(checkpoint.recommended) or recommended_settings(
             name if isinstance(name, str) else None, None
         )
+        set_recommended_defaults(sample_parser(), recommended)
     _write(replace(checkpoint, recommended=recommended), target, args.dtype)
     size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
     print(f"{target}: {size / 1e6:.1f} MB, recommended {json.dumps(recommended)}.")
@@ -121,11 +123,8 @@ def _write(checkpoint: "NetworkWeights", target: Path, dtype: str | None) -> Non
         write_diffusers(checkpoint, target)
 
 
-def _parse_recommended(text: str) -> dict[str, Any]:
-    """Parse recommended settings; refuse them unless `sagl sample` accepts them."""
+def _parse_json(text: str) -> dict[str, Any]:
     try:
-        recommended = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"`recommended` must be a JSON object, got {text!r}.") from error
-    set_recommended_defaults(sample_parser(), recommended)
-    return recommended
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"`recommended` must be a JSON object, got {text!r:.60}.") from error

@@ -1,25 +1,20 @@
 """Images and labels in arrays: npz files as `sagl export --npz` and public samplers write them."""
 
 import io
-import struct
-import zipfile
-import zlib
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image
 
 from sagl.data.image_data import NO_LABEL, Array, ImageDataModule, ImageSource
 from sagl.data.transforms import Pixels, to_pixels
 from sagl.errors import UserError, require
-
-LOCAL_HEADER = struct.Struct("<26x2H")
-"""Fixed part of the header of a zip member; its last fields are the lengths of the name and of the extra field."""
+from sagl.utils.archives import read_arrays
 
 
 class ArrayImageSource(ImageSource):
@@ -107,16 +102,9 @@ class NpzImageSource(ArrayImageSource):
     def _read(self, name: str) -> Array | None:
         """Return an array of the file, or None if there is none of this name."""
         try:
-            with zipfile.ZipFile(self.file) as archive:
-                if f"{name}.npy" not in archive.namelist():
-                    return None
-                member = archive.getinfo(f"{name}.npy")
-                if member.compress_type == zipfile.ZIP_STORED:
-                    return _mmap_member(self.file, member)
-                with archive.open(member) as stream:
-                    return npy.read_array(stream, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, KeyError) as error:
-            raise UserError(f"`{self.argument}` must be an npz file, and {self.file} is corrupt: {error}.") from error
+            return read_arrays(self.file, [name]).get(name)
+        except BadZipFile as error:
+            raise UserError(f"`{self.argument}` must be an npz file, and {self.file} is damaged: {error}.") from error
 
 
 @dataclass(kw_only=True, eq=False)
@@ -128,20 +116,3 @@ class NpzData(ImageDataModule):
 
     def source(self) -> NpzImageSource:
         return NpzImageSource(Path(self.file))
-
-
-def _mmap_member(file: Path, member: zipfile.ZipInfo) -> Array:
-    """Map an uncompressed array, which follows the header of the zip member and the header of the npy format."""
-    with file.open("rb") as stream:
-        stream.seek(member.header_offset)
-        stream.seek(sum(LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))), io.SEEK_CUR)
-        shape, fortran_order, dtype = _read_npy_header(stream)
-        require(not dtype.hasobject, f"{member.filename} holds Python objects")
-        array = np.memmap(file, dtype, "r", stream.tell(), shape[::-1] if fortran_order else shape)
-        return array.T if fortran_order else array
-
-
-def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
-    """Return the shape, whether the order is Fortran's, and the dtype."""
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
-    return read(stream)

@@ -17,7 +17,13 @@ from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference
 from sagl.sampling.run_folder import read_run_json
-from sagl.settings.evaluation import DEFAULT_EXTRACTOR, INCEPTION, ExtractionSettings, MetricSettings
+from sagl.settings.evaluation import (
+    DEFAULT_EXTRACTOR,
+    EXTRACTOR_NAMES,
+    INCEPTION,
+    ExtractionSettings,
+    MetricSettings,
+)
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import launch
 
@@ -103,7 +109,13 @@ def write_statistics(
 
 
 def _default_extractor(reference: Path) -> str:
-    return read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR
+    """Return the extractor of a statistics file, which may name one of sagl's only: no file names code to run."""
+    name = read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR
+    require(
+        name in EXTRACTOR_NAMES,
+        f"`extractor` must be given for {reference}, which names {name!r:.60}. Code that a file names is not run.",
+    )
+    return name
 
 
 def _check_num_samples(num_samples: int | None, images: ImageSet, name: str) -> int:

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import torch
 
-from sagl.errors import require
+from sagl.errors import UserError, require
 from sagl.metrics.dinov2 import dinov2
 from sagl.metrics.effnet import effnet_lite0
 from sagl.metrics.features import Extractor
@@ -29,7 +29,7 @@ def get_extractor(name: str) -> ExtractorFactory:
         name: a key of `EXTRACTORS`, or the full name of a function, package.function.
 
     Raises:
-        UserError: there is no extractor of this name.
+        UserError: there is no extractor of this name. The factory of a function raises it if the function fails.
     """
     if name in EXTRACTORS:
         return EXTRACTORS[name]
@@ -44,4 +44,13 @@ def get_extractor(name: str) -> ExtractorFactory:
         f"`extractor` must be one of {', '.join(EXTRACTORS)} or package.function, and there is no function {name}.",
     )
     assert factory is not None
-    return factory
+
+    def load(device: torch.device) -> Extractor:
+        try:
+            extract = factory(device)
+            require(callable(extract), f"it returned {extract!r:.60}")
+        except Exception as error:
+            raise UserError(f"`extractor` {name} must return an extractor for a device: {error!r}.") from error
+        return extract
+
+    return load

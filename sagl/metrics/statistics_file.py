@@ -4,12 +4,11 @@ All are npz files with `mu` (D,) and `sigma` (D, D) of pooled features. OpenAI's
 features and 10,000 images as `arr_0`; sagl's also the extractor's name, the number of images and features.
 """
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from sagl.errors import UserError, require
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.frechet import Statistics
 from sagl.settings.evaluation import INCEPTION
+from sagl.utils.archives import Array, array_names, read_arrays
 from sagl.utils.files import atomic_file
 
-Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
+Arrays = dict[str, Array]
 T = TypeVar("T")
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples", "extractor", "source", "image_size", "digest")
 
@@ -48,7 +48,7 @@ def has_statistics(path: Path) -> bool:
     Raises:
         UserError: it is a damaged npz file.
     """
-    return path.suffix == ".npz" and path.is_file() and "mu" in _read(path, lambda arrays: arrays.files)
+    return path.suffix == ".npz" and path.is_file() and "mu" in _read(array_names, path)
 
 
 def has_images(path: Path) -> bool:
@@ -57,7 +57,7 @@ def has_images(path: Path) -> bool:
     Raises:
         UserError: it is damaged.
     """
-    return "arr_0" in _read(path, lambda arrays: arrays.files)
+    return "arr_0" in _read(array_names, path)
 
 
 def read_extractor(path: Path) -> str:
@@ -66,7 +66,7 @@ def read_extractor(path: Path) -> str:
     Raises:
         UserError: it is damaged.
     """
-    return str(_read(path, lambda arrays: arrays["extractor"] if "extractor" in arrays.files else INCEPTION))
+    return str(_read(lambda path: read_arrays(path, ["extractor"]), path).get("extractor", INCEPTION))
 
 
 def read_reference(path: Path) -> Reference:
@@ -75,7 +75,7 @@ def read_reference(path: Path) -> Reference:
     Raises:
         UserError: it is damaged, or an array has the wrong shape or type.
     """
-    arrays: Arrays = _read(path, lambda file: {name: file[name] for name in NAMES if name in file.files})
+    arrays = {name: np.array(array) for name, array in _read(lambda path: read_arrays(path, NAMES), path).items()}
     num_samples = _num_samples(arrays, path)
     pooled = _statistics(arrays, "", num_samples, path)
     require(pooled is not None, f"`reference` must hold mu and sigma, and {path} does not.")
@@ -165,9 +165,8 @@ def _statistics(arrays: Arrays, suffix: str, num_samples: int, path: Path) -> St
     )
 
 
-def _read(path: Path, read: Callable[[Any], T]) -> T:
+def _read(read: Callable[[Path], T], path: Path) -> T:
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return read(arrays)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"`reference` must be a whole npz file, and {path} is damaged or none.") from error
+        return read(path)
+    except BadZipFile as error:
+        raise UserError(f"`reference` must be a whole npz file, and {path} is damaged: {error}.") from error

@@ -3,11 +3,13 @@
 No code in a file is run: pickles are loaded with `weights_only=True`.
 """
 
+import hashlib
 import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from sagl.errors import UserError, require
 from sagl.models.adm import Classifier, UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.models.metadata import (
+    DIGEST_KEY,
     METADATA_KEY,
     SETTINGS_CLASSES,
     check_same_network,
@@ -32,6 +35,7 @@ from sagl.models.metadata import (
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import NetworkSettings, UNetSettings
 from sagl.settings.sampling import WeightPrecision
+from sagl.utils.archives import check_archive
 from sagl.utils.files import atomic_file
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
@@ -107,13 +111,15 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     """Load a training checkpoint, memory-mapped.
 
     Raises:
-        UserError: The file is not a training checkpoint of sagl, or contains code.
+        UserError: The file is not a training checkpoint of sagl, is damaged, contains code, or weights that are not
+            finite.
     """
     content = _load_pickle(path)
     require(
         "state_dict" in content and bool(_hyperparameters(content)),
         f"`checkpoint` must be a training checkpoint of sagl, but {path} is not.",
     )
+    _check_tensors(content["state_dict"], path)
     return content
 
 
@@ -132,16 +138,18 @@ def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:
     """Write a .safetensors file with the settings inside, completely or not at all.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or the weights are not finite.
     """
-    settings = checkpoint.model_settings
+    settings, tensors = checkpoint.model_settings, checkpoint.state_dict
+    _check_finite(tensors, path)
     metadata = {
         next(key for key, cls in SETTINGS_CLASSES.items() if isinstance(settings, cls)): asdict(settings),
         "diffusion": asdict(checkpoint.diffusion),
         "recommended": dict(checkpoint.recommended),
     }
+    metadata[DIGEST_KEY] = _digest(metadata, tensors)
     with atomic_file(path, "target") as partial:
-        save_tensors(checkpoint.state_dict, partial, {METADATA_KEY: json.dumps(metadata)})
+        save_tensors(tensors, partial, {METADATA_KEY: json.dumps(metadata)})
 
 
 def save_tensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -174,9 +182,13 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         try:
-            return _check_tensors(load_file(path), path), metadata
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"`checkpoint` must be a complete .safetensors file, but {path} is damaged.") from error
+        digest = metadata.pop(DIGEST_KEY, None)
+        unchanged = digest is None or digest == _digest(metadata, tensors)
+        require(unchanged, f"`checkpoint` must be as it was written, but {path} is damaged.")
+        return _check_tensors(tensors, path), metadata
     content = _load_pickle(path)
     if "state_dict" not in content:
         return _check_tensors(content, path), {}
@@ -189,11 +201,18 @@ def _hyperparameters(content: Mapping[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) and SETTINGS_CLASSES.keys() & settings else {}
 
 
+@lru_cache(maxsize=4)
+def _check_archive(path: Path, modified: int) -> None:  # noqa: ARG001 (part of the key: a command reads a file again)
+    check_archive(path)
+
+
 def _load_pickle(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that it then refuses
-            content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            if is_zip := is_zipfile(path):
+                _check_archive(path, path.stat().st_mtime_ns)
+            content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except UnpicklingError as error:
         raise UserError(
             f"`checkpoint` {path} is damaged, or contains code, which is not run. Download it again, or save it "
@@ -216,18 +235,37 @@ def _select_weights(content: Mapping[str, Any], weights: str, path: Path) -> Map
     if "current_model_state" in content:
         choices["raw"] = content["current_model_state"]
     require(weights in choices, f"`weights` must be one of {', '.join(choices)} for {path}, got {weights!r}.")
-    tensors = _check_tensors(choices[weights], path)
+    tensors = choices[weights] if weights == "ema" else _check_tensors(choices[weights], path)
     prefix = "network."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_tensors(tensors: Any, path: Path) -> Mapping[str, Tensor]:  # noqa: ANN401 (any content of a pickle)
-    """Refuse anything but tensors by name."""
+    """Refuse anything but finite tensors by name."""
     valid = isinstance(tensors, Mapping) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     )
     require(valid and bool(tensors), f"`checkpoint` must contain tensors by name, but {path} does not.")
+    _check_finite(tensors, path)
     return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights with nan or infinity, as a training that diverged leaves them."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            values = tensor if tensor.element_size() > 1 else tensor.float()
+            finite = all(bool(limit.isfinite()) for limit in values.aminmax())
+            require(finite, f"`checkpoint` must have finite weights, but {name} of {path} has nan or infinity.")
+
+
+def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the metadata and of names, types, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------- networks

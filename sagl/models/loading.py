@@ -1,9 +1,6 @@
 """Checkpoints by name or by path; released ones are downloaded at first use."""
 
-import struct
-import zlib
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from sagl.errors import UserError, require
 from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, read_checkpoint
@@ -55,22 +52,9 @@ def download_pretrained(name: str) -> Path:
     target = cache_folder() / "models" / entry.file
 
     def check(path: Path) -> None:
-        _check_archive(path)
         checkpoint = read_checkpoint(path, settings=entry.settings)
         check_state_dict(meta_state_dict(entry.settings), checkpoint.state_dict)
 
     download(entry.url, target, check=check, licence=entry.licence)
     cached_sha256(target)
     return target
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a zip archive (the format of newer .pt files) that does not match its own checksums."""
-    if not is_zipfile(path):
-        return
-    try:
-        with ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (BadZipFile, RuntimeError, EOFError, ValueError, zlib.error, struct.error):
-        damaged = path.name
-    require(damaged is None, f"`checkpoint` must be a complete file, and {path} is damaged.")

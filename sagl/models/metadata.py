@@ -5,7 +5,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
@@ -15,14 +15,18 @@ Settings = TypeVar("Settings")
 
 METADATA_KEY = "sagl"
 """Key of the JSON metadata in the header of a safetensors file."""
+DIGEST_KEY = "sha256"
+"""Key of the digest of metadata and weights, as a safetensors file has no checksum of its own."""
 SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {"network": UNetSettings, "classifier": ClassifierSettings}
 """Keys of the network settings in the metadata; a file has one of them."""
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors library on the header of a file."""
 TRAINING_ONLY = ("dropout", "use_checkpoint")
 """Network settings without effect on the output of a trained network."""
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a file with keys network or classifier, diffusion, recommended; empty if it has none.
+    """Return the metadata of a file with keys network or classifier, diffusion, recommended, sha256; empty if none.
 
     Of a safetensors file only the header is read, without torch.
 
@@ -36,14 +40,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
+            header = json.loads(file.read(length) if length <= min(size, MAX_HEADER_BYTES) else b"")
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if path.stat().st_size != 8 + length + max(ends, default=0):
+        if size != 8 + length + max(ends, default=0):
             raise ValueError("truncated, or with data behind the tensors")
         metadata = dict(json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}")))
-    except (struct.error, ValueError, AttributeError, TypeError, LookupError) as error:
+    except (struct.error, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"`checkpoint` must be a complete .safetensors file, but {path} is damaged.") from error
     require_recommended(metadata, path)
     return metadata
@@ -59,27 +64,36 @@ def settings_from_metadata(metadata: Mapping[str, Any], path: Path) -> tuple[Net
         key = next(key for key in SETTINGS_CLASSES if key in metadata)
         model_settings = build_settings(SETTINGS_CLASSES[key], metadata[key])
         return model_settings, build_settings(DiffusionSettings, metadata["diffusion"])
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"`checkpoint` must contain valid settings of sagl, but those in {path} are not.") from error
+    except (KeyError, TypeError, AttributeError, StopIteration, UserError) as error:
+        raise UserError(f"`checkpoint` must contain valid settings, but those in {path} are not: {error}") from error
 
 
 def build_settings(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Build a settings object from values of a file.
 
     Raises:
-        UserError: A value is not allowed, or a fraction stands in place of an integer.
-        TypeError: The values are of other types, or have other names.
+        UserError: A value is not allowed, or of another type.
+        TypeError: The values have other names.
     """
     for name, hint in get_type_hints(cls).items():
-        value = values.get(name)
-        fractional = isinstance(value, float) and hint in (int, int | None)
-        require(not fractional, f"`{name}` must be an integer, got {value}.")
-    try:
-        return cls(**values)
-    except UserError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise TypeError(str(error)) from error
+        if name in values:
+            type_name = getattr(hint, "__name__", str(hint))
+            require(_has_type(values[name], hint), f"`{name}` must be {type_name}, got {values[name]!r:.60}.")
+    return cls(**values)
+
+
+def _has_type(value: Any, hint: Any) -> bool:  # noqa: ANN401 (any JSON value, any type)
+    """Return whether a value of a file is of the type of a settings field; integers are floats too, but no bool."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_has_type(item, args[0]) for item in value)
+    if args:
+        return any(_has_type(value, arg) for arg in args)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e30  # neither nan nor an integer beyond a float
+    return type(value) is hint
 
 
 def require_recommended(metadata: Mapping[str, Any], path: Path) -> None:

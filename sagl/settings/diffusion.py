@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.errors import require, require_choices
+from sagl.errors import require, require_choices, require_range
 
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Loss = Literal["hybrid", "simple", "vlb"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
+MAX_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,7 @@ class DiffusionSettings:
     def __post_init__(self) -> None:
         require_choices(self)
         smallest = 21 if self.noise_schedule == "linear" else 1  # linear betas reach 20 / num_timesteps
-        require(
-            self.num_timesteps >= smallest,
-            f"`num_timesteps` must be at least {smallest} for {self.noise_schedule} noise, got {self.num_timesteps}.",
-        )
+        require_range("num_timesteps", self.num_timesteps, smallest, MAX_TIMESTEPS)
 
 
 @dataclass(frozen=True, kw_only=True)

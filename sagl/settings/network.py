@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sagl.errors import require, require_choices
+from sagl.errors import require, require_choices, require_finite, require_range
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 
@@ -14,6 +14,9 @@ DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     64: (1, 2, 3, 4),
 }
 """ADM's multipliers by image size (Dhariwal & Nichol 2021, appendix I)."""
+LARGEST = {"image_size": 4096, "in_channels": 1024, "num_channels": 16_384, "num_res_blocks": 64, "num_heads": 65_536}
+MAX_LEVELS, MAX_WIDTH, MAX_CLASSES = 12, 65_536, 10_000_000
+"""Limits that no network comes near. Settings in a file may be damaged, and are checked before a network is built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,9 @@ class EncoderSettings:
         """
         for name in ("channel_mult", "attention_resolutions"):  # JSON and YAML have lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "in_channels", "num_channels", "num_res_blocks", "num_heads"):
-            require(getattr(self, name) >= 1, f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        require_finite(self)
+        for name, largest in LARGEST.items():
+            require_range(name, getattr(self, name), 1, largest)
         require(0.0 <= self.dropout < 1.0, f"`dropout` must be in [0, 1), got {self.dropout}.")
         if not self.channel_mult:
             require(
@@ -83,15 +87,19 @@ class EncoderSettings:
         return channels // self.num_head_channels if self.num_head_channels else self.num_heads
 
     def _check_levels(self) -> None:
+        require(
+            len(self.channel_mult) <= MAX_LEVELS and all(abs(mult) <= MAX_WIDTH for mult in self.channel_mult),
+            f"`channel_mult` must be at most {MAX_LEVELS} numbers up to {MAX_WIDTH}, got {self.channel_mult!s:.60}.",
+        )
         factor = 1 << (len(self.channel_mult) - 1)
         require(
             self.image_size % factor == 0,
             f"`image_size` must be divisible by {factor} for {len(self.channel_mult)} levels, got {self.image_size}.",
         )
         require(
-            all(width > 0 and width % 32 == 0 for width in self.widths),
+            all(0 < width <= MAX_WIDTH and width % 32 == 0 for width in self.widths),
             "`num_channels` times each of `channel_mult` must be a positive multiple of 32 (groups of the "
-            f"normalisation), got {self.widths}.",
+            f"normalisation), at most {MAX_WIDTH}, got {self.widths}.",
         )
         missing = [side for side in self.attention_resolutions if side not in self.resolutions]
         require(
@@ -135,10 +143,8 @@ class UNetSettings(EncoderSettings):
             self.num_classes is not None or not self.null_label,
             "`null_label` needs a class-conditional network, got num_classes None. Set `num_classes`.",
         )
-        require(
-            self.num_classes is None or self.num_classes >= 1,
-            f"`num_classes` must be at least 1, got {self.num_classes}.",
-        )
+        if self.num_classes is not None:
+            require_range("num_classes", self.num_classes, 1, MAX_CLASSES)
 
     @property
     def sites(self) -> dict[str, int]:
@@ -192,7 +198,7 @@ class ClassifierSettings(EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_classes >= 1, f"`num_classes` must be at least 1, got {self.num_classes}.")
+        require_range("num_classes", self.num_classes, 1, MAX_CLASSES)
         require_choices(self)
         require(
             self.pool != "attention" or self.num_head_channels is not None,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sagl.errors import UserError, require, require_choices, require_finite
+from sagl.errors import UserError, require, require_choices, require_finite, require_range
 
 MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
 SAMPLERS = {"ddpm": "sagl.samplers.ddpm:ddpm", "ddim": "sagl.samplers.ddim:ddim"}
@@ -116,8 +116,3 @@ class DeviceSettings:
             "CUDA_VISIBLE_DEVICES chooses the GPUs.",
         )
         require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")
-
-
-def require_range(name: str, value: int, smallest: int, largest: int) -> None:
-    """Raise a `UserError` unless a parameter lies between two limits, both included."""
-    require(smallest <= value <= largest, f"`{name}` must be in {smallest} … {largest}, got {value}.")

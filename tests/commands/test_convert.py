@@ -159,9 +159,21 @@ def test_recommended_settings_may_be_empty_for_a_released_network(cat, tmp_path)
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("text", ['{"sag": {"strength": 3}}', '{"respacing": []}', '{"sag": {"scale": "strong"}}', "["])
+INVALID = ['{"sag": {"strength": 3}}', '{"respacing": []}', '{"sag": {"scale": "strong"}}', '{"output": "a"}', "["]
+
+
+@pytest.mark.parametrize("text", INVALID)
 def test_invalid_recommended_settings_are_refused(text, training, tmp_path, refusal):
     assert "recommended" in refusal(training, tmp_path / "network.safetensors", "--recommended", text)
+
+
+@pytest.mark.parametrize("name", ["output", "exports", "num_samples", "checkpoint", "config", "compare", "trainer"])
+def test_a_weight_file_recommends_sampler_labels_and_guidance_only(name, tmp_path, refusal, capsys):
+    source = write_grey_unet(tmp_path / "tiny.safetensors", recommended={name: "elsewhere", "sampler": "ddim"})
+    assert name in refusal(source, tmp_path / "b.safetensors")
+    assert exit_code("sample", "--checkpoint", source) == 2
+    assert name in capsys.readouterr().err
+    convert(source, tmp_path / "b.safetensors", "--recommended", "{}")
 
 
 def test_weights_of_another_network_are_refused(training, tmp_path, refusal):

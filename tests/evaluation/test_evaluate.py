@@ -296,9 +296,19 @@ def test_a_statistics_file_of_sagl_has_the_values_of_its_images(tmp_path, pair):
 
 def test_a_statistics_file_determines_the_extractor_and_the_image_size(tmp_path, pair):
     large, _ = write_npz(tmp_path / "large.npz", 50, 1, size=24)
-    result = result_of(pair[0], write_own(large, tmp_path / "s.npz", extractor=USER_EXTRACTOR))
-    assert result.extractor == USER_EXTRACTOR
+    result = result_of(pair[0], write_own(large, tmp_path / "s.npz", extractor="inception"))
+    assert result.extractor == "inception"
     assert "24×24" in result.notes[0]
+
+
+def test_code_that_a_statistics_file_names_is_not_imported(tmp_path, pair, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "innocent.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w'); make = print")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    np.savez(tmp_path / "r.npz", mu=np.zeros(2), sigma=np.eye(2), extractor=np.array("innocent.make"))
+    with pytest.raises(UserError, match=r"`extractor` .*r\.npz.*innocent\.make"):
+        result_of(pair[0], tmp_path / "r.npz")
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_samples", 51), ("max_features", 1), ("extractor", "nonsense")])

@@ -27,3 +27,9 @@ def test_a_function_is_found_by_its_full_name():
 def test_an_unknown_extractor_is_refused_with_the_names_of_the_others(name):
     with pytest.raises(UserError, match=r"`extractor` must be one of inception, effnet_lite0_64"):
         get_extractor(name)
+
+
+@pytest.mark.parametrize("name", ["os.system", "os.getpid", "os.path.basename"])
+def test_a_function_that_returns_no_extractor_is_refused_by_its_name(name):
+    with pytest.raises(UserError, match=f"`extractor` {name} must"):
+        get_extractor(name)(CPU)

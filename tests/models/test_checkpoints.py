@@ -2,6 +2,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -239,6 +240,37 @@ def test_a_damaged_file_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(complete[:-1000] if content is None else content)
     with pytest.raises(UserError, match=r"`checkpoint` .*damaged"):
         read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "last.ckpt", "a.pt"])
+def test_a_changed_byte_gives_the_same_weights_or_is_refused(name, tmp_path):
+    path, settings = tmp_path / name, grey_unet().settings
+    if name == "a.pt":
+        torch.save(dict(grey_unet().state_dict()), path)
+    else:
+        (write_tiny if name == "a.safetensors" else write_training_checkpoint)(path)
+    whole, weights = path.read_bytes(), read_checkpoint(path, settings=settings).state_dict
+    rng, refused = np.random.default_rng(0), 0
+    for position in (*rng.integers(len(whole), size=20), *rng.integers(1500, size=10)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 64]) + whole[position + 1 :])
+        try:
+            read = read_checkpoint(path, settings=settings).state_dict
+        except UserError:
+            refused += 1
+        else:
+            assert all(torch.equal(read[key], tensor) for key, tensor in weights.items())
+    assert refused >= 15
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_the_name_of_the_tensor(value, tmp_path, training):
+    tensors = {"out.2.bias": torch.tensor([0.0, value])}
+    with pytest.raises(UserError, match=r"`checkpoint` .*out\.2\.bias"):
+        write_checkpoint(changed(grey_weights(), tensors), tmp_path / "a.safetensors")
+    rewrite(training, state_dict={f"network.{name}": tensor for name, tensor in tensors.items()})
+    for read in (read_checkpoint, load_training_checkpoint):
+        with pytest.raises(UserError, match=r"`checkpoint` .*out\.2\.bias"):
+            read(training)
 
 
 def test_a_plain_state_dict_is_read_with_given_settings(plain):
