@@ -13,6 +13,7 @@ from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from sagl.utils.distributed import global_rank
 from sagl.utils.environment import choose_thread_waiting
+from sagl.utils.launchers import ignore_stale_ranks
 from sagl.utils.signals import Interrupted, on_stop_signal, raise_interrupted
 
 
@@ -29,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; None stands for those of the process.
 
     Returns:
-        The exit code: 0; 2 after a `UserError`, whose message is printed as one line; 128 + its number after a signal,
-        except 0 for a training that SIGTERM ends.
+        The exit code: 0; 2 after a `UserError` or an error of the file system, which are printed as one line; 128 + its
+        number after a signal, except 0 for a training that SIGTERM ends.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -53,13 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_command(command: str, arguments: list[str]) -> int:
-    """Run a subcommand and return 0, or 2 after a `UserError`, which is printed."""
+    """Run a subcommand and return 0, or 2 after a `UserError` or an error of the file system, which is printed."""
     choose_thread_waiting()
     module = import_module(SUBCOMMANDS[command][0])
     try:
+        ignore_stale_ranks()
         module.main(arguments)
     except UserError as error:
         print_error(command, with_flags(str(error), command, module))
+        return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print_error(command, f"{error.filename or 'a file'}: {error.strerror}.")
         return 2
     return 0
 
@@ -77,7 +84,10 @@ def print_error(command: str, message: str) -> None:
 
 
 class OptionalOutput(TextIOWrapper):
-    """Text output that does not end the command if it cannot be written: `| head` has ended, or its disk is full."""
+    """Text output that does not end the command if it cannot be written: `| head` has ended, or its disk is full.
+
+    Characters that its encoding does not have are written as question marks.
+    """
 
     def write(self, text: str) -> int:
         try:
@@ -101,8 +111,8 @@ def run() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a test's or a notebook's
-            encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
-            setattr(sys, name, OptionalOutput(stream.detach(), encoding, errors, line_buffering=by_line))
+            encoding, by_line = stream.encoding, stream.line_buffering
+            setattr(sys, name, OptionalOutput(stream.detach(), encoding, "replace", line_buffering=by_line))
     sys.exit(main())
 
 

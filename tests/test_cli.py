@@ -10,6 +10,7 @@ from sagl import cli
 from sagl.cli import SUBCOMMANDS, with_flags
 from sagl.commands._parser import Parser
 from sagl.errors import UserError
+from sagl.utils.launchers import PARENT
 from sagl.utils.signals import STOP_SIGNALS
 from tests.helpers.commands import exit_code
 
@@ -101,6 +102,7 @@ def test_a_signal_ends_a_command_in_one_line_with_a_code_of_its_own(number, comm
 
 def test_a_rank_above_0_ends_silently_and_without_failure(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(PARENT, str(os.getppid()))
     monkeypatch.setattr("sagl.commands.convert.main", lambda arguments: signal.raise_signal(signal.SIGINT))
     assert cli.main(["convert"]) == 0
     assert capsys.readouterr().err == ""
@@ -116,6 +118,24 @@ def test_a_command_whose_text_cannot_be_written_ends_well(target):
     process = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, b"")
+
+
+def test_an_error_of_the_file_system_is_one_line_with_the_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sagl.commands.convert.main", lambda arguments: (tmp_path / "absent").read_bytes())
+    assert cli.main(["convert"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sagl convert: ")
+    assert str(tmp_path / "absent") in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_characters_that_the_output_cannot_encode_are_replaced(encoding):
+    command = [sys.executable, "-m", "sagl.cli", "sample", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"--num_samples" in result.stdout
 
 
 @pytest.mark.parametrize("exception", [KeyError, ValueError, RuntimeError])

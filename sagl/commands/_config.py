@@ -28,7 +28,7 @@ from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings
 from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
-from sagl.utils.files import packaged_configs
+from sagl.utils.files import expand_path, expand_paths, packaged_configs
 
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
@@ -232,7 +232,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise UserError(f"`config` {path} is not readable YAML: {str(error).splitlines()[0]}.") from error
     require(repeated is None, f"`config` {path} must have a setting once, and it has {repeated} twice. Remove one.")
     require(isinstance(config, dict), f"`config` {path} must be a mapping of settings, got {config!r:.60}.")
-    return dict(config)
+    return dict(expand_paths(config))
 
 
 def _repeated_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
@@ -253,6 +253,7 @@ def packaged_config(name: str) -> Path:
     Raises:
         UserError: neither exists.
     """
+    name = expand_path(name, "config")
     packaged = sorted(path.stem for path in packaged_configs().glob("*.yaml"))
     path = Path(name) if Path(name).is_file() or name not in packaged else packaged_configs() / f"{name}.yaml"
     if not path.is_file():

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from sagl.errors import UserError
+from sagl.utils.files import expand_paths
 
 TYPE_NAMES = {
     "float": "a number",
@@ -94,12 +95,16 @@ class Parser(ArgumentParser):
             self._option_string_actions[f"--{group}"].help = SUPPRESS  # would read the group from a file, as --config
 
     def parse(self, arguments: list[str]) -> Namespace:
-        """Parse a command line.
+        """Parse a command line, and expand ~ and $NAME in all values.
 
         Raises:
-            UserError: an option is unknown, or a value has the wrong type.
+            UserError: an option is unknown, a value has the wrong type, or a variable of a path is not set.
         """
-        return self.parse_args(parse_interval_arg(arguments))
+        values = self.parse_args(parse_interval_arg(arguments))
+        for name, value in values.items():
+            if isinstance(value, str | list | dict):
+                values[name] = expand_paths(value, name)
+        return values
 
 
 def parse_interval_arg(arguments: Iterable[str]) -> list[str]:

@@ -2,15 +2,19 @@
 
 import logging
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint, SaveConfig
@@ -19,7 +23,7 @@ from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGPreviews
 from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.commands._resume import check_same_parameters, report_changes
-from sagl.errors import require
+from sagl.errors import UserError, require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import load_training_checkpoint, read_state_dict
 from sagl.models.loading import load
@@ -74,16 +78,17 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
         handler.addFilter(lambda record: not record.getMessage().startswith(IGNORED_MESSAGES))
     if command != "fit":
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if command == "fit":
-        require(config.output is not None, "`output` must be a folder, got none.")
-        writes = global_rank() == 0 and not config.trainer.fast_dev_run
-        with lock_folder(Path(config.output)) if writes else nullcontext():
-            fit(parser, config)
-        return
-    trainer, module, data, _ = prepare_evaluation(parser, config)
-    _load_weights(module, config.checkpoint, config.weights)
-    with refuse_out_of_memory(*MEMORY_HINT):
-        (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
+    with trainer_errors():
+        if command == "fit":
+            require(config.output is not None, "`output` must be a folder, got none.")
+            writes = global_rank() == 0 and not config.trainer.fast_dev_run
+            with lock_folder(Path(config.output)) if writes else nullcontext():
+                fit(parser, config)
+            return
+        trainer, module, data, _ = prepare_evaluation(parser, config)
+        _load_weights(module, config.checkpoint, config.weights)
+        with refuse_out_of_memory(*MEMORY_HINT):
+            (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
 
 
 def fit(parser: Parser, config: Namespace) -> None:
@@ -103,6 +108,20 @@ def fit(parser: Parser, config: Namespace) -> None:
         on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
     ):
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Convert errors about the trainer's settings to a UserError: those that Lightning's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
+        if not raised_in.startswith("lightning."):
+            raise
+        raise UserError(f"`trainer` has settings that cannot be used: {error}") from error
 
 
 def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
@@ -205,6 +224,8 @@ def _build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Traine
     )
     if isinstance(options["accelerator"], str):
         options["accelerator"] = _select_accelerator(options["accelerator"], str(options["precision"]))
+    if options["enable_checkpointing"] is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     return Trainer(**options, callbacks=callbacks)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from sagl.commands._parser import Parser
 from sagl.commands.fit import run_command, training_parser
 from sagl.errors import require
+from sagl.utils.files import expand_path
 
 
 def validate_parser() -> Parser:
@@ -19,7 +20,7 @@ def expand_run_argument(arguments: list[str]) -> list[str]:
     """
     if not arguments or arguments[0].startswith("-"):
         return arguments
-    run = Path(arguments[0])
+    run = Path(expand_path(arguments[0], "run"))
     config, checkpoint = run / "config.yaml", run / "checkpoints" / "last.ckpt"
     require(
         config.is_file() and checkpoint.is_file(),

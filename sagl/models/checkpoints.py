@@ -202,7 +202,7 @@ def _hyperparameters(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _check_archive(path: Path, modified: int) -> None:  # noqa: ARG001 (part of the key: a command reads a file again)
+def _check_archive(path: Path, modified: int) -> None:
     check_archive(path)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sagl.errors import UserError, require
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.environment import disable_tf32, gpu_problem, refuse_out_of_memory, set_threads
+from sagl.utils.launchers import num_launched
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def global_rank() -> int:
 
 def has_peers() -> bool:
     """Return whether torchrun or SLURM started other processes, which wait for this one even if nothing is to do."""
-    return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    return num_launched() > 1
 
 
 def require_launcher(devices: DeviceSettings) -> None:
@@ -60,7 +61,7 @@ def require_launcher(devices: DeviceSettings) -> None:
         UserError: `num_nodes` is above 1, and neither torchrun nor SLURM started this process.
     """
     require(
-        devices.num_nodes == 1 or not {"MASTER_ADDR", "SLURM_NTASKS"}.isdisjoint(os.environ),
+        devices.num_nodes == 1 or num_launched() > 1,
         f"`trainer.num_nodes` must be 1 without a launcher, got {devices.num_nodes}. Start the processes with torchrun "
         "or srun, see docs/sampling.md.",
     )
@@ -94,15 +95,25 @@ def report_unused_gpu(device: "torch.device") -> None:
 
 
 def num_processes(devices: DeviceSettings) -> tuple[int, int]:
-    """Return the number of processes on this node and on all nodes."""
+    """Return the number of processes on this node and on all nodes.
+
+    Raises:
+        UserError: torchrun or SLURM started another number.
+    """
     import torch
 
+    num_others = num_launched()
     if devices.devices.isdecimal():
         local = int(devices.devices)
-    elif "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
+    elif num_others > 1:
+        local = num_others // devices.num_nodes
     else:
         local = torch.cuda.device_count() if select_device(devices).type == "cuda" else 1
+    require(
+        num_others in (1, local * devices.num_nodes),
+        f"`trainer.devices` times `trainer.num_nodes` must be {num_others}, the number of processes that torchrun or "
+        f"srun started, got {devices.devices} times {devices.num_nodes}.",
+    )
     return local, local * devices.num_nodes
 
 

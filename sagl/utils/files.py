@@ -10,18 +10,53 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sagl.errors import UserError, require
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk or quota."""
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+"""A variable of the environment in a path: $NAME or ${NAME}."""
+
+
+def expand_path(text: str, argument: str) -> str:
+    """Return a path with ~, ~USER and variables of the environment replaced, as shells do.
+
+    Raises:
+        UserError: A variable is not set, or a user has no home folder; names `argument`.
+    """
+    for names in VARIABLE.findall(text):
+        name = "".join(names)
+        require(name in os.environ, f"`{argument}` {text} contains ${name}, which is not set. Set it, or write it out.")
+    text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
+    expanded = os.path.expanduser(text)
+    require(
+        not expanded.startswith("~") and (not text.startswith("~") or os.environ.get("HOME") != ""),
+        f"`{argument}` {text} needs a home folder, and there is none. Set HOME, or `{argument}` to another path.",
+    )
+    return expanded
+
+
+def expand_paths(value: Any, argument: str = "") -> Any:  # noqa: ANN401 (nested settings of any kind)
+    """Return nested settings with `expand_path` applied to every text, under its full name."""
+    if isinstance(value, str):
+        return expand_path(value, argument)
+    if isinstance(value, dict):
+        prefix = f"{argument}." if argument else ""
+        return {name: expand_paths(item, f"{prefix}{name}") for name, item in value.items()}
+    return [expand_paths(item, argument) for item in value] if isinstance(value, list) else value
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads and unpacked data: $SAGL_CACHE, else $XDG_CACHE_HOME/sagl, else ~/.cache/sagl."""
+    """Return the folder of downloads and unpacked data: $SAGL_CACHE, else $XDG_CACHE_HOME/sagl, else ~/.cache/sagl.
+
+    Raises:
+        UserError: There is no home folder.
+    """
     if folder := os.environ.get("SAGL_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sagl"
+        return Path(expand_path(folder, "SAGL_CACHE"))
+    return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "SAGL_CACHE")) / "sagl"
 
 
 def packaged_configs() -> Path:

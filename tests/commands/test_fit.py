@@ -223,6 +223,11 @@ def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain
         (["--checkpoint", "fashion_mnist"], ["checkpoint"]),  # of another network
         (["--trainer.max_steps", "many"], ["max_steps"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),
+        (["--data.root", "$ABSENT/images"], ["--data.root", "ABSENT"]),
+        (["--trainer.devices", "0"], ["trainer", "devices"]),
+        (["--trainer.accelerator", "tpu"], ["trainer", "TPU"]),
+        (["--trainer.accelerator", "abacus"], ["trainer", "abacus"]),
+        (["--trainer.precision", "12"], ["trainer", "12"]),
     ],
 )
 def test_invalid_options_are_refused_in_one_line_and_nothing_is_written(options, names, config, tmp_path, capsys):
@@ -230,6 +235,18 @@ def test_invalid_options_are_refused_in_one_line_and_nothing_is_written(options,
     line = error_line(capsys)
     assert all(name in line for name in names), line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_trainer_refuses_during_a_fit_is_one_line(config, tmp_path, capsys):
+    options = ["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 2
+    assert "val_check_interval" in error_line(capsys)
+
+
+def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone(config, tmp_path):
+    options = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "1"]
+    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 0
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["config.yaml"]
 
 
 def test_a_fit_without_an_output_folder_is_refused(config, capsys):

@@ -3,12 +3,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from sagl.commands._config import sample_parser
+from sagl.commands._config import read_config, sample_parser
 from sagl.commands._parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
+from sagl.commands.fit import training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
+
+FOLDER_DATA = "sagl.data.folder.FolderData"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,21 @@ def refusal(*arguments):
 
 
 # ------------------------------------------------------------------------------------------------------- values
+
+
+def test_home_folders_and_variables_are_expanded_in_options_and_configs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("output: ~/run\ndata: {init_args: {root: $HOME/images}}\n")
+    assert read_config("$HOME/my.yaml") == {
+        "output": f"{tmp_path}/run",
+        "data": {"init_args": {"root": f"{tmp_path}/images"}},
+    }
+    values = sample_parser().parse(["--output=~/run 1", "--classifier.checkpoint", "${HOME}/c.pt"])
+    assert (values.output, values.classifier.checkpoint) == (f"{tmp_path}/run 1", f"{tmp_path}/c.pt")
+    fit = [f"--data={FOLDER_DATA}", "--data.root=~/[a]", "--model.network=lsun_cat", "--trainer.default_root_dir=$HOME"]
+    values = training_parser("fit", full=True).parse(fit)
+    assert (values.data.init_args.root, values.trainer.default_root_dir) == (f"{tmp_path}/[a]", str(tmp_path))
+    assert "ABSENT" in refusal("--output", "$ABSENT/run")
 
 
 def test_the_fields_of_a_settings_class_are_flags_with_or_without_a_group():

@@ -125,19 +125,24 @@ def test_fabric_s_children_on_another_node_are_not_rank_0(environ):
 
 @pytest.mark.parametrize(
     ("variables", "peers"),
-    [({}, False), ({"WORLD_SIZE": "2"}, True), ({"SLURM_NTASKS": "4"}, True), ({"SLURM_NTASKS": "1"}, False)],
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_NTASKS": "1"}, False),
+    ],
 )
 def test_peers_are_processes_that_a_launcher_started(variables, peers, environ):
     environ(**variables)
     assert has_peers() == peers
 
 
-@pytest.mark.parametrize("variable", ["MASTER_ADDR", "SLURM_NTASKS"])
-def test_several_nodes_need_a_launcher(variable, environ):
+@pytest.mark.parametrize("variables", [{"RANK": "1", "WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2"}])
+def test_several_nodes_need_a_launcher(variables, environ):
     devices = DeviceSettings(num_nodes=2)
     with pytest.raises(UserError, match=r"num_nodes.*2"):
         require_launcher(devices)
-    environ(**{variable: "2"})
+    environ(**variables)
     require_launcher(devices)
     require_launcher(DeviceSettings())
 
@@ -147,13 +152,21 @@ def test_several_nodes_need_a_launcher(variable, environ):
     [
         ("auto", 1, {}, (1, 1)),
         ("3", 2, {}, (3, 6)),
-        ("auto", 2, {"LOCAL_WORLD_SIZE": "4"}, (4, 8)),
-        ("2", 1, {"LOCAL_WORLD_SIZE": "4"}, (2, 2)),
+        ("auto", 2, {"RANK": "1", "WORLD_SIZE": "8"}, (4, 8)),
+        ("auto", 2, {"SLURM_NTASKS": "8"}, (4, 8)),
+        ("4", 2, {"SLURM_NTASKS": "8"}, (4, 8)),
     ],
 )
 def test_processes_are_counted_by_setting_then_by_launcher(devices, nodes, variables, expected, environ):
     environ(**variables)
     assert num_processes(DeviceSettings(devices=devices, num_nodes=nodes, accelerator="cpu")) == expected
+
+
+def test_another_number_of_processes_than_the_launcher_started_is_refused(environ):
+    environ(RANK="1", WORLD_SIZE="4")
+    for devices, nodes in (("2", 1), ("auto", 3)):
+        with pytest.raises(UserError, match=r"`trainer.devices` .*4"):
+            num_processes(DeviceSettings(devices=devices, num_nodes=nodes, accelerator="cpu"))
 
 
 @pytest.mark.parametrize("variables", [{}, {"LOCAL_RANK": "1", "SLURM_LOCALID": "3"}, {"SLURM_LOCALID": "2"}])

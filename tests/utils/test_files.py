@@ -13,6 +13,8 @@ from sagl.utils.files import (
     atomic_folder,
     cache_file,
     cache_folder,
+    expand_path,
+    expand_paths,
     is_partial,
     packaged_configs,
     remove_partial,
@@ -202,3 +204,36 @@ os.geteuid() or os.setuid(65534)  # root has all permissions
 files.require_writable(pathlib.Path({str(tmp_path / "locked" / "run")!r}))"""
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "UserError: `output`" in result.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ ~ and variables
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("~", "/home/me"),
+        ("~/runs/a", "/home/me/runs/a"),
+        ("$SCRATCH/run 1", "/scratch/run 1"),
+        ("${SCRATCH}_2/[a]", "/scratch_2/[a]"),
+        ("a~b/~", "a~b/~"),
+        ("5$ and $5", "5$ and $5"),
+        ("~root", os.path.expanduser("~root")),
+        ("$NESTED/a", "/home/me/x/a"),
+    ],
+)
+def test_home_folders_and_variables_are_expanded_as_in_a_shell(text, expected, monkeypatch):
+    for name, value in {"HOME": "/home/me", "SCRATCH": "/scratch", "NESTED": "~/x"}.items():
+        monkeypatch.setenv(name, value)
+    assert expand_path(text, "output") == expected
+    assert expand_paths({"data": {"root": [text, 3, None]}}) == {"data": {"root": [expected, 3, None]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("$ABSENT/a", "ABSENT"), ("~no_such_user/a", "no_such_user"), ("~/a", "HOME")]
+)
+def test_a_path_that_cannot_be_expanded_is_refused_by_its_full_name(text, name, monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.delenv("ABSENT", raising=False)
+    with pytest.raises(UserError, match=rf"`data\.root` .*{name}"):
+        expand_paths({"data": {"root": text}})
