@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sagl.errors import UserError
-from sagl.utils.files import atomic_file
+from sagl.utils.files import atomic_file, json_sha256
 from sagl.utils.run_lock import lock_file
 
 RESULTS_FILE = "evaluation.json"
@@ -62,7 +62,10 @@ def read_results(folder: Path) -> tuple[EvaluationResult, ...]:
     if not path.is_file():
         return ()
     try:
-        return tuple(_parse(entry) for entry in json.loads(path.read_text())["results"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("sha256", digest := json_sha256(content["results"])) != digest:
+            raise ValueError("other values than those written")
+        return tuple(_parse(entry) for entry in content["results"])
     except (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"`run` {folder} has a damaged file {path}. Delete it, and evaluate the run again.") from error
 
@@ -77,7 +80,8 @@ def save_result(folder: Path, result: EvaluationResult) -> None:
     with lock_file(path, "run"), atomic_file(path, "run") as partial:
         others = [other for other in read_results(folder) if not result.is_same_measurement(other)]
         entries = [asdict(entry) for entry in (*others, result)]
-        partial.write_text(json.dumps({"results": entries}, indent=2) + "\n")
+        content = {"results": entries, "sha256": json_sha256(entries)}
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _parse(entry: Mapping[str, Any]) -> EvaluationResult:

@@ -21,8 +21,6 @@ from sagl.sampling.run_folder import (
     shared_ids,
 )
 
-MAX_NUMBER = 1e15
-"""Numbers in run.json that are not below this limit count as missing."""
 NUM_SAMPLES = 8
 """Default number of images of each run."""
 
@@ -95,17 +93,12 @@ def _read_run(folder: Path, name: str) -> RunSummary:
         model=model if isinstance(model, str) else None,
         settings=settings | flatten({"versions": metadata.get("versions", {})}),
         num_images=num_images,
-        num_requested=max(num_images, int(_number(metadata.get("num_samples")) or 0)),
+        num_requested=max(num_images, metadata.get("num_samples", 0)),
         size=(width, height) if first else None,
-        nfe=_number(metadata.get("nfe")),
-        seconds=_number(metadata.get("seconds")),
+        nfe=metadata.get("nfe"),
+        seconds=metadata.get("seconds"),
         results=read_results(folder),
     )
-
-
-def _number(value: Any) -> float | None:  # noqa: ANN401 (any JSON value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER
-    return value if is_number else None
 
 
 def read_images(runs: Sequence[RunSummary], num_samples: int | None = None) -> ImageGrid | None:

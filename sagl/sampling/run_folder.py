@@ -21,10 +21,13 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from sagl.errors import UserError, require
-from sagl.utils.files import atomic_file, is_partial
+from sagl.utils.files import atomic_file, is_partial, json_sha256
 from sagl.utils.run_lock import LOCK_NAME
 
 RUN_JSON, INDEX, SHARDS = "run.json", "index.json", "shards"
+NUMBERS = {"num_samples": (int,), "batch_size": (int,), "nfe": (int, float), "seconds": (int, float)}
+"""Numbers in run.json and their types."""
+MAX_NUMBER = 1e15
 Pixels = npt.NDArray[np.uint8]
 """An image, (H, W, 3)."""
 SAMPLES = "samples"
@@ -55,9 +58,16 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def decode_png(png: bytes) -> Pixels:
-    """Decode a PNG file to (H, W, 3) uint8."""
-    with PILImage.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
+    """Decode a PNG file to (H, W, 3) uint8.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with PILImage.open(io.BytesIO(png)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many types
+        raise UserError(f"`run` must hold PNG images, and one is damaged: {type(error).__name__}.") from error
 
 
 def write_shard(folder: Path, samples: Sequence[Sample]) -> Path:
@@ -202,23 +212,34 @@ def read_run_json(folder: Path, argument: str = "output") -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        metadata = json.loads(path.read_text())
-        require(isinstance(metadata, dict) and isinstance(metadata.get("settings"), dict), "no settings")
-    except ValueError as error:
+        metadata = dict(json.loads(path.read_text(encoding="utf-8")))
+        digest = metadata.pop("sha256", None)
+        require(digest is None or digest == _digest(metadata), "other values than those written")
+        for name, types in NUMBERS.items():
+            value = metadata.get(name, 0)
+            require(type(value) in types and 0 <= value < MAX_NUMBER, f"{name} {value!r:.60}")
+        for name, default in {"settings": None, "exports": {}, "versions": {}}.items():
+            require(isinstance(metadata.get(name, default), dict), f"{name} {metadata.get(name)!r:.60}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"`{argument}` must have an intact {RUN_JSON}, and {path} is damaged. Delete it to start again."
+            f"`{argument}` must have an intact {RUN_JSON}, and {path} is damaged: {error}. Delete it to start again."
         ) from error
-    return dict(metadata)
+    return metadata
 
 
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Write run.json, whole or not at all.
+    """Write run.json, completely or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
     with atomic_file(folder / RUN_JSON) as partial:
-        partial.write_text(json.dumps(metadata, indent=2) + "\n")
+        partial.write_text(json.dumps({**metadata, "sha256": _digest(metadata)}, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    """Return the digest of what describes the images; the record of exports can be deleted to write them again."""
+    return json_sha256({name: value for name, value in metadata.items() if name != "exports"})
 
 
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:

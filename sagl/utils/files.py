@@ -4,6 +4,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -63,6 +64,11 @@ def packaged_configs() -> Path:
     """Return the folder of the packaged configs: inside the package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def json_sha256(content: Any) -> str:  # noqa: ANN401 (any JSON value)
+    """Return the hex digest of a JSON value, to be stored in its file, so that damage is noticed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -83,3 +83,11 @@ def test_a_saved_result_replaces_the_same_measurement(tmp_path):
     for result in (first, other, replace(first, values={"fd": 3.0})):
         save_result(tmp_path, result)
     assert read_results(tmp_path) == (other, replace(first, values={"fd": 3.0}))
+
+
+def test_results_whose_values_were_changed_are_refused(tmp_path):
+    save_result(tmp_path, EvaluationResult(extractor="tiny", reference="r", num_samples=9, values={"fd": 12.5}))
+    path = tmp_path / RESULTS_FILE
+    path.write_text(path.read_text().replace("12.5", "11.5"))
+    with pytest.raises(UserError, match=r"`run` .*evaluation\.json"):
+        read_results(tmp_path)

@@ -200,6 +200,17 @@ def test_metadata_are_read_as_written_and_empty_without_a_file(tmp_path):
     assert [path.name for path in contents(tmp_path)] == ["run.json"]
 
 
+def test_a_description_whose_values_were_changed_is_refused_except_for_its_exports(tmp_path):
+    write_run_json(tmp_path, {"settings": {"seed": 3}, "nfe": 8, "exports": {"grid": 4}})
+    text = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(text.replace('"grid": 4', '"grid": 5'))
+    assert read_run_json(tmp_path)["exports"] == {"grid": 5}
+    for old, new in (('"seed": 3', '"seed": 2'), ('"nfe": 8', '"nfe": 9')):
+        (tmp_path / "run.json").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=r"`output` .*run\.json"):
+            read_run_json(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "3", '{"settings": 3}', '{"settings": {"seed": 3', "no json", "\udcff"]
 )
