@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from sagl import cli
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.models.metadata import read_metadata
-from tests.helpers.tiny import GREY, grey_unet, write_tiny, write_training_checkpoint
+from tests.helpers.networks import GREY, grey_unet, write_grey_unet, write_training_checkpoint
 
 SECONDS = 60
 """Time after which a command counts as hanging."""
@@ -57,7 +57,7 @@ def run(*arguments: str) -> None:
 def write_files(folder: Path) -> None:
     """Write one file of each kind, and everything that the commands need to read them."""
     os.chdir(folder)
-    write_tiny(Path("net.safetensors"))
+    write_grey_unet(Path("net.safetensors"))
     write_training_checkpoint(Path("last.ckpt"))
     torch.save(dict(grey_unet().state_dict()), "net.pt")
     Path("net.yaml").write_text(yaml.safe_dump({"model": {"network": {k: _listed(v) for k, v in GREY.items()}}}))

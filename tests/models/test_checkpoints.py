@@ -248,7 +248,7 @@ def test_a_changed_byte_gives_the_same_weights_or_is_refused(name, tmp_path):
     if name == "a.pt":
         torch.save(dict(grey_unet().state_dict()), path)
     else:
-        (write_tiny if name == "a.safetensors" else write_training_checkpoint)(path)
+        (write_grey_unet if name == "a.safetensors" else write_training_checkpoint)(path)
     whole, weights = path.read_bytes(), read_checkpoint(path, settings=settings).state_dict
     rng, refused = np.random.default_rng(0), 0
     for position in (*rng.integers(len(whole), size=20), *rng.integers(1500, size=10)):
