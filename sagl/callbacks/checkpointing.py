@@ -29,7 +29,7 @@ class SaveConfig(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             with atomic_file(self.path) as partial:
-                partial.write_text(self.text)
+                partial.write_text(self.text, encoding="utf-8", errors="surrogateescape")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -225,7 +225,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     path = packaged_config(name)
     try:
-        text = path.read_text()
+        text = path.read_bytes()
         repeated = next(_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)), None)
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:

@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> None:
                 save_result(run, result)
             if output is not None:
                 with atomic_file(output) as partial:
-                    partial.write_text(format_result(result, output.suffix[1:]))
+                    text = format_result(result, output.suffix[1:])
+                    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
         finally:  # numbers that cannot be saved are printed
             if args.format == "table":
                 print_result(result)

@@ -83,7 +83,7 @@ class CorruptImageLog:
 
     def __init__(self, path: Path | None, max_images: int) -> None:
         self.path, self.max_images = path, max_images
-        self.names = set(path.read_text().splitlines()) if path and path.exists() else set()
+        self.names = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path and path.exists() else set()
 
     def update(self, names: Iterable[str]) -> None:
         """Record images.
@@ -97,7 +97,7 @@ class CorruptImageLog:
             self.names.add(name)
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(f"{name}\n")
             require(
                 len(self.names) <= self.max_images,

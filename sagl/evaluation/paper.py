@@ -33,7 +33,7 @@ class PaperRow:
 @cache
 def paper_rows() -> tuple[PaperRow, ...]:
     """Return all rows whose settings a run can have."""
-    groups = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
+    groups = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_bytes())
     return tuple(_parse(group, row) for group in groups for row in group["rows"])
 
 

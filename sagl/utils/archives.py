@@ -28,7 +28,12 @@ def check_archive(path: Path) -> None:
     Raises:
         BadZipFile: A member differs, or the file is not an archive.
     """
-    _open(path, lambda archive: [_check(archive, member) for member in archive.infolist()])
+
+    def check(archive: ZipFile) -> None:
+        for member in archive.infolist():
+            _check(archive, member)
+
+    _open(path, check)
 
 
 def array_names(path: Path) -> list[str]:
