@@ -103,7 +103,7 @@ class Parser(ArgumentParser):
         values = self.parse_args(parse_interval_arg(arguments))
         for name, value in values.items():
             if isinstance(value, str | list | dict):
-                values[name] = expand_paths(value, name)
+                values[name] = expand_paths(value, name.replace(".init_args", ""))
         return values
 
 

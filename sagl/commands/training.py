@@ -117,7 +117,7 @@ def trainer_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
         if not raised_in.startswith("lightning."):
             raise

@@ -33,7 +33,7 @@ def ignore_stale_ranks() -> None:
         stale: tuple[str, ...] = SLURM_RANKS
         _check_rank("RANK", "WORLD_SIZE")
     elif env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
-        stale = ("RANK", *SLURM_RANKS)
+        stale = ("RANK", *SLURM_RANKS)  # of a child process of the launcher in `distributed.py`, or of Lightning's
     elif "SLURM_PROCID" in env and env.get(SLURM_TASKS, "1") != "1":
         stale = RANKS
         _check_rank("SLURM_PROCID", SLURM_TASKS)
@@ -43,7 +43,7 @@ def ignore_stale_ranks() -> None:
         env.pop(name, None)
     if num_launched() > 1:
         _announce_wait()
-    env.setdefault(PARENT, str(os.getpid()))
+    env[PARENT] = str(os.getpid())
 
 
 def num_launched() -> int:

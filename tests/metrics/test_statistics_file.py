@@ -77,7 +77,7 @@ def test_a_file_of_images_has_no_statistics(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(3), "num_samples": np.array([5, 6])}, "num_samples"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "num_samples": 5.5}, "num_samples"),
         ({"arr_0": np.zeros(3)}, "mu and sigma"),
-        ({"mu": np.array([{}]), "sigma": np.eye(3)}, "damaged or none"),
+        ({"mu": np.array([{}]), "sigma": np.eye(3)}, "damaged"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(arrays, named, tmp_path):
