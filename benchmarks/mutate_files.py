@@ -57,9 +57,9 @@ def run(*arguments: str) -> None:
 def write_files(folder: Path) -> None:
     """Write one file of each kind, and everything that the commands need to read them."""
     os.chdir(folder)
-    write_grey_unet(Path("net.safetensors"))
-    write_training_checkpoint(Path("last.ckpt"))
-    torch.save(dict(grey_unet().state_dict()), "net.pt")
+    write_grey_unet(Path("net.safetensors"))  # type: ignore[no-untyped-call]
+    write_training_checkpoint(Path("last.ckpt"))  # type: ignore[no-untyped-call]
+    torch.save(dict(grey_unet().state_dict()), "net.pt")  # type: ignore[no-untyped-call]
     Path("net.yaml").write_text(yaml.safe_dump({"model": {"network": {k: _listed(v) for k, v in GREY.items()}}}))
     rng = np.random.default_rng(0)
     rows = ["file,label"]
@@ -103,6 +103,11 @@ def bytes_of(path: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
+def converted(_: str) -> str:
+    """Return a digest of the weights that `sagl convert` wrote."""
+    return weights_of(Path("out.safetensors"))
+
+
 def values_of(output: str) -> str:
     """Return the values of an evaluation."""
     return json.dumps(json.loads(output)["values"])
@@ -121,21 +126,19 @@ class Kind:
     """True for text of the user, in which a change is another request."""
 
 
-CONVERTED = {"result": lambda _: weights_of(Path("out.safetensors"))}
-EVALUATED = {"result": values_of}
 CONFIG = ("--config", "net.yaml")
 KINDS = {
     "safetensors": Kind(
-        files="net.safetensors", command=("convert", "net.safetensors", "out.safetensors"), **CONVERTED
+        files="net.safetensors", command=("convert", "net.safetensors", "out.safetensors"), result=converted
     ),
-    "ckpt": Kind(files="last.ckpt", command=("convert", "last.ckpt", "out.safetensors"), **CONVERTED),
-    "pt": Kind(files="net.pt", command=("convert", "net.pt", "out.safetensors", *CONFIG), **CONVERTED),
+    "ckpt": Kind(files="last.ckpt", command=("convert", "last.ckpt", "out.safetensors"), result=converted),
+    "pt": Kind(files="net.pt", command=("convert", "net.pt", "out.safetensors", *CONFIG), result=converted),
     "npz of images": Kind(
         files="images.npz",
         command=("shard", "images.npz", "--output", "out", "--progress", "off"),
         result=lambda _: bytes_of(Path("out")),
     ),
-    "npz of statistics": Kind(files="r.npz", command=("evaluate", "run", *EVALUATE), **EVALUATED),
+    "npz of statistics": Kind(files="r.npz", command=("evaluate", "run", *EVALUATE), result=values_of),
     "shard of a run": Kind(
         files="run/shards/*.tar",
         command=("export", "run", "--npz", "out.npz"),
@@ -153,15 +156,15 @@ KINDS = {
         command=("shard", "images", "--labels", "labels.csv", "--output", "shards", "--progress", "off"),
         result=lambda _: bytes_of(Path("shards")),
     ),
-    "index of a shard": Kind(files="cache/shards/*.npy", command=("evaluate", "shards", *EVALUATE), **EVALUATED),
-    "index of an LMDB": Kind(files="cache/lsun/*.npy", command=("evaluate", "lsun", *EVALUATE), **EVALUATED),
+    "index of a shard": Kind(files="cache/shards/*.npy", command=("evaluate", "shards", *EVALUATE), result=values_of),
+    "index of an LMDB": Kind(files="cache/lsun/*.npy", command=("evaluate", "lsun", *EVALUATE), result=values_of),
     "cached statistics": Kind(
         files="cache/statistics/*.npz",
         command=("evaluate", "run", *EVALUATE[2:], "--reference", "images"),
-        **EVALUATED,
+        result=values_of,
     ),
-    "LMDB": Kind(files="lsun/data.mdb", command=("evaluate", "lsun", *EVALUATE), **EVALUATED),
-    "PNG": Kind(files="images/*/*.png", command=("evaluate", "images", *EVALUATE), **EVALUATED),
+    "LMDB": Kind(files="lsun/data.mdb", command=("evaluate", "lsun", *EVALUATE), result=values_of),
+    "PNG": Kind(files="images/*/*.png", command=("evaluate", "images", *EVALUATE), result=values_of),
     "YAML": Kind(files="net.yaml", command=("convert", "net.pt", "out.safetensors", *CONFIG), by_hand=True),
     "CSV": Kind(
         files="labels.csv",

@@ -142,7 +142,7 @@ def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:
     """
     settings, tensors = checkpoint.model_settings, checkpoint.state_dict
     _check_finite(tensors, path)
-    metadata = {
+    metadata: dict[str, Any] = {
         next(key for key, cls in SETTINGS_CLASSES.items() if isinstance(settings, cls)): asdict(settings),
         "diffusion": asdict(checkpoint.diffusion),
         "recommended": dict(checkpoint.recommended),
@@ -264,7 +264,7 @@ def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(metadata).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
