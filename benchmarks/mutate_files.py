@@ -291,11 +291,16 @@ def _execute_here(kind: Kind, folder: Path) -> dict[str, str]:
     return {"name": "refused" if is_line else f"exit code {code}", "text": lines[-1] if lines else ""}
 
 
+def restore(whole: Path, folder: Path) -> None:
+    """Replace a folder by a copy of the files as they were written; their times remain, on which caches depend."""
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+
+
 def mutate(kind: Kind, whole: Path, folder: Path, seed: int) -> tuple[Outcome, str]:
     """Damage one file in a copy of all of them and run the command; return its outcome, and what was changed."""
     rng = np.random.default_rng(seed)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
+    restore(whole, folder)
     files = sorted(folder.glob(kind.files))
     file, mutation = files[int(rng.integers(len(files)))], MUTATIONS[int(rng.integers(len(MUTATIONS)))]
     times, data = file.stat(), bytearray(file.read_bytes())
@@ -326,6 +331,7 @@ def main() -> int:
         os.chdir(temporary)
         expected = {}
         for name in args.kind:
+            restore(whole, folder)
             expected[name] = execute(KINDS[name], folder)
             assert expected[name].name == "done", (name, expected[name])
         for index in range(args.count):
