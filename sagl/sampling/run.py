@@ -371,7 +371,11 @@ def _classifier_settings(config: SampleConfig) -> ClassifierSettings | None:
 
 
 def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
-    """Return up to 64; on a CPU at most what suits its caches, and never more than three quarters of memory hold."""
+    """Return up to 64; on a CPU at most what suits its caches, and never more than three quarters of memory hold.
+
+    Raises:
+        UserError: not even one image fits into the free memory.
+    """
     from sagl.models.checkpoints import DTYPES
     from sagl.models.memory import estimate_gradient_memory, estimate_memory, max_batch_size
 
@@ -386,6 +390,11 @@ def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
         if classifier := _classifier_settings(config):
             classifier_bytes, gradient_bytes = estimate_gradient_memory(classifier, dtype)
             weight_bytes, image_bytes = weight_bytes + classifier_bytes, max(image_bytes, gradient_bytes)
+        require(
+            weight_bytes + image_bytes <= free_bytes,
+            f"`checkpoint` needs {(weight_bytes + image_bytes) / 1e9:.1f} GB for one image, and {free_bytes / 1e9:.1f} "
+            f"GB are free. Take a smaller network than one of image_size {network.image_size}, or another machine.",
+        )
         share = free_bytes // (num_processes(config.devices)[0] if device.type == "cpu" else 1)
         size = min(size, max(1, (share * 3 // 4 - weight_bytes) // image_bytes))
     return min(config.samples.num_samples, size)

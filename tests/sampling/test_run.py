@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sagl.commands._config import parse_sample_config
+from sagl.errors import UserError
 from sagl.models.memory import estimate_gradient_memory, estimate_memory
 from sagl.models.zoo import RELEASED, get_classifier_settings, get_unet_settings
 from sagl.sampling import run
@@ -31,3 +32,10 @@ def test_the_automatic_batch_size_is_64_or_what_32_bit_indices_allow(free):
     config = parse_sample_config(["--num_samples", "500", "--trainer.precision", "32-true"])
     assert _default_batch_size(config, get_unet_settings("fashion_mnist")[0]) == 64
     assert _default_batch_size(config, RELEASED["lsun_cat"].settings) == 63
+
+
+def test_a_network_of_which_one_image_does_not_fit_is_refused(free):
+    network, _ = get_unet_settings("fashion_mnist")
+    free(sum(estimate_memory(network, torch.float32)) - 1)
+    with pytest.raises(UserError, match=r"`checkpoint`.*image_size 32"):
+        _default_batch_size(parse_sample_config(["--trainer.precision", "32-true"]), network)
