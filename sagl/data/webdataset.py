@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 
 from sagl.data.folder import IMAGE_SUFFIXES
 from sagl.data.image_data import NO_LABEL, Array, ImageDataModule, ImageSource, cached_index
-from sagl.data.webdataset_files import BLOCK_SIZE, check_tar, shard_files
+from sagl.data.webdataset_files import BLOCK_SIZE, check_manifest, check_tar, shard_files
 from sagl.errors import require
 from sagl.utils.files import cache_folder
 from sagl.utils.listing import is_hidden
@@ -112,6 +112,7 @@ class ShardData(ImageDataModule):
 def _index(shard: Path, argument: str) -> Array:
     """Index the images of a shard, (images, 3) int64: offset, length, label. Say what is left out."""
     check_tar(shard, argument)
+    check_manifest(shard, argument)
     rows, used = [], set()
     with shard.open("rb") as file:
         members, complete = _read_members(file)

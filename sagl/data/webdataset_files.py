@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -15,11 +16,14 @@ from webdataset.shardlists import expand_urls
 
 from sagl.errors import UserError, require
 from sagl.utils.download import download
+from sagl.utils.files import sha256
 from sagl.utils.listing import is_hidden
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):")
 MAX_NAME_LENGTH = 200
 """Bytes of a file name, which leave room for what is added to it in the cache folder."""
+MANIFEST = "shards.json"
+"""File beside the shards with the number of images and the sha256 of each; written when all shards are complete."""
 BLOCK_SIZE = 512
 """Bytes per block of a tar file, which ends with two blocks of zeros."""
 
@@ -39,6 +43,23 @@ def shard_files(shards: str | Sequence[str], cache: Path, argument: str = "data.
     names = [shards] if isinstance(shards, str) else list(shards)
     require(bool(names), f"`{argument}` must name at least one shard, got an empty list.")
     return [file for name in names for path in _expand(name, argument) for file in _resolve(path, cache, argument)]
+
+
+def check_manifest(shard: Path, argument: str = "data.shards") -> None:
+    """Compare a shard with its sha256 in the shards.json of `sagl shard`, if that file is beside it.
+
+    Raises:
+        UserError: they differ.
+    """
+    try:
+        expected = json.loads(shard.with_name(MANIFEST).read_text(encoding="utf-8"))[shard.name]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # there is none, or it is of another program
+        return
+    require(
+        expected == sha256(shard),
+        f"`{argument}` must be as sagl shard wrote it, and {shard} differs from its sha256 in {MANIFEST}. Delete the "
+        f"damaged one of them, and run sagl shard again.",
+    )
 
 
 def check_tar(file: Path, argument: str = "data.shards") -> None:

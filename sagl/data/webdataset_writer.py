@@ -9,11 +9,10 @@ from webdataset import TarWriter
 
 from sagl.data.image_data import NO_LABEL, ImageSource
 from sagl.data.webdataset import ShardImageSource
+from sagl.data.webdataset_files import MANIFEST
 from sagl.errors import UserError, require
 from sagl.utils.files import atomic_file, remove_partial, sha256
 
-MANIFEST = "shards.json"
-"""File beside the shards with the number of images and the sha256 of each; written when all shards are complete."""
 MAGIC_BYTES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
 """First bytes of image files, with the suffix of their format."""
 

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -8,6 +9,7 @@ from webdataset import WebDataset
 
 from sagl.data.webdataset import ShardData, ShardImageSource
 from sagl.errors import UserError
+from sagl.utils.files import sha256
 from tests.data.test_image_data import FakeTrainer
 from tests.helpers.files import contents, grey, read_all, write_members, write_shard, write_shards
 from tests.helpers.networks import COLOUR
@@ -186,3 +188,17 @@ def test_labels_stay_with_their_images(tmp_path):
     write_shards(tmp_path / "shards")
     for images, labels in data_module(tmp_path / "shards").train_dataloader():
         assert [int(image.float().mean()) % 10 for image in images] == labels.tolist()
+
+
+def test_a_shard_that_differs_from_its_sha256_in_shards_json_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
+    (shard,) = write_shards(tmp_path, count=4)
+    (tmp_path / "shards.json").write_text(json.dumps({shard.name: {"images": 4, "sha256": sha256(shard)}}))
+    assert len(ShardImageSource([shard])) == 4
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"`data\.shards` .*{shard.name}"):
+        ShardImageSource([shard])
+    (tmp_path / "shards.json").write_text('["of another program"]')
+    assert len(ShardImageSource([shard])) == 4
