@@ -225,7 +225,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain
         (["--config", "absent.yaml"], ["absent.yaml"]),
         (["--data.root", "$ABSENT/images"], ["data.root", "ABSENT"]),
         (["--trainer.devices", "0"], ["trainer", "devices"]),
-        (["--trainer.accelerator", "tpu"], ["trainer", "xla"]),
+        (["--trainer.accelerator", "tpu"], ["trainer", "tpu"]),
         (["--trainer.accelerator", "abacus"], ["trainer", "abacus"]),
         (["--trainer.precision", "12"], ["trainer", "12"]),
     ],
