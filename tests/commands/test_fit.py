@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,39 @@ def test_a_resumed_fit_ends_in_the_weights_of_an_uninterrupted_one_bit_for_bit(c
     whole, cut = read(tmp_path / "whole"), read(tmp_path / "cut")
     for kind in ("state_dict", "current_model_state"):
         assert [name for name, tensor in whole[kind].items() if not torch.equal(cut[kind][name], tensor)] == []
+
+
+def test_a_resumed_fit_uses_changed_settings_names_them_and_records_them(run, config, recorder, tmp_path, capsys):
+    output = shutil.copytree(run, tmp_path / "run")
+    changes = ["--model.optimizer.learning_rate", 1e-4, "--model.optimizer.weight_decay", 0.5]
+    assert exit_code("fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", 6, *changes) == 0
+    assert recorder.rates == pytest.approx([1e-4, 1e-4])
+    groups = read(output)["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5]
+    settings = yaml.safe_load((output / "config.yaml").read_text())["model"]["optimizer"]
+    assert (settings["learning_rate"], settings["weight_decay"]) == (1e-4, 0.5)
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("learning_rate 0.0001 (was 0.001)", "weight_decay 0.5 (was 0.0)"))
+
+
+@pytest.mark.parametrize("changes", [["--model.network.num_channels", 64], ["--checkpoint", "fashion_mnist"]])
+def test_a_resumed_fit_refuses_another_network_or_start_and_changes_nothing(changes, run, config, tmp_path, capsys):
+    output = shutil.copytree(run, tmp_path / "run")
+    before = contents(output)
+    assert exit_code("fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", 6, *changes) == 2
+    assert changes[0].lstrip("-") in error_line(capsys)
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("name", ["run", "new"])
+def test_a_trial_writes_nothing(name, run, config, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    before = contents(tmp_path)
+    previews = ["--preview.num_samples", 2, "--preview.respacing", 2, "--sag.site", "middle", "--sag.blur_sigma", 1]
+    command = ["fit", "--config", config, "--output", tmp_path / name, "--resume", "--trainer.fast_dev_run", "true"]
+    assert exit_code(*command, *previews) == 0
+    assert contents(tmp_path) == before
+    assert (tmp_path / "new").exists() is False
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(config, recorder, tmp_path):
