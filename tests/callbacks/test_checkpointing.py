@@ -146,7 +146,7 @@ def test_a_run_that_fails_leaves_the_last_save_which_continues_to_the_same_weigh
     assert read(path)["global_step"] == 5
     resumed, _ = fit_line(callbacks=[], max_steps=12, ckpt_path=path)
     whole, _ = fit_line(callbacks=[], max_steps=12)
-    assert len(resumed.seen["train"]) == 7
+    assert len(resumed.history["train"]) == 7
     torch.testing.assert_close(resumed.weight, whole.weight)
 
 

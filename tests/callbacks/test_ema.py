@@ -38,7 +38,7 @@ def extra():
 def fit(callback, steps, **options):
     """Fit a line; return it and its weights after every step."""
     line, _ = fit_line(callbacks=[callback], max_steps=steps, **options)
-    return line, [*line.seen["train"][1:], line.weight.detach().clone()]
+    return line, [*line.history["train"][1:], line.weight.detach().clone()]
 
 
 def save(path, callbacks, steps, **options):
@@ -57,7 +57,7 @@ def test_the_average_is_that_of_its_definition(decay):
 def test_the_average_counts_optimiser_steps_and_not_batches():
     callback = ema(0.5)
     line, _ = fit(callback, 4, accumulate_grad_batches=3)
-    weights = [*line.seen["train"][3::3], line.weight.detach()]
+    weights = [*line.history["train"][3::3], line.weight.detach()]
     torch.testing.assert_close(average_of(callback), expected_averages(weights, 0.5)[-1], rtol=1e-5, atol=1e-6)
 
 
@@ -65,11 +65,11 @@ def test_validation_uses_the_average_and_training_the_raw_weights():
     options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
     line, weights = fit(ema(0.5), 9, **options)
     averages = expected_averages(weights, 0.5)
-    assert len(line.seen["validation"]) == 3 * 4
-    for k, weight in enumerate(line.seen["validation"]):
+    assert len(line.history["validation"]) == 3 * 4
+    for k, weight in enumerate(line.history["validation"]):
         torch.testing.assert_close(weight, averages[3 * (k // 4) + 2], rtol=1e-5, atol=1e-6)
     without, _ = fit_line(callbacks=[], max_steps=9)
-    assert all(torch.equal(a, b) for a, b in zip(line.seen["train"], without.seen["train"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(line.history["train"], without.history["train"], strict=True))
     assert torch.equal(line.weight, without.weight)
 
 

@@ -28,16 +28,16 @@ def test_the_classifier_gets_each_image_noised_to_its_own_timestep():
     assert timesteps.tolist() == TIMESTEPS.tolist()
     for k, timestep in enumerate(TIMESTEPS.tolist()):
         alpha_bar = float(SCHEDULE.alphas_cumprod[timestep])
-        want = math.sqrt(alpha_bar) * X_0[k] + math.sqrt(1 - alpha_bar) * noise()[k]
-        torch.testing.assert_close(x_t[k], want)
+        expected = math.sqrt(alpha_bar) * X_0[k] + math.sqrt(1 - alpha_bar) * noise()[k]
+        torch.testing.assert_close(x_t[k], expected)
 
 
 def test_the_loss_is_the_negative_log_probability_of_the_true_class_and_of_no_other():
     logits = [[1.0, 2.0, 3.0], [0.5, 0.25, 0.0], [-1.0, 4.0, 2.0], [0.0, 0.0, 0.0]]
-    want = [
+    expected = [
         math.log(sum(math.exp(z) for z in row)) - row[label] for row, label in zip(logits, LABELS.tolist(), strict=True)
     ]
-    assert loss_of(logits).loss.tolist() == pytest.approx(want, rel=1e-6)
+    assert loss_of(logits).loss.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_labels_are_not_smoothed():

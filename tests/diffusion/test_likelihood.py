@@ -29,12 +29,12 @@ def test_bits_per_dim_are_the_references(name):
     schedule, g = schedule_of(name, "20"), generator(78)
     predict = make_predictor(network(name), schedule, "learned_range")
     noise = {step: torch.randn(3, 3, 32, 32, generator=g) for step in reversed(range(20))}
-    got = bits_per_dim(predict, x_0, schedule, noise.__getitem__, Condition(labels=REFERENCE_LABELS[name]))
-    want = {field: values("losses")[f"{name}.bpd.{field}"] for field in ("total", "vb", "prior")}
-    torch.testing.assert_close(got.total, want["total"], **CLOSE)
-    torch.testing.assert_close(got.prior, want["prior"], **CLOSE)
+    actual = bits_per_dim(predict, x_0, schedule, noise.__getitem__, Condition(labels=REFERENCE_LABELS[name]))
+    expected = {field: values("losses")[f"{name}.bpd.{field}"] for field in ("total", "vb", "prior")}
+    torch.testing.assert_close(actual.total, expected["total"], **CLOSE)
+    torch.testing.assert_close(actual.prior, expected["prior"], **CLOSE)
     # terms below 1e-4 are rounded at 1e-8 in the reference itself, which is float32 throughout
-    torch.testing.assert_close(got.vlb_terms, want["vb"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(actual.vlb_terms, expected["vb"], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("clip_x0", [False, True])
@@ -44,15 +44,15 @@ def test_bits_per_dim_are_those_of_an_independent_implementation(clip_x0, varian
     process = formulas.Process("cosine", schedule.timesteps.tolist())
     x_0, noise = pixels(), [standard_normal(seed=step) for step in range(10)]
     predict = make_predictor(toy_network, schedule, variance)
-    got = bits_per_dim(predict, x_0, schedule, noise.__getitem__, clip_x0=clip_x0)
+    actual = bits_per_dim(predict, x_0, schedule, noise.__getitem__, clip_x0=clip_x0)
     for column, step in enumerate(reversed(range(10))):
         x = math.sqrt(process.bar[step]) * x_0 + math.sqrt(1 - process.bar[step]) * noise[step]
         t = torch.full((3,), int(process.timesteps[step]))
         eps, fraction = (part.numpy() for part in toy_model(x, t).chunk(2, dim=1))
         log_variance = process.log_variance(step, variance, fraction)
-        want = process.bound(x_0.numpy(), x.numpy(), eps, log_variance, step, clip_x0)
-        np.testing.assert_allclose(got.vlb_terms[:, column].numpy(), want, rtol=1e-6)
-    torch.testing.assert_close(got.total, got.vlb_terms.sum(dim=1) + got.prior, rtol=1e-12, atol=0)
+        expected = process.bound(x_0.numpy(), x.numpy(), eps, log_variance, step, clip_x0)
+        np.testing.assert_allclose(actual.vlb_terms[:, column].numpy(), expected, rtol=1e-6)
+    torch.testing.assert_close(actual.total, actual.vlb_terms.sum(dim=1) + actual.prior, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -60,8 +60,8 @@ def test_bits_per_dim_are_those_of_an_independent_implementation(clip_x0, varian
 def test_a_very_small_prior_keeps_its_digits(dtype, kind):
     schedule, x_0 = make_schedule(DiffusionSettings(noise_schedule=kind)), pixels()
     bar = float(schedule.alphas_cumprod[-1])
-    want = 0.5 * (-math.log1p(-bar) - bar + bar * x_0**2).flatten(1).mean(dim=1) / math.log(2)
-    torch.testing.assert_close(prior_bits(x_0.to(dtype), schedule).double(), want, **CLOSE)
+    expected = 0.5 * (-math.log1p(-bar) - bar + bar * x_0**2).flatten(1).mean(dim=1) / math.log(2)
+    torch.testing.assert_close(prior_bits(x_0.to(dtype), schedule).double(), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -69,9 +69,9 @@ def test_the_kl_of_nearly_equal_gaussians_keeps_its_digits(dtype):
     mean, log_variance = torch.tensor([1e-4, 0.0, 0.3, -1.0]), torch.tensor([-6.0, -2.002, -3.0, 1.0])
     other = torch.tensor([-6.0, -2.0, -2.5, 0.0])
     d = log_variance.double() - other.double()
-    want = 0.5 * (torch.expm1(d) - d + mean.double() ** 2 * torch.exp(-other.double()))
-    got = gaussian_kl(mean.to(dtype), log_variance.to(dtype), torch.zeros(4, dtype=dtype), other.to(dtype))
-    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0)
+    expected = 0.5 * (torch.expm1(d) - d + mean.double() ** 2 * torch.exp(-other.double()))
+    actual = gaussian_kl(mean.to(dtype), log_variance.to(dtype), torch.zeros(4, dtype=dtype), other.to(dtype))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=0)
 
 
 def test_the_true_noise_with_the_posteriors_variance_costs_the_decoder_term_alone():
@@ -80,23 +80,23 @@ def test_the_true_noise_with_the_posteriors_variance_costs_the_decoder_term_alon
     def predict(x_t, step, condition):
         return Prediction(eps=noise, log_variance=schedule.log_posterior_variance(step))
 
-    got = bits_per_dim(predict, x_0, schedule, lambda step: noise)
-    assert float(got.vlb_terms[:, :-1].abs().max()) < 1e-9
-    assert float(got.vlb_terms[:, -1].min()) > 0
+    actual = bits_per_dim(predict, x_0, schedule, lambda step: noise)
+    assert float(actual.vlb_terms[:, :-1].abs().max()) < 1e-9
+    assert float(actual.vlb_terms[:, -1].min()) > 0
 
 
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
 def test_the_mean_of_the_estimates_over_all_timesteps_is_the_whole_bound(variance):
     schedule, x_0 = make_schedule(DiffusionSettings(num_timesteps=40)), pixels()
     noise = [standard_normal(seed=step) for step in range(40)]
-    want = bits_per_dim(make_predictor(toy_network, schedule, variance), x_0, schedule, noise.__getitem__)
+    expected = bits_per_dim(make_predictor(toy_network, schedule, variance), x_0, schedule, noise.__getitem__)
     prior, weights = prior_bits(x_0, schedule), torch.full((3,), 5.0)
     terms = []
     for step in range(40):
         steps = torch.full((3,), step)
         estimate = estimated_bits_per_dim(toy_model, x_0, steps, weights, noise[step], schedule, variance=variance)
         terms.append(estimate - prior)
-    torch.testing.assert_close(sum(terms) / 5 + prior, want.total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sum(terms) / 5 + prior, expected.total, rtol=1e-6, atol=0)
 
 
 def test_timesteps_of_the_estimate_have_the_probability_that_their_weights_imply():

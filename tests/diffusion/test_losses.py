@@ -19,7 +19,7 @@ TIMESTEPS = torch.tensor([0, 250, 999])
 def test_training_losses_are_the_references(name):
     x_0, noise = loss_inputs()
     with torch.no_grad():
-        got = training_losses(
+        actual = training_losses(
             lambda x, t: network(name)(x, t, REFERENCE_LABELS[name]).out,
             x_0,
             TIMESTEPS,
@@ -29,7 +29,7 @@ def test_training_losses_are_the_references(name):
             variance="learned_range",
         )
     for field, reference in (("total", "loss"), ("mse", "mse"), ("vlb", "vb")):
-        torch.testing.assert_close(getattr(got, field), values("losses")[f"{name}.{reference}"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(getattr(actual, field), values("losses")[f"{name}.{reference}"], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "simple", "vlb"])
@@ -39,7 +39,7 @@ def test_losses_are_those_of_an_independent_implementation(kind, variance, noise
     schedule = make_schedule(DiffusionSettings(noise_schedule=noise_schedule, num_timesteps=total))
     process = formulas.Process(noise_schedule, range(total), total)
     x_0, noise, steps = pixels(), standard_normal(), [0, 1, total - 50]
-    got = training_losses(toy_model, x_0, torch.tensor(steps), noise, schedule, kind=kind, variance=variance)
+    actual = training_losses(toy_model, x_0, torch.tensor(steps), noise, schedule, kind=kind, variance=variance)
     learned = variance == "learned_range"  # as in ADM, the hybrid has no bound without a variance to learn
     scale = {"hybrid": total / 1000 * learned, "simple": 0, "vlb": total}[kind]
     for row, step in enumerate(steps):
@@ -48,9 +48,9 @@ def test_losses_are_those_of_an_independent_implementation(kind, variance, noise
         mse = float(((eps - noise[row].numpy()) ** 2).mean())
         log_variance = process.log_variance(step, variance, fraction)
         vlb = scale * float(process.bound(x_0[row : row + 1].numpy(), x[None].numpy(), eps, log_variance, step)[0])
-        assert float(got.mse[row]) == pytest.approx(mse, rel=1e-9)
-        assert float(got.vlb[row]) == pytest.approx(vlb, rel=1e-6)
-        assert float(got.total[row]) == pytest.approx(vlb if kind == "vlb" else mse + vlb, rel=1e-6)
+        assert float(actual.mse[row]) == pytest.approx(mse, rel=1e-9)
+        assert float(actual.vlb[row]) == pytest.approx(vlb, rel=1e-6)
+        assert float(actual.total[row]) == pytest.approx(vlb if kind == "vlb" else mse + vlb, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,11 @@ def test_labels_are_uniform_over_the_classes():
 def test_the_noise_of_a_sample_never_changes():
     """A change here changes the images of every seed."""
     stream = np.random.default_rng(np.random.SeedSequence([9, 5, 0], spawn_key=(4,)))
-    want = torch.from_numpy(stream.standard_normal(SHAPE, dtype=np.float32))
-    assert torch.equal(noise_of(9, [5], 3)[0], want)
+    expected = torch.from_numpy(stream.standard_normal(SHAPE, dtype=np.float32))
+    assert torch.equal(noise_of(9, [5], 3)[0], expected)
     stream = np.random.default_rng(np.random.SeedSequence([9, 5, 0], spawn_key=(0,)))
-    want = torch.from_numpy(stream.standard_normal(SHAPE, dtype=np.float32))
-    assert torch.equal(noise_of(9, [5], None)[0], want)
+    expected = torch.from_numpy(stream.standard_normal(SHAPE, dtype=np.float32))
+    assert torch.equal(noise_of(9, [5], None)[0], expected)
 
 
 def test_the_noise_of_a_training_sample_depends_on_seed_batch_and_position_alone():

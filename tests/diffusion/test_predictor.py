@@ -42,11 +42,11 @@ def test_the_network_gets_labels_and_sites_and_returns_attention():
 @pytest.mark.parametrize("step", [0, 1, 30, 44])
 def test_eps_is_the_first_channels_and_the_variance_is_the_one_named(variance, step):
     x = images(torch.float64)
-    got = make_predictor(toy_network, SCHEDULE, variance)(x, step, NO_CONDITION)
+    actual = make_predictor(toy_network, SCHEDULE, variance)(x, step, NO_CONDITION)
     process = formulas.Process("linear", SCHEDULE.timesteps.tolist())
-    torch.testing.assert_close(got.eps, torch.tanh(0.7 * x + process.timesteps[step] / 1000))
-    want = torch.as_tensor(process.log_variance(step, variance, fraction=torch.sin(3 * x).numpy()))
-    torch.testing.assert_close(got.log_variance, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual.eps, torch.tanh(0.7 * x + process.timesteps[step] / 1000))
+    expected = torch.as_tensor(process.log_variance(step, variance, fraction=torch.sin(3 * x).numpy()))
+    torch.testing.assert_close(actual.log_variance, expected, rtol=0, atol=1e-9)
 
 
 def test_a_fixed_variance_needs_no_variance_channels():

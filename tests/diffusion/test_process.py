@@ -48,20 +48,20 @@ def test_posterior_mean_is_that_of_bayes_rule(kind, step):
     """Precisions add: x_t = sqrt(alpha) x_prev + noise of variance beta, x_prev of mean sqrt(bar_prev) x_0."""
     x_0, x_t = images()
     schedule, tables = process_of(kind)
-    got = posterior_mean(x_0, x_t, schedule.alpha_bar(step), schedule.alpha_bar(step - 1))
+    actual = posterior_mean(x_0, x_t, schedule.alpha_bar(step), schedule.alpha_bar(step - 1))
     if step == 0:
-        want = x_0
+        expected = x_0
     else:
         beta, bar_prev = tables.beta[step], tables.bar_prev[step]
         precision = (1 - beta) / beta + 1 / (1 - bar_prev)
-        want = (np.sqrt(1 - beta) / beta * x_t + np.sqrt(bar_prev) / (1 - bar_prev) * x_0) / precision
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
+        expected = (np.sqrt(1 - beta) / beta * x_t + np.sqrt(bar_prev) / (1 - bar_prev) * x_0) / precision
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 def test_learned_variance_goes_from_the_posteriors_to_beta_in_log_space():
     low, high = torch.tensor(-4.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    got = interpolate_log_variance(torch.tensor([-1.0, 0.0, 1.0, 3.0]), low, high)
-    torch.testing.assert_close(got, torch.tensor([-4.0, -3.5, -3.0, -2.0]))
+    actual = interpolate_log_variance(torch.tensor([-1.0, 0.0, 1.0, 3.0]), low, high)
+    torch.testing.assert_close(actual, torch.tensor([-4.0, -3.5, -3.0, -2.0]))
 
 
 def test_the_clip_limits_images_if_it_is_on():

@@ -18,8 +18,8 @@ from sagl.errors import UserError
         ("ddim4", 10, [0, 3, 6, 9]),
     ],
 )
-def test_a_respacing_gives_these_timesteps(spec, total, want):
-    assert respaced_timesteps(spec, total) == want
+def test_a_respacing_gives_these_timesteps(spec, total, expected):
+    assert respaced_timesteps(spec, total) == expected
 
 
 @pytest.mark.parametrize("count", range(1, 101))

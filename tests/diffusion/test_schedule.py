@@ -36,9 +36,9 @@ def test_tables_are_those_of_an_independent_implementation(kind, respacing, tota
     schedule = schedule_of(kind, respacing, total)
     process = formulas.Process(kind, schedule.timesteps.tolist(), total)
     for step in range(schedule.num_steps):
-        got = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.betas[step], schedule.log_beta(step)]
-        want = [process.bar[step], process.bar_prev[step], process.beta[step], np.log(process.beta[step])]
-        np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-9, atol=1e-12)
+        actual = [schedule.alpha_bar(step), schedule.alpha_bar(step - 1), schedule.betas[step], schedule.log_beta(step)]
+        expected = [process.bar[step], process.bar_prev[step], process.beta[step], np.log(process.beta[step])]
+        np.testing.assert_allclose([float(v) for v in actual], expected, rtol=1e-9, atol=1e-12)
         for variance, log_variance in (
             ("fixed_small", schedule.log_posterior_variance(step)),
             ("fixed_large", schedule.log_fixed_large_variance(step)),
@@ -62,10 +62,10 @@ def test_a_batch_of_steps_gets_the_values_of_each():
         schedule.log_posterior_variance,
         schedule.log_fixed_large_variance,
     ):
-        got = table(steps)
-        assert got.shape == (3, 1, 1, 1)
-        assert got.dtype == torch.float64
-        assert got.flatten().tolist() == [float(table(int(step))) for step in steps]
+        actual = table(steps)
+        assert actual.shape == (3, 1, 1, 1)
+        assert actual.dtype == torch.float64
+        assert actual.flatten().tolist() == [float(table(int(step))) for step in steps]
 
 
 def test_the_step_before_the_cleanest_is_the_clean_image():
@@ -75,6 +75,6 @@ def test_the_step_before_the_cleanest_is_the_clean_image():
 
 
 def test_the_timestep_is_that_of_the_original_process():
-    got = schedule_of(respacing="ddim4").timestep(3, 2, torch.device("cpu"))
-    assert got.tolist() == [750, 750]
-    assert got.dtype == torch.int64
+    actual = schedule_of(respacing="ddim4").timestep(3, 2, torch.device("cpu"))
+    assert actual.tolist() == [750, 750]
+    assert actual.dtype == torch.int64

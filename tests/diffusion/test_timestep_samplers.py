@@ -33,8 +33,8 @@ def test_timesteps_are_uniform_until_every_history_is_full():
 def test_probabilities_follow_the_root_mean_square_and_are_never_0():
     sampler = sampler_of([[3.0] * 4, [1.0, 7.0, 1.0, 7.0], [2.0] * 4])
     roots = np.array([3.0, 5.0, 2.0])
-    want = 0.999 * roots / roots.sum() + 0.001 / 3
-    np.testing.assert_allclose(sampler.probabilities().numpy(), want, rtol=1e-12)
+    expected = 0.999 * roots / roots.sum() + 0.001 / 3
+    np.testing.assert_allclose(sampler.probabilities().numpy(), expected, rtol=1e-12)
     assert float(sampler_of([[0.0] * 4, [1.0] * 4]).probabilities().min()) == pytest.approx(0.0005)
 
 

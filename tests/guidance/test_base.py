@@ -71,10 +71,10 @@ def test_terms_start_from_the_base_prediction_and_are_summed_in_any_order():
         name: with_guidance(linear_predictor, {name: guidance})(X, 3, NO_CONDITION)
         for name, guidance in guidances.items()
     }
-    want = base.eps + sum(prediction.eps - base.eps for prediction in alone.values())
+    expected = base.eps + sum(prediction.eps - base.eps for prediction in alone.values())
     for order in permutations(guidances):
         together = with_guidance(linear_predictor, {name: guidances[name] for name in order})(X, 3, NO_CONDITION)
-        torch.testing.assert_close(together.eps, want, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together.eps, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(together.score, 2.5 * X)
         assert tuple(together.terms) == order
         torch.testing.assert_close(together.terms["a"].eps, alone["a"].eps - base.eps, rtol=0, atol=1e-6)
@@ -120,8 +120,8 @@ def test_only_the_base_prediction_returns_attention():
         ((0.3, 0.8), 250, list(range(75, 200))),
     ],
 )
-def test_an_interval_guides_these_positions_counted_from_the_noisiest(interval, num_steps, want):
-    assert guided_positions(interval, num_steps) == want
+def test_an_interval_guides_these_positions_counted_from_the_noisiest(interval, num_steps, expected):
+    assert guided_positions(interval, num_steps) == expected
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.25, 0.333, 0.5, 0.77])

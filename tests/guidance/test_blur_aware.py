@@ -54,8 +54,8 @@ def test_degraded_inputs_are_those_of_guidance_at_the_true_image():
     site, x_t = AttentionSite(SITE), add_noise(x_0, noise, alpha_bar)
     attention_received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
     mask = attention_mask(attention_received, 1.0, (16, 16))
-    want = degrade_input(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
-    torch.testing.assert_close(add_noise(x0_input, noise, alpha_bar), want)
+    expected = degrade_input(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
+    torch.testing.assert_close(add_noise(x0_input, noise, alpha_bar), expected)
     assert torch.equal(target, noise)
     assert 0.1 < float(mask.float().mean()) < 0.9
 
@@ -125,10 +125,10 @@ def test_a_square_is_one_rectangle():
 
 def test_every_image_has_its_own_blur_within_the_range():
     x = images(0)
-    got = blur_each(x, settings(blur_sigma=(0.5, 4.0)), rngs(3))
+    actual = blur_each(x, settings(blur_sigma=(0.5, 4.0)), rngs(3))
     sigmas = [rng.uniform(0.5, 4.0) for rng in rngs(3)]
-    want = torch.cat([gaussian_blur(x[i : i + 1], 31, sigmas[i]) for i in range(4)])
-    torch.testing.assert_close(got, want)
+    expected = torch.cat([gaussian_blur(x[i : i + 1], 31, sigmas[i]) for i in range(4)])
+    torch.testing.assert_close(actual, expected)
     assert max(sigmas) - min(sigmas) > 0.5
 
 

@@ -38,7 +38,7 @@ def score(scale=1.0, classifier=linear_classifier, x=None, step=2):
 def sampled(classifier, scale, sample, variance="learned_range"):
     predict = guided_by(classifier, scale, make_predictor(toy_network, SCHEDULE, variance))
     noise, x = step_noise(0, range(2), SHAPE, torch.device("cpu")), initial_noise(0, range(2), SHAPE)
-    condition = Condition(labels=LABELS.clone())  # made here, so an inference tensor in inference mode
+    condition = Condition(labels=LABELS.clone())  # an inference tensor in inference mode
     return [x.clone() for _, x, _ in sample(predict, x, condition, SCHEDULE, noise)]
 
 
@@ -46,22 +46,22 @@ def sampled(classifier, scale, sample, variance="learned_range"):
 def test_the_score_is_scale_times_the_gradient_of_the_log_probability(scale):
     x = images()
     p = linear_classifier(x, None).softmax(dim=1)
-    want = scale / 100 * (LABELS - p @ torch.arange(5.0))
-    got = score(scale).score
-    torch.testing.assert_close(got, want[:, None, None, None].expand_as(x), rtol=1e-5, atol=1e-6)
+    expected = scale / 100 * (LABELS - p @ torch.arange(5.0))
+    actual = score(scale).score
+    torch.testing.assert_close(actual, expected[:, None, None, None].expand_as(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_score_of_a_network_is_that_of_finite_differences():
     net, x, timesteps = small_classifier(), images(), SCHEDULE.timesteps[2].expand(2)
-    got = score(1.0, net, x).score
-    direction = torch.sign(got)
+    actual = score(1.0, net, x).score
+    direction = torch.sign(actual)
 
     def log_p(x):
         with torch.no_grad():
             return float(net(x, timesteps).double().log_softmax(dim=1)[range(2), LABELS].sum())
 
     slope = (log_p(x + 1e-3 * direction) - log_p(x - 1e-3 * direction)) / 2e-3
-    assert float((got * direction).sum()) == pytest.approx(slope, rel=0.02)
+    assert float((actual * direction).sum()) == pytest.approx(slope, rel=0.02)
 
 
 def test_the_classifier_gets_the_noisy_image_at_the_original_timestep():
@@ -101,11 +101,11 @@ def test_a_classifier_must_be_given():
 def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):
     net = small_classifier()
     with torch.no_grad():
-        want = sampled(net, 2.0, sample)
+        expected = sampled(net, 2.0, sample)
     with mode():
-        got = sampled(net, 2.0, sample)
+        actual = sampled(net, 2.0, sample)
     assert all(p.grad is None for p in net.parameters())
-    for a, b in zip(want, got, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         assert torch.equal(a, b)
 
 

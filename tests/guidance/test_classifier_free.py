@@ -29,10 +29,10 @@ def predict(condition=LABELLED, network=toy_network, **settings):
 def test_the_prediction_is_eq_11_of_the_predictions_with_and_without_labels(scale):
     x, timesteps = images(), SCHEDULE.timestep(3, 2, torch.device("cpu"))
     with_labels, without = (toy_network(x, timesteps, labels).out[:, :3] for labels in (LABELS, None))
-    got = predict(cfg={"scale": scale})
-    torch.testing.assert_close(got.eps, without + (1 + scale) * (with_labels - without), rtol=1e-5, atol=1e-5)
-    assert float((got.eps - with_labels).abs().max()) > 0.01
-    assert got.score == 0
+    actual = predict(cfg={"scale": scale})
+    torch.testing.assert_close(actual.eps, without + (1 + scale) * (with_labels - without), rtol=1e-5, atol=1e-5)
+    assert float((actual.eps - with_labels).abs().max()) > 0.01
+    assert actual.score == 0
 
 
 def test_the_variance_is_that_of_the_prediction_with_labels():

@@ -50,9 +50,9 @@ def test_the_mask_is_the_mean_over_heads_above_the_threshold_enlarged_by_nearest
     maps = torch.rand(2, 3, *grid, generator=generator(0))
     maps = maps / maps.mean(dim=(2, 3), keepdim=True)
     mask = attention_mask(maps, threshold, size)
-    want = F.interpolate((maps.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
+    expected = F.interpolate((maps.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
     assert mask.dtype == torch.bool
-    assert torch.equal(mask, want)
+    assert torch.equal(mask, expected)
     assert 0 < float(mask.float().mean()) < 1
 
 
@@ -70,16 +70,16 @@ def test_a_token_above_the_threshold_masks_its_own_block_of_pixels_and_one_at_it
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 32, 20)])
 def test_the_blur_is_torchvisions(kernel_size, blur_sigma, shape):
     x = images(*shape)
-    want = torchvision_blur(x, [kernel_size] * 2, [blur_sigma] * 2)
-    torch.testing.assert_close(gaussian_blur(x, kernel_size, blur_sigma), want, rtol=0, atol=2e-6)
+    expected = torchvision_blur(x, [kernel_size] * 2, [blur_sigma] * 2)
+    torch.testing.assert_close(gaussian_blur(x, kernel_size, blur_sigma), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_blur_keeps_the_dtype_in_any_memory_format(dtype):
     x = images().to(dtype)
-    got = gaussian_blur(x.contiguous(memory_format=torch.channels_last), 9, 2.0)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, gaussian_blur(x, 9, 2.0), rtol=0, atol=1e-6)
+    actual = gaussian_blur(x.contiguous(memory_format=torch.channels_last), 9, 2.0)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, gaussian_blur(x, 9, 2.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("masked_fraction", [0.0, 0.4, 1.0])
@@ -88,8 +88,8 @@ def test_blending_before_the_noise_is_eq_16_which_blends_after_it(masked_fractio
     x0_hat = x0_hat_from_eps(x_t, eps, BAR)
     blurred = gaussian_blur(x0_hat, 9, 2.0)
     mask = torch.rand(2, 1, 16, 16, generator=generator(1)) < masked_fraction
-    want = (~mask) * x_t + mask * (math.sqrt(BAR) * blurred + math.sqrt(1 - BAR) * eps)
-    torch.testing.assert_close(degrade_input(x0_hat, blurred, mask, eps, BAR), want, rtol=0, atol=1e-12)
+    expected = (~mask) * x_t + mask * (math.sqrt(BAR) * blurred + math.sqrt(1 - BAR) * eps)
+    torch.testing.assert_close(degrade_input(x0_hat, blurred, mask, eps, BAR), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_guided_step_is_algorithm_1_with_whole_attention_maps(network, setting
     schedule = make_schedule(DiffusionSettings(noise_schedule="cosine"), "ddim8")
     s = {"threshold": 1.0, "kernel_size": 31, "clip_x0": True, "heads": "layer", **SAG, **settings}
     with torch.no_grad():
-        got = sag_predictor(net, schedule, **settings)(x, step, NO_CONDITION)
+        actual = sag_predictor(net, schedule, **settings)(x, step, NO_CONDITION)
     timesteps = schedule.timesteps[step].expand(2)
 
     def eps_and_maps(x_t):
@@ -129,10 +129,10 @@ def test_a_guided_step_is_algorithm_1_with_whole_attention_maps(network, setting
             **{name: s[name] for name in ("scale", "threshold", "blur_sigma", "kernel_size")},
         )
         base_eps = eps_and_maps(x.double())[0]
-    assert torch.equal(got.terms["sag"].extras["mask"].double(), mask)
+    assert torch.equal(actual.terms["sag"].extras["mask"].double(), mask)
     assert 0.05 < float(mask.mean()) < 0.95
-    assert relative_error(got.eps, eps) < 1e-5
-    assert relative_error(got.terms["sag"].eps, eps - base_eps) < 1e-3
+    assert relative_error(actual.eps, eps) < 1e-5
+    assert relative_error(actual.terms["sag"].eps, eps - base_eps) < 1e-3
 
 
 @pytest.mark.parametrize("sample", [ddpm, ddim])
@@ -146,12 +146,12 @@ def test_a_patch_transformer_is_guided_by_algorithm_1_too(sample, scale):
     options = {"scale": scale, "threshold": 1.0, "blur_sigma": 1.0, "kernel_size": 31, "clip": True}
     for step, x_next, prediction in steps:
         timesteps = SCHEDULE.timesteps[step].expand(2)
-        want, mask = formulas.sag_eps(
+        expected, mask = formulas.sag_eps(
             lambda x_t, t=timesteps: whole_maps(net, x_t, t, condition.labels), x, bars[step], **options
         )
         assert torch.equal(prediction.terms["sag"].extras["mask"].double(), mask)
         assert 0 < float(mask.mean()) < 1
-        assert relative_error(prediction.eps, want.float()) < 1e-4
+        assert relative_error(prediction.eps, expected.float()) < 1e-4
         x = x_next
 
 
@@ -202,11 +202,11 @@ def test_the_second_evaluation_adds_three_images_and_the_tokens_to_the_memory():
 @pytest.mark.parametrize(("embedding", "flags"), [(True, [None, [True, True]]), (False, [None, None])])
 def test_a_network_with_an_embedding_for_degraded_images_gets_the_flag(embedding, flags):
     network = stable_unet(degraded_embedding=embedding)
-    got = []
-    network.register_forward_pre_hook(lambda _, args, kwargs: got.append(kwargs.get("degraded")), with_kwargs=True)
+    actual = []
+    network.register_forward_pre_hook(lambda _, args, kwargs: actual.append(kwargs.get("degraded")), with_kwargs=True)
     with torch.inference_mode():
         sag_predictor(network)(images(), 3, Condition(labels=torch.zeros(2, dtype=torch.long)))
-    assert [None if flag is None else flag.tolist() for flag in got] == flags
+    assert [None if flag is None else flag.tolist() for flag in actual] == flags
 
 
 def test_images_may_have_any_shape():

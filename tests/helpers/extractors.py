@@ -27,7 +27,7 @@ def all_features(images_uint8):
 
 
 def user_extractor(device):
-    """Extractor factory that is found by its full name."""
+    """Extractor factory of a user, given by its full name."""
     return row_means
 
 

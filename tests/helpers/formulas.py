@@ -147,15 +147,15 @@ def adm(network, x, timesteps, labels=None):
         return x + out.reshape(x.shape)
 
     def stage(x, block, site, heads, halves=False):
-        seen = 0
+        num_residual = 0
         for j in range(4):
             name = f"{block}.{j}"
             if f"{name}.qkv.weight" in p:
                 x = attention(x, name, site, heads or x.shape[1] // s.num_head_channels)
             elif f"{name}.in_layers.0.weight" in p:
-                grows = seen and block.startswith("output")  # a second residual block on the way up resamples
+                grows = num_residual and block.startswith("output")  # a second residual block on the way up resamples
                 x = residual(x, name, doubled if grows else (lambda x: F.avg_pool2d(x, 2)) if halves else lambda x: x)
-                seen += 1
+                num_residual += 1
             elif f"{name}.op.weight" in p:
                 x = conv(x, f"{name}.op", stride=2)
             elif f"{name}.conv.weight" in p:

@@ -6,16 +6,23 @@ from sagl.diffusion.predictor import Condition, Prediction
 from sagl.guidance.base import GuidanceContext, build_guidances
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.diffusion import DiffusionSettings
+from tests.helpers.networks import SEED
 
 
 def pixels(seed=0):
-    """Three images of 6x6 pixels in [-1, 1], float64."""
+    """Return three images of 6x6 pixels in [-1, 1], float64."""
     return 2 * torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
 
 
 def standard_normal(seed=0):
-    """Noise for `pixels`, float64."""
+    """Return noise for `pixels`, float64."""
     return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def draws(steps):
+    """Return x_T and a noise for every step, float64, of 2 images of 8x8 pixels."""
+    x, *noise = torch.randn(steps + 1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(SEED)).double()
+    return x, noise
 
 
 class Recorder:
@@ -42,7 +49,7 @@ NO_CONDITION = Condition()
 
 
 def guidances_of(schedule, *, classifier_network=None, network=None, **settings):
-    """The guidances of settings by group, such as sag={"scale": 0.5}."""
+    """Return the guidances of settings by group, such as sag={"scale": 0.5}."""
     context = GuidanceContext(
         network=network,
         diffusion=DiffusionSettings(),

@@ -16,7 +16,7 @@ LABELS = torch.arange(8) % 3
 
 
 def with_stub_trainer(module, *, batch=0, rank=0, ranks=1, weights_seed=1):
-    """Give a module drawn weights and a trainer that knows batch index and rank; `module.logged` has what it logs."""
+    """Give a module random weights and a trainer with batch index and rank; its logged values go to `module.logged`."""
     if weights_seed is not None:
         draw_weights(module.network, weights_seed)
     module.trainer = SimpleNamespace(
@@ -78,19 +78,19 @@ def trainer(*, callbacks=(), **options):
 
 
 class Line(LightningModule):
-    """Two weights that change at every step; `seen` has their values."""
+    """Two weights that change at every step; `history` has their values."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        self.seen = {"train": [], "validation": []}
+        self.history = {"train": [], "validation": []}
 
     def training_step(self, batch, batch_idx):
-        self.seen["train"].append(self.weight.detach().clone())
+        self.history["train"].append(self.weight.detach().clone())
         return (self.weight * batch).square().sum() + self.weight.sum() * (self.global_step % 3 - 1)
 
     def validation_step(self, batch, batch_idx):
-        self.seen["validation"].append(self.weight.detach().clone())
+        self.history["validation"].append(self.weight.detach().clone())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)

@@ -73,11 +73,11 @@ class Identity(torch.nn.Module):
 
 
 def test_torchmetrics_has_the_same_fid():
-    theirs = FrechetInceptionDistance(feature=Identity(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
-    theirs.inception.num_features = 6
+    public = FrechetInceptionDistance(feature=Identity(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
+    public.inception.num_features = 6
     for features, is_real in ((REAL, True), (FAKE, False)):
-        theirs.update(features.double(), real=is_real)
-    assert compute_metrics(fake(), real(), SETTINGS).values["fd"] == pytest.approx(float(theirs.compute()), rel=1e-5)
+        public.update(features.double(), real=is_real)
+    assert compute_metrics(fake(), real(), SETTINGS).values["fd"] == pytest.approx(float(public.compute()), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

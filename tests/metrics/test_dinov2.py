@@ -1,5 +1,4 @@
-import sys
-import urllib.error
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -50,24 +49,14 @@ def test_features_are_those_of_torch_fidelity(hub):
 
 def test_a_single_channel_is_repeated(hub):
     extract, grey = EXTRACTORS["dinov2"](CPU), IMAGES[:, :1]
-    assert torch.equal(
-        extract_features(grey, extract).pooled, extract_features(grey.expand(-1, 3, -1, -1), extract).pooled
-    )
+    assert torch.equal(extract(grey).pooled, extract(grey.expand(-1, 3, -1, -1)).pooled)
 
 
-@pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route"), RuntimeError("no\nroute"), ImportError("no route")]
-)
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("no\nroute"), ImportError("no route")])
 def test_a_failed_download_is_refused_with_its_reason(hub, monkeypatch, error):
     def fail(*what):
         raise error
 
     monkeypatch.setattr(torch.hub, "load", fail)
-    with pytest.raises(UserError, match=r"^`extractor` [^\n]*no route[^\n]*hub\.$"):
-        EXTRACTORS["dinov2"](CPU)
-
-
-def test_the_missing_package_is_named(hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_dinov2", None)
-    with pytest.raises(UserError, match=r"pip install 'sagl\[eval\]'"):
+    with pytest.raises(UserError, match=r"`extractor` .*no route"):
         EXTRACTORS["dinov2"](CPU)

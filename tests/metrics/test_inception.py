@@ -1,4 +1,3 @@
-import sys
 import zlib
 from functools import cache
 
@@ -55,7 +54,7 @@ def features(extract):
 def public(file):
     """torch-fidelity's own forward: pool3, logits without bias, and what Mixed_6d.branch1x1 gave on the way."""
     network = FeatureExtractorInceptionV3(
-        "oracle", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
+        "public", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
     )
     outputs = []
     network.Mixed_6d.branch1x1.register_forward_hook(lambda layer, x, out: outputs.append(out))
@@ -169,9 +168,3 @@ def test_files_without_weights_are_refused(content, named, tmp_path, monkeypatch
     with pytest.raises(UserError, match=named):
         EXTRACTORS["inception"](CPU)
     assert "ran" not in capsys.readouterr().out
-
-
-def test_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(UserError, match=r"pip install 'sagl\[eval\]'"):
-        EXTRACTORS["inception"](CPU)

@@ -89,6 +89,7 @@ def test_forward_and_attention_of_other_settings_are_those_of_an_independent_imp
         expected, maps = formulas.adm(net, x, timesteps, labels)
     assert output.out.shape[1] == s.in_channels * (1 + s.learn_sigma)
     assert relative_error(output.out, expected) < 1e-5
+    assert list(dict.fromkeys(site for site, _ in maps)) == list(net.settings.sites)
     assert set(output.attention) == set(maps) == set(sites)
     for site in sites:
         actual = output.attention[site]

@@ -30,7 +30,7 @@ def file() -> NetworkWeights:
 
 @pytest.fixture(scope="module")
 def result(file) -> ClassifierLoss:
-    """1,000 garments of the test split, noised to evenly spread timesteps."""
+    """1,000 garments of the test split, with noise at evenly spread timesteps."""
     prepare_fashion_mnist(cache_folder())
     garments = PaddedFashionMNIST(cache_folder(), train=False)
     x_0, labels = to_float(garments.images[:1000]), garments.labels[:1000]

@@ -89,16 +89,10 @@ def test_float16_weights_come_back_close_and_are_used_in_float32(tmp_path):
     read, network = read_checkpoint(tmp_path / "a.safetensors"), grey_unet()
     assert {tensor.dtype for tensor in read.state_dict.values()} == {torch.float16}
     built = build_network(read)
-    assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in built.parameters()} == {(torch.float32, False)}
+    assert not built.training
     expected = network(*INPUTS, LABELS).out
     assert 0 < float((built(*INPUTS, LABELS).out - expected).abs().max() / expected.abs().max()) < 5e-3
-
-
-def test_a_built_network_computes_the_same_and_is_ready_for_use(tmp_path):
-    network, built = grey_unet(), build_network(read_checkpoint(write_grey_unet(tmp_path / "a.safetensors")))
-    torch.testing.assert_close(built(*INPUTS, LABELS).out, network(*INPUTS, LABELS).out, rtol=1e-5, atol=1e-6)
-    assert not built.training
-    assert not any(parameter.requires_grad for parameter in built.parameters())
 
 
 def test_a_classifier_comes_back_unchanged_and_is_not_a_diffusion_model(tmp_path):

@@ -205,10 +205,10 @@ def test_a_folder_that_diffusers_saved_computes_the_same(changes, tmp_path):
 
 
 def test_keys_that_a_configuration_leaves_out_are_at_diffusers_defaults():
-    theirs = inspect.signature(UNet2DModel.__init__).parameters
+    public = inspect.signature(UNet2DModel.__init__).parameters
     ours = {key: allowed[0] for key, allowed in REQUIRED.items()} | DEFAULTS
-    assert ours == {key: theirs[key].default for key in ours}
-    assert theirs.keys() - ours.keys() == {"self", "num_train_timesteps"}  # of a learned embedding alone
+    assert ours == {key: public[key].default for key in ours}
+    assert public.keys() - ours.keys() == {"self", "num_train_timesteps"}  # of a learned embedding alone
     model = foreign()
     settings, _ = from_diffusers(FOREIGN, model.state_dict())
     assert settings == from_diffusers(model.config, model.state_dict())[0]

@@ -46,10 +46,9 @@ def write_state(path, **changes):
 
 def same(file, other):
     """Whether two files hold the same network."""
-    equal = file.state_dict.keys() == other.state_dict.keys() and all(
-        torch.equal(file.state_dict[n], other.state_dict[n]) for n in file.state_dict
-    )
-    return equal and (file.model_settings, file.diffusion) == (other.model_settings, other.diffusion)
+    weights = file.state_dict.keys() == other.state_dict.keys()
+    weights = weights and all(torch.equal(file.state_dict[n], other.state_dict[n]) for n in file.state_dict)
+    return weights and (file.model_settings, file.diffusion) == (other.model_settings, other.diffusion)
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])

@@ -56,17 +56,13 @@ def test_the_recommended_settings_of_the_bundled_network_are_valid():
 
 
 def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
-    asked = {"--classifier.scale": "1"}, {"--classifier.scale": "1", "--classifier.checkpoint": "mine.safetensors"}, {}
-    found = [
-        parse_sample_config([word for pair in flags.items() for word in pair]).guidances["classifier"].checkpoint
-        for flags in asked
-    ]
-    assert found == ["fashion_mnist_classifier", "mine.safetensors", None]
-    other = write_grey_unet(tmp_path / "other.safetensors")
-    assert (
-        parse_sample_config(["--checkpoint", str(other), "--classifier.scale", "1"]).guidances["classifier"].checkpoint
-        is None
-    )
+    for flags, checkpoint in (
+        ([], None),
+        (["--classifier.scale", "1"], "fashion_mnist_classifier"),
+        (["--classifier.scale", "1", "--classifier.checkpoint", "my.safetensors"], "my.safetensors"),
+        (["--classifier.scale", "1", "--checkpoint", str(write_grey_unet(tmp_path / "other.safetensors"))], None),
+    ):
+        assert parse_sample_config(flags).guidances["classifier"].checkpoint == checkpoint
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
@@ -75,19 +71,13 @@ def test_a_classifier_is_not_a_diffusion_model(name):
         get_unet_settings(name)
 
 
-def test_there_are_thirteen_released_checkpoints_each_with_a_key_list():
-    assert sorted(RELEASED) == sorted(KEY_LIST_OF)
-    assert len(RELEASED) == 13
-    assert set(KEY_LIST_OF.values()) == set(KEY_LISTS)
-
-
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_settings_give_the_parameters_of_the_released_file(name):
     settings = RELEASED[name].settings
     with torch.device("meta"):
         network = Classifier(settings) if isinstance(settings, ClassifierSettings) else UNet(settings)
-    got = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    assert got == {key: tuple(shape) for key, shape in KEY_LISTS[KEY_LIST_OF[name]].items()}
+    actual = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    assert actual == {key: tuple(shape) for key, shape in KEY_LISTS[KEY_LIST_OF[name]].items()}
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
@@ -153,27 +143,28 @@ def test_a_released_checkpoint_is_recognised_by_its_file_name(name):
 @pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
 def test_settings_are_returned_by_name(name):
     file = read_checkpoint(DEFAULT_CHECKPOINT) if name == "fashion_mnist" else None
-    found = (file.model_settings, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
-    assert get_settings(name) == found
-    with pytest.raises(UserError, match="`model` must be one of"):
-        get_settings(f"{name}_")
+    expected = (file.model_settings, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
+    assert get_settings(name) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
+    ("name", "similar"),
     [
-        ("lsun_cats", " Did you mean lsun_cat?"),
-        ("lsun_cat.pt", " Did you mean lsun_cat?"),
-        ("LSUN_Bedrom", " Did you mean lsun_bedroom?"),
-        ("imagenet256", " Did you mean imagenet256_cond or imagenet256_uncond or imagenet256_classifier?"),
-        ("resnet50", ""),
-        ("", ""),
+        ("lsun_cats", ["lsun_cat"]),
+        ("lsun_cat.pt", ["lsun_cat"]),
+        ("LSUN_Bedrom", ["lsun_bedroom"]),
+        ("imagenet256", ["imagenet256_cond", "imagenet256_uncond", "imagenet256_classifier"]),
+        ("resnet50", []),
+        ("", []),
     ],
 )
-def test_an_unknown_name_is_refused_with_similar_names(name, hint):
+def test_an_unknown_name_is_refused_with_all_names_and_similar_ones(name, similar):
     with pytest.raises(UserError) as error:
         get_entry(name)
-    assert str(error.value) == f"`model` must be one of {', '.join([*BUNDLED, *RELEASED])}; got {name!r}.{hint}"
+    message, _, hint = str(error.value).partition(f"got {name!r}.")
+    assert "`model`" in message
+    assert all(known in message for known in [*BUNDLED, *RELEASED])
+    assert [known for known in hint.strip(" ?").removeprefix("Did you mean ").split(" or ") if known] == similar
 
 
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.utils.download"])

@@ -13,14 +13,8 @@ from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers import formulas
 from tests.helpers.networks import toy_network
-from tests.helpers.predictors import NO_CONDITION, forbidden_noise
-from tests.helpers.reference_values import generator, trajectory_error, trajectory_names
-
-
-def draws(steps):
-    """x_T and a noise for every step, float64."""
-    x, *noise = torch.randn(steps + 1, 2, 3, 8, 8, generator=generator(0)).double()
-    return x, noise
+from tests.helpers.predictors import NO_CONDITION, draws, forbidden_noise
+from tests.helpers.reference_values import trajectory_error, trajectory_names
 
 
 @pytest.mark.parametrize("name", trajectory_names("ddim"))
@@ -43,13 +37,13 @@ def test_every_step_is_that_of_an_independent_implementation(respacing, kind, et
     def predict(x_t, step, condition):
         return replace(base(x_t, step, condition), score=torch.cos(x_t) if has_score else 0.0)
 
-    want, condition = x.numpy(), Condition(labels=labels)
-    for step, got, _ in ddim(predict, x, condition, schedule, noise.__getitem__, clip_x0=clip_x0, eta=eta):
+    expected, condition = x.numpy(), Condition(labels=labels)
+    for step, actual, _ in ddim(predict, x, condition, schedule, noise.__getitem__, clip_x0=clip_x0, eta=eta):
         t = torch.full((2,), int(process.timesteps[step]))
-        eps = toy_network(torch.as_tensor(want), t, labels).out[:, :3].numpy()
-        score = np.cos(want) if has_score else 0.0
-        want = process.ddim(want, eps, step, noise[step].numpy(), score, clip_x0, eta)
-        np.testing.assert_allclose(got.numpy(), want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
+        eps = toy_network(torch.as_tensor(expected), t, labels).out[:, :3].numpy()
+        score = np.cos(expected) if has_score else 0.0
+        expected = process.ddim(expected, eps, step, noise[step].numpy(), score, clip_x0, eta)
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("clip_x0", [False, True])
@@ -58,8 +52,8 @@ def test_eta_1_is_ancestral_sampling_with_the_posteriors_variance(clip_x0):
     predict = make_predictor(toy_network, schedule, "fixed_small")
     ancestral = ddpm(predict, x, NO_CONDITION, schedule, noise.__getitem__, clip_x0=clip_x0)
     implicit = ddim(predict, x, NO_CONDITION, schedule, noise.__getitem__, clip_x0=clip_x0, eta=1.0)
-    for (_, want, _), (_, got, _) in zip(ancestral, implicit, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    for (_, expected, _), (_, actual, _) in zip(ancestral, implicit, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_true_noise_leads_back_to_the_image():

@@ -11,16 +11,10 @@ from sagl.samplers.ddpm import ddpm, ddpm_step
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers import formulas
 from tests.helpers.networks import toy_network
-from tests.helpers.predictors import NO_CONDITION, forbidden_noise, linear_predictor
-from tests.helpers.reference_values import generator, trajectory_error, trajectory_names
+from tests.helpers.predictors import NO_CONDITION, draws, forbidden_noise, linear_predictor
+from tests.helpers.reference_values import trajectory_error, trajectory_names
 
 SCHEDULE = make_schedule(DiffusionSettings(), "5")
-
-
-def draws(steps):
-    """x_T and a noise for every step, float64."""
-    x, *noise = torch.randn(steps + 1, 2, 3, 8, 8, generator=generator(0)).double()
-    return x, noise
 
 
 @pytest.mark.parametrize("name", trajectory_names("ddpm"))
@@ -43,22 +37,22 @@ def test_every_step_is_that_of_an_independent_implementation(respacing, kind, va
     def predict(x_t, step, condition):
         return replace(base(x_t, step, condition), score=torch.cos(x_t) if has_score else 0.0)
 
-    want = x.numpy()
-    for step, got, _ in ddpm(predict, x, Condition(labels=labels), schedule, noise.__getitem__, clip_x0=clip_x0):
+    expected = x.numpy()
+    for step, actual, _ in ddpm(predict, x, Condition(labels=labels), schedule, noise.__getitem__, clip_x0=clip_x0):
         t = torch.full((2,), int(process.timesteps[step]))
-        eps, fraction = (p.numpy() for p in toy_network(torch.as_tensor(want), t, labels).out.chunk(2, dim=1))
+        eps, fraction = (p.numpy() for p in toy_network(torch.as_tensor(expected), t, labels).out.chunk(2, dim=1))
         log_variance = process.log_variance(step, variance, fraction)
-        score = np.cos(want) if has_score else 0.0
-        want = process.ddpm(want, eps, log_variance, step, noise[step].numpy(), score, clip_x0)
-        np.testing.assert_allclose(got.numpy(), want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
+        score = np.cos(expected) if has_score else 0.0
+        expected = process.ddpm(expected, eps, log_variance, step, noise[step].numpy(), score, clip_x0)
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
 
 
 def test_the_cleanest_step_gives_x0_hat():
     x, _ = draws(1)
-    got = ddpm_step(x, linear_predictor(x, 0, NO_CONDITION), SCHEDULE, 0, forbidden_noise, clip_x0=False)
+    actual = ddpm_step(x, linear_predictor(x, 0, NO_CONDITION), SCHEDULE, 0, forbidden_noise, clip_x0=False)
     bar = float(SCHEDULE.alpha_bar(0))
     torch.testing.assert_close(
-        got, (x - math.sqrt(1 - bar) * linear_predictor(x, 0, NO_CONDITION).eps) / math.sqrt(bar)
+        actual, (x - math.sqrt(1 - bar) * linear_predictor(x, 0, NO_CONDITION).eps) / math.sqrt(bar)
     )
 
 

@@ -8,11 +8,10 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.settings.diffusion import DiffusionSettings
-from tests.helpers.predictors import NO_CONDITION, Recorder, linear_predictor
-from tests.helpers.reference_values import generator
+from tests.helpers.predictors import NO_CONDITION, Recorder, draws, linear_predictor
 
 SCHEDULE = make_schedule(DiffusionSettings(), "5")
-X_T, *NOISE = torch.randn(6, 2, 3, 8, 8, generator=generator(0)).double()
+X_T, NOISE = draws(5)
 every_sampler = pytest.mark.parametrize(("sample", "options"), [(ddpm, {}), (ddim, {}), (ddim, {"eta": 0.5})])
 
 

@@ -77,11 +77,11 @@ def test_a_sample_has_the_same_bytes_in_every_run_of_one_batch_size(sampler, sho
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
 def test_a_sample_changes_by_rounding_at_another_batch_size(sampler, batch_size, record_property):
     """Up to a step in which a token flips over the threshold; flips are counted and named."""
-    want = steps_of(5, RunSettings(num_samples=8, batch_size=4), sampler)
-    got = steps_of(5, RunSettings(num_samples=6, batch_size=batch_size), sampler)
-    assert 0.1 < float(want[0][1].float().mean()) < 0.9
+    expected = steps_of(5, RunSettings(num_samples=8, batch_size=4), sampler)
+    actual = steps_of(5, RunSettings(num_samples=6, batch_size=batch_size), sampler)
+    assert 0.1 < float(expected[0][1].float().mean()) < 0.9
     num_flips, largest = 0, 0.0
-    for (x, mask), (other, other_mask) in zip(want, got, strict=True):
+    for (x, mask), (other, other_mask) in zip(expected, actual, strict=True):
         num_flips += int((mask != other_mask)[:, ::2, ::2].sum())  # a token of 8x8 is two pixels wide
         if num_flips:
             break
@@ -105,11 +105,11 @@ def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
     predict = with_guidance(make_predictor(network, pipeline.schedule, "learned_range"), pipeline.guidances)
     noise = step_noise(7, [2, 3], shape, torch.device("cpu"))
     inputs = (predict, initial_noise(7, [2, 3], shape), Condition(labels=LABELS), pipeline.schedule, noise)
-    want = ddpm(*inputs, clip_x0=s.clip_x0) if s.sampler == "ddpm" else ddim(*inputs, clip_x0=s.clip_x0, eta=s.eta)
-    got = pipeline.sample_progressive(7, [2, 3], LABELS)
-    for (step, x, _), (want_step, want_x, _) in zip(got, want, strict=True):
-        assert step == want_step
-        assert torch.equal(x, want_x)
+    expected = ddpm(*inputs, clip_x0=s.clip_x0) if s.sampler == "ddpm" else ddim(*inputs, clip_x0=s.clip_x0, eta=s.eta)
+    actual = pipeline.sample_progressive(7, [2, 3], LABELS)
+    for (step, x, _), (expected_step, expected_x, _) in zip(actual, expected, strict=True):
+        assert step == expected_step
+        assert torch.equal(x, expected_x)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim-eta"])
@@ -181,17 +181,16 @@ def test_a_random_label_is_a_function_of_seed_and_id_alone():
     ("labels", "want"),
     [("2", [2, 2, 2, 2]), ("0,2", [2, 0, 2, 0]), ("2, 0, 1", [1, 2, 0, 1]), ("balanced", [2, 0, 1, 2])],
 )
-def test_listed_and_balanced_labels_are_taken_in_turn_by_id(labels, want):
-    assert make_labels(RunSettings(labels=labels), [5, 6, 7, 8], grey_unet()).tolist() == want
+def test_listed_and_balanced_labels_are_taken_in_turn_by_id(labels, expected):
+    assert make_labels(RunSettings(labels=labels), [5, 6, 7, 8], grey_unet()).tolist() == expected
 
 
-def test_the_null_label_is_none():
-    assert make_labels(RunSettings(labels="null"), [0, 1], grey_unet()) is None
-
-
-@pytest.mark.parametrize("labels", ["random", "null"])
-def test_an_unconditional_network_has_no_labels(labels):
-    assert make_labels(RunSettings(labels=labels), [0], grey_unet(num_classes=None, null_label=False)) is None
+@pytest.mark.parametrize(
+    ("labels", "network"),
+    [("null", {}), *((labels, {"num_classes": None, "null_label": False}) for labels in ("random", "null"))],
+)
+def test_the_null_label_and_those_of_an_unconditional_network_are_none(labels, network):
+    assert make_labels(RunSettings(labels=labels), [0], grey_unet(**network)) is None
 
 
 # ----------------------------------------------------------------------------------------------- scale and cost
@@ -313,20 +312,20 @@ def test_the_mask_frequency_counts_guided_steps_alone():
 def test_x0_predictions_are_x0_hat_of_every_step_clipped_with_its_mask(sampler):
     pipeline, ids = pipeline_of(sampler, cfg_scale=1.0, interval=(0.5, 1.0)), [2, 3]
     with torch.inference_mode():
-        got = list(x0_predictions(pipeline, 7, ids, LABELS))
+        actual = list(x0_predictions(pipeline, 7, ids, LABELS))
         steps = list(pipeline.sample_progressive(7, ids, LABELS))
     x = initial_noise(7, ids, (3, 16, 16))
-    for (step, x0_hat, mask), (want_step, x_next, prediction) in zip(got, steps, strict=True):
+    for (step, x0_hat, mask), (expected_step, x_next, prediction) in zip(actual, steps, strict=True):
         alpha_bar = float(pipeline.schedule.alpha_bar(step))
-        want = (x - (1 - alpha_bar) ** 0.5 * prediction.eps) / alpha_bar**0.5
-        assert step == want_step
-        torch.testing.assert_close(x0_hat, want.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-        want_mask = prediction.terms["sag"].extras["mask"] if "sag" in prediction.terms else None
-        assert (mask is None) == (want_mask is None) == (step >= pipeline.schedule.num_steps / 2)
-        assert mask is None or torch.equal(mask, want_mask)
+        expected = (x - (1 - alpha_bar) ** 0.5 * prediction.eps) / alpha_bar**0.5
+        assert step == expected_step
+        torch.testing.assert_close(x0_hat, expected.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+        expected_mask = prediction.terms["sag"].extras["mask"] if "sag" in prediction.terms else None
+        assert (mask is None) == (expected_mask is None) == (step >= pipeline.schedule.num_steps / 2)
+        assert mask is None or torch.equal(mask, expected_mask)
         x = x_next
     if sampler == "ddim":  # deterministic, so that the last x0_hat is the image
-        torch.testing.assert_close(got[-1][1], steps[-1][1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual[-1][1], steps[-1][1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -338,13 +337,13 @@ def test_a_compiled_network_is_two_whole_graphs_for_all_steps_and_batches():
         return graph.forward
 
     sampler, run = SamplerSettings(sampler="ddim", respacing="8"), RunSettings(num_samples=4, batch_size=2)
-    want = [sampled(pipeline_of(sampler, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
+    expected = [sampled(pipeline_of(sampler, interval=(0.3, 0.8)), run, ids)[0] for ids in ((0, 1), (2, 3))]
     network = stable_unet()
     network.compile(dynamic=False, fullgraph=True, backend=backend)
     pipeline = pipeline_of(sampler, network=network, interval=(0.3, 0.8))
     try:
-        got = [sampled(pipeline, run, ids)[0] for ids in ((0, 1), (2, 3))]
+        actual = [sampled(pipeline, run, ids)[0] for ids in ((0, 1), (2, 3))]
     finally:
         torch.compiler.reset()
     assert len(graphs) == 2  # one without attention, one that returns it
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

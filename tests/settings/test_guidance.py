@@ -57,9 +57,9 @@ def test_a_method_is_off_by_default_and_its_settings_carry_its_name(name):
     assert GUIDANCES[name].settings_class.group == name
 
 
-@pytest.mark.parametrize(("side", "want"), [(256, 31), (16, 31), (15, 29), (8, 15), (1, 1)])
-def test_the_default_kernel_is_31_or_the_largest_that_fits(side, want):
-    assert effective_kernel_size(None, side) == want
+@pytest.mark.parametrize(("side", "expected"), [(256, 31), (16, 31), (15, 29), (8, 15), (1, 1)])
+def test_the_default_kernel_is_31_or_the_largest_that_fits(side, expected):
+    assert effective_kernel_size(None, side) == expected
 
 
 def test_a_given_kernel_is_used_or_refused_never_changed():

@@ -1,11 +1,8 @@
 import dataclasses
 
 import pytest
-import torch
 
 from sagl.errors import UserError
-from sagl.models.adm import AttentionBlock, UNet
-from sagl.models.zoo import RELEASED
 from sagl.settings.network import DEFAULT_CHANNEL_MULT, ClassifierSettings, UNetSettings
 
 SMALL = {"image_size": 32, "num_channels": 32, "channel_mult": (1, 2, 2)}
@@ -83,40 +80,6 @@ def test_settings_are_frozen_keyword_only_and_hashable_also_from_lists(cls, base
         cls(32)
 
 
-SMALL_UNETS = {
-    "middle alone": UNetSettings(**SMALL, attention_resolutions=()),
-    "every level": UNetSettings(**SMALL, attention_resolutions=(32, 16, 8), num_res_blocks=1),
-    "the finest": UNetSettings(**SMALL, attention_resolutions=(32,), num_res_blocks=3),
-    "resampling blocks": UNetSettings(**SMALL, attention_resolutions=(16,), resblock_updown=True),
-    "one level": UNetSettings(image_size=8, num_channels=32, channel_mult=(1,), attention_resolutions=(8,)),
-}
-UNETS = SMALL_UNETS | {
-    name: entry.settings for name, entry in RELEASED.items() if isinstance(entry.settings, UNetSettings)
-}
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_sites_are_the_blocks_of_the_network_with_attention_in_the_order_of_the_forward_pass(name):
-    with torch.device("meta"):
-        network = UNet(UNETS[name])
-    blocks = [*network.input_blocks, network.middle_block, *network.output_blocks]
-    with_attention = [block.name for block in blocks if any(isinstance(layer, AttentionBlock) for layer in block)]
-    assert list(UNETS[name].sites) == with_attention
-
-
-@pytest.mark.parametrize("name", SMALL_UNETS)
-def test_sites_have_the_resolution_of_the_feature_maps(name):
-    network, sides = UNet(UNETS[name]), {}
-    for block in (*network.input_blocks, network.middle_block, *network.output_blocks):
-        for layer in block:
-            if isinstance(layer, AttentionBlock):
-                layer.register_forward_pre_hook(lambda _, args, at=block.name: sides.update({at: args[0].shape[-1]}))
-    size = UNETS[name].image_size
-    with torch.no_grad():
-        network(torch.zeros(1, 3, size, size), torch.tensor([0]))
-    assert sides == UNETS[name].sites
-
-
 @pytest.mark.parametrize("site", ["output.9", "input.0", "input.3", "output", "", "Middle"])
 def test_a_block_without_attention_is_refused_and_the_sites_are_listed(site):
     settings = UNetSettings(**SMALL, attention_resolutions=(8,), num_res_blocks=1)
@@ -124,13 +87,6 @@ def test_a_block_without_attention_is_refused_and_the_sites_are_listed(site):
         settings.require_site(site)
     assert "input.5 (8x8), middle (8x8), output.0 (8x8), output.1 (8x8)" in str(error.value)
     assert repr(site) in str(error.value)
-
-
-@pytest.mark.parametrize("heads", ["layer", "sag_release"])
-@pytest.mark.parametrize("name", UNETS)
-def test_every_site_can_be_requested_if_num_heads_divides_the_widths(name, heads):
-    for site in UNETS[name].sites:
-        UNETS[name].require_site(site, heads)
 
 
 def test_heads_of_the_sag_release_must_divide_the_width_of_the_site():

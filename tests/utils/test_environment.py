@@ -151,18 +151,15 @@ def test_threads_spin_on_a_quiet_machine_and_sleep_beside_other_programs(busy, s
     assert (os.environ["GOMP_SPINCOUNT"] != "0") == spins
 
 
-@pytest.mark.parametrize(("threads", "spins"), [("1", True), ("2", True), ("3", False), ("", False)])
-def test_threads_spin_while_each_has_an_idle_core(threads, spins, monkeypatch):
-    Machine(monkeypatch, [(1, 1, 0, 0)])
+@pytest.mark.parametrize(
+    ("threads", "cpuinfo", "spins"),
+    [("1", "", True), ("2", "", True), ("3", "", False), ("", "", False), ("", "siblings: 4\ncpu cores: 2\n", True)],
+)
+def test_threads_spin_while_each_has_an_idle_core_or_hardware_thread(threads, cpuinfo, spins, monkeypatch):
+    Machine(monkeypatch, [(1, 1, 0, 0)], cpuinfo)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     environment.choose_thread_waiting()
     assert (os.environ["GOMP_SPINCOUNT"] != "0") == spins
-
-
-def test_hardware_threads_beyond_the_cores_may_be_busy(monkeypatch):
-    Machine(monkeypatch, [(1, 1, 0, 0)], cpuinfo="siblings\t: 4\ncpu cores\t: 2\n")
-    environment.choose_thread_waiting()
-    assert os.environ["GOMP_SPINCOUNT"] != "0"
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
@@ -178,24 +175,18 @@ def test_a_waiting_policy_that_the_user_set_is_kept(name, monkeypatch):
     assert machine.intervals == 0
 
 
-def test_the_choice_is_made_once_for_child_processes_too(monkeypatch):
+def test_the_choice_is_made_once_for_child_processes_too_and_not_after_torch_has_been_loaded(monkeypatch):
     machine = Machine(monkeypatch, [(0, 0), (1, 1)])
     environment.choose_thread_waiting()
     environment.choose_thread_waiting()
     assert machine.intervals == 1
-
-
-def test_nothing_is_chosen_after_torch_has_been_loaded(monkeypatch):
-    machine = Machine(monkeypatch, [(1, 1)])
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setitem(sys.modules, "torch", torch)
     environment.choose_thread_waiting()
-    assert machine.intervals == 0
+    assert machine.intervals == 1
 
 
-def test_a_machine_without_proc_stat_counts_as_quiet(monkeypatch):
-    machine = Machine(monkeypatch, [(1, 1)])
-    monkeypatch.setattr(machine, "read", lambda path: "")
-    monkeypatch.setattr(environment, "read_text_or_empty", machine.read)
+def test_a_machine_without_proc_stat_counts_as_quiet(files):
     assert not environment.is_busy(2)
 
 

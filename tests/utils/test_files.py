@@ -115,7 +115,7 @@ def test_a_file_of_the_cache_replaces_what_killed_processes_left_of_it(tmp_path)
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").write_text("mine")
+    (tmp_path / "used" / "notes.txt").write_text("text")
     for path in (tmp_path / "used", tmp_path / "used" / "notes.txt"):
         with pytest.raises(UserError, match=f"`target` .*{path}"), atomic_folder(path, "target"):
             pytest.fail("opened")
@@ -154,7 +154,7 @@ def test_an_error_of_the_file_system_names_the_argument_the_path_and_the_reason(
 
 @pytest.mark.parametrize("name", ["taken/a.bin", "folder"])
 def test_a_file_in_a_file_or_over_a_folder_is_refused(name, tmp_path):
-    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "taken").write_text("text")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     with pytest.raises(UserError, match="`output`"), atomic_file(tmp_path / name) as partial:
         partial.write_bytes(b"a")
@@ -184,7 +184,7 @@ def test_a_folder_that_exists_or_can_be_created_is_accepted_and_not_created(name
 
 @pytest.mark.parametrize(("name", "obstacle"), [("f", "f"), ("f/a/b", "f"), ("gone", "gone")])
 def test_a_file_or_a_broken_link_in_the_path_is_named(name, obstacle, tmp_path):
-    (tmp_path / "f").write_text("mine")
+    (tmp_path / "f").write_text("text")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     message = refusal(require_writable, tmp_path / name)
     assert "`output`" in message
