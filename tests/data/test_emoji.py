@@ -18,6 +18,7 @@ from sagl.data.emoji_icons import (
     svg_document,
 )
 from sagl.errors import UserError
+from tests.helpers.errors import refused
 
 ANIMALS = [f"animal-{i}" for i in range(60)]
 TONES = ["light", "medium-light", "medium", "medium-dark", "dark"]
@@ -172,10 +173,8 @@ def test_versions_and_settings_determine_the_cache_file(tmp_path):
 @pytest.mark.parametrize("missing", ["twemoji", "fxemoji"])
 def test_a_missing_package_is_named_with_the_install_command(missing, tmp_path):
     root = write_packages(tmp_path / "root", [family for family in FAMILIES if family != missing])
-    with pytest.raises(UserError) as error:
+    with refused("`data.root`", root, missing, "npm install @iconify-json/"):
         EmojiData(root=str(root)).prepare_data()
-    parts = ("`data.root`", str(root), missing, "npm install @iconify-json/")
-    assert [part for part in parts if part not in str(error.value)] == []
 
 
 def test_a_missing_renderer_is_named_with_its_extra(monkeypatch, tmp_path):

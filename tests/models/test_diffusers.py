@@ -24,6 +24,7 @@ from sagl.models.diffusers import (
 from sagl.models.zoo import RELEASED
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
+from tests.helpers.errors import refused
 from tests.helpers.networks import draw_weights, small_classifier
 from tests.helpers.reference_values import KEY_LISTS, relative_error
 from tests.models.test_zoo import KEY_LIST_OF, UNETS
@@ -171,9 +172,8 @@ def test_released_networks_have_the_parameters_of_a_unet2d_or_are_refused(name):
 )
 def test_a_network_that_diffusers_cannot_express_is_refused(changes, named):
     net = UNet(UNetSettings(**{**SMALL, **changes}))
-    with pytest.raises(UserError) as error:
+    with refused(*named, "format"):
         to_diffusers(net.settings, net.state_dict())
-    assert [part for part in (*named, "format") if part not in str(error.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -292,9 +292,8 @@ def test_widths_come_back_where_their_quotient_is_rounded_down():
 )
 def test_parameters_that_do_not_fit_are_refused(change, message):
     state = {name: tensor for name, tensor in (foreign().state_dict() | change).items() if tensor is not None}
-    with pytest.raises(UserError) as error:
+    with refused(message):
         from_diffusers(FOREIGN, state)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["null_label", "new_order"])

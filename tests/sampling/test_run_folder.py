@@ -27,6 +27,7 @@ from sagl.sampling.run_folder import (
     write_run_json,
     write_shard,
 )
+from tests.helpers.errors import refused
 from tests.helpers.files import contents
 
 SETTINGS = {"seed": 3, "respacing": "25", "sag": {"scale": 0.5, "interval": (0.0, 1.0), "kernel_size": None}}
@@ -225,10 +226,8 @@ def test_a_new_folder_and_one_of_the_same_settings_are_accepted(tmp_path):
 )
 def test_a_run_of_other_settings_is_refused_with_the_first_difference(changes, named, tmp_path):
     write_run_json(tmp_path, {"settings": SETTINGS})
-    with pytest.raises(UserError) as error:
+    with refused("`output`", named):
         check_same_run(tmp_path, {**SETTINGS, **changes})
-    assert "`output`" in str(error.value)
-    assert named in str(error.value)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from sagl.errors import UserError
 from sagl.models.zoo import UNET_NAMES, get_unet_settings
 from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
+from tests.helpers.errors import refused
 
 ENCODER = {"image_size": 16, "num_channels": 32, "channel_mult": (1, 2), "num_head_channels": 32}
 ENCODER |= {"attention_resolutions": (8,), "num_classes": 10}
@@ -59,9 +59,8 @@ def test_a_guidance_that_the_network_supports_is_allowed_and_one_of_scale_0_requ
     ],
 )
 def test_what_the_network_does_not_support_is_refused(network, diffusion, guidances, parts):
-    with pytest.raises(UserError) as error:
+    with refused(*parts):
         check_compatible(network, diffusion, guidances)
-    assert [part for part in parts if part not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("name", UNET_NAMES)
@@ -94,9 +93,8 @@ def test_labels_that_the_network_has_are_allowed(network, labels):
     ],
 )
 def test_labels_that_the_network_lacks_or_a_guidance_misses_are_refused(network, labels, guidances, parts):
-    with pytest.raises(UserError) as error:
+    with refused(*parts):
         check_labels(RunSettings(labels=labels), network, guidances)
-    assert [part for part in parts if part not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("network", [NETWORK, UNCONDITIONAL])
@@ -115,6 +113,5 @@ def test_a_classifier_of_the_networks_images_classes_and_process_is_allowed_for_
     ],
 )
 def test_a_classifier_of_other_images_classes_or_noise_is_refused_with_both(changes, diffusion, parts):
-    with pytest.raises(UserError) as error:
+    with refused("`classifier.checkpoint`", *parts):
         check_classifier(replace(CLASSIFIER, **changes), diffusion, NETWORK, FIXED)
-    assert [part for part in ("`classifier.checkpoint`", *parts) if part not in str(error.value)] == []
