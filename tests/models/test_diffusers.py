@@ -1,6 +1,7 @@
 import copy
 import inspect
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -174,6 +175,11 @@ def test_a_network_that_diffusers_cannot_express_is_refused(changes, named):
     net = UNet(UNetSettings(**{**SMALL, **changes}))
     with refused(*named, "format"):
         to_diffusers(net.settings, net.state_dict())
+
+
+def test_parameters_of_other_settings_are_refused():
+    with pytest.raises(UserError, match=r"parameters differ: input_blocks\.1\.1\.norm\.bias"):
+        to_diffusers(replace(adm().settings, channel_mult=(1,), attention_resolutions=()), adm().state_dict())
 
 
 @pytest.mark.parametrize(
