@@ -163,17 +163,6 @@ def test_a_source_can_be_pickled_while_it_is_in_use(tmp_path):
     assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
 
 
-@pytest.mark.parametrize("done", [1, 9, 11])
-def test_training_resumes_in_the_middle_of_an_epoch(done, tmp_path):
-    write_shards(tmp_path / "shards")
-    reference, first, second = (data_module(tmp_path / "shards").train_dataloader() for _ in range(3))
-    expected = values(batch for _ in range(2) for batch in reference)
-    stream = (batch for _ in range(2) for batch in first)
-    assert values(next(stream) for _ in range(done)) == expected[:done]
-    second.load_state_dict(first.state_dict())
-    assert values(batch for _ in range(2) for batch in second)[: len(expected) - done] == expected[done:]
-
-
 def test_two_ranks_share_the_images_of_an_odd_number_of_shards(tmp_path):
     write_shards(tmp_path / "shards")
     trainers = [FakeTrainer({**COLOUR, "num_classes": 10}, rank, world_size=2) for rank in range(2)]

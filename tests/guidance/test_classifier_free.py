@@ -12,7 +12,6 @@ from tests.helpers.predictors import NO_CONDITION, Recorder, guidances_of
 SCHEDULE = make_schedule(DiffusionSettings(), "ddim5")
 LABELS = torch.tensor([1, 4])
 LABELLED = Condition(labels=LABELS)
-SAG = {"scale": 0.7, "site": "middle", "blur_sigma": 1.0}
 
 
 def images():
@@ -61,19 +60,3 @@ def test_scale_0_changes_nothing_costs_nothing_and_needs_no_labels():
 def test_labels_must_be_given():
     with pytest.raises(UserError, match="`labels`"):
         predict(NO_CONDITION, cfg={"scale": 0.5})
-
-
-def test_sag_and_classifier_free_guidance_together_are_the_sum_of_both_at_three_evaluations():
-    network = Recorder(toy_network)
-    both = predict(network=network, sag=SAG, cfg={"scale": 2.0})
-    base, alone = predict(), [predict(sag=SAG), predict(cfg={"scale": 2.0})]
-    torch.testing.assert_close(both.eps, base.eps + sum(p.eps - base.eps for p in alone), rtol=0, atol=1e-5)
-    assert len(network.calls) == both.nfe == 3
-    assert [args[2] is None for args, _ in network.calls].count(True) == 1
-
-
-@pytest.mark.parametrize("group", ["sag", "cfg"])
-def test_each_guidance_keeps_to_its_own_interval(group):
-    settings = {"sag": SAG, "cfg": {"scale": 2.0}}
-    settings[group] = {**settings[group], "interval": (0.0, 0.2)}
-    assert predict(**settings).nfe == 2

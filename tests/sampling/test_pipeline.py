@@ -1,11 +1,10 @@
 import threading
-from collections import Counter
 from functools import cache
 
 import pytest
 import torch
 
-from sagl.diffusion.noise import initial_noise, step_noise
+from sagl.diffusion.noise import initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, GuidanceTerm, Prediction, make_predictor
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
@@ -92,13 +91,6 @@ def test_a_sample_changes_by_rounding_at_another_batch_size(sampler, batch_size,
 
 
 @every_sampler
-def test_every_seed_and_id_has_an_image_of_its_own(sampler):
-    pipeline = pipeline_of(sampler)
-    images = [*sampled(pipeline, RunSettings(seed=0))[0], *sampled(pipeline, RunSettings(seed=1))[0]]
-    assert min(float((a - b).abs().max()) for i, a in enumerate(images) for b in images[:i]) > 0.1
-
-
-@every_sampler
 def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
     network, s, shape = stable_unet(), SAMPLERS[sampler], (3, 16, 16)
     pipeline = pipeline_of(sampler, network=network)
@@ -166,15 +158,8 @@ def test_micro_batches_are_full_aligned_and_hold_every_sample_once(num_samples, 
 # ------------------------------------------------------------------------------------------------------ labels
 
 
-def test_a_random_label_is_a_function_of_seed_and_id_alone():
-    network, ids = grey_unet(), list(range(200))
-    labels = make_labels(RunSettings(seed=3), ids, network).tolist()
-    assert make_labels(RunSettings(seed=3, num_samples=7, batch_size=5), ids[50:60], network).tolist() == labels[50:60]
-    assert make_labels(RunSettings(seed=3), ids[::-1], network).tolist() == labels[::-1]
-    assert make_labels(RunSettings(seed=4), ids, network).tolist() != labels
-    counts = Counter(labels)
-    assert set(counts) == {0, 1, 2}
-    assert min(counts.values()) > 200 / 3 * 0.7
+def test_a_random_label_is_that_of_its_seed_and_id():
+    assert make_labels(RunSettings(seed=3), [7, 5], grey_unet()).tolist() == random_labels(3, [7, 5], 3)
 
 
 @pytest.mark.parametrize(
@@ -261,21 +246,6 @@ def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
 
 
 # ------------------------------------------------------------------------------------------------- classifiers
-
-
-@every_sampler
-def test_sag_and_classifier_guidance_run_together_inside_and_outside_of_inference_mode(sampler):
-    network = stable_unet()
-    both = pipeline_of(sampler, network=network, classifier_scale=3.0)
-    with torch.inference_mode():
-        inside, mask_frequency = both.sample(0, [0, 1], LABELS)
-    outside, _ = both.sample(0, [0, 1], LABELS)
-    assert mask_frequency is not None
-    assert bool(inside.isfinite().all())
-    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-5)
-    for alone in ({}, {"classifier_scale": 3.0, "scale": 0.0}):
-        images, _ = pipeline_of(sampler, network=network, **alone).sample(0, [0, 1], LABELS)
-        assert float((images - outside).abs().max()) > 1e-3
 
 
 def test_a_classifier_is_loaded_by_file_and_compared_with_the_network(tmp_path):
