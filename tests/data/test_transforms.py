@@ -57,7 +57,7 @@ def test_random_crops_differ_by_seed_reach_the_edges_and_are_reproducible():
     assert all(torch.equal(crop(ramp(8, 16), seed, random_crop=True), image) for seed, image in enumerate(images))
 
 
-def test_greyscale_is_pillows():
+def test_greyscale_equals_pillows():
     pixels = decode_image(encode(ramp(9, 8)), 1)
     assert torch.equal(pixels[:, :, 0], torch.from_numpy(np.array(ramp(9, 8).convert("L"))))
 

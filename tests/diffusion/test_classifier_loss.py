@@ -21,7 +21,7 @@ def loss_of(logits, labels=LABELS):
     return classifier_loss(lambda *_: torch.tensor(logits), X_0, labels, TIMESTEPS, noise(), SCHEDULE)
 
 
-def test_the_classifier_gets_each_image_noised_to_its_own_timestep():
+def test_the_classifier_gets_each_image_with_the_noise_of_its_timestep():
     classifier = Recorder(lambda *_: torch.zeros(4, 3))
     classifier_loss(classifier, X_0, LABELS, TIMESTEPS, noise(), SCHEDULE)
     (((x_t, timesteps), _),) = classifier.calls

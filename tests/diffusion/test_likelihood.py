@@ -24,7 +24,7 @@ CLOSE = {"rtol": 1e-4, "atol": 0}
 
 
 @pytest.mark.parametrize("name", REFERENCE_LABELS)
-def test_bits_per_dim_are_the_references(name):
+def test_bits_per_dim_equal_the_reference_values(name):
     x_0, _ = loss_inputs()
     schedule, g = schedule_of(name, "20"), generator(78)
     predict = make_predictor(network(name), schedule, "learned_range")
@@ -57,7 +57,7 @@ def test_bits_per_dim_are_those_of_an_independent_implementation(clip_x0, varian
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_a_very_small_prior_keeps_its_digits(dtype, kind):
+def test_a_very_small_prior_is_precise(dtype, kind):
     schedule, x_0 = make_schedule(DiffusionSettings(noise_schedule=kind)), pixels()
     bar = float(schedule.alphas_cumprod[-1])
     expected = 0.5 * (-math.log1p(-bar) - bar + bar * x_0**2).flatten(1).mean(dim=1) / math.log(2)
@@ -65,7 +65,7 @@ def test_a_very_small_prior_keeps_its_digits(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kl_of_nearly_equal_gaussians_keeps_its_digits(dtype):
+def test_the_kl_of_nearly_equal_gaussians_is_precise(dtype):
     mean, log_variance = torch.tensor([1e-4, 0.0, 0.3, -1.0]), torch.tensor([-6.0, -2.002, -3.0, 1.0])
     other = torch.tensor([-6.0, -2.0, -2.5, 0.0])
     d = log_variance.double() - other.double()

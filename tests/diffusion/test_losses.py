@@ -16,7 +16,7 @@ TIMESTEPS = torch.tensor([0, 250, 999])
 
 
 @pytest.mark.parametrize("name", REFERENCE_LABELS)
-def test_training_losses_are_the_references(name):
+def test_training_losses_equal_the_reference_values(name):
     x_0, noise = loss_inputs()
     with torch.no_grad():
         actual = training_losses(
@@ -71,7 +71,7 @@ def test_in_the_hybrid_the_bound_trains_the_variance_alone(kind, part, trains_ep
     assert ((largest > 0) == torch.tensor([trains_eps, trains_variance])).all()
 
 
-def test_masked_samples_lose_the_bound_alone():
+def test_the_bound_of_masked_samples_is_zero_and_their_mse_unchanged():
     x_0, noise, schedule = pixels(), standard_normal(), make_schedule(DiffusionSettings())
     options = {"kind": "hybrid", "variance": "learned_range"}
     losses = training_losses(toy_model, x_0, torch.tensor([3, 400, 900]), noise, schedule, **options)

@@ -16,12 +16,12 @@ def schedule_of(kind="linear", respacing=None, total=1000):
 
 
 @pytest.mark.parametrize("key", WHOLE)
-def test_betas_are_the_references(key):
+def test_betas_equal_the_reference_values(key):
     torch.testing.assert_close(schedule_of(key.split(".")[0]).betas, values("schedules")[key], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("key", RESPACED)
-def test_respaced_betas_and_timesteps_are_the_references(key):
+def test_respaced_betas_and_timesteps_equal_the_reference_values(key):
     kind, respacing = key.split(".respaced.")
     schedule = schedule_of(kind, respacing)
     torch.testing.assert_close(schedule.betas, values("schedules")[f"{key}.betas"], rtol=0, atol=1e-12)

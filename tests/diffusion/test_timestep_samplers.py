@@ -45,7 +45,7 @@ def test_a_full_history_drops_its_oldest_loss():
     assert sampler.losses[1].tolist() == [1.0] * 4
 
 
-def test_a_sampler_goes_on_from_its_state():
+def test_a_sampler_continues_from_its_state():
     sampler, restored = sampler_of([[3.0] * 4, [1.0] * 4]), LossSecondMomentTimesteps(2, history=4)
     restored.load_state_dict(sampler.state_dict())
     assert torch.equal(restored.probabilities(), sampler.probabilities())

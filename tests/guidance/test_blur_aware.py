@@ -67,7 +67,7 @@ def test_samples_outside_the_mask_stay_unchanged():
     assert torch.equal(target[1::2], images(1)[1::2])
 
 
-def test_the_clean_target_leads_back_to_the_image_before_the_blur():
+def test_the_clean_target_gives_the_image_before_the_blur():
     x0_input, target = batch(settings(target="clean", mask="global"), [True] * 4)
     alpha_bar = SCHEDULE.alpha_bar(TIMESTEPS)
     x_t = add_noise(x0_input, images(1), alpha_bar)

@@ -68,7 +68,7 @@ def test_a_token_above_the_threshold_masks_its_own_block_of_pixels_and_one_at_it
 @pytest.mark.parametrize("kernel_size", [1, 3, 9, 31])
 @pytest.mark.parametrize("blur_sigma", [0.3, 1.0, 3.0, 9.0])
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 32, 20)])
-def test_the_blur_is_torchvisions(kernel_size, blur_sigma, shape):
+def test_the_blur_equals_torchvisions(kernel_size, blur_sigma, shape):
     x = images(*shape)
     expected = torchvision_blur(x, [kernel_size] * 2, [blur_sigma] * 2)
     torch.testing.assert_close(gaussian_blur(x, kernel_size, blur_sigma), expected, rtol=0, atol=2e-6)

@@ -40,7 +40,7 @@ def test_statistics_are_the_mean_and_the_unbiased_covariance_in_float64():
     np.testing.assert_allclose(s.covariance, np.cov(x.double().numpy().T), rtol=1e-10)
 
 
-def test_a_large_mean_costs_no_precision():
+def test_a_large_mean_does_not_reduce_the_precision():
     x = features(200, 5, 0)
     far = (1e4 + x).float()
     torch.testing.assert_close(statistics(far).covariance, torch.cov((far.double() - 1e4).T), rtol=1e-7, atol=0)

@@ -15,7 +15,7 @@ def by_definition(logits):
     return float(np.exp(np.mean([np.sum(row * np.log(row / p.mean(axis=0))) for row in p])))
 
 
-def test_the_score_is_the_definition_by_definition():
+def test_the_score_equals_its_definition():
     assert inception_score(random_logits(50)) == pytest.approx(by_definition(random_logits(50)), rel=1e-12)
 
 

@@ -51,14 +51,14 @@ def optimized(request):
 
 
 @pytest.mark.parametrize("name", ["adm_a", "adm_a8", "adm_b"])
-def test_forward_is_the_references(name, optimized):
+def test_forward_equals_the_reference_values(name, optimized):
     with torch.no_grad():
         out = network(name, optimized)(reference_images(), TIMESTEPS, LABELS[name]).out
     assert relative_error(out, values("forward")[f"{name}.out"]) < 1e-5
 
 
 @pytest.mark.parametrize("key", [key for key in values("forward") if "attention_received" in key])
-def test_attention_received_is_the_references(key, optimized):
+def test_attention_received_equals_the_reference_values(key, optimized):
     name, _, site_key = key.partition(".")
     layout, _, block = site_key.removeprefix("attention_received").partition(".")
     site = AttentionSite(block, "sag_release" if layout == "_as_released" else "layer")
@@ -69,7 +69,7 @@ def test_attention_received_is_the_references(key, optimized):
     assert relative_error(maps[site], values("forward")[key]) < 1e-5
 
 
-def test_logits_and_gradient_of_the_classifier_are_the_references(optimized):
+def test_logits_and_gradient_of_the_classifier_equal_the_reference_values(optimized):
     x = reference_images().requires_grad_()
     logits = classifier(optimized)(x, TIMESTEPS)
     assert relative_error(logits, values("forward")["classifier_c.logits"]) < 1e-5

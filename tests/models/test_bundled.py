@@ -48,15 +48,6 @@ def test_it_is_small_grey_conditional_and_has_a_null_label():
     assert next(build_network(file).parameters()).dtype == torch.float32
 
 
-def test_its_recommended_settings_are_settings():
-    recommended = dict(read_checkpoint(DEFAULT_CHECKPOINT).recommended)
-    sag = SelfAttentionGuidance(**recommended.pop("sag"))
-    assert sag.scale != 0
-    run = {k: recommended.pop(k) for k in ("labels",) if k in recommended}
-    SamplerSettings(**recommended)
-    RunSettings(**run)
-
-
 @pytest.mark.slow
 def test_images_are_of_the_requested_class(samples, garments):
     """Of ten classes, the nearest mean image of real garments is the right one for most samples."""
@@ -67,7 +58,7 @@ def test_images_are_of_the_requested_class(samples, garments):
 
 
 @pytest.mark.slow
-def test_backgrounds_are_black_without_speckle(samples):
+def test_backgrounds_are_black_without_noise(samples):
     """The frame of two black pixels around every training image is black in the samples ones too."""
     images, _ = samples
     frame = images.clone()

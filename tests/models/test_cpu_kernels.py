@@ -129,7 +129,7 @@ def test_features_far_from_zero_and_constant_ones_are_normalised_as_by_group_nor
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("width", "out", "side"), [(256, 512, 64), (512, 1024, 16), (2048, 1024, 8)])
-def test_a_1x1_convolution_is_pytorchs(dtype, tolerance, width, out, side):
+def test_a_1x1_convolution_equals_pytorchs(dtype, tolerance, width, out, side):
     x, conv = randn(1, width, side, side, dtype=dtype), optimize_for_cpu(nn.Conv2d(width, out, 1)).to(dtype)
     tokens = optimize_for_cpu(Conv1x1(width, out)).to(dtype)
     tokens.load_state_dict({"weight": conv.weight[..., 0], "bias": conv.bias})

@@ -320,7 +320,7 @@ def test_a_folder_keeps_all_settings_also_when_diffusers_saves_it(name, tmp_path
     assert relative_error(outputs(build_network(converted), settings), outputs(model.eval(), settings)) < EXACT
 
 
-def test_given_diffusion_settings_are_used_for_folders_without_sagls(tmp_path):
+def test_diffusion_settings_of_the_call_are_used_for_folders_without_sagls(tmp_path):
     cosine, linear = DiffusionSettings(noise_schedule="cosine"), DiffusionSettings()
     foreign().save_pretrained(tmp_path / "theirs")
     write_diffusers(weights_of(adm()), tmp_path / "ours")

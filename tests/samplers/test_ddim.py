@@ -18,7 +18,7 @@ from tests.helpers.reference_values import trajectory_error, trajectory_names
 
 
 @pytest.mark.parametrize("name", trajectory_names("ddim"))
-def test_trajectory_is_the_references_at_every_step(name):
+def test_trajectory_equals_the_reference_values_at_every_step(name):
     assert max(trajectory_error(name, ddim)) < 1e-3
 
 
@@ -56,7 +56,7 @@ def test_eta_1_is_ancestral_sampling_with_the_posteriors_variance(clip_x0):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_true_noise_leads_back_to_the_image():
+def test_the_true_noise_gives_the_image():
     (x_0, noise), schedule = draws(1), make_schedule(DiffusionSettings(), "ddim10")
 
     def predict(x_t, step, condition):

@@ -18,7 +18,7 @@ SCHEDULE = make_schedule(DiffusionSettings(), "5")
 
 
 @pytest.mark.parametrize("name", trajectory_names("ddpm"))
-def test_trajectory_is_the_references_at_every_step(name):
+def test_trajectory_equals_the_reference_values_at_every_step(name):
     assert max(trajectory_error(name, ddpm)) < 1e-3
 
 

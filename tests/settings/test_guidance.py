@@ -61,7 +61,7 @@ def test_the_default_kernel_is_31_or_the_largest_that_fits(side, expected):
     assert effective_kernel_size(None, side) == expected
 
 
-def test_a_given_kernel_is_used_or_refused_never_changed():
+def test_a_kernel_size_is_used_or_refused_never_changed():
     assert effective_kernel_size(29, 15) == 29
     with pytest.raises(UserError, match=r"`sag\.kernel_size`.*29.*15x15.*31"):
         effective_kernel_size(31, 15)

@@ -248,7 +248,7 @@ def test_a_server_without_the_file_is_given_up_at_once_or_after_some_attempts(de
     assert not target.exists()
 
 
-def test_a_web_page_costs_none_of_the_bytes_before_it(fetch, server):
+def test_a_web_page_does_not_delete_the_bytes_received_before_it(fetch, server):
     interrupt(fetch, server)
     server.responses = [Response(content_type="text/html", validators=())]
     with refused("text/html"):
