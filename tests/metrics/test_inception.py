@@ -80,8 +80,14 @@ def test_pooled_features_and_logits_are_those_of_torch_fidelity(features, public
     assert features.pooled.shape == (2, 2048)
     assert float(pooled.std()) > 0.01
     torch.testing.assert_close(features.pooled, pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_have_no_bias(features, extract):
+    product = features.pooled.double().numpy() @ extract.network.fc.weight.double().numpy().T
     assert features.logits.shape == (2, 1008)
-    torch.testing.assert_close(features.logits, logits, rtol=1e-4, atol=1e-4)  # torch-fidelity's have no bias
+    np.testing.assert_allclose(features.logits.numpy(), product, rtol=1e-4, atol=1e-5)
+    assert float(extract.network.fc.bias.abs().max()) > 0.1
 
 
 def test_spatial_features_are_seven_channels_of_all_positions_channels_last(features, public):
