@@ -7,7 +7,7 @@ from tests.helpers.errors import refused
 
 
 @pytest.mark.parametrize(
-    ("spec", "total", "want"),
+    ("spec", "total", "expected"),
     [
         ("5", 10, [0, 2, 4, 7, 9]),
         ("1", 10, [0]),

@@ -106,7 +106,7 @@ def test_only_the_base_prediction_returns_attention():
 
 
 @pytest.mark.parametrize(
-    ("interval", "num_steps", "want"),
+    ("interval", "num_steps", "expected"),
     [
         ((0, 1), 6, [0, 1, 2, 3, 4, 5]),
         ((2 / 3, 1), 6, [4, 5]),

@@ -163,7 +163,7 @@ def test_a_random_label_is_that_of_its_seed_and_id():
 
 
 @pytest.mark.parametrize(
-    ("labels", "want"),
+    ("labels", "expected"),
     [("2", [2, 2, 2, 2]), ("0,2", [2, 0, 2, 0]), ("2, 0, 1", [1, 2, 0, 1]), ("balanced", [2, 0, 1, 2])],
 )
 def test_listed_and_balanced_labels_are_taken_in_turn_by_id(labels, expected):
