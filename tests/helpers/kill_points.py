@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -74,6 +75,8 @@ def run(arguments, kill_at=None, log=None):
             code = cli.main(arguments)
         except SystemExit as end:
             code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             counter.stop()
             os.write(writer, str(counter.events).encode())
@@ -135,7 +138,7 @@ def prepare(folder, command):
     os.chdir(folder)
     write_grey_unet(Path("tiny.safetensors"))
     (folder / "data").mkdir()
-    options = {"trainer": {"max_steps": 2, "val_check_interval": 1, "logger": True, "precision": "32-true"}}
+    options = {"trainer": {"max_steps": 2, "val_check_interval": 1, "precision": "32-true"}}
     write_folder_config(folder / "data", data={"num_workers": 0}, **options, save_every_steps=1)
     shutil.copytree("data/images/0", "reference")
     if command == "diffusers":
