@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.kill_points import COMMANDS
 
-NUM_POINTS = 24
+NUM_POINTS = 12
 
 
 @pytest.mark.slow

@@ -112,13 +112,14 @@ class EventCounter:
 
 
 def snapshot(folder):
-    """Return the content of all files and the names of all empty folders, without times and logs."""
+    """Return the content of all files and the names of all empty folders, without times, logs and
+    complete files of the cache, whose names depend on times."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             files |= {} if any(path.iterdir()) else {name: "folder"}
-        elif "tfevents" not in name:
+        elif "tfevents" not in name and not (name.startswith("cache/") and path.suffix in (".npy", ".npz")):
             files[name] = path.read_bytes()
             if path.suffix == ".json":
                 files[name] = _without_times(json.loads(files[name]))
