@@ -19,6 +19,7 @@ TYPE_NAMES = {
     "str": "text",
     "NoneType": "null",
     "list": "a list like [a,b]",
+    "tuple": "a list like [1,2,4]",
 }
 """Types as error messages call them."""
 INTERVAL_HINT = "two fractions like 0.5,1.0: from the noisiest step (0) to the cleanest (1)"
@@ -190,8 +191,9 @@ def _allowed(name: str, expected: str) -> str:
     """Describe the allowed values from the expected types in jsonargparse's message."""
     if name.endswith(".interval"):
         return INTERVAL_HINT
-    if choices := re.search(r"Literal\[(.+?)\]", expected):
-        return "one of " + ", ".join(choice.strip(" '\"") for choice in choices[1].split(","))
+    if literals := re.findall(r"Literal\[(.+?)\]", expected):
+        choices = (choice.strip(" '\"") for literal in literals for choice in literal.split(","))
+        return "one of " + ", ".join(dict.fromkeys(choices))
     types = [TYPE_NAMES[word] for word in re.findall(r"'(\w+)'", expected) if word in TYPE_NAMES]
     return " or ".join(dict.fromkeys(types)) or expected
 

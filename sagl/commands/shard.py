@@ -1,5 +1,6 @@
 """`sagl shard`: write the images of any source as WebDataset shards."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ def main(arguments: list[str]) -> None:
     from sagl.data.webdataset_writer import plan_shards, write_shards
 
     source = open_image_source(args.source, args.labels)
+    for note in source.notes:
+        print(note, file=sys.stderr)
     shards = plan_shards(output, name, len(source), args.shard_size)
     with lock_folder(output), ProgressReporter(name, len(source), args.progress) as progress:
         num_existing = write_shards(source, shards, progress.advance)

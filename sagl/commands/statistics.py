@@ -1,5 +1,6 @@
 """`sagl statistics`: a statistics file of reference images."""
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> None:
             extraction=extraction,
             devices=devices,
         )
+    for note in reference.notes:
+        print(note, file=sys.stderr)
     count = reference.statistics.num_samples
     print(
         f"{output}: {reference.extractor} features of {count} images. Use it: sagl evaluate IMAGES --reference {output}"

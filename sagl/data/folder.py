@@ -40,7 +40,7 @@ class FolderImageSource(ImageSource):
         Raises:
             UserError: there is no such folder, it has no images, or the labels do not match the images.
         """
-        require(root.is_dir(), f"`{argument}` must be a folder of images, and there is none at {root}.")
+        require(os.path.isdir(root), f"`{argument}` must be a folder of images, and there is none at {root}.")
         self.root = root
         listing = list_folder(root, argument)
         self.files = [name for name in listing.files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]

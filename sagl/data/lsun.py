@@ -32,7 +32,8 @@ _ENVIRONMENTS: dict[str, tuple[int, lmdb.Environment]] = {}
 
 def is_lmdb(path: Path) -> bool:
     """Return whether this is a folder with data.mdb, or a database in one file."""
-    return (path / "data.mdb").is_file() or (path.suffix.lower() in FILE_SUFFIXES and path.is_file())
+    # Path.is_file raises an error for a folder without permission.
+    return os.path.isfile(path / "data.mdb") or (path.suffix.lower() in FILE_SUFFIXES and os.path.isfile(path))
 
 
 class Keys(Sequence[bytes]):

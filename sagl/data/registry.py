@@ -1,5 +1,6 @@
 """Opening of an image source by its path or name."""
 
+import os
 from pathlib import Path
 
 from sagl.data.fashion_mnist import FashionMNISTImageSource
@@ -40,7 +41,7 @@ def open_image_source(name: str, labels: str | None = None, argument: str = "sou
     """
     path = Path(name)
     is_database = is_lmdb(path)
-    is_folder = path.is_dir() and not is_database and not tar_files(path)
+    is_folder = os.path.isdir(path) and not is_database and not tar_files(path)
     require(is_folder or labels is None, f"`labels` must be left out unless images are in a folder, got {name}.")
     if is_folder:
         return FolderImageSource(path, labels or "none", argument=argument, labels_argument="labels")
@@ -52,10 +53,10 @@ def open_image_source(name: str, labels: str | None = None, argument: str = "sou
         return NpzImageSource(path, argument=argument)
     hint = OTHER_FORMATS.get(path.suffix.lower())
     require(
-        hint is None or not path.is_file(),
+        hint is None or not os.path.isfile(path),
         f"`{argument}` must be a folder of images, an npz file, an LMDB or shards (.tar), got {name}. {hint}.",
     )
-    if path.is_dir():
+    if os.path.isdir(path):
         _require_shards_only(path, argument)
     return open_shards(name, argument=argument)
 

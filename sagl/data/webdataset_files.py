@@ -16,7 +16,7 @@ from webdataset.shardlists import expand_urls
 
 from sagl.errors import UserError, require
 from sagl.utils.download import download
-from sagl.utils.files import sha256
+from sagl.utils.files import cache_folder, sha256
 from sagl.utils.listing import is_hidden
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):")
@@ -111,9 +111,15 @@ def tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar" and not is_hidden(path.name))
 
 
-def is_url(name: str) -> bool:
-    """Return whether this is an http or https address."""
-    return name.lower().startswith(("http://", "https://"))
+def local_path(name: str, argument: str) -> str:
+    """Return the path of the local copy if this is an http(s) URL of one file, else the name itself.
+
+    Raises:
+        UserError: As `download_file`.
+    """
+    if not name.lower().startswith(("http:", "https:")) or "{" in name:
+        return name
+    return str(download_file(name, cache_folder() / "shards", argument))
 
 
 def download_file(url: str, cache: Path, argument: str) -> Path:

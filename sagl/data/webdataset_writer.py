@@ -1,14 +1,16 @@
 """Writing of WebDataset shards. The same images always give the same bytes."""
 
+import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from webdataset import TarWriter
 
 from sagl.data.image_data import NO_LABEL, ImageSource
-from sagl.data.webdataset import ShardImageSource
 from sagl.data.webdataset_files import MANIFEST
 from sagl.errors import UserError, require
 from sagl.utils.files import atomic_file, remove_partial, sha256
@@ -52,26 +54,43 @@ def write_shards(source: ImageSource, shards: list[Shard], on_images: Callable[[
     remove_partial(shards[0].path.parent, "*.tar.*", f"{MANIFEST}.*")
     existing = [shard for shard in shards if shard.path.is_file()]
     for shard in existing:
-        _check_images(source, shard)
+        _check_shard(source, shard, on_images)
     manifest: dict[str, dict[str, int | str]] = {}
     for shard in shards:
-        if shard in existing:
-            on_images(len(shard.indices))
-        else:
-            _write(source, shard, on_images)
+        if shard not in existing:
+            with atomic_file(shard.path) as partial, partial.open("wb") as file:
+                _write(source, shard, file, on_images)
         manifest[shard.path.name] = {"images": len(shard.indices), "sha256": sha256(shard.path)}
     with atomic_file(shards[0].path.with_name(MANIFEST)) as partial:
         partial.write_text(json.dumps(manifest, indent=2) + "\n")
     return len(existing)
 
 
-def _write(source: ImageSource, shard: Shard, on_images: Callable[[int], None]) -> None:
-    """Write a shard with constant owner, mode and time; the file appears when it is complete."""
-    with (
-        atomic_file(shard.path) as partial,
-        partial.open("wb") as file,
-        TarWriter(file, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar,
-    ):
+class _Sha256(io.RawIOBase):
+    """Binary stream that computes the sha256 of what is written to it."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.digest.update(data)
+        return len(data)
+
+
+def _check_shard(source: ImageSource, shard: Shard, on_images: Callable[[int], None]) -> None:
+    """Refuse an existing shard that is not the one that would be written."""
+    stream = _Sha256()
+    _write(source, shard, stream, on_images)
+    require(
+        stream.digest.hexdigest() == sha256(shard.path),
+        f"`output` must be a new folder or hold shards of the same images and labels, and {shard.path} holds others or "
+        "is damaged. Delete it to write it again, or choose another folder.",
+    )
+
+
+def _write(source: ImageSource, shard: Shard, stream: Any, on_images: Callable[[int], None]) -> None:  # noqa: ANN401
+    """Write a tar file to a binary stream, with constant owner, mode and time."""
+    with TarWriter(stream, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar:
         for index in shard.indices:
             tar.write(_sample(source, index))
             on_images(1)
@@ -99,18 +118,4 @@ def _check_folder(shards: list[Shard]) -> None:
         not others,
         f"`output` must be a new folder or hold shards of the same images, and {folder} also holds "
         f"{others and others[0]}. Choose another folder.",
-    )
-
-
-def _check_images(source: ImageSource, shard: Shard) -> None:
-    """Refuse an existing shard of other images, by the number of images, the first and the last."""
-    existing, indices = ShardImageSource([shard.path]), shard.indices
-    same = len(existing) == len(indices) and all(
-        existing.read_bytes(k) == source.read_bytes(indices[k]) and existing.label(k) == source.label(indices[k])
-        for k in {0, len(indices) - 1}
-    )
-    require(
-        same,
-        f"`output` must be a new folder or hold shards of the same images, and {shard.path} holds other images or is "
-        "corrupt. Choose another folder, or delete it.",
     )

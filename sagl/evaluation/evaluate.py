@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.extraction import FeatureExtraction
-from sagl.evaluation.image_sets import ImageSet, RunImages, open_image_set
+from sagl.evaluation.image_sets import ImageSet, RunImages, describe_unreadable, open_image_set
 from sagl.evaluation.reference import load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
@@ -52,11 +53,12 @@ def evaluate(
     """
     start_time = time.monotonic()
     with launch(devices) as ranks:
-        name = extraction.extractor or _default_extractor(Path(reference))
-        image_set = open_image_set(images, extraction.image_size, "images")
+        images_path, reference_path = local_path(images, "images"), local_path(reference, "reference")
+        name = extraction.extractor or _default_extractor(Path(reference_path))
+        image_set = open_image_set(images_path, extraction.image_size, "images")
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
         extractor = FeatureExtraction.load(name, extraction, ranks)
-        real = load_reference(reference, extractor, image_set.image_size, metrics.max_features)
+        real = load_reference(reference_path, extractor, image_set.image_size, metrics.max_features)
         fake = extractor.statistics(image_set, count, max_features=count, title=Path(images).name, keep_logits=True)
     assert real is not None
     assert fake is not None
@@ -65,7 +67,7 @@ def evaluate(
     settings = _effective_settings(metrics, fake, real.statistics)
     return EvaluationResult(
         images=images,
-        num_samples=count,
+        num_samples=fake.num_samples,
         reference=reference,
         reference_digest=real.digest,
         num_reference=real.statistics.num_samples or None,
@@ -75,7 +77,12 @@ def evaluate(
         intervals=results.intervals,
         stds=results.stds,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
-        notes=(*run_notes, *real.notes, *_comparability_notes(fake, real, image_set, resize)),
+        notes=(
+            *run_notes,
+            *filter(None, [describe_unreadable(count, fake.num_samples)]),
+            *real.notes,
+            *_comparability_notes(fake, real, image_set, resize),
+        ),
         seconds=round(time.monotonic() - start_time, 1),
     )
 
@@ -97,13 +104,19 @@ def write_statistics(
     require(max_features >= 2, f"`max_features` must be at least 2, got {max_features}.")
     name = extraction.extractor or DEFAULT_EXTRACTOR
     with launch(devices) as ranks:
-        images = open_image_set(source, extraction.image_size, "source")
+        images = open_image_set(local_path(source, "source"), extraction.image_size, "source")
         count = _check_num_samples(num_samples, images, source)
         extractor = FeatureExtraction.load(name, extraction, ranks)
         statistics = extractor.statistics(images, count, max_features=max_features, title=Path(source).name)
     assert statistics is not None
     require_finite_features("source", statistics.pooled)
-    reference = Reference(statistics=statistics, extractor=name, source=source, image_size=images.image_size)
+    reference = Reference(
+        statistics=statistics,
+        extractor=name,
+        source=source,
+        image_size=images.image_size,
+        notes=images.source_notes,
+    )
     write_reference(reference, output)
     return reference
 
@@ -137,7 +150,7 @@ def _effective_settings(s: MetricSettings, fake: FeatureStatistics, real: Featur
 def _run_notes(run: Path, images: ImageSet) -> list[str]:
     requested = read_run_json(run, "images").get("num_samples", 0) if isinstance(images, RunImages) else 0
     unfinished = f"The run holds {len(images)} of {requested} images so far." if len(images) < requested else ""
-    return [note for note in (images.preprocessing_note, unfinished) if note]
+    return [note for note in (*images.source_notes, images.preprocessing_note, unfinished) if note]
 
 
 def _comparability_notes(fake: FeatureStatistics, real: Reference, images: ImageSet, resize: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Features of image sets, extracted by all processes of a command."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 
-from sagl.evaluation.image_sets import ImageSet
+from sagl.evaluation.image_sets import ImageSet, describe_unreadable, require_few_unreadable
 from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
 from sagl.metrics.extractors import get_extractor
 from sagl.metrics.features import Extractor, Features, check_features
@@ -50,23 +51,36 @@ class FeatureExtraction:
             keep_logits: whether to store all logits.
 
         Raises:
-            UserError: an image is damaged, or the extractor returns no features.
+            UserError: too many images are damaged, or the extractor returns no features.
         """
         accumulator = FeatureAccumulator(total=num_samples, max_features=max_features, keep_logits=keep_logits)
         ranks, batch_size = self.ranks, self.settings.batch_size
         kind = self.settings.progress if ranks.rank == 0 else "off"
         starts = range(ranks.rank * batch_size, num_samples, batch_size * ranks.world_size)
-        batches = prefetch(images.read(start, min(num_samples, start + batch_size)) for start in starts)
+        batches = prefetch(_read(images, start, min(num_samples, start + batch_size)) for start in starts)
+        unreadable: list[str] = []
         with ProgressReporter(f"{self.name} of {title}", num_samples, kind) as progress:
             for _ in range(0, num_samples, batch_size * ranks.world_size):
-                for features in ranks.gather(self._features(next(batches, None))):
+                batch, new_names = next(batches, (None, []))
+                for features, names in ranks.gather((self._features(batch), new_names)):
+                    unreadable += names
+                    require_few_unreadable(unreadable, num_samples)
                     if features is not None:
                         accumulator.add(features)
                         progress.advance(len(features.pooled))
+        if unreadable:
+            note = describe_unreadable(num_samples, num_samples - len(unreadable))
+            print(f"{title}: {note} The first of them is {unreadable[0]}.", file=sys.stderr)
         return accumulator.finalize() if ranks.rank == 0 else None
 
     def _features(self, batch: ImageUint8 | None) -> Features | None:
-        if batch is None:
+        if batch is None or len(batch) == 0:
             return None
         with torch.inference_mode():
             return check_features(self.extract(batch), len(batch))
+
+
+def _read(images: ImageSet, start: int, stop: int) -> tuple[ImageUint8, list[str]]:
+    """Return some images and the names of those that cannot be decoded."""
+    num_unreadable = len(images.unreadable)
+    return images.read(start, stop), list(images.unreadable[num_unreadable:])

@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,11 +20,14 @@ from sagl.errors import UserError, require
 from sagl.sampling.run_folder import SAMPLES, Pixels, Sample, decode_png, list_shards, read_shard
 from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, sha256
+from sagl.utils.listing import list_folder
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
 """Splits of Fashion-MNIST, padded to 32×32 as for the training of the bundled network."""
 DIGEST_DIGITS = 16
 """Hex digits of a digest that are stored with a result."""
+MAX_UNREADABLE_FRACTION = 0.01
+"""Largest fraction of the images of a source that may be left out because they cannot be decoded."""
 Size = tuple[int, int]
 """(H, W) in pixels."""
 
@@ -36,16 +39,20 @@ class ImageSet(ABC):
     """Size that images are cropped and resized to; None if they are not."""
     preprocessing_note: str = ""
     """Description of the preprocessing, empty if there is none."""
+    source_notes: tuple[str, ...] = ()
+    """Lines for the user on what the source leaves out."""
+    unreadable: Sequence[str] = ()
+    """Names of the images that `read` could not decode so far, with the reasons."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, start: int, stop: int) -> ImageUint8:
-        """Return images `start` to `stop` - 1: (n, 1 or 3, H, W) uint8.
+        """Return images `start` to `stop` - 1: (n, 1 or 3, H, W) uint8; those that cannot be decoded are left out.
 
         Raises:
-            UserError: an image is damaged, or of another size.
+            UserError: a run or an npz file is damaged, or an image has another size.
         """
 
     def digest(self) -> str:
@@ -104,6 +111,8 @@ class SourceImages(ImageSet):
 
     def __init__(self, source: ImageSource, crop_size: int | None) -> None:
         self.source, self.crop_size = source, crop_size
+        self.source_notes = source.notes
+        self.unreadable: list[str] = []
         self._crop = None if crop_size is None else CropResize(image_size=crop_size, channels=3)
 
     def __len__(self) -> int:
@@ -112,19 +121,27 @@ class SourceImages(ImageSet):
     @property
     def preprocessing_note(self) -> str:  # type: ignore[override]
         size = self.crop_size
-        if size is None or self._decode(0).shape[:2] == (size, size):
+        if size is None or self._first.shape[:2] == (size, size):
             return ""
-        return f"Images, the first of {_size(self._decode(0))} pixels, are cropped and resized to {size}×{size}."
+        return f"Images, the first of {_size(self._first)} pixels, are cropped and resized to {size}×{size}."
+
+    @property
+    def image_size(self) -> Size:
+        height, width = (self.crop_size,) * 2 if self.crop_size else self._first.shape[:2]
+        return height, width
 
     def read(self, start: int, stop: int) -> ImageUint8:
-        images = [self._image(index) for index in range(start, stop)]
-        for index, image in enumerate(images):
+        images: list[torch.Tensor] = []
+        for index in range(start, stop):
+            if (image := self._decode(index, self.unreadable)) is None:
+                continue
+            images.append(image if self._crop is None else self._crop(image, np.random.default_rng(0)))
             require(
-                image.shape == images[0].shape,
-                f"`image_size` must be given for images of several sizes: {self.source.name(start + index)} has "
-                f"{_size(image)} pixels, the one before {_size(images[0])}. All are then cropped and resized.",
+                images[-1].shape == images[0].shape,
+                f"`image_size` must be given for images of several sizes: {self.source.name(index)} has "
+                f"{_size(images[-1])} pixels, the one before {_size(images[0])}. All are then cropped and resized.",
             )
-        return torch.stack(images).permute(0, 3, 1, 2)
+        return torch.stack(images).permute(0, 3, 1, 2) if images else torch.empty((0, 3, 1, 1), dtype=torch.uint8)
 
     def digest(self) -> str:
         return _sha256(self._read_bytes(index) for index in range(len(self)))
@@ -135,18 +152,42 @@ class SourceImages(ImageSet):
         except OSError as error:
             raise UserError(f"{self.source.name(index)} cannot be read: {error.strerror}.") from error
 
-    def _decode(self, index: int) -> torch.Tensor:
+    @cached_property
+    def _first(self) -> torch.Tensor:
+        """The first image that can be decoded, (H, W, 3)."""
+        unreadable: list[str] = []
+        for index in range(len(self)):
+            if (image := self._decode(index, unreadable)) is not None:
+                return image
+            require_few_unreadable(unreadable, len(self))
+        raise AssertionError("an image set is not empty")
+
+    def _decode(self, index: int, unreadable: list[str]) -> torch.Tensor | None:
+        """Return an image; if it cannot be decoded, add its name to `unreadable` and return None."""
         try:
             return self.source.pixels(index, 3)
-        except Exception as error:  # decoders and file systems raise many kinds
-            raise UserError(
-                f"{self.source.name(index)} cannot be decoded as an image, got {type(error).__name__}. Repair or "
-                "remove it."
-            ) from error
+        except Exception as error:  # decoders and file systems raise many types
+            unreadable.append(f"{self.source.name(index)} ({type(error).__name__}: {error})")
+            return None
 
-    def _image(self, index: int) -> torch.Tensor:
-        image = self._decode(index)
-        return image if self._crop is None else self._crop(image, np.random.default_rng(0))
+
+def require_few_unreadable(names: Sequence[str], num_images: int) -> None:
+    """Refuse a set of which more than `MAX_UNREADABLE_FRACTION` cannot be decoded.
+
+    Raises:
+        UserError: names the last of the images.
+    """
+    require(
+        len(names) <= MAX_UNREADABLE_FRACTION * num_images,
+        f"{len(names)} of {num_images} images cannot be decoded, and {MAX_UNREADABLE_FRACTION:.0%} are allowed. The "
+        f"last of them is {names and names[-1]}. Repair or remove it.",
+    )
+
+
+def describe_unreadable(num_images: int, num_read: int) -> str:
+    """Return how many images were left out because they cannot be decoded, empty if none was."""
+    num_unreadable = num_images - num_read
+    return f"{num_unreadable} of {num_images} images cannot be decoded and are left out." if num_unreadable else ""
 
 
 def open_image_set(name: str, image_size: int | None = None, argument: str = "images") -> ImageSet:
@@ -170,15 +211,15 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
         prepare_fashion_mnist(cache_folder())
         return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
     path = Path(name)
-    if path.is_dir() and list_shards(path):
+    if os.path.isdir(path) and list_shards(path):
         return RunImages(path)
     require(
-        path.exists() or any(character in name for character in "*{:"),
+        os.path.exists(path) or any(character in name for character in "*{:"),
         f"`{argument}` must be one of {', '.join(SPLITS)}, a run of sagl sample, an npz file, a folder of images, "
         f"LSUN's LMDB or shards, and {name} does not exist.",
     )
-    source = open_image_source(str(path), argument=argument)
-    return SourceImages(source, None if path.suffix == ".npz" else image_size)
+    source = open_image_source(name, argument=argument)
+    return SourceImages(source, None if path.suffix.lower() == ".npz" else image_size)
 
 
 def cache_key(name: str) -> str | None:
@@ -209,7 +250,7 @@ def content_digest(name: str, images: ImageSet) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [path / name for name in list_folder(path, "path").files] if path.is_dir() else [path]
 
 
 @lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ from sagl.evaluation.image_sets import (
     Size,
     cache_key,
     content_digest,
+    describe_unreadable,
     open_image_set,
 )
 from sagl.metrics.checks import require_finite_features
@@ -37,15 +38,13 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
         return _from_file(name, extraction, max_features)
     size = extraction.settings.image_size or (image_size[0] if image_size[0] == image_size[1] else None)
     images = open_image_set(name, size, "reference")
-    note = images.preprocessing_note
-    notes = (f"{Path(name).name}: {note}",) if note else ()
     path = _cache_path(name, images, extraction.name, max_features)
     if extraction.ranks.broadcast(path is not None and path.is_file()):
         assert path is not None
         if extraction.ranks.rank > 0:
             return None
         cached = read_reference(path)
-        return replace(cached, notes=notes, digest=cached.digest or content_digest(name, images))
+        return _with_notes(replace(cached, digest=cached.digest or content_digest(name, images)), images, name)
     reference = _from_images(name, images, extraction, max_features)
     if reference is not None and path is not None:
         remove_partial(path.parent, partial_pattern(path))
@@ -53,7 +52,13 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
             write_reference(reference, path, "SAGL_CACHE")
         except UserError as error:  # the cache only saves time
             print(error, file=sys.stderr)
-    return None if reference is None else replace(reference, notes=notes)
+    return None if reference is None else _with_notes(reference, images, name)
+
+
+def _with_notes(reference: Reference, images: ImageSet, name: str) -> Reference:
+    """Add notes on how the images were read."""
+    notes = (images.preprocessing_note, describe_unreadable(len(images), reference.statistics.num_samples))
+    return replace(reference, notes=(*images.source_notes, *(f"{Path(name).name}: {note}" for note in notes if note)))
 
 
 def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max_features: int) -> Reference | None:
@@ -96,7 +101,7 @@ def _cache_path(name: str, images: ImageSet, extractor: str, max_features: int) 
 
     Runs and npz files, which change often, and extractors of the user, whose code may change, are not cached.
     """
-    if extractor not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix == ".npz":
+    if extractor not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix.lower() == ".npz":
         return None
     key = cache_key(name)
     if key is None:

@@ -48,7 +48,7 @@ def has_statistics(path: Path) -> bool:
     Raises:
         UserError: it is a damaged npz file.
     """
-    return path.suffix == ".npz" and path.is_file() and "mu" in _read(array_names, path)
+    return path.suffix.lower() == ".npz" and path.is_file() and "mu" in _read(array_names, path)
 
 
 def has_images(path: Path) -> bool:

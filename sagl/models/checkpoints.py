@@ -188,12 +188,13 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
         digest = metadata.pop(DIGEST_KEY, None)
         unchanged = digest is None or digest == _digest(metadata, tensors)
         require(unchanged, f"`checkpoint` must be as it was written, but {path} is damaged.")
-        return _check_tensors(tensors, path), metadata
+        return _check_tensors(tensors if metadata else _find_state_dict(tensors, path), path), metadata
     content = _load_pickle(path)
-    if "state_dict" not in content:
-        return _check_tensors(content, path), {}
-    content = load_training_checkpoint(path)
-    return _select_weights(content, weights, path), content["hyper_parameters"]
+    if _hyperparameters(content):
+        content = load_training_checkpoint(path)
+        return _select_weights(content, weights, path), content["hyper_parameters"]
+    require(weights == "ema", f"`weights` must be left out for {path}, which sagl did not write, got {weights!r}.")
+    return _check_tensors(_find_state_dict(content, path), path), {}
 
 
 def _hyperparameters(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,10 +243,7 @@ def _select_weights(content: Mapping[str, Any], weights: str, path: Path) -> Map
 
 def _check_tensors(tensors: Any, path: Path) -> Mapping[str, Tensor]:  # noqa: ANN401 (any content of a pickle)
     """Refuse anything but finite tensors by name."""
-    valid = isinstance(tensors, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    )
-    require(valid and bool(tensors), f"`checkpoint` must contain tensors by name, but {path} does not.")
+    require(_is_state_dict(tensors), f"`checkpoint` must contain tensors by name, but {path} does not.")
     _check_finite(tensors, path)
     return tensors
 
@@ -266,6 +264,37 @@ def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _find_state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a file that other code wrote, under the network's own parameter names.
+
+    They may lie under a key (model, state_dict, …); of several, that of an EMA is taken. A prefix that all names share
+    is removed: DistributedDataParallel adds `module.`, torch.compile `_orig_mod.`.
+
+    Raises:
+        UserError: The file has no tensors by name, or has them under several keys.
+    """
+    candidates = {"": content} if _is_state_dict(content) else {k: v for k, v in content.items() if _is_state_dict(v)}
+    names = [name for name in candidates if len(candidates) == 1 or "ema" in str(name)]
+    require(
+        len(names) == 1,
+        f"`checkpoint` must contain tensors by name, or under one key, but {path} has the keys "
+        f"{', '.join(map(str, list(content)[:8]))} with tensors under {', '.join(map(str, candidates)) or 'none'}. "
+        "Save them alone: torch.save(content[KEY], FILE).",
+    )
+    tensors = {name: tensor for name, tensor in candidates[names[0]].items() if name != "n_averaged"}  # AveragedModel
+    while all("." in name for name in tensors) and len({name.partition(".")[0] for name in tensors}) == 1:
+        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _is_state_dict(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- networks

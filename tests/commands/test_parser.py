@@ -1,9 +1,10 @@
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
-from sagl.commands._config import read_config, sample_parser
+from sagl.commands._config import model_settings, read_config, sample_parser
 from sagl.commands._parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
 from sagl.commands.fit import training_parser
 from sagl.errors import UserError
@@ -156,6 +157,18 @@ def test_a_mapping_is_refused_with_the_same_parts(values, parts):
     with pytest.raises(UserError) as error:
         sample_parser().parse_object(values)
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_a_list_as_text_is_refused_with_the_form_of_a_list():
+    with pytest.raises(UserError, match=r"`model\.network\.channel_mult` .*\[1,2,4\].* 1,1,2"):
+        model_settings({"model": {"network": {"image_size": 32, "channel_mult": "1,1,2"}}})
+
+
+def test_the_choices_of_all_types_of_a_setting_are_listed():
+    parser = Parser("fit")
+    parser.add_argument("--precision", type=Literal[64, 32] | Literal["bf16-mixed", "32-true"] | None)
+    with pytest.raises(UserError, match=r"`precision` .* 64, 32, bf16-mixed, 32-true, got 17"):
+        parser.parse(["--precision", "17"])
 
 
 @pytest.mark.parametrize(

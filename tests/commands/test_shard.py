@@ -94,6 +94,12 @@ def test_shards_can_be_the_source_of_other_shards(tmp_path):
         assert len(second.shards) == 4
 
 
+def test_what_a_folder_leaves_out_is_reported(tmp_path, capsys):
+    root = write_folder(tmp_path / "images", ("a/1.png", "b/2.png", ".hidden/3.png"))
+    assert [label for _, label in read_all(shard(tmp_path, root, "--labels", "folders"))] == [0, 1]
+    assert ".hidden" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- repeated runs
 
 

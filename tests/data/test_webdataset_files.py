@@ -93,6 +93,15 @@ def test_equal_names_at_different_urls_are_different_files(downloads, tmp_path):
     assert {file.parent for file in files} == {tmp_path / "downloads"}
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://host/a%00b.tar", f"http://host/{300 * 'n'}.tar", "http://host/é.tar", "http://a b/c.tar"],
+)
+def test_addresses_that_cannot_be_used_are_refused(url, tmp_path):
+    with pytest.raises(UserError, match=r"`data.shards`|`url`"):
+        shard_files(url, tmp_path / "downloads")
+
+
 def test_a_downloaded_file_that_is_not_a_tar_is_refused(downloads, tmp_path):
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "a.tar").write_bytes(random.Random(0).randbytes(1000))

@@ -203,6 +203,64 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path, pair):
     assert result_of(folder, pair[1], image_size=16).num_samples == 4
 
 
+def test_up_to_one_percent_of_the_images_may_be_unreadable_and_they_are_counted_and_named(tmp_path, pair, capsys):
+    images = random_images(200, 3)
+    folder = write_folder(tmp_path / "images", images)
+    (folder / "000.png").write_bytes(b"")
+    (folder / "123.png").write_bytes(b"no image")
+    readable = to_tensor(np.delete(images, (0, 123), axis=0))
+    expected = distance(pair[2], readable)
+    for batch_size in (1, 100):
+        result = result_of(pair[0], folder, batch_size=batch_size)
+        assert result.values["fd"] == pytest.approx(expected, rel=1e-9)
+        assert result.num_reference == 198
+        assert "2 of 200" in result.notes[0]
+        assert ("000.png" in capsys.readouterr().err) == (batch_size == 1)  # the second result comes from the cache
+    assert result_of(folder, pair[1]).num_samples == 198
+    (folder / "150.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"3 of 200 .*150\.png"):
+        result_of(pair[0], folder)
+
+
+def test_entries_of_a_folder_that_are_left_out_are_noted(tmp_path, pair):
+    folder = write_folder(tmp_path / "images", random_images(20, 3))
+    (folder / "a.gif").touch()
+    assert ".gif" in result_of(pair[0], folder).notes[0]
+    assert ".gif" in result_of(folder, pair[1]).notes[0]
+
+
+def test_images_behind_a_link_that_change_are_measured_again(tmp_path, pair):
+    (tmp_path / "data").mkdir()
+    store = write_folder(tmp_path / "store", random_images(20, 3))
+    (tmp_path / "data" / "link").symlink_to(store)
+    before = result_of(pair[0], tmp_path / "data")
+    Image.fromarray(random_images(1, 9)[0]).save(store / "000.png")
+    after = result_of(pair[0], tmp_path / "data")
+    assert (before.num_reference, after.num_reference) == (20, 20)
+    assert before.values["fd"] != after.values["fd"]
+
+
+def test_files_at_http_addresses_are_downloaded_once(tmp_path, pair, monkeypatch):
+    addresses = []
+
+    def download(url, target, *, check, **_):
+        addresses.append(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((tmp_path / url.rpartition("/")[2]).read_bytes())
+        check(target)
+        return target
+
+    monkeypatch.setattr("sagl.data.webdataset_files.download", download)
+    expected = result_of(*pair[:2])
+    result = result_of("http://host/a.npz", "https://host/path/b.npz")
+    assert (result.values, result.reference_digest) == (expected.values, expected.reference_digest)
+    assert (result.images, result.reference) == ("http://host/a.npz", "https://host/path/b.npz")
+    assert addresses == ["http://host/a.npz", "https://host/path/b.npz"]
+    (tmp_path / "page.npz").write_text("<html>")
+    with pytest.raises(UserError, match="npz"):
+        result_of(pair[0], "https://host/page.npz")
+
+
 # --------------------------------------------------------------------------------------------------- cache
 
 

@@ -274,6 +274,46 @@ def test_a_plain_state_dict_is_read_with_given_settings(plain):
     assert torch.equal(build_network(read)(*INPUTS, LABELS).out, network(*INPUTS, LABELS).out)
 
 
+def prefixed(prefix):
+    return {f"{prefix}{name}": tensor.contiguous() for name, tensor in grey_unet().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        prefixed("module."),
+        prefixed("module._orig_mod."),
+        prefixed("model.diffusion_model."),
+        prefixed("module.") | {"n_averaged": torch.tensor(3)},
+        {"model": prefixed(""), "step": 3, "optimizer": {"state": {}}},
+        {"state_dict": prefixed("_orig_mod.")},
+        {"model": {"other": torch.zeros(1)}, "ema": prefixed("module.")},
+        {"params": {"other": torch.zeros(1)}, "params_ema": prefixed("")},
+    ],
+)
+def test_weights_that_other_code_saved_are_found_under_their_prefix_and_key(content, tmp_path):
+    expected = grey_unet().state_dict()
+    for name in ("a.pt", "a.ckpt"):
+        torch.save(content, tmp_path / name)
+        read = read_checkpoint(tmp_path / name, settings=grey_unet().settings)
+        assert {name: tensor.tolist() for name, tensor in read.state_dict.items()} == {
+            name: tensor.tolist() for name, tensor in expected.items()
+        }
+    with pytest.raises(UserError, match=r"`weights` .*'raw'"):
+        read_checkpoint(tmp_path / "a.ckpt", "raw", settings=grey_unet().settings)
+
+
+def test_a_prefix_in_safetensors_is_removed(tmp_path):
+    save_file(prefixed("model."), tmp_path / "a.safetensors")
+    assert build_network(read_checkpoint(tmp_path / "a.safetensors", settings=grey_unet().settings))
+
+
+def test_weights_under_several_keys_are_refused_with_the_keys(tmp_path):
+    torch.save({"generator": prefixed(""), "critic": prefixed(""), "step": 3}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"`checkpoint` .*a\.pt.* generator, critic, step .* generator, critic\."):
+        read_checkpoint(tmp_path / "a.pt", settings=grey_unet().settings)
+
+
 def test_a_state_dict_is_memory_mapped_and_only_3x3_kernels_are_copied(plain):
     read = read_checkpoint(plain, settings=grey_unet().settings)
     built = build_network(read).state_dict()

@@ -232,6 +232,7 @@ def test_pauses_double_until_new_bytes_arrive(fetch, server, monkeypatch):
         (Response(status=429), 3),
         (Response(cut=100_000, resumes=False, validators=()), 4),  # the first attempt has new bytes
         (Response(status=404), 1),
+        (Response(status=206), 1),
         (Response(status=403), 1),
         (Response(body=b""), 1),
         (Response(content_type="text/html; charset=utf-8"), 1),
