@@ -1,5 +1,7 @@
 """Fixtures of all tests."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,10 @@ from tests.helpers.commands import Fit
 from tests.helpers.networks import small_unet
 
 torch.set_num_threads(1)  # networks this small lose by a second thread, and one thread always adds in one order
+
+# nohup and background shells start processes with these ignored, and the children of the tests would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
