@@ -122,7 +122,10 @@ def snapshot(folder):
         elif "tfevents" not in name and not (name.startswith("cache/") and path.suffix in (".npy", ".npz")):
             files[name] = path.read_bytes()
             if path.suffix == ".json":
-                files[name] = _without_times(json.loads(files[name]))
+                content = json.loads(files[name])
+                if path.name in ("run.json", "evaluation.json"):
+                    del content["sha256"]  # of the whole content, with its times
+                files[name] = _without_times(content)
             elif path.suffix == ".html":
                 files[name] = b""
     return files
