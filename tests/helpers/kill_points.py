@@ -12,10 +12,13 @@ import signal
 import sys
 import tempfile
 import traceback
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import torch
 
+import sagl
 from sagl import cli
 from tests.helpers.commands import write_folder_config
 from tests.helpers.networks import write_grey_unet
@@ -172,6 +175,7 @@ def check(command, max_points):
             code, _ = run(arguments, log="log")
             actual = snapshot(folder / "out")
             wrong = sorted(file for file in {*actual, *expected} if actual.get(file) != expected.get(file))
+            print(end=".", file=sys.stderr, flush=True)
             if killed != -signal.SIGKILL or code not in (0, 2) or wrong:  # 2: refused because the output is complete
                 last_line = Path("log").read_text().strip().splitlines()[-1:]
                 differences.append(f"{command} at event {point}: exit codes {killed}, {code}: {wrong} {last_line}")
@@ -181,6 +185,8 @@ def check(command, max_points):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    for module in walk_packages(sagl.__path__, "sagl."):
+        import_module(module.name)  # once, and not in every fork
     number, found = check(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
     print(f"{sys.argv[1]}: killed at {number} points, {len(found)} differences", *found, sep="\n")
     sys.exit(bool(found))
