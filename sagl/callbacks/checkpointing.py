@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
 from sagl.settings.training import CheckpointSettings, PreviewSettings
-from sagl.utils.files import atomic_file, remove_partial
+from sagl.utils.files import atomic_file, partial_pattern, remove_partial
 from sagl.utils.signals import Interrupted
 
 MAX_SAVING_SHARE = 0.05
@@ -21,13 +21,17 @@ MAX_SAVING_SHARE = 0.05
 
 
 class SaveConfig(Callback):
-    """Writes the configuration of a training to config.yaml; a resumed run overwrites it."""
+    """Writes the configuration of a training to config.yaml; a resumed run overwrites it.
+
+    Unfinished files of a killed run are removed before, here and among the previews.
+    """
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
+            remove_partial(self.path.parent, partial_pattern(self.path), "previews/*")
             with atomic_file(self.path) as partial:
                 partial.write_text(self.text, encoding="utf-8", errors="surrogateescape")
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from sagl.callbacks import checkpointing
-from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint
+from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint, SaveConfig
 from sagl.callbacks.ema import EMA
 from sagl.errors import UserError
 from sagl.settings.training import CheckpointSettings, PreviewSettings
@@ -186,6 +186,14 @@ def test_unfinished_files_of_a_killed_run_are_removed_and_no_others(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     fit_line(callbacks=[last(tmp_path / "last.ckpt")], max_steps=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "mine.partial"]
+
+
+def test_an_unfinished_configuration_or_preview_of_a_killed_run_is_removed_and_no_other_file(tmp_path):
+    (tmp_path / "previews").mkdir()
+    for name in ("config.yaml.7.partial", "previews/step_1.png.7.partial", "mine.7.partial"):
+        (tmp_path / name).touch()
+    fit_line(callbacks=[SaveConfig(tmp_path / "config.yaml", "a: 1")], max_steps=1)
+    assert {path.name for path in tmp_path.rglob("*")} == {"config.yaml", "previews", "mine.7.partial"}
 
 
 # -------------------------------------------------------------------------------------- last.ckpt: stop signals

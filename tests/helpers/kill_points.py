@@ -129,9 +129,20 @@ def snapshot(folder):
                 if path.name in ("run.json", "evaluation.json"):
                     del content["sha256"]  # of the whole content, with its times
                 files[name] = _without_times(content)
+            elif path.suffix == ".ckpt":  # the order of the bytes of a resumed run differs, their values do not
+                files[name] = _plain(torch.load(path, weights_only=True))
             elif path.suffix == ".html":
                 files[name] = b""
     return files
+
+
+def _plain(value):
+    """Return a checkpoint with the bytes of tensors in their place."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
 def _without_times(value):
