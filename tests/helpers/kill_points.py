@@ -137,9 +137,12 @@ def snapshot(folder):
 
 
 def _plain(value):
-    """Return a checkpoint with the bytes of tensors in their place."""
+    """Return a checkpoint with the bytes of tensors in their place, without Lightning's counts of validation batches.
+
+    They are not read, and a resumed run counts one more.
+    """
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _plain(part) for name, part in value.items() if not str(name).startswith("epoch_loop.val_loop")}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
