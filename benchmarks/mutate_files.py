@@ -1,6 +1,6 @@
 """Damage every kind of file that sagl reads, and check that no damage changes a number without a word.
 
-    python benchmarks/mutate_files.py [--count 500] [--seed 0] [--kind KIND …]
+    python -m benchmarks.mutate_files [--count 500] [--seed 0] [--kind KIND …]
 
 A mutation changes bytes, cuts, inserts, removes or swaps parts of one file. A command then reads the file, in a process
 of its own. It must have the same result as with the whole file, or end in one line and exit code 2. Printed are the

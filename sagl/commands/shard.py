@@ -2,10 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 from sagl.commands._parser import Parser
 from sagl.errors import require
+from sagl.settings.sampling import ProgressKind
 from sagl.utils.files import require_writable
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_folder
@@ -18,8 +18,9 @@ def shard_parser() -> Parser:
     p.add_argument("--name", type=str, default=None, help="Prefix of the file names; default: name of the source.")
     p.add_argument("--shard_size", type=int, default=10000, help="Images per shard.")
     p.add_argument("--labels", type=str, default=None, help="Labels of a folder: folders, none (default) or a .csv.")
-    progress = Literal["auto", "bar", "lines", "off"]
-    p.add_argument("--progress", type=progress, default="auto", help="Progress; auto: a bar on a terminal, else lines.")
+    p.add_argument(
+        "--progress", type=ProgressKind, default="auto", help="Progress; auto: a bar on a terminal, else lines."
+    )
     return p
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import math
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from sagl.data.transforms import CropResize, Pixels, decode_image
 from sagl.errors import UserError, require
 from sagl.settings.network import UNetSettings
 from sagl.utils.environment import available_cpus
-from sagl.utils.files import cache_file, cache_folder
+from sagl.utils.files import cache_file, cache_folder, file_version
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -69,12 +68,11 @@ class ImageSource(ABC):
 
 
 def cached_index(file: Path, folder: str, build: Callable[[], Array]) -> Array:
-    """Return `build()`, stored in a folder of the cache under the path, size and modification time of `file`.
+    """Return `build()`, stored in a folder of the cache under the `file_version` of `file`.
 
     The stored file ends with its sha256, so that a damaged one is built again.
     """
-    stat = file.stat()
-    key = hashlib.sha256(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")).hexdigest()[:16]
+    key = hashlib.sha256(file_version(file)).hexdigest()[:16]
     path = cache_folder() / folder / f"{key}.npy"
     if not _is_whole(path):
         stream = io.BytesIO()

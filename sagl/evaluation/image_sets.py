@@ -19,7 +19,7 @@ from sagl.data.transforms import CropResize
 from sagl.errors import UserError, require
 from sagl.sampling.run_folder import SAMPLES, Pixels, Sample, decode_png, list_shards, read_shard
 from sagl.shapes import ImageUint8
-from sagl.utils.files import cache_folder, sha256
+from sagl.utils.files import cache_folder, file_version, sha256
 from sagl.utils.listing import list_folder
 
 SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
@@ -235,8 +235,7 @@ def cache_key(name: str) -> str | None:
         return None
     digest = hashlib.sha256(os.fsencode(path.resolve()))
     for file in _files(path):
-        stat = file.stat()
-        digest.update(os.fsencode(f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"))
+        digest.update(file_version(file))
     return f"{path.stem}-{digest.hexdigest()[:16]}"
 
 

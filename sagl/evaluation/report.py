@@ -30,7 +30,7 @@ class Cell:
     note: str = ""
     """Secondary text."""
     best: bool = False
-    """Whether this is the row's best value."""
+    """True for the best value of the row, which is marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class ImageGrid:
 
     @property
     def is_small(self) -> bool:
-        """Whether images are enlarged."""
+        """Return whether the images are displayed at twice their size."""
         return self.image_size <= SMALL
 
     @property

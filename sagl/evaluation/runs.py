@@ -36,7 +36,7 @@ class RunSummary:
     model: str | None
     """Name of the network; None for the user's own."""
     settings: Mapping[str, Any]
-    """All settings that determine an image, by full names."""
+    """Settings that determine an image, by full name (`sag.scale`)."""
     num_images: int
     num_requested: int
     size: tuple[int, int] | None

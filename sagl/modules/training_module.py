@@ -161,7 +161,7 @@ class TrainingModule(LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        """Whether loggers receive the values of this step; other values are left out, since each makes a GPU wait."""
+        """Return whether loggers receive the values of this step. Others are not logged: each would make a GPU wait."""
         return self.trainer._logger_connector.should_update_logs
 
     def _zero_loss(self) -> Tensor:

@@ -75,7 +75,7 @@ class SampleConfig:
     output: Path
     """Run folder."""
     compare: bool
-    """Whether to sample without guidance as well, and to keep the masks."""
+    """Sample the same seeds without guidance too, and save the masks."""
     exports: tuple[str, ...]
     """Exports to write in addition to the default ones."""
     samples: RunSettings
@@ -95,7 +95,7 @@ class SampleConfig:
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """All settings that determine an image."""
+        """Return the settings that determine an image; number and batch size of the samples do not."""
         samples = asdict(self.samples)
         del samples["num_samples"], samples["batch_size"]
         return {

@@ -77,6 +77,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_version(path: Path) -> bytes:
+    """Return path, size, times and inode of a file, which differ after any change of its content.
+
+    The modification time alone can be set back by the program that changes the file; the change time cannot.
+    """
+    stat = path.stat()
+    return os.fsencode(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}")
+
+
 # ---------------------------------------------------------------------------------------------- atomic writes
 
 

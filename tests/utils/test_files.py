@@ -3,6 +3,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sagl.utils.files import (
     cache_folder,
     expand_path,
     expand_paths,
+    file_version,
     is_partial,
     packaged_configs,
     remove_partial,
@@ -230,3 +232,14 @@ def test_a_path_that_cannot_be_expanded_is_refused_by_its_full_name(text, name, 
     monkeypatch.delenv("ABSENT", raising=False)
     with pytest.raises(UserError, match=rf"`data\.root` .*{name}"):
         expand_paths({"data": {"root": text}})
+
+
+def test_a_file_of_other_content_has_another_version_although_size_and_modification_time_are_equal(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"first")
+    times, version = (path.stat().st_atime_ns, path.stat().st_mtime_ns), file_version(path)
+    assert file_version(path) == version
+    time.sleep(0.05)  # longer than the clock of file systems stands still
+    path.write_bytes(b"other")
+    os.utime(path, ns=times)
+    assert file_version(path) != version
