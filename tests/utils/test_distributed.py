@@ -43,22 +43,6 @@ except UserError as error:
 else:
     print(gathered)
 """
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-LAUNCHER_VARIABLES += ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-
-
-@pytest.fixture
-def environ(monkeypatch):
-    """Sets the launcher's variables to exactly those that are given."""
-
-    def replace(**variables):
-        for name in LAUNCHER_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    replace()
-    return replace
 
 
 def run_program(tmp_path, devices, failing="none", launcher=()):

@@ -7,22 +7,18 @@ import pytest
 from sagl.errors import UserError
 from sagl.utils import launchers
 from sagl.utils.distributed import global_rank, has_peers
-from sagl.utils.launchers import PARENT, RANKS, RENDEZVOUS, SLURM_RANKS, SLURM_TASKS, ignore_stale_ranks, num_launched
+from sagl.utils.launchers import PARENT, RANKS, SLURM_RANKS, SLURM_TASKS, ignore_stale_ranks, num_launched
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 BATCH = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "4"}
-NAMES = {*RANKS, *SLURM_RANKS, *RENDEZVOUS, PARENT, SLURM_TASKS, "TORCHELASTIC_USE_AGENT_STORE"}
 
 
 @pytest.fixture
-def ranks_of(monkeypatch):
-    """Set the variables of launchers to exactly those given; return those that remain of the ranks."""
+def ranks_of(environ):
+    """Set the variables of launchers to exactly the given ones; return those that remain of the ranks."""
 
     def run(**variables):
-        for name in NAMES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        environ(**variables)
         ignore_stale_ranks()
         return {name for name in os.environ if name in {*RANKS, *SLURM_RANKS}}
 
