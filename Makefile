@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 # make bench    speed beside the public code: make bench ADM=../guided-diffusion SAG=../Self-Attention-Guidance
 .PHONY: install sample test test-all check lint types bench fix clean

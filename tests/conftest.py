@@ -30,6 +30,12 @@ def start():
         run.kill()
 
 
+def pytest_collection_modifyitems(items):
+    """Run the files with slow tests first, so that no worker is left with one of them at the end."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print what tests recorded, so that a count which may be above zero is always seen."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
