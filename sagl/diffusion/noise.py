@@ -6,6 +6,8 @@ resume exactly. Dropout is the exception: it draws for a rank's whole tensors.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from sagl.shapes import Image
 
 INITIAL_KEY = 0
 """Spawn key of x_T, the same for every respacing; step k draws under key k + 1."""
+GUIDANCE_KEY = 2
+"""Last word of the seeds of guidance methods; 0 is that of noise, 1 that of labels."""
 SAMPLE_KEY, TIMESTEPS_KEY, DROPOUT_KEY = 2, 3, 4
 """Last word of the seeds of training; not 0, because NumPy pads short seeds with zeros."""
 
@@ -22,6 +26,13 @@ SampleRngs = Sequence[np.random.Generator]
 """One generator per sample of a batch."""
 StepNoise = Callable[[int], Image]
 """step -> (B, C, H, W) standard normal."""
+
+
+class SampleKeys(NamedTuple):
+    """Seed and ids of the samples of a batch, from which all their random numbers derive."""
+
+    seed: int
+    ids: Sequence[int]
 
 
 def initial_noise(seed: int, ids: Sequence[int], shape: Sequence[int]) -> Image:
@@ -37,6 +48,13 @@ def step_noise(seed: int, ids: Sequence[int], shape: tuple[int, int, int], devic
 def random_labels(seed: int, ids: Sequence[int], num_classes: int) -> list[int]:
     """Draw a uniform class for each sample, from a separate random stream, so that labels do not affect the noise."""
     return [int(np.random.default_rng([seed, i, 1]).integers(num_classes)) for i in ids]
+
+
+def guidance_rngs(samples: SampleKeys, method: str, step: int) -> SampleRngs:
+    """Return a generator for each sample, for the random numbers that a guidance method draws in a step."""
+    key = (crc32(method.encode()), step)
+    streams = (np.random.SeedSequence([samples.seed, i, GUIDANCE_KEY], spawn_key=key) for i in samples.ids)
+    return [np.random.default_rng(stream) for stream in streams]
 
 
 def _sampling_noise(seed: int, ids: Sequence[int], key: int, shape: Sequence[int]) -> Image:

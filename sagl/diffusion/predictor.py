@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sagl.diffusion.noise import SampleKeys
 from sagl.diffusion.process import cast_like, interpolate_log_variance
 from sagl.diffusion.schedule import Schedule
 from sagl.errors import require
@@ -24,6 +25,8 @@ class Condition:
     """Sites whose attention is returned."""
     degraded: bool = False
     """True if x_t was degraded; passed to networks with an embedding for it, see `has_degraded_embedding`."""
+    samples: SampleKeys | None = None
+    """Seed and ids of the samples, for guidance methods that draw random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,22 +48,32 @@ def always(step: int) -> bool:
     return True
 
 
+Term = Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
+"""(predict, x_t, step, condition, base prediction) -> the term to add to the base prediction."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """One guidance method, ready to use."""
 
-    term: Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
-    """(predict, x_t, step, condition, base prediction) -> the term to add to the base prediction."""
+    term: Term
+    """The method's term; it must not remember anything between steps."""
     prepare_condition: Callable[[Condition], Condition] = identity
     """Function that requests from the base prediction what the term needs, such as attention at a site."""
     is_active: Callable[[int], bool] = always
     """Function (step) -> whether the step is guided; other steps cost nothing."""
     extra_nfe: int = 1
     """Network evaluations of a guided step besides the base prediction."""
+    start_chain: Callable[[], Term] | None = None
+    """Function that returns the term of a new chain, in place of `term`, for a term that remembers earlier steps."""
 
 
 def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) -> NoisePredictor:
-    """Return the predictor that adds all guidance terms to every prediction; without guidances, `predict` itself."""
+    """Return the predictor that adds all guidance terms to every prediction; without guidances, `predict` itself.
+
+    It serves one chain: a term that remembers earlier steps starts anew with every call of this function.
+    """
+    guidances = {name: replace(g, term=g.start_chain()) if g.start_chain else g for name, g in guidances.items()}
 
     def predict_guided(x_t: Image, step: int, condition: Condition) -> Prediction:
         active = {name: guidance for name, guidance in guidances.items() if guidance.is_active(step)}

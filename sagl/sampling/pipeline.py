@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
-from sagl.diffusion.noise import StepNoise, initial_noise, random_labels, step_noise
+from sagl.diffusion.noise import SampleKeys, StepNoise, initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
@@ -44,7 +44,7 @@ class SamplingPipeline:
         """Sample a batch step by step; the noise of each sample depends on seed and id alone."""
         s, device = self.sampler_settings, next(self.network.parameters()).device
         x_T, noise = initial_noise(seed, ids, self._image_shape).to(device), self._step_noise(seed, ids, device)
-        condition = Condition(labels=None if labels is None else labels.to(device))
+        condition = Condition(labels=None if labels is None else labels.to(device), samples=SampleKeys(seed, ids))
         sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
         return sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)

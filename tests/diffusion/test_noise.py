@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from sagl.diffusion.noise import (
+    SampleKeys,
     batch_rngs,
     bernoulli,
+    guidance_rngs,
     initial_noise,
     randn,
     random_labels,
@@ -37,6 +39,18 @@ def test_every_seed_id_and_step_has_noise_of_its_own():
     correlation = torch.corrcoef(noises) - torch.eye(len(keys))
     assert float(correlation.abs().max()) < 0.6
     assert len({tuple(row.tolist()) for row in noises}) == len(keys)
+
+
+def test_random_numbers_of_guidance_depend_on_seed_id_method_and_step_alone():
+    def draw(seed, i, method, step):
+        batch = guidance_rngs(SampleKeys(seed, [i + 7, i]), method, step)
+        (alone,) = guidance_rngs(SampleKeys(seed, (i,)), method, step)
+        value = alone.random()
+        assert value == batch[1].random()
+        return value
+
+    keys = [(seed, i, method, step) for seed in (0, 1) for i in (0, 1, 2) for method in ("a", "b") for step in (0, 1)]
+    assert len({draw(*key) for key in keys}) == len(keys)
 
 
 def test_the_noise_of_a_step_does_not_depend_on_the_calls_before():

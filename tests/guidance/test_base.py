@@ -105,6 +105,25 @@ def test_only_the_base_prediction_returns_attention():
     assert list(prediction.attention) == [by_caller]
 
 
+def test_a_term_that_remembers_steps_starts_anew_with_every_chain():
+    def start_chain():
+        steps = []
+
+        def term(predict, x_t, step, condition, base_pred):
+            steps.append(step)
+            return GuidanceTerm(eps=float(len(steps)))
+
+        return term
+
+    remembering = Guidance(term=by_score(0.0).term, start_chain=start_chain)
+    guidance = limit_to_interval(remembering, (0.5, 1), 10)
+    chains = [with_guidance(linear_predictor, {"a": guidance}) for _ in range(2)]
+    for _ in range(2):  # interleaved, as two batches in one process
+        terms = [[predict(X, step, NO_CONDITION).terms for step in (9, 4, 3)] for predict in chains]
+    assert [[list(t) for t in chain] for chain in terms] == [[[], ["a"], ["a"]]] * 2
+    assert [[t["a"].eps for t in chain[1:]] for chain in terms] == [[3.0, 4.0]] * 2
+
+
 @pytest.mark.parametrize(
     ("interval", "num_steps", "expected"),
     [
