@@ -1,6 +1,8 @@
 """The exception for requests that cannot be met, and checks that raise it."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -48,3 +50,13 @@ def require_choices(settings: object, prefix: str = "") -> None:
         if get_origin(hint) is Literal:
             choices, value = get_args(hint), getattr(settings, name)
             require(value in choices, f"`{prefix}{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """Return " Did you mean …?" with the most similar candidate, or an empty string if none is similar."""
+    candidates = list(candidates)
+    by_last_part = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+    similar = get_close_matches(name, candidates, n=1, cutoff=0.6) or [
+        by_last_part[part] for part in get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.7)
+    ]
+    return f" Did you mean {similar[0]}?" if similar else ""

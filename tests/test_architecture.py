@@ -12,6 +12,7 @@ PACKAGE = Path(sagl.__file__).parent
 LAYERS = [
     {"cli"},
     {"commands"},
+    {"training"},
     {"callbacks", "evaluation"},
     {"modules", "sampling"},
     {"guidance", "samplers", "metrics", "data", "models"},

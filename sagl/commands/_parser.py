@@ -4,12 +4,11 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from sagl.errors import UserError
+from sagl.errors import UserError, suggest
 from sagl.utils.files import expand_paths
 
 TYPE_NAMES = {
@@ -138,16 +137,6 @@ def _convert(field: "Field[Any]", value: Any, group: str) -> Any:  # noqa: ANN40
 def field_names(cls: type) -> list[str]:
     """Return the names of a settings class's fields."""
     return [field.name for field in fields(cls)]
-
-
-def suggest(name: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean …?" with the most similar candidate, or an empty string if none is similar."""
-    candidates = list(candidates)
-    by_last_part = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-    similar = get_close_matches(name, candidates, n=1, cutoff=0.6) or [
-        by_last_part[part] for part in get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.7)
-    ]
-    return f" Did you mean {similar[0]}?" if similar else ""
 
 
 # --------------------------------------------------------------------------------------------- error messages

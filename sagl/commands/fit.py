@@ -4,7 +4,6 @@ import re
 from argparse import SUPPRESS
 from itertools import pairwise
 
-from sagl.commands._config import packaged_config, read_config
 from sagl.commands._parser import Parser, parse_interval_arg
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
@@ -15,6 +14,7 @@ from sagl.settings.training import (
     DiffusionTrainingSettings,
     PreviewSettings,
 )
+from sagl.utils.config_files import packaged_config, read_config
 
 DESCRIPTIONS = {
     "fit": "Train a diffusion model or a classifier. Everything is written into one folder; --resume continues there.",

@@ -26,6 +26,7 @@ from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.models.metadata import (
     DIGEST_KEY,
     METADATA_KEY,
+    SAFETENSORS,
     SETTINGS_CLASSES,
     check_same_network,
     read_metadata,
@@ -179,7 +180,7 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
         path.suffix == ".ckpt" or weights == "ema",
         f"`weights` must be left out for {path}, got {weights!r}: only a training checkpoint (.ckpt) has several.",
     )
-    if path.suffix == ".safetensors":
+    if path.suffix == SAFETENSORS:
         metadata = read_metadata(path)
         try:
             tensors = load_file(path)

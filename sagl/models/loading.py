@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sagl.errors import UserError, require
 from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, read_checkpoint
+from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.download import download
@@ -26,7 +27,7 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkWeights:
         if (name := name_from_filename(path)) is None:
             return read_checkpoint(path, weights)
         return read_checkpoint(path, weights, get_entry(name).settings, get_entry(name).diffusion)
-    if path.suffix in (".pt", ".ckpt", ".safetensors"):
+    if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(f"`checkpoint` must be a file, and {path} does not exist.")
     name = str(name_or_file)
     if name in BUNDLED:

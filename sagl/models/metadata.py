@@ -13,6 +13,10 @@ from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSetti
 
 Settings = TypeVar("Settings")
 
+SAFETENSORS = ".safetensors"
+"""Suffix of the files that sagl writes."""
+WEIGHT_SUFFIXES = (".pt", ".ckpt", SAFETENSORS)
+"""Suffixes of the files that sagl reads."""
 METADATA_KEY = "sagl"
 """Key of the JSON metadata in the header of a safetensors file."""
 DIGEST_KEY = "sha256"
@@ -37,7 +41,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         from sagl.models.checkpoints import read_hyperparameters
 
         return read_hyperparameters(path)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix != SAFETENSORS or not path.is_file():
         return {}
     try:
         size = path.stat().st_size

@@ -2,19 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sagl.errors import require
 from sagl.models.adm import Classifier, UNet
-from sagl.models.checkpoints import check_state_dict
+from sagl.models.checkpoints import check_state_dict, read_state_dict
+from sagl.models.loading import load
+from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.settings.network import UNetSettings
 
 LABELS = "label_emb.weight"
 """Label embeddings (classes, width), followed by that of the null label if there is one."""
 DEGRADED = "degraded_emb"
 """Embedding (width,) that is added if x_t was degraded."""
+
+
+def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: str = "ema") -> None:
+    """Load weights from a file, or of a network by its name, and print how its classes were adapted.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or has weights of other shapes.
+    """
+    path = Path(checkpoint)
+    is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
+    state = read_state_dict(path, weights) if is_file else load(checkpoint, weights).state_dict
+    if message := load_pretrained_weights(network, state):
+        print(message)
 
 
 def load_pretrained_weights(network: UNet | Classifier, state_dict: Mapping[str, Tensor]) -> str | None:

@@ -7,11 +7,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sagl.commands._config import read_config, sampling_settings
+from sagl.commands._config import sampling_settings
 from sagl.models.checkpoints import in_dtype, read_checkpoint, write_checkpoint
 from sagl.models.metadata import read_metadata
 from sagl.models.zoo import RELEASED
 from sagl.settings.diffusion import DiffusionSettings
+from sagl.utils.config_files import read_config
 from tests.helpers.commands import exit_code
 from tests.helpers.files import contents
 from tests.helpers.networks import (

@@ -8,6 +8,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sagl.commands.fit import training_parser, trains_classifier
+from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
@@ -348,3 +349,10 @@ def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeyp
     ]
     assert exit_code("fit", "--config", "lsun_cat", "--output", tmp_path / "run", *options) == 0
     assert read(tmp_path / "run")["global_step"] == 2
+
+
+def test_every_config_of_a_training_is_checked(tmp_path):
+    for name, text in {"a.yaml": "model: {classifier: {}}", "b.yaml": "seed: 1\nseed: 2"}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="seed"):
+        trains_classifier(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])

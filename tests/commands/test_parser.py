@@ -4,13 +4,14 @@ from typing import Literal
 
 import pytest
 
-from sagl.commands._config import model_settings, read_config, sample_parser
+from sagl.commands._config import model_settings, sample_parser
 from sagl.commands._parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
 from sagl.commands.fit import training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
+from sagl.utils.config_files import read_config
 
 FOLDER_DATA = "sagl.data.folder.FolderData"
 

@@ -58,19 +58,6 @@ def test_checkpoints_of_activations_can_be_chosen_for_a_named_network(flag, setu
         assert network.settings.use_checkpoint == network.middle_block.use_checkpoint == value
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "available", "expected"),
-    [("auto", True, "cuda"), ("gpu", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu")],
-)
-def test_the_accelerator_is_a_gpu_of_cuda_or_the_cpu(accelerator, available, expected, monkeypatch, capsys):
-    """Lightning alone would choose an Apple GPU, which has no float64."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
-    assert training._select_accelerator(accelerator, "bf16-mixed") == expected
-    assert ("bf16-mixed" in capsys.readouterr().out) == (expected == "cuda")
-
-
 def test_processes_that_lightning_started_end_with_rank_0_and_float32_is_not_tf32(monkeypatch):
     calls = []
 

@@ -1,8 +1,9 @@
 import pytest
 
-from sagl.commands._config import read_config, sampling_settings
+from sagl.commands._config import sampling_settings
 from sagl.evaluation.paper import matching_rows, paper_rows
 from sagl.models.zoo import RELEASED
+from sagl.utils.config_files import read_config
 
 UNCOND = {"sag.scale": 0.5, "sag.site": "output.2", "sag.threshold": 1.0, "sag.blur_sigma": 9.0, "sag.kernel_size": 31}
 UNCOND |= {"sag.interval": [0.0, 1.0], "cfg.scale": 0.0, "classifier.scale": 0.0, "respacing": "25"}

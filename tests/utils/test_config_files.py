@@ -1,8 +1,7 @@
 import pytest
 
-from sagl.commands._config import read_config, read_configs
-from sagl.commands.fit import trains_classifier
 from sagl.errors import UserError
+from sagl.utils.config_files import read_config, read_configs
 
 
 def write(folder, *texts):
@@ -52,9 +51,3 @@ def test_a_setting_that_a_config_has_twice_is_refused_by_its_full_name(text, nam
 def test_anchors_and_merge_keys_are_no_repetition(tmp_path):
     (path,) = write(tmp_path, "sag: &a {scale: 1}\nclassifier: {<<: *a, scale: 2}\ncfg: *a")
     assert read_config(path)["classifier"] == {"scale": 2}
-
-
-def test_every_config_of_a_training_is_checked(tmp_path):
-    names = write(tmp_path, "model: {classifier: {}}", "seed: 1\nseed: 2")
-    with pytest.raises(UserError, match="seed"):
-        trains_classifier(["--config", names[0], "--config", names[1]])

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from sagl.commands._resume import changed_settings, check_same_parameters
 from sagl.errors import UserError
+from sagl.training.resume import changed_settings, check_same_parameters
 
 HPARAMS = {"network": {"num_channels": 32, "channel_mult": (1, 2), "dropout": 0.0}, "freeze": ()}
 

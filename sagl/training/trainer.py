@@ -1,0 +1,101 @@
+"""Construction of Lightning's Trainer: its plugins, device and batches, and errors about its settings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from sagl.callbacks.checkpointing import AtomicCheckpointIO
+from sagl.errors import UserError, require
+from sagl.settings.sampling import Accelerator, DeviceSettings
+from sagl.utils.distributed import report_unused_gpu, select_device
+from sagl.utils.environment import gpu_has_bfloat16
+
+ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+"""Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Convert errors about the trainer's settings to a UserError: those that Lightning's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
+        if not raised_in.startswith("lightning."):
+            raise
+        raise UserError(f"`trainer` has settings that cannot be used: {error}") from error
+
+
+def fit_plugins(configured: Any) -> list[Any]:  # noqa: ANN401 (Lightning's own union)
+    """Return the plugins of a training: the configured ones, and ours."""
+    plugins = list(configured) if isinstance(configured, list | tuple) else [configured] if configured else []
+    if SLURMEnvironment.detect() and not plugins:
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing does not resume exactly
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    return plugins
+
+
+def build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    """Build the trainer, with the callbacks of its options before our own."""
+    extra = options.pop("callbacks") or []
+    callbacks = [*(extra if isinstance(extra, list) else [extra]), *callbacks]
+    options["use_distributed_sampler"] = False  # the data modules split the data among the ranks
+    strategy = options["strategy"]
+    require(
+        not isinstance(strategy, str) or strategy.startswith(("auto", "ddp")),
+        f"`trainer.strategy` must be auto or ddp, got {strategy}: a checkpoint is one file with all weights, and "
+        "strategies that split the weights are not supported.",
+    )
+    if isinstance(options["accelerator"], str):
+        options["accelerator"] = select_accelerator(options["accelerator"], str(options["precision"]))
+    if options["enable_checkpointing"] is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    return Trainer(**options, callbacks=callbacks)
+
+
+def select_accelerator(accelerator: str, precision: str) -> str:
+    """Return cuda if there is a GPU that can be used and is allowed, otherwise cpu.
+
+    Raises:
+        UserError: the accelerator is neither a GPU of CUDA nor the CPU, or is not there.
+    """
+    require(
+        accelerator in ACCELERATORS,
+        f"`trainer.accelerator` must be auto, cpu or gpu (CUDA), got {accelerator}: the noise schedule needs float64.",
+    )
+    device = select_device(DeviceSettings(accelerator=ACCELERATORS[accelerator]))
+    if accelerator == "auto":
+        report_unused_gpu(device)
+    if precision.startswith("bf16") and device.type == "cuda" and not gpu_has_bfloat16(device):
+        print(f"`trainer.precision` {precision} is slow on this GPU, which does not compute in bfloat16: use 16-mixed.")
+    return device.type
+
+
+def num_accumulated(global_batch_size: int, batch_size: int, trainer: Trainer) -> int:
+    """Return the number of batches per optimiser step and process that make up the global batch.
+
+    Raises:
+        UserError: it is no whole number, or is set as well.
+    """
+    require(
+        trainer.accumulate_grad_batches == 1,
+        f"`trainer.accumulate_grad_batches` must be left out with `global_batch_size` {global_batch_size}, got "
+        f"{trainer.accumulate_grad_batches}. Set global_batch_size to null to use it.",
+    )
+    num_batches, rest = divmod(global_batch_size, batch_size * trainer.world_size)
+    require(
+        num_batches > 0 and rest == 0,
+        f"`global_batch_size` must be a multiple of `data.batch_size` times the number of processes, {batch_size} "
+        f"times {trainer.world_size}, got {global_batch_size}.",
+    )
+    return num_batches
