@@ -4,11 +4,10 @@ Loads no torch. ADM's two upsamplers (64 to 256, 128 to 512) are not included: t
 input, which sagl does not support.
 """
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sagl.errors import UserError, require
+from sagl.errors import UserError, require, suggest
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
@@ -163,13 +162,15 @@ def get_unet_settings(name: str) -> tuple[UNetSettings, DiffusionSettings]:
     return settings, diffusion
 
 
-def get_classifier_settings(name: str) -> tuple[ClassifierSettings, DiffusionSettings]:
+def get_classifier_settings(
+    name: str, argument: str = "model.classifier"
+) -> tuple[ClassifierSettings, DiffusionSettings]:
     """Return the settings of a pretrained classifier and of the diffusion process of the networks it guides.
 
     Raises:
-        UserError: The name is unknown.
+        UserError: The name is unknown; names `argument`.
     """
-    _require_name(name, CLASSIFIER_NAMES, "model.classifier")
+    _require_name(name, CLASSIFIER_NAMES, argument)
     settings, diffusion = get_settings(name)
     assert isinstance(settings, ClassifierSettings)
     return settings, diffusion
@@ -180,6 +181,5 @@ def _require_name(name: str, names: tuple[str, ...], argument: str = "model") ->
     if name in names:
         return
     longer = [other for other in names if name and other.startswith(name.lower())]
-    similar = longer or difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+    hint = f" Did you mean {' or '.join(longer)}?" if longer else suggest(name.lower(), names)
     raise UserError(f"`{argument}` must be one of {', '.join(names)}; got {name!r}.{hint}")

@@ -5,6 +5,7 @@ The command line, previews and analyses all make their images here.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
@@ -19,6 +20,8 @@ from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
 from sagl.models.loading import load
+from sagl.models.metadata import WEIGHT_SUFFIXES
+from sagl.models.zoo import get_classifier_settings
 from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
@@ -135,6 +138,8 @@ def build_pipeline(
 
 
 def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
+    if not Path(name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES:  # refused before a download
+        check_classifier(*get_classifier_settings(name, "classifier.checkpoint"), network.settings, diffusion)
     try:
         checkpoint = load(name)
         classifier = build_classifier(checkpoint)

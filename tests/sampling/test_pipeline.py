@@ -8,6 +8,7 @@ from sagl.diffusion.noise import initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, GuidanceTerm, Prediction, make_predictor
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
+from sagl.models import loading
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_predictions
@@ -259,6 +260,14 @@ def test_a_classifier_is_loaded_by_file_and_compared_with_the_network(tmp_path):
     write_grey_classifier(tmp_path / "c.safetensors", num_classes=4)
     with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*4 classes"):
         build_pipeline(*arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("imagenet256_classifier", "256x256"), ("lsun_cat", "lsun_cat")])
+def test_a_classifier_whose_name_does_not_fit_is_refused_before_a_download(name, value, monkeypatch):
+    monkeypatch.setattr(loading, "download", lambda *_, **__: pytest.fail("downloaded"))
+    guidances = {"classifier": ClassifierGuidance(scale=1.0, checkpoint=name)}
+    with pytest.raises(UserError, match=rf"`classifier\.checkpoint`.*{value}"):
+        build_pipeline(grey_unet(), DiffusionSettings(), SAMPLERS["ddim"], guidances)
 
 
 # ---------------------------------------------------------------------------------- masks and x0 predictions
