@@ -22,6 +22,7 @@ OPTIONAL = {
     "huggingface_hub": "sagl[hub]",
     "efficientnet_lite_pytorch": "sagl[offline-metrics]",
     "resvg_py": "sagl[emoji]",
+    "matplotlib": "sagl[plots]",
 }
 """Optional packages, and the extra that installs each."""
 Line = tuple[str, str, str]
