@@ -13,7 +13,7 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"training"},
-    {"callbacks", "evaluation"},
+    {"callbacks", "evaluation", "analysis"},
     {"modules", "sampling"},
     {"guidance", "samplers", "metrics", "data", "models"},
     {"diffusion", "utils"},

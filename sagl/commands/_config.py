@@ -48,18 +48,24 @@ MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "use_checkpoint", "freeze", "max_n
 
 def sample_parser() -> Parser:
     """Build the parser of `sagl sample`; the help texts are the docstrings of the settings' fields."""
-    p = Parser("sample", "Sample images from a diffusion model, with or without guidance.")
+    p = network_parser("sample", "Sample images from a diffusion model, with or without guidance.")
+    p.add_argument("--output", type=str, default="samples", help="Run folder.")
+    p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
+    p.add_argument("--exports", type=str, default="", help=f"Further exports of the images: {','.join(EXPORTS)}.")
+    p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
+    return p
+
+
+def network_parser(command: str, description: str, epilog: str = "") -> Parser:
+    """Build a parser with the options of `SampleConfig` that all commands have which sample from a network."""
+    p = Parser(command, description, epilog)
     add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
     p.add_argument("--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}.")
     p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
     p.add_argument("--weights", type=str, default=None, help="Weights of a .ckpt: ema (default), ema:DECAY or raw.")
-    p.add_argument("--output", type=str, default="samples", help="Run folder.")
-    p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
-    p.add_argument("--exports", type=str, default="", help=f"Further exports of the images: {','.join(EXPORTS)}.")
     p.add_argument(
         "--progress", type=ProgressKind, default="auto", help="Progress; auto: a bar on a terminal, else lines."
     )
-    p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
     p.add_settings(RunSettings)
     p.add_settings(SamplerSettings)
     for group, cls in _groups().items():
@@ -77,13 +83,17 @@ def _groups() -> dict[str, type]:
     return {**{name: entry.settings_class for name, entry in GUIDANCES.items()}, "trainer": DeviceSettings}
 
 
-def parse_sample_config(arguments: list[str]) -> SampleConfig:
-    """Resolve a command line of `sagl sample`.
+def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> SampleConfig:
+    """Resolve a command line.
+
+    Args:
+        arguments: the command line.
+        parser: parser of the command, made by `network_parser`; None: that of `sagl sample`.
 
     Raises:
         UserError: a flag, the config or the recommendation of the weight file is invalid.
     """
-    p = sample_parser()
+    p = parser or sample_parser()
     flags = p.parse(arguments)
     for name in ("config", "model", "checkpoint", "output"):
         require(flags[name] not in ("", [""]), f"`{name}` must not be empty.")
@@ -110,14 +120,14 @@ def parse_sample_config(arguments: list[str]) -> SampleConfig:
     return SampleConfig(
         **network,
         output=Path(flags.output),
-        compare=flags.compare,
-        exports=tuple(name.strip() for name in flags.exports.strip("[]").split(",") if name.strip()),
+        compare=flags.get("compare", False),
+        exports=tuple(name.strip() for name in flags.get("exports", "").strip("[]").split(",") if name.strip()),
         samples=from_namespace(RunSettings, flags),
         sampler=from_namespace(SamplerSettings, flags),
         guidances=guidances,
         devices=from_namespace(DeviceSettings, flags.trainer, "trainer."),
         progress=flags.progress,
-        dry_run=flags.dry_run,
+        dry_run=flags.get("dry_run", False),
     )
 
 

@@ -9,6 +9,7 @@ SUBCOMMANDS = {
     "evaluate": ("sagl.commands.evaluate", "FID, sFID, IS, precision, recall and KID of images"),
     "statistics": ("sagl.commands.statistics", "write the statistics of reference images to a file"),
     "compare": ("sagl.commands.compare", "compare runs: settings, metrics, images of equal ids"),
+    "analyze": ("sagl.commands.analyze", "figures of the paper's analyses: attention, frequency, overlap, …"),
     "convert": ("sagl.commands.convert", "convert a network to safetensors or diffusers"),
     "doctor": ("sagl.commands.doctor", "report the machine, libraries and data"),
     "completion": ("sagl.commands.completion", "print the completion script of a shell"),

@@ -26,7 +26,7 @@ from sagl.settings.compatibility import check_classifier, check_compatible, chec
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings
-from sagl.shapes import Image, Labels, Mask
+from sagl.shapes import AttentionSite, Image, Labels, Mask
 from sagl.utils.prefetch import pin, prefetch, to_device
 
 Trajectory = Iterator[tuple[int, Image, Prediction]]
@@ -43,11 +43,20 @@ class SamplingPipeline:
     sampler_settings: SamplerSettings
     guidances: Mapping[str, Guidance] = field(default_factory=dict)
 
-    def sample_progressive(self, seed: int, ids: Sequence[int], labels: Labels | None) -> Trajectory:
-        """Sample a batch step by step; the noise of each sample depends on seed and id alone."""
+    def sample_progressive(
+        self, seed: int, ids: Sequence[int], labels: Labels | None, attention_sites: Sequence[AttentionSite] = ()
+    ) -> Trajectory:
+        """Sample a batch step by step; the noise of each sample depends on seed and id alone.
+
+        The predictions hold the attention received at `attention_sites`.
+        """
         s, device = self.sampler_settings, next(self.network.parameters()).device
-        x_T, noise = initial_noise(seed, ids, self._image_shape).to(device), self._step_noise(seed, ids, device)
-        condition = Condition(labels=None if labels is None else labels.to(device), samples=SampleKeys(seed, ids))
+        x_T, noise = initial_noise(seed, ids, self.image_shape).to(device), self._step_noise(seed, ids, device)
+        condition = Condition(
+            labels=None if labels is None else labels.to(device),
+            attention_sites=tuple(attention_sites),
+            samples=SampleKeys(seed, ids),
+        )
         sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
         return sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
@@ -61,7 +70,7 @@ class SamplingPipeline:
 
         Samplers go from the noisiest step to the cleanest. After a step out of this order, drawing ahead starts again.
         """
-        draw = step_noise(seed, ids, self._image_shape, torch.device("cpu"))
+        draw = step_noise(seed, ids, self.image_shape, torch.device("cpu"))
 
         def draw_ahead(first: int) -> Iterator[tuple[int, Image]]:
             return prefetch((step, pin(draw(step), device)) for step in range(first, 0, -1))
@@ -95,7 +104,7 @@ class SamplingPipeline:
         return len(steps) + sum(g.extra_nfe * g.is_active(step) for g in self.guidances.values() for step in steps)
 
     @property
-    def _image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
         settings = self.network.settings
         return settings.in_channels, settings.image_size, settings.image_size
 
@@ -197,7 +206,7 @@ def x0_predictions(
     Yields:
         (step, (B, C, H, W), (B, 1, H, W) bool or None if the step had no mask).
     """
-    x = initial_noise(seed, ids, pipeline._image_shape)
+    x = initial_noise(seed, ids, pipeline.image_shape)
     for step, x_next, prediction in pipeline.sample_progressive(seed, ids, labels):
         x0_hat = maybe_clip(x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step)), True)
         yield step, x0_hat, next(_masks(prediction), None)

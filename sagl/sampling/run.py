@@ -152,13 +152,8 @@ class SamplingRun:
         require_launcher(config.devices)
         if not is_run(config.output):  # exports of a finished run are the only files that need no writable folder
             require_writable(config.output)
-        network, diffusion = _read_settings(config)
-        check_compatible(network, diffusion, config.guidances)
-        check_labels(config.samples, network, config.guidances)
-        _check_respacing(config.sampler.respacing, diffusion)
-        checkpoint = config.checkpoint or _download(config.model)
         metadata = read_run_json(config.output)
-        config = _choose_precision(config, metadata)
+        config, network, diffusion, checkpoint = _resolve_network(config, metadata)
         settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
         if config.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
@@ -178,6 +173,16 @@ class SamplingRun:
             "exports": metadata.get("exports", {}),
         }
         return cls(config=config, checkpoint=checkpoint, network=network, metadata=metadata)
+
+    @classmethod
+    def without_folder(cls, config: SampleConfig) -> "SamplingRun":
+        """Check a configuration against the weights and the machine, for images that go into no run folder.
+
+        Raises:
+            UserError: they are incompatible.
+        """
+        config, network, _, checkpoint = _resolve_network(config, {})
+        return cls(config=_choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
 
     @property
     def folder(self) -> Path:
@@ -285,6 +290,22 @@ class SamplingRun:
 
 
 # ------------------------------------------------------------------------------------- weights and choices
+
+
+def _resolve_network(
+    config: SampleConfig, metadata: Mapping[str, Any]
+) -> tuple[SampleConfig, UNetSettings, DiffusionSettings, Path]:
+    """Check a configuration against its network; return it with a precision, the network's settings, and its file.
+
+    Raises:
+        UserError: they are incompatible, or the file cannot be had.
+    """
+    network, diffusion = _read_settings(config)
+    check_compatible(network, diffusion, config.guidances)
+    check_labels(config.samples, network, config.guidances)
+    _check_respacing(config.sampler.respacing, diffusion)
+    checkpoint = config.checkpoint or _download(config.model)
+    return _choose_precision(config, metadata), network, diffusion, checkpoint
 
 
 def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings]:

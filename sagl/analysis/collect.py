@@ -1,0 +1,110 @@
+"""Attention and images of unguided samples, from which the studies of the paper's figures are computed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sagl.diffusion.noise import initial_noise
+from sagl.diffusion.process import x0_hat_from_eps
+from sagl.sampling.pipeline import SamplingPipeline, make_labels
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import RunSettings, id_batches
+from sagl.shapes import AttentionSite, ImageUint8
+from sagl.utils.images import to_uint8
+from sagl.utils.progress import ProgressReporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRecord:
+    """Unguided samples and the attention of their chains, on the CPU."""
+
+    images: ImageUint8
+    """(N, C, H, W), the samples."""
+    mean_maps: Mapping[str, Tensor]
+    """Attention received at each site, mean over all steps: (N, head, side, side) float32."""
+    steps: Sequence[int]
+    """Steps whose maps and estimates are kept, the noisiest first."""
+    step_maps: Mapping[str, Tensor]
+    """Attention received at each site at `steps`: (N, step, head, side, side) float32."""
+    step_images: ImageUint8
+    """Estimates of the clean images at `steps`: (N, step, C, H, W)."""
+
+
+def last_sites(network: UNetSettings) -> dict[int, str]:
+    """Return the last block with attention of each resolution, by the side of its feature map, the smallest first."""
+    last: dict[int, str] = {}
+    for site, side in network.sites.items():
+        last[side] = site
+    return dict(sorted(last.items()))
+
+
+def record_attention(
+    pipeline: SamplingPipeline,
+    samples: RunSettings,
+    sites: Sequence[str],
+    steps: Sequence[int] = (),
+    progress: ProgressReporter | None = None,
+) -> AttentionRecord:
+    """Sample without guidance, and record the attention received at the sites.
+
+    Args:
+        pipeline: the pipeline; its guidance is left out.
+        samples: number, ids, seed, labels and batch size of the samples.
+        sites: blocks with attention.
+        steps: steps whose maps and estimates are kept.
+        progress: shows the steps.
+
+    Raises:
+        UserError: a site has no attention.
+    """
+    steps = sorted(steps, reverse=True)
+    records = []
+    for batch in id_batches(samples):
+        records.append(_record_batch(pipeline.unguided, samples, batch, sites, steps, progress))
+        if progress:
+            progress.update(len(records) * len(batch))
+    first = samples.first_id % samples.effective_batch_size
+    part = slice(first, first + samples.num_samples)
+    return AttentionRecord(
+        images=torch.cat([record.images for record in records])[part],
+        mean_maps={site: torch.cat([record.mean_maps[site] for record in records])[part] for site in sites},
+        steps=steps,
+        step_maps={site: torch.cat([record.step_maps[site] for record in records])[part] for site in sites},
+        step_images=torch.cat([record.step_images for record in records])[part],
+    )
+
+
+@torch.inference_mode()
+def _record_batch(
+    pipeline: SamplingPipeline,
+    samples: RunSettings,
+    batch: Sequence[int],
+    sites: Sequence[str],
+    steps: Sequence[int],
+    progress: ProgressReporter | None,
+) -> AttentionRecord:
+    num_steps, labels = pipeline.schedule.num_steps, make_labels(samples, batch, pipeline.network)
+    chain = pipeline.sample_progressive(samples.seed, batch, labels, [AttentionSite(site) for site in sites])
+    x = initial_noise(samples.seed, batch, pipeline.image_shape)
+    totals: dict[str, Tensor] = {}
+    maps: dict[str, list[Tensor]] = {site: [] for site in sites}
+    estimates: list[ImageUint8] = []
+    for step, x_next, prediction in progress.track_steps(chain, num_steps) if progress else chain:
+        attention = {site: prediction.attention[AttentionSite(site)].float().cpu() for site in sites}
+        totals = {site: totals[site] + attention[site] for site in sites} if totals else attention
+        if step in steps:
+            x0_hat = x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step))
+            estimates.append(to_uint8(x0_hat).cpu())
+            for site in sites:
+                maps[site].append(attention[site])
+        x = x_next
+    nothing = torch.empty(len(batch), 0)
+    return AttentionRecord(
+        images=to_uint8(x).cpu(),
+        mean_maps={site: total / num_steps for site, total in totals.items()},
+        steps=steps,
+        step_maps={site: torch.stack(kept, dim=1) if kept else nothing for site, kept in maps.items()},
+        step_images=torch.stack(estimates, dim=1) if estimates else nothing.byte(),
+    )

@@ -1,0 +1,149 @@
+"""Pictures of guidance: one step (figure 2), guidance in the last third (figure 1), large scales (figure 6)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sagl.analysis.figures import figure, show_image
+from sagl.analysis.study import StudyRequest
+from sagl.diffusion.noise import initial_noise
+from sagl.diffusion.predictor import Condition, make_predictor
+from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
+from sagl.sampling.pipeline import build_pipeline, make_labels
+from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
+from sagl.settings.sampling import id_batches
+from sagl.shapes import AttentionSite, Image, ImageUint8
+from sagl.utils.images import to_uint8
+
+LARGE_SCALES = (1.0, 2.0, 4.0, 8.0)
+"""Scales at which blur guidance and self-attention guidance are compared."""
+MASKS_EVERYTHING = -1.0
+"""Threshold that every token exceeds."""
+NUM_SHOWN = 8
+"""Samples in a figure."""
+
+
+@torch.inference_mode()
+def sample_guided(request: StudyRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
+    """Sample the request's images with these guidances: -> (N, C, H, W) on the CPU."""
+    base, samples = request.pipeline, request.samples
+    pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
+    batches = []
+    for batch in id_batches(samples):
+        labels = make_labels(samples, batch, base.network)
+        steps = pipeline.sample_progressive(samples.seed, batch, labels)
+        x = torch.empty(0)
+        for _, x, _ in request.progress.track_steps(steps, pipeline.schedule.num_steps):  # noqa: B007
+            pass
+        batches.append(to_uint8(x).cpu())
+    first = samples.first_id % samples.effective_batch_size
+    return torch.cat(batches)[first : first + samples.num_samples]
+
+
+def analyze_late(request: StudyRequest) -> dict[str, Any]:
+    """Draw samples without guidance, and with guidance in the last third of the steps (figure 1).
+
+    Returns:
+        The mean absolute difference of the pixels, in grey levels of 255, and those of the settings.
+    """
+    sag = replace(request.sag, scale=request.sag.scale or 1.0, interval=(2 / 3, 1.0))
+    unguided, guided = sample_guided(request, {}), sample_guided(request, {"sag": sag})
+    _draw_rows(request, {"unguided": unguided, f"SAG, scale {sag.scale:g}": guided})
+    difference = (unguided.float() - guided.float()).abs().mean()
+    return {"scale": sag.scale, "interval": list(sag.interval), "mean_absolute_difference": round(float(difference), 3)}
+
+
+def analyze_blur(request: StudyRequest) -> dict[str, Any]:
+    """Draw samples of blur guidance and of self-attention guidance at large scales (figure 6).
+
+    Returns:
+        By method and scale: the fraction of saturated pixels (0 or 255) beyond that of the unguided samples, and the
+        mean absolute difference from them in grey levels of 255.
+    """
+    unguided = sample_guided(request, {})
+    rows, numbers = {"unguided": unguided}, {}
+    for scale in LARGE_SCALES:
+        sag = replace(request.sag, scale=scale)
+        everywhere = replace(sag, threshold=MASKS_EVERYTHING)  # eq. 15
+        for name, settings in {"blur": everywhere, "SAG": sag}.items():
+            images = rows[f"{name}, scale {scale:g}"] = sample_guided(request, {"sag": settings})
+            numbers[f"{name} {scale:g}"] = {
+                "saturated": round(_saturated(images) - _saturated(unguided), 4),
+                "mean_absolute_difference": round(float((images.float() - unguided.float()).abs().mean()), 3),
+            }
+    _draw_rows(request, rows)
+    return numbers
+
+
+def _saturated(images: ImageUint8) -> float:
+    return float(((images == 0) | (images == 255)).float().mean())
+
+
+def _draw_rows(request: StudyRequest, rows: Mapping[str, ImageUint8]) -> None:
+    count = min(NUM_SHOWN, request.samples.num_samples)
+    with figure(request.figure, len(rows), count, (1.6, 1.65)) as (_, axes):
+        for row, (label, images) in enumerate(rows.items()):
+            axes[row, 0].set_ylabel(label)
+            for column in range(count):
+                show_image(axes[row, column], images[column])
+
+
+@torch.inference_mode()
+def analyze_step(request: StudyRequest) -> dict[str, Any]:
+    """Draw the parts of one step of self-attention guidance in the middle of the chain of the first sample (figure 2).
+
+    Returns:
+        The step, its timestep, the masked fraction, and the ratio of the norms of eps - eps' and eps.
+    """
+    pipeline, samples, sag = request.pipeline.unguided, request.samples, request.sag
+    network, schedule = pipeline.network, pipeline.schedule
+    device = next(network.parameters()).device
+    batch, shown = next(id_batches(samples)), schedule.num_steps // 2
+    row = samples.first_id % samples.effective_batch_size
+    labels = make_labels(samples, batch, network)
+    x_t = initial_noise(samples.seed, batch, pipeline.image_shape).to(device)
+    for step, x, _ in pipeline.sample_progressive(samples.seed, batch, labels):
+        if step == shown:
+            break
+        x_t = x
+    site, size = AttentionSite(sag.site, sag.heads), network.settings.image_size
+    condition = Condition(labels=None if labels is None else labels.to(device), attention_sites=(site,))
+    predict = make_predictor(network, schedule, pipeline.diffusion.variance)
+    base, alpha_bar = predict(x_t, shown, condition), schedule.alpha_bar(shown)
+    x0_hat = maybe_clip(x0_hat_from_eps(x_t, base.eps, alpha_bar), sag.clip_x0)
+    blurred = gaussian_blur(x0_hat, effective_kernel_size(sag.kernel_size, size), sag.blur_sigma)
+    mask = attention_mask(base.attention[site], sag.threshold, (size, size))
+    degraded = degrade_input(x0_hat, blurred, mask, base.eps, alpha_bar)
+    weak = predict(degraded, shown, replace(condition, attention_sites=(), degraded=True))
+    noisy_blurred = degrade_input(x0_hat, blurred, torch.ones_like(mask), base.eps, alpha_bar)
+    pictures = {
+        "xₜ": x_t,
+        "estimate of x₀": x0_hat,
+        "x̃ₜ": noisy_blurred,
+        "masked part blurred": torch.where(mask, blurred, x0_hat),
+        "x̄ₜ": degraded,
+        "ε": base.eps,
+        "ε′": weak.eps,
+    }
+    difference = base.eps - weak.eps
+    with figure(request.figure, 1, len(pictures) + 3, (2, 2.2)) as (_, axes):
+        attention = base.attention[site][row].mean(dim=0).float().cpu()
+        show_image(axes[0, 0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
+        show_image(axes[0, 1], mask[row, 0].byte().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
+        for ax, (title, image) in zip(axes[0, 2:], pictures.items(), strict=False):
+            show_image(ax, _displayed(image[row]), title)
+        show_image(axes[0, -1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
+    return {
+        "step": shown,
+        "timestep": int(schedule.timestep(shown, 1, torch.device("cpu"))),
+        "masked_fraction": round(float(mask[row].float().mean()), 4),
+        "relative_difference": round(float(difference[row].norm() / base.eps[row].norm()), 5),
+    }
+
+
+def _displayed(image: Image) -> ImageUint8:
+    """Scale an image, of which noise exceeds [-1, 1], to its largest absolute value: (C, H, W) -> uint8."""
+    return to_uint8(image / image.abs().max().clamp_min(1)).cpu()

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from sagl.analysis import overlap
+from sagl.analysis.study import STUDIES
+from tests.helpers.commands import exit_code
+from tests.helpers.networks import write_grey_unet
+
+FLAGS = ("--num_samples", "2", "--respacing", "3", "--sampler", "ddim", "--sag.site", "output.1", "--progress", "off")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(study, tmp_path):
+    levels = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
+    network, output = write_grey_unet(tmp_path / "n.safetensors", **levels), tmp_path / "figures"
+    assert exit_code("analyze", study, "--checkpoint", network, "--output", output, "--seed", "5", *FLAGS) == 0
+    assert {path.name for path in output.iterdir()} == {f"{study}.png", f"{study}.json"}
+    with Image.open(output / f"{study}.png") as image:
+        assert len(set(image.convert("L").tobytes())) > 20
+    content = json.loads((output / f"{study}.json").read_text())
+    assert content["settings"]["seed"] == 5
+    assert content["settings"]["command"].startswith(f"sagl analyze {study} ")
+    assert content["numbers"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("nothing",), ("study", "nothing", "frequency")),
+        (("overlap", "--object_masks", "absent"), ("--object_masks", "absent")),
+        (("attention", "--trainer.devices", "2"), ("--trainer.devices", "2")),
+        (("step", "--sag.site", "input.0"), ("--sag.site", "input.0")),
+        (("frequency",), ("frequency", "8x8")),
+    ],
+)
+def test_what_cannot_be_analyzed_is_refused_in_one_line(flags, names, tmp_path, capsys):
+    network = write_grey_unet(tmp_path / "n.safetensors")
+    study, *rest = flags
+    assert exit_code("analyze", study, "--checkpoint", network, "--output", tmp_path / "o", *FLAGS, *rest) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in names)
+    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
+
+
+def test_objects_of_mask_rcnn_are_the_union_of_the_certain_ones(monkeypatch):
+    certain, doubtful = torch.zeros(2, 1, 8, 8)
+    certain[0, :2], doubtful[0, 4:] = 0.9, 0.9
+
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            assert images[0].shape == (3, 8, 8)
+            return [{"masks": torch.stack([certain, doubtful]), "scores": torch.tensor([0.8, 0.2])}]
+
+    monkeypatch.setattr("torchvision.models.detection.maskrcnn_resnet50_fpn", lambda weights: Network())
+    mask = overlap.mask_rcnn(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert mask.shape == (2, 1, 8, 8)
+    assert torch.equal(mask[0], certain > 0)
