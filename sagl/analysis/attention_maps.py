@@ -5,7 +5,7 @@ from typing import Any
 from sagl.analysis.collect import AttentionRecord, last_sites, record_attention
 from sagl.analysis.figures import figure, show_image, tint
 from sagl.analysis.masks import enlarge, mass_mask
-from sagl.analysis.study import StudyRequest
+from sagl.analysis.registry import AnalysisRequest
 from sagl.sampling.exports import evenly_spaced_steps
 
 NUM_STEPS_SHOWN = 6
@@ -14,7 +14,7 @@ MASS = 0.6
 """Share of the attention's sum that a mask keeps, as DINO's visualisation does."""
 
 
-def analyze_attention(request: StudyRequest) -> dict[str, Any]:
+def analyze_attention(request: AnalysisRequest) -> dict[str, Any]:
     """Draw the attention received in every layer at six steps of the first sample (figure 8).
 
     Returns:
@@ -41,7 +41,7 @@ def analyze_attention(request: StudyRequest) -> dict[str, Any]:
     }
 
 
-def analyze_heads(request: StudyRequest) -> dict[str, Any]:
+def analyze_heads(request: AnalysisRequest) -> dict[str, Any]:
     """Draw the masks of each head of the last layer of every resolution (figures 3, 9, 10).
 
     Attention is averaged over the steps. The masks keep the tokens that hold 60 % of its sum.

@@ -1,4 +1,4 @@
-"""Attention and images of unguided samples, from which the studies of the paper's figures are computed."""
+"""Attention and images of unguided samples, from which the analyses of the paper's figures are computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -9,13 +9,13 @@ import torch
 
 from sagl.analysis.figures import figure
 from sagl.analysis.guided_images import sample_guided
-from sagl.analysis.study import StudyRequest
+from sagl.analysis.registry import AnalysisRequest
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.utils.environment import peak_gigabytes
 
 
-def analyze_cost(request: StudyRequest) -> dict[str, Any]:
+def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
     """Measure seconds and memory of sampling without guidance and with each combination of SAG and a classifier.
 
     The classifier is left out if the request has none. On a GPU the memory is the peak of each run; on a CPU it
@@ -51,7 +51,7 @@ def analyze_cost(request: StudyRequest) -> dict[str, Any]:
     return numbers
 
 
-def _combinations(request: StudyRequest) -> Mapping[str, Mapping[str, GuidanceSettings]]:
+def _combinations(request: AnalysisRequest) -> Mapping[str, Mapping[str, GuidanceSettings]]:
     sag = replace(request.sag, scale=request.sag.scale or 1.0)
     combinations: dict[str, dict[str, GuidanceSettings]] = {"unguided": {}, "SAG": {"sag": sag}}
     if request.classifier:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sagl.analysis.collect import last_sites, record_attention
 from sagl.analysis.figures import figure
 from sagl.analysis.masks import threshold_mask
-from sagl.analysis.study import StudyRequest
+from sagl.analysis.registry import AnalysisRequest
 from sagl.errors import require
 from sagl.shapes import Image, Mask
 from sagl.utils.images import to_float
@@ -57,7 +57,7 @@ def radial_profile(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(rings, dtype=torch.float64) / size, profile
 
 
-def analyze_frequency(request: StudyRequest) -> dict[str, Any]:
+def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
     """Draw the spectra of masked and unmasked patches at the last layer of every resolution (figure 4).
 
     The masks are those of attention averaged over heads and steps, above 1. The surface is the percentage by which the
@@ -70,7 +70,7 @@ def analyze_frequency(request: StudyRequest) -> dict[str, Any]:
     network = request.pipeline.network.settings
     sites = {side: site for side, site in last_sites(network).items() if side < network.image_size}
     require(
-        bool(sites), f"`study` frequency needs attention below {network.image_size}x{network.image_size}, got none."
+        bool(sites), f"`analysis` frequency needs attention below {network.image_size}x{network.image_size}, got none."
     )
     record = record_attention(request.pipeline, request.samples, list(sites.values()), (), request.progress)
     images = to_float(record.images)

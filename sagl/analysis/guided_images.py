@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sagl.analysis.figures import figure, show_image
-from sagl.analysis.study import StudyRequest
+from sagl.analysis.registry import AnalysisRequest
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
@@ -27,7 +27,7 @@ NUM_SHOWN = 8
 
 
 @torch.inference_mode()
-def sample_guided(request: StudyRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
+def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
     """Sample the request's images with these guidances: -> (N, C, H, W) on the CPU."""
     base, samples = request.pipeline, request.samples
     pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
@@ -43,7 +43,7 @@ def sample_guided(request: StudyRequest, guidances: Mapping[str, GuidanceSetting
     return torch.cat(batches)[first : first + samples.num_samples]
 
 
-def analyze_late(request: StudyRequest) -> dict[str, Any]:
+def analyze_late(request: AnalysisRequest) -> dict[str, Any]:
     """Draw samples without guidance, and with guidance in the last third of the steps (figure 1).
 
     Returns:
@@ -56,7 +56,7 @@ def analyze_late(request: StudyRequest) -> dict[str, Any]:
     return {"scale": sag.scale, "interval": list(sag.interval), "mean_absolute_difference": round(float(difference), 3)}
 
 
-def analyze_blur(request: StudyRequest) -> dict[str, Any]:
+def analyze_blur(request: AnalysisRequest) -> dict[str, Any]:
     """Draw samples of blur guidance and of self-attention guidance at large scales (figure 6).
 
     Returns:
@@ -82,7 +82,7 @@ def _saturated(images: ImageUint8) -> float:
     return float(((images == 0) | (images == 255)).float().mean())
 
 
-def _draw_rows(request: StudyRequest, rows: Mapping[str, ImageUint8]) -> None:
+def _draw_rows(request: AnalysisRequest, rows: Mapping[str, ImageUint8]) -> None:
     count = min(NUM_SHOWN, request.samples.num_samples)
     with figure(request.figure, len(rows), count, (1.6, 1.65)) as (_, axes):
         for row, (label, images) in enumerate(rows.items()):
@@ -92,7 +92,7 @@ def _draw_rows(request: StudyRequest, rows: Mapping[str, ImageUint8]) -> None:
 
 
 @torch.inference_mode()
-def analyze_step(request: StudyRequest) -> dict[str, Any]:
+def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
     """Draw the parts of one step of self-attention guidance in the middle of the chain of the first sample (figure 2).
 
     Returns:

@@ -16,7 +16,7 @@ from sagl.analysis.masks import (
     silhouettes,
     threshold_mask,
 )
-from sagl.analysis.study import StudyRequest
+from sagl.analysis.registry import AnalysisRequest
 from sagl.shapes import ImageUint8, Mask
 
 NUM_SHOWN = 8
@@ -25,7 +25,7 @@ MIN_SCORE = 0.5
 """Score from which an object of Mask R-CNN counts, and probability from which a pixel belongs to it."""
 
 
-def analyze_overlap(request: StudyRequest) -> dict[str, Any]:
+def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
     """Compare attention masks with object masks, beside random masks of equal area (table 1, figure 5).
 
     Attention is averaged over heads and steps, and masks the tokens above 1. Samples without an object are left out.

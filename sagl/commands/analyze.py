@@ -2,7 +2,7 @@
 
 import shlex
 
-from sagl.analysis.study import STUDIES, StudyRequest, run_study
+from sagl.analysis.registry import ANALYSES, AnalysisRequest, run_analysis
 from sagl.commands._config import network_parser, parse_sample_config
 from sagl.commands._parser import Parser
 from sagl.errors import require
@@ -16,24 +16,26 @@ from sagl.utils.progress import ProgressReporter
 
 
 def analyze_parser() -> Parser:
-    lines = "\n".join(f"  {name:<12} {study.description}" for name, study in STUDIES.items())
-    p = network_parser("analyze", "Make a figure of the paper's analyses and its numbers.", f"studies:\n{lines}")
-    p.add_argument("study", type=str, nargs="?", help="Name of the study, see below.")
-    p.add_argument("--output", type=str, default="analysis", help="Folder for STUDY.png and STUDY.json.")
+    lines = "\n".join(f"  {name:<12} {analysis.description}" for name, analysis in ANALYSES.items())
+    p = network_parser(
+        "analyze", "Make a figure of one of the paper's analyses, and its numbers.", f"analyses:\n{lines}"
+    )
+    p.add_argument("analysis", type=str, nargs="?", help="Name of the analysis, see below.")
+    p.add_argument("--output", type=str, default="analysis", help="Folder for ANALYSIS.png and ANALYSIS.json.")
     objects = "Object masks of overlap: silhouette, mask_rcnn, or a folder of ID.png."
     p.add_argument("--object_masks", type=str, default="silhouette", help=objects)
     return p
 
 
 def main(arguments: list[str]) -> None:
-    """Run `sagl analyze STUDY [--output DIR] [options of sagl sample]`.
+    """Run `sagl analyze ANALYSIS [--output DIR] [options of sagl sample]`.
 
     Raises:
         UserError: the request cannot be met; nothing has been written.
     """
     parser = analyze_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
-    require(flags.study in STUDIES, f"`study` must be one of {', '.join(STUDIES)}, got {flags.study}.")
+    require(flags.analysis in ANALYSES, f"`analysis` must be one of {', '.join(ANALYSES)}, got {flags.analysis}.")
     require(config.devices.devices in ("auto", "1"), f"`trainer.devices` must be 1, got {config.devices.devices}.")
     disable_malloc_trim()
     set_threads()
@@ -41,16 +43,16 @@ def main(arguments: list[str]) -> None:
     run, sag = SamplingRun.without_folder(config), config.guidances["sag"]
     assert isinstance(sag, SelfAttentionGuidance)
     sag.check_network(run.network)
-    with ProgressReporter(flags.study, config.samples.num_samples, config.progress) as progress:
-        request = StudyRequest(
+    with ProgressReporter(flags.analysis, config.samples.num_samples, config.progress) as progress:
+        request = AnalysisRequest(
             pipeline=run.build_pipeline(select_device(config.devices)),
             samples=run.config.samples,
             sag=sag,
-            figure=config.output / f"{flags.study}.png",
+            figure=config.output / f"{flags.analysis}.png",
             progress=progress,
             object_masks=flags.object_masks,
             classifier=DEFAULT_CLASSIFIER if config.model == DEFAULT_MODEL else None,
         )
         command = shlex.join(["sagl", "analyze", *arguments])
-        numbers = run_study(flags.study, request, {"command": command, **run.config.image_settings})
+        numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})
     print(f"{request.figure}, {numbers}: {config.samples.num_samples} samples.")

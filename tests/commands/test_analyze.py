@@ -5,31 +5,31 @@ import torch
 from PIL import Image
 
 from sagl.analysis import overlap
-from sagl.analysis.study import STUDIES
+from sagl.analysis.registry import ANALYSES
 from tests.helpers.commands import exit_code
 from tests.helpers.networks import write_grey_unet
 
 FLAGS = ("--num_samples", "2", "--respacing", "3", "--sampler", "ddim", "--sag.site", "output.1", "--progress", "off")
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(study, tmp_path):
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(analysis, tmp_path):
     levels = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
     network, output = write_grey_unet(tmp_path / "n.safetensors", **levels), tmp_path / "figures"
-    assert exit_code("analyze", study, "--checkpoint", network, "--output", output, "--seed", "5", *FLAGS) == 0
-    assert {path.name for path in output.iterdir()} == {f"{study}.png", f"{study}.json"}
-    with Image.open(output / f"{study}.png") as image:
+    assert exit_code("analyze", analysis, "--checkpoint", network, "--output", output, "--seed", "5", *FLAGS) == 0
+    assert {path.name for path in output.iterdir()} == {f"{analysis}.png", f"{analysis}.json"}
+    with Image.open(output / f"{analysis}.png") as image:
         assert len(set(image.convert("L").tobytes())) > 20
-    content = json.loads((output / f"{study}.json").read_text())
+    content = json.loads((output / f"{analysis}.json").read_text())
     assert content["settings"]["seed"] == 5
-    assert content["settings"]["command"].startswith(f"sagl analyze {study} ")
+    assert content["settings"]["command"].startswith(f"sagl analyze {analysis} ")
     assert content["numbers"]
 
 
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (("nothing",), ("study", "nothing", "frequency")),
+        (("nothing",), ("analysis", "nothing", "frequency")),
         (("overlap", "--object_masks", "absent"), ("--object_masks", "absent")),
         (("attention", "--trainer.devices", "2"), ("--trainer.devices", "2")),
         (("step", "--sag.site", "input.0"), ("--sag.site", "input.0")),
@@ -38,8 +38,8 @@ def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(study, 
 )
 def test_what_cannot_be_analyzed_is_refused_in_one_line(flags, names, tmp_path, capsys):
     network = write_grey_unet(tmp_path / "n.safetensors")
-    study, *rest = flags
-    assert exit_code("analyze", study, "--checkpoint", network, "--output", tmp_path / "o", *FLAGS, *rest) == 2
+    analysis, *rest = flags
+    assert exit_code("analyze", analysis, "--checkpoint", network, "--output", tmp_path / "o", *FLAGS, *rest) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(name in line for name in names)
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
