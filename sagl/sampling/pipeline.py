@@ -57,9 +57,8 @@ class SamplingPipeline:
             attention_sites=tuple(attention_sites),
             samples=SampleKeys(seed, ids),
         )
-        sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
-        return sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
+        return self._sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
 
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
@@ -98,10 +97,21 @@ class SamplingPipeline:
         return replace(self, guidances={})
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations per sample."""
-        steps = range(self.schedule.num_steps)
-        return len(steps) + sum(g.extra_nfe * g.is_active(step) for g in self.guidances.values() for step in steps)
+    def nfe(self) -> float:
+        """Network evaluations per sample, counted by running the sampler on one pixel, without the network."""
+
+        def predict(x_t: Image, step: int, _: Condition) -> Prediction:
+            extra_nfe = sum(g.extra_nfe for g in self.guidances.values() if g.is_active(step))
+            return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
+
+        pixel = torch.zeros(1, 1, 1, 1)
+        steps = self._sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
+        return sum(prediction.nfe for _, _, prediction in steps)
+
+    @property
+    def _sampler(self) -> Callable[..., Trajectory]:
+        sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[self.sampler_settings.sampler])
+        return sampler
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
