@@ -76,9 +76,9 @@ def sample_missing(
 
             for ids in ranks.share(batches):
                 start = time.monotonic()
-                run.write_batch(pipeline, ids, progress)
+                nfe = run.write_batch(pipeline, ids, progress)
                 if ranks.rank == 0:
-                    run.record_batch(pipeline, (time.monotonic() - start) * ranks.world_size)
+                    run.record_batch(pipeline, nfe, (time.monotonic() - start) * ranks.world_size)
                     update_progress()
             ranks.wait(update_progress)
             update_progress()  # another rank may have written the last shard after the last poll
@@ -105,9 +105,13 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
 
 
 def print_summary(run: SamplingRun) -> None:
-    """Print the content of the run folder and the next commands."""
-    cost = f"{run.metadata['seconds']:.1f} s, {run.metadata['nfe']:g} network evaluations each"
-    print(f"{count_images(run.folder)} images in {run.folder}, {cost}.")
+    """Print the content of the run folder, its cost and the next commands."""
+    count, cost = count_images(run.folder), run.metadata
+    print(f"{count} images in {run.folder}, {cost['seconds']:.1f} s.")
+    print(
+        f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
+        f"{cost['seconds'] / count:.3g} s."
+    )
     exports = ", ".join(EXPORTS[name] for name in run.metadata["exports"]) or "shards/ only"
     print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")
 

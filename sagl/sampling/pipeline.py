@@ -19,6 +19,7 @@ from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build_guidances, with_guidance
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
+from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import get_classifier_settings
@@ -97,7 +98,7 @@ class SamplingPipeline:
         return replace(self, guidances={})
 
     @property
-    def nfe(self) -> float:
+    def nfe(self) -> int:
         """Network evaluations per sample, counted by running the sampler on one pixel, without the network."""
 
         def predict(x_t: Image, step: int, _: Condition) -> Prediction:
@@ -106,7 +107,11 @@ class SamplingPipeline:
 
         pixel = torch.zeros(1, 1, 1, 1)
         steps = self._sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
-        return sum(prediction.nfe for _, _, prediction in steps)
+        return int(sum(prediction.nfe for _, _, prediction in steps))
+
+    def cost(self, nfe: float) -> dict[str, float]:
+        """Return the cost of a sample with `nfe` network evaluations as recorded in run.json; without classifiers."""
+        return {"nfe": nfe, "flops": nfe * flops_per_evaluation(self.network.settings)}
 
     @property
     def _sampler(self) -> Callable[..., Trajectory]:
