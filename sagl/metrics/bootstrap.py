@@ -32,10 +32,7 @@ def interval(
         num_resamples: number of resamples of N rows with replacement.
         seed: random seed of the resamples.
     """
-    generator = torch.Generator().manual_seed(seed)
-    estimate, values = metric(features), torch.empty(num_resamples, dtype=torch.float64)
-    for k in range(num_resamples):
-        values[k] = metric(features[torch.randint(len(features), (len(features),), generator=generator)])
+    estimate, values = metric(features), resample(features, metric, num_resamples=num_resamples, seed=seed)
     return Interval(estimate, *_quantiles(values - values.mean() + estimate))
 
 
@@ -51,12 +48,29 @@ def paired_interval(
         num_resamples: number of resamples of N pairs with replacement.
         seed: random seed of the resamples.
     """
+    values = (resample(features, metric, num_resamples=num_resamples, seed=seed) for features in (first, second))
+    return paired_difference(metric(second) - metric(first), *values)
+
+
+def resample(features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int, seed: int) -> Tensor:
+    """Return the metric of resamples with replacement, (num_resamples,) float64.
+
+    The rows of a resample depend on the seed and the number of rows alone: sets of equal size are resampled in pairs.
+    """
     generator = torch.Generator().manual_seed(seed)
-    differences = torch.empty(num_resamples, dtype=torch.float64)
-    for k in range(num_resamples):
-        rows = torch.randint(len(first), (len(first),), generator=generator)
-        differences[k] = metric(second[rows]) - metric(first[rows])
-    return Interval(metric(second) - metric(first), *_quantiles(differences))
+    rows = (torch.randint(len(features), (len(features),), generator=generator) for _ in range(num_resamples))
+    return torch.tensor([metric(features[index]) for index in rows], dtype=torch.float64)
+
+
+def paired_difference(estimate: float, first: Tensor, second: Tensor) -> Interval:
+    """Return the interval of the difference `second - first` of two sets from the values of their resamples.
+
+    Args:
+        estimate: difference of the metric of both sets.
+        first: (num_resamples,) values of `resample`.
+        second: those of the other set, with the same seed.
+    """
+    return Interval(estimate, *_quantiles(second - first))
 
 
 def _quantiles(values: Tensor) -> tuple[float, float]:

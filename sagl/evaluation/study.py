@@ -1,0 +1,222 @@
+"""Studies of sampling settings: features of sampled images, stored batch by batch, and metrics over equal ids.
+
+A study that was interrupted goes on with the missing batches, and studies in one folder share what they sample.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sagl.errors import require
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.guidance.registry import GUIDANCES
+from sagl.metrics.bootstrap import Interval, paired_difference, resample
+from sagl.metrics.features import extract_features
+from sagl.metrics.frechet import FrechetReference, statistics
+from sagl.metrics.precision_recall import NUM_NEIGHBORS, precision_recall
+from sagl.metrics.statistics_file import Reference
+from sagl.sampling.batch import check_finite
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
+from sagl.sampling.run import SamplingRun
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
+from sagl.utils.files import atomic_file, json_sha256, sha256
+from sagl.utils.images import to_rgb, to_uint8
+from sagl.utils.progress import ProgressReporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A sampler and its guidance: what a study varies."""
+
+    sampler: SamplerSettings
+    guidances: Mapping[str, GuidanceSettings] = field(default_factory=dict)
+    """Settings of guidance methods by name."""
+
+    @property
+    def unguided(self) -> "Setting":
+        """The same sampler without guidance."""
+        return Setting(sampler=self.sampler)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Everything that determines an image, as JSON values; guidance of scale 0 determines nothing."""
+        active = {name: asdict(guidance) for name, guidance in self.guidances.items() if guidance.scale}
+        values: dict[str, Any] = json.loads(json.dumps({**asdict(self.sampler), **active}))
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of the same ids in one setting, and the number of network evaluations of each image."""
+
+    setting: Setting
+    pooled: Tensor
+    """(N, D) float32."""
+    nfe: int
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A network whose images are sampled in many settings. All ranks hold one and call `sample` in the same order."""
+
+    folder: Path
+    """Folder of the features, one file per setting and batch."""
+    pipeline: SamplingPipeline
+    """The network on its device."""
+    samples: RunSettings
+    """Seed, labels and batch size."""
+    extraction: FeatureExtraction
+    identity: Mapping[str, Any]
+    """Everything that determines features besides the setting and the id, as JSON values."""
+    _pipelines: dict[str, SamplingPipeline] = field(default_factory=dict)
+    """The pipeline of the last setting, which may hold further networks."""
+
+    @classmethod
+    def open(cls, run: SamplingRun, folder: Path, extraction: FeatureExtraction) -> "Study":
+        """Load the network of an opened run, whose sampler and guidance are not used.
+
+        Raises:
+            UserError: the weights cannot be read.
+        """
+        config, varying = run.config, {"compare", "first_id", *asdict(run.config.sampler), *GUIDANCES}
+        identity = {name: value for name, value in config.image_settings.items() if name not in varying}
+        identity |= {"weights_sha256": sha256(run.checkpoint), "extractor": extraction.name}
+        identity["batch_size"] = config.samples.effective_batch_size
+        if config.network is not None:  # the weight file does not contain them
+            identity |= {"network": asdict(config.network), "diffusion": config.diffusion and asdict(config.diffusion)}
+        return cls(
+            folder=folder,
+            pipeline=run.build_pipeline(extraction.ranks.device).unguided,
+            samples=run.config.samples,
+            extraction=extraction,
+            identity=identity,
+        )
+
+    def pipeline_for(self, setting: Setting) -> SamplingPipeline:
+        """Return the pipeline of a setting.
+
+        Raises:
+            UserError: the setting does not fit the network.
+        """
+        key = str(setting.values)
+        if key not in self._pipelines:
+            network, diffusion = self.pipeline.network, self.pipeline.diffusion
+            self._pipelines = {key: build_pipeline(network, diffusion, setting.sampler, setting.guidances)}
+        return self._pipelines[key]
+
+    def missing(self, settings: Sequence[Setting], ids: range) -> list[tuple[Setting, list[int]]]:
+        """Return the settings and whole batches that contain `ids` and are not in the folder yet."""
+        return [
+            (setting, batch)
+            for setting in settings
+            for batch in self._batches(ids)
+            if not self._path(setting, batch).exists()
+        ]
+
+    def sample(self, settings: Sequence[Setting], ids: range, title: str = "", progress: ProgressKind = "off") -> None:
+        """Sample the missing batches in all ranks, and store their features.
+
+        Raises:
+            UserError: an image is not finite, or a file cannot be written.
+        """
+        ranks = self.extraction.ranks
+        jobs = ranks.broadcast(self.missing(settings, ids) if ranks.rank == 0 else None)
+        with ProgressReporter(title, sum(len(batch) for _, batch in jobs), progress if ranks.rank == 0 else "off") as p:
+            for setting, batch in ranks.share(jobs):
+                with atomic_file(self._path(setting, batch)) as partial, partial.open("wb") as file:
+                    np.save(file, self._compute_features(setting, batch).numpy())
+                p.advance(min(len(batch) * ranks.world_size, (p.total or 0) - p.completed))
+            ranks.wait()
+
+    def features(self, setting: Setting, ids: range) -> Features:
+        """Read the features of some ids, which must have been sampled."""
+        batches = self._batches(ids)
+        stored = np.concatenate([np.load(self._path(setting, batch)) for batch in batches])
+        first = ids.start - batches[0][0]
+        pooled = torch.from_numpy(stored[first : first + len(ids)])
+        return Features(setting=setting, pooled=pooled, nfe=self.pipeline_for(setting).nfe)
+
+    def at_equal_cost(self, setting: Setting) -> Setting:
+        """Return unguided sampling with so many steps that it takes about as many network evaluations as `setting`.
+
+        The timesteps are at one integer stride if those of `setting` are and there is one, else evenly spaced.
+        """
+        nfe, plain = self.pipeline_for(setting).nfe, self.pipeline_for(setting.unguided)
+        num_timesteps = self.pipeline.diffusion.num_timesteps
+        num_steps = min(round(nfe * plain.schedule.num_steps / plain.nfe), num_timesteps)
+        is_fixed_stride = setting.sampler.respacing.startswith("ddim")
+        has_stride = any(len(range(0, num_timesteps, stride)) == num_steps for stride in range(1, num_timesteps + 1))
+        respacing = f"ddim{num_steps}" if is_fixed_stride and has_stride else str(num_steps)
+        return Setting(sampler=replace(setting.sampler, respacing=respacing))
+
+    def _compute_features(self, setting: Setting, batch: list[int]) -> Tensor:
+        pipeline = self.pipeline_for(setting)
+        with torch.inference_mode():
+            labels = make_labels(self.samples, batch, pipeline.network)
+            images, _ = run_to_end(pipeline.sample_progressive(self.samples.seed, batch, labels))
+        check_finite(images)
+        pooled = extract_features(to_rgb(to_uint8(images)).cpu(), self.extraction.extract).pooled
+        require(bool(pooled.isfinite().all()), f"`extractor` {self.extraction.name} must give finite features.")
+        return pooled
+
+    def _batches(self, ids: range) -> list[list[int]]:
+        return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
+
+    def _path(self, setting: Setting, batch: list[int]) -> Path:
+        return self.folder / json_sha256({**self.identity, **setting.values})[:16] / f"{batch[0]}.npy"
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Metrics of one setting over some ids."""
+
+    setting: Setting
+    nfe: int
+    """Network evaluations per image."""
+    num_samples: int
+    values: Mapping[str, float]
+    """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features."""
+    resamples: Tensor
+    """Fréchet distances of bootstrap resamples, the same ids for all settings; may be empty."""
+
+    def difference(self, other: "Measurement") -> Interval | None:
+        """Return the Fréchet distance minus that of `other` over the same ids, with its paired 95 % interval."""
+        estimate = self.values["fd"] - other.values["fd"]
+        return paired_difference(estimate, other.resamples, self.resamples) if len(self.resamples) else None
+
+
+class Comparison:
+    """Comparison of settings over equal ids by their distances from a reference."""
+
+    def __init__(self, reference: Reference, *, num_resamples: int = 200, seed: int = 0) -> None:
+        """Factorise the reference's covariance; `num_resamples` and `seed` are those of the paired bootstrap."""
+        self._frechet = FrechetReference(reference.statistics.pooled)
+        self._real = reference.statistics.features
+        self._num_resamples, self._seed = num_resamples, seed
+
+    def distance(self, pooled: Tensor) -> float:
+        """Return the Fréchet distance of (N, D) features from the reference."""
+        return self._frechet(statistics(pooled))
+
+    def measure(self, features: Features) -> Measurement:
+        """Compute all metrics of a setting."""
+        pooled, values = features.pooled, {"fd": self.distance(features.pooled)}
+        if self._real is not None and min(len(self._real), len(pooled)) > NUM_NEIGHBORS:
+            values |= precision_recall(pooled, self._real)._asdict()
+        return Measurement(
+            setting=features.setting,
+            nfe=features.nfe,
+            num_samples=len(pooled),
+            values=values,
+            resamples=resample(pooled, self.distance, num_resamples=self._num_resamples, seed=self._seed),
+        )

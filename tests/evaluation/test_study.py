@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+
+from sagl.commands._config import parse_sample_config
+from sagl.evaluation import study as module
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.evaluation.study import Comparison, Setting, Study
+from sagl.metrics.accumulator import FeatureStatistics
+from sagl.metrics.bootstrap import paired_interval
+from sagl.metrics.frechet import frechet_distance, statistics
+from sagl.metrics.precision_recall import precision_recall
+from sagl.metrics.statistics_file import Reference
+from sagl.models.checkpoints import write_checkpoint
+from sagl.sampling.exports import write_npz
+from sagl.sampling.run import SamplingRun
+from sagl.settings.evaluation import ExtractionSettings
+from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
+from sagl.settings.sampling import SamplerSettings
+from sagl.utils.distributed import Ranks
+from tests.helpers.commands import exit_code
+from tests.helpers.networks import grey_weights
+
+UNGUIDED = Setting(sampler=SamplerSettings(sampler="ddim", respacing="2"))
+GUIDED = Setting(sampler=UNGUIDED.sampler, guidances={"sag": SelfAttentionGuidance(scale=0.5, site="middle")})
+
+
+def columns(images_uint8):
+    """Eight features: means of the first channel over columns."""
+    return images_uint8[:, 0].float().mean(dim=1)
+
+
+def open_study(tmp_path, *flags):
+    checkpoint = tmp_path / "network.safetensors"
+    if not checkpoint.exists():
+        write_checkpoint(grey_weights(), checkpoint)
+    flags = ["--batch_size", 4, "--labels", "balanced", "--trainer.precision", "32-true", *flags]
+    arguments = ["--checkpoint", checkpoint, "--trainer.accelerator", "cpu", *flags]
+    run = SamplingRun.without_folder(parse_sample_config(list(map(str, arguments))))
+    ranks, settings = Ranks(device=torch.device("cpu")), ExtractionSettings(progress="off")
+    extraction = FeatureExtraction(name="columns", extract=columns, ranks=ranks, settings=settings)
+    return Study.open(run, tmp_path / "study", extraction)
+
+
+def sampled(study, setting, ids):
+    study.sample([setting], ids)
+    return study.features(setting, ids)
+
+
+def test_features_are_those_of_the_images_that_sample_writes(tmp_path):
+    features = sampled(open_study(tmp_path), GUIDED, range(3, 9))
+    flags = ["--batch_size", 4, "--labels", "balanced", "--sampler", "ddim", "--respacing", 2, "--progress", "off"]
+    flags += ["--trainer.precision", "32-true"]
+    flags += ["--sag.scale", 0.5, "--sag.site", "middle", "--first_id", 3, "--num_samples", 6]
+    run = tmp_path / "run"
+    assert exit_code("sample", "--checkpoint", tmp_path / "network.safetensors", "--output", run, *flags) == 0
+    write_npz(run, tmp_path / "images.npz", 6)
+    images = torch.from_numpy(np.load(tmp_path / "images.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(features.pooled, columns(images))
+    assert features.nfe == 4
+
+
+def test_an_interrupted_study_samples_only_what_is_missing(tmp_path, monkeypatch):
+    study, expected = open_study(tmp_path), sampled(open_study(tmp_path), GUIDED, range(8)).pooled
+    for path in study.folder.rglob("4.npy"):
+        path.unlink()
+    assert study.missing([GUIDED], range(8)) == [(GUIDED, [4, 5, 6, 7])]
+    compute = Study._compute_features
+    monkeypatch.setattr(Study, "_compute_features", lambda *_: pytest.fail("sampled twice"))
+    study.sample([GUIDED], range(4))
+    monkeypatch.setattr(Study, "_compute_features", compute)
+    assert torch.equal(sampled(study, GUIDED, range(8)).pooled, expected)
+
+
+def test_settings_of_a_method_that_is_off_do_not_matter_but_all_others_do(tmp_path):
+    study = open_study(tmp_path)
+    study.sample([UNGUIDED], range(4))
+    off = {"sag": SelfAttentionGuidance(site="output.0"), "cfg": ClassifierFreeGuidance()}
+    assert study.missing([Setting(sampler=UNGUIDED.sampler, guidances=off)], range(4)) == []
+    assert study.missing([GUIDED], range(4)) != []
+    for flags in (("--seed", "1"), ("--labels", "null"), ("--trainer.precision", "bf16-true"), ("--batch_size", "2")):
+        assert open_study(tmp_path, *flags).missing([UNGUIDED], range(4)) != []
+
+
+def test_metrics_and_differences_are_those_of_the_metrics_package():
+    real, first, second = (torch.randn(60, 8, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    reference = Reference(statistics=FeatureStatistics(pooled=statistics(real), features=real), extractor="columns")
+    comparison = Comparison(reference, num_resamples=20, seed=3)
+    features = [module.Features(setting=UNGUIDED, pooled=pooled, nfe=2) for pooled in (first, second)]
+    measurements = [comparison.measure(part) for part in features]
+    distance = frechet_distance(statistics(real), statistics(second))
+    assert measurements[1].values == {"fd": pytest.approx(distance), **precision_recall(second, real)._asdict()}
+    expected = paired_interval(first, second, comparison.distance, num_resamples=20, seed=3)
+    assert measurements[1].difference(measurements[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("respacing", "interval", "expected"),
+    [
+        ("ddim25", (0, 1), "ddim50"),
+        ("ddim25", (0.5, 1), "ddim38"),
+        ("ddim25", (0.52, 1), "37"),
+        ("25", (0, 1), "50"),
+        ("900", (0, 1), "1000"),
+    ],
+)
+def test_plain_sampling_at_equal_cost_has_a_step_for_every_network_evaluation(respacing, interval, expected, tmp_path):
+    guidances = {"sag": SelfAttentionGuidance(scale=0.5, site="middle", interval=interval)}
+    guided = Setting(sampler=SamplerSettings(sampler="ddim", respacing=respacing), guidances=guidances)
+    plain = open_study(tmp_path).at_equal_cost(guided)
+    assert (plain.sampler.sampler, plain.sampler.respacing, plain.guidances) == ("ddim", expected, {})
