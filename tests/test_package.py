@@ -42,7 +42,10 @@ def test_the_wheel_holds_code_weights_and_configs_and_nothing_else(installed):
         ".yaml",
         ".safetensors",
         ".jinja",
+        ".npz",
     }
+    licenses = {name.split("/licenses/")[1] for name in names if "/licenses/" in name}
+    assert licenses == {"LICENSE", "LICENSES/Apache-2.0.txt", "LICENSES/emoji.md"}
 
 
 @pytest.mark.slow

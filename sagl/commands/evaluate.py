@@ -21,7 +21,7 @@ from sagl.utils.run_lock import lock_file
 
 def evaluate_parser() -> Parser:
     p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
-    image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, fashion_mnist_train or fashion_mnist_test"
+    image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, or (fashion_mnist|emoji)_(train|test)"
     p.add_argument("images", type=str, help=f"Images to evaluate: {image_sets}.")
     reference = "Reference: as for `images`, or a statistics file of OpenAI, EDM or sagl statistics."
     p.add_argument("--reference", type=str, default="fashion_mnist_test", help=reference)

@@ -16,7 +16,7 @@ from sagl.utils.run_lock import lock_file
 
 def statistics_parser() -> Parser:
     p = Parser("statistics", "Write a statistics file of images, for sagl evaluate IMAGES --reference FILE.")
-    sources = "folder of images, LSUN's LMDB, shards, npz file, run or fashion_mnist_train"
+    sources = "folder of images, LSUN's LMDB, shards, npz file, run, or (fashion_mnist|emoji)_(train|test)"
     p.add_argument("source", type=str, help=f"Images: {sources}.")
     p.add_argument("--output", type=str, required=True, help="The .npz file to write.")
     p.add_argument("--num_samples", type=int, default=None, help="Number of images to use; default: all.")

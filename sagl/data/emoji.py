@@ -16,6 +16,7 @@ from sagl.data.emoji_icons import CATEGORIES, FAMILIES, Icon, digest, read_icons
 from sagl.data.image_data import Array
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.errors import UserError, require
+from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_file, cache_folder
 
 SIZE = 32
@@ -23,6 +24,8 @@ TEST_PERCENT = 10
 """Expected percentage of the emoji in the test split."""
 MAX_WHITE_FRACTION = 0.95
 """Largest fraction of nearly white pixels in an image."""
+TEST_IMAGES = Path(__file__).with_name("emoji_test.npz")
+"""The test split with two variants per family and the versions of `FAMILIES`: (689, 32, 32, 3), in the package."""
 CACHE_VERSION = 1
 """Version of the rendering, a part of the cache file's name. Increase it when the images change."""
 
@@ -56,21 +59,38 @@ class EmojiData(InMemoryData):
         return InMemoryImages(images, labels)
 
 
-def prepare_emoji(root: Path, max_variants: int) -> Path:
+def read_split(*, train: bool, argument: str) -> tuple[ImageUint8, str]:
+    """Return the images of a split with the default settings, and a version that changes with the training images.
+
+    Args:
+        train: the training split, of the packages in the cache folder, or else the test split in this package.
+        argument: name of the argument in messages.
+
+    Raises:
+        UserError: the packages for the training split are not installed.
+    """
+    if not train:
+        return torch.from_numpy(np.load(TEST_IMAGES)["arr_0"]).permute(0, 3, 1, 2).contiguous(), ""
+    data = EmojiData()
+    path = prepare_emoji(data.folder, data.max_variants, argument)
+    return data.split(test=False).images, path.stem
+
+
+def prepare_emoji(root: Path, max_variants: int, argument: str = "data.root") -> Path:
     """Return the npz file of all images in the cache folder; render it first if it does not exist.
 
     Arrays: images (N, 3, 32, 32) uint8; labels (N,) int64; test (N,) bool; family, name and emoji (N,) str. The order
     is random, so that the first images of the test split are of all families and categories.
 
     Raises:
-        UserError: a package or the renderer is not installed.
+        UserError: a package or the renderer is not installed; names `argument`.
     """
     packages = {family: root / "node_modules" / "@iconify-json" / family for family in FAMILIES}
     missing = [family for family, folder in packages.items() if not (folder / "icons.json").is_file()]
     names = " ".join(f"@iconify-json/{family}@{version}" for family, version in FAMILIES.items())
     require(
         not missing,
-        f"`data.root` must be a folder with the npm packages of the emoji, and {root} lacks {', '.join(missing)}. "
+        f"`{argument}` needs a folder with the npm packages of the emoji, and {root} lacks {', '.join(missing)}. "
         f"Install them with: mkdir -p {root} && cd {root} && npm install {names}",
     )
     versions = [json.loads((folder / "package.json").read_text())["version"] for folder in packages.values()]

@@ -1,4 +1,4 @@
-"""Sets of images to evaluate, read by index: a sampling run, an npz file, Fashion-MNIST or any image source."""
+"""Sets of images to evaluate, read by index: a sampling run, an npz file, a named split or any image source."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sagl.data.emoji import read_split
 from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
 from sagl.data.image_data import ImageSource
 from sagl.data.registry import open_image_source
@@ -22,8 +23,8 @@ from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, file_version, sha256
 from sagl.utils.listing import list_folder
 
-SPLITS = ("fashion_mnist_train", "fashion_mnist_test")
-"""Splits of Fashion-MNIST, padded to 32×32 as for the training of the bundled network."""
+NAMED_SETS = ("fashion_mnist_train", "fashion_mnist_test", "emoji_train", "emoji_test")
+"""Splits at 32×32 as for training: of Fashion-MNIST, padded, and of the emoji."""
 DIGEST_DIGITS = 16
 """Hex digits of a digest that are stored with a result."""
 MAX_UNREADABLE_FRACTION = 0.01
@@ -69,14 +70,18 @@ class ImageSet(ABC):
 class TensorImages(ImageSet):
     """Images in memory: (N, 1 or 3, H, W) uint8."""
 
-    def __init__(self, images_uint8: ImageUint8) -> None:
-        self._images = images_uint8
+    def __init__(self, images_uint8: ImageUint8, version: str = "") -> None:
+        """Hold images; `version` identifies those of a named set that can change."""
+        self._images, self.version = images_uint8, version
 
     def __len__(self) -> int:
         return len(self._images)
 
     def read(self, start: int, stop: int) -> ImageUint8:
         return self._images[start:stop]
+
+    def digest(self) -> str:
+        return self.version
 
 
 class RunImages(ImageSet):
@@ -194,7 +199,7 @@ def open_image_set(name: str, image_size: int | None = None, argument: str = "im
     """Open a set of at least two images.
 
     Args:
-        name: fashion_mnist_train, fashion_mnist_test, the folder of a run, or a path for `open_image_source`.
+        name: one of `NAMED_SETS`, the folder of a run, or a path for `open_image_source`.
         image_size: size to crop and resize images of a source to; those of a run or an npz file stay as they are.
         argument: name of the argument in messages.
 
@@ -207,30 +212,38 @@ def open_image_set(name: str, image_size: int | None = None, argument: str = "im
 
 
 def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
-    if name in SPLITS:
-        prepare_fashion_mnist(cache_folder())
-        return TensorImages(PaddedFashionMNIST(cache_folder(), train=name.endswith("train")).images)
+    if name in NAMED_SETS:
+        return _open_named(name, argument)
     path = Path(name)
     if os.path.isdir(path) and list_shards(path):
         return RunImages(path)
     require(
         os.path.exists(path) or any(character in name for character in "*{:"),
-        f"`{argument}` must be one of {', '.join(SPLITS)}, a run of sagl sample, an npz file, a folder of images, "
+        f"`{argument}` must be one of {', '.join(NAMED_SETS)}, a run of sagl sample, an npz file, a folder of images, "
         f"LSUN's LMDB or shards, and {name} does not exist.",
     )
     source = open_image_source(name, argument=argument)
     return SourceImages(source, None if path.suffix.lower() == ".npz" else image_size)
 
 
-def cache_key(name: str) -> str | None:
+def _open_named(name: str, argument: str) -> TensorImages:
+    train = name.endswith("_train")
+    if name.startswith("emoji"):
+        return TensorImages(*read_split(train=train, argument=argument))
+    prepare_fashion_mnist(cache_folder())
+    return TensorImages(PaddedFashionMNIST(cache_folder(), train=train).images)
+
+
+def cache_key(name: str, images: ImageSet) -> str | None:
     """Return a key that changes with the names, sizes and times of the files at a path.
 
     Args:
-        name: a split of Fashion-MNIST, whose images never change, or a path. None is returned for a pattern.
+        name: the name of the set, or a path. None is returned for a pattern.
+        images: the opened set.
     """
     path = Path(name)
-    if name in SPLITS:
-        return name
+    if isinstance(images, TensorImages):
+        return "-".join(filter(None, [name, images.version]))
     if not path.exists():
         return None
     digest = hashlib.sha256(os.fsencode(path.resolve()))

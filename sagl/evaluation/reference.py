@@ -103,7 +103,7 @@ def _cache_path(name: str, images: ImageSet, extractor: str, max_features: int) 
     """
     if extractor not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix.lower() == ".npz":
         return None
-    key = cache_key(name)
+    key = cache_key(name, images)
     if key is None:
         return None
     crop = [f"{images.crop_size}px"] if images.crop_size else []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sagl.data import emoji
-from sagl.data.emoji import EmojiData, prepare_emoji, render
+from sagl.data.emoji import EmojiData, prepare_emoji, read_split, render
 from sagl.data.emoji_icons import (
     CATEGORIES,
     FAMILIES,
@@ -175,6 +175,19 @@ def test_a_missing_package_is_named_with_the_install_command(missing, tmp_path):
     root = write_packages(tmp_path / "root", [family for family in FAMILIES if family != missing])
     with refused("`data.root`", root, missing, "npm install @iconify-json/"):
         EmojiData(root=str(root)).prepare_data()
+
+
+def test_the_test_split_is_part_of_the_package_and_the_training_split_needs_the_icons(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path))
+    images, version = read_split(train=False, argument="reference")
+    assert (images.shape, images.dtype, version) == ((689, 3, 32, 32), torch.uint8, "")
+    with refused("`reference`", tmp_path / "emoji", "npm install"):
+        read_split(train=True, argument="reference")
+    root = write_packages(tmp_path / "emoji")
+    images, version = read_split(train=True, argument="reference")
+    arrays = arrays_of(root)
+    assert np.array_equal(images, arrays["images"][~arrays["test"]])
+    assert version == prepare_emoji(root, 2).stem
 
 
 def test_a_missing_renderer_is_named_with_its_extra(monkeypatch, tmp_path):

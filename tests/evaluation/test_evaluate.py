@@ -150,6 +150,11 @@ def test_a_split_of_fashion_mnist_is_an_image_set(tmp_path):
     assert (result.num_samples, result.num_reference) == (150, 40)
 
 
+def test_the_test_split_of_the_emoji_is_an_image_set_on_any_machine():
+    result = result_of("emoji_test", "emoji_test", num_samples=20, kid_subsets=1)
+    assert (result.num_samples, result.num_reference, result.reference_digest) == (20, 689, "")
+
+
 @pytest.mark.parametrize("kind", ["npz file", "bitmaps", "run", "statistics"])
 def test_references_of_one_name_and_size_have_the_digest_of_their_content(kind, tmp_path, pair, monkeypatch):
     def write(seed):
