@@ -1,181 +1,108 @@
-"""Fréchet distance of many guidance settings at equal seeds, to find site, blur, scale and interval of a network.
+r"""Metrics of many guidance settings over the same ids, with paired intervals, for any network and reference.
 
-    python benchmarks/guidance_study.py study.jsonl --num_samples 1000 --sampler ddpm --respacing ddim20
+    python benchmarks/guidance_study.py --search sag.scale 0.1 0.3 --search sag.site middle output.5 \
+        --sampler ddim --respacing ddim20 --labels balanced --num_samples 1000 --output study
 
-Each line of the output file is one setting. Settings that are in the file already are skipped, so that a study can be
-resumed. Features are saved beside the file. Differences from the unguided run of the same network and from the first
-setting are printed with a paired 95 % interval.
+Takes the flags of `sagl sample`. Every combination of the values of --search is a row, beside unguided sampling with as
+many steps and with as many network evaluations. --also adds networks, by flags that are appended to the others:
+--also "--trainer.precision bf16-true" --also "--checkpoint other.safetensors". Features of all images are kept in the
+output folder: an interrupted study continues, and sagl tune can use them.
 """
 
-import argparse
-import hashlib
-import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import product
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from sagl.data.fashion_mnist import PaddedFashionMNIST, prepare_fashion_mnist
-from sagl.metrics.bootstrap import paired_interval
-from sagl.metrics.extractors import get_extractor
-from sagl.metrics.features import extract_features
-from sagl.metrics.frechet import FrechetReference, statistics
-from sagl.models.adm import UNet
-from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
-from sagl.models.zoo import DEFAULT_CHECKPOINT
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
-from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import RunSettings, SamplerSettings, WeightPrecision, id_batches
-from sagl.shapes import ImageUint8
+from sagl.commands._config import network_parser, parse_sample_config
+from sagl.commands._parser import Parser
+from sagl.commands.tune import parse_search
+from sagl.evaluation.evaluate import default_extractor
+from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_report
+from sagl.evaluation.study import Measurement, Setting
+from sagl.evaluation.tuning import Tuning, make_candidates
+from sagl.evaluation.tuning_report import COLUMNS, describe_setting, measurement_row
+from sagl.sampling.run import SamplingRun
+from sagl.settings.evaluation import ExtractionSettings
+from sagl.settings.tuning import TuningSettings
+from sagl.utils.distributed import launch
 from sagl.utils.environment import disable_malloc_trim
-from sagl.utils.files import cache_folder, sha256
-from sagl.utils.images import to_uint8
 
-EXTRACTOR = "effnet_lite0_64"
-PRECISIONS: dict[str, WeightPrecision] = {"float32": "32-true", "bfloat16": "bf16-true"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One run of the study."""
-
-    checkpoint: Path
-    dtype: str
-    sag: dict[str, Any]
-    key: dict[str, Any]
-    """Everything that determines its images."""
-
-    @property
-    def name(self) -> str:
-        """The key as text."""
-        return json.dumps(self.key, sort_keys=True)
-
-    @property
-    def label(self) -> str:
-        """Network and guidance as text."""
-        return json.dumps({"network": self.checkpoint.stem, "dtype": self.dtype, **self.sag})
-
-    def features(self, study: Path) -> Path:
-        """Return the path of its features."""
-        return study.with_suffix(".features") / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.npy"
+ALL = 10_000
+"""More candidates than any study has."""
+OTHER = "plain at equal cost (evaluations), or the first network"
 
 
-def grid(a: argparse.Namespace, chain: SamplerSettings, samples: RunSettings) -> list[Setting]:
-    """Return the settings, network by network, the unguided one first."""
-    keys = ("scale", "site", "blur_sigma", "interval")
-    values = product(a.scales, a.sites, a.blur_sigmas, [tuple(map(float, i.split("-"))) for i in a.intervals])
-    of_sag = [{"scale": 0.0}, *(dict(zip(keys, value, strict=True)) for value in values)]
-    settings = []
-    for path in a.checkpoints:
-        common = {"checkpoint": sha256(path), "chain": asdict(chain), "samples": asdict(samples)}
-        for sag, dtype in product(of_sag, a.dtypes):
-            key = json.loads(json.dumps({**common, "dtype": dtype, "sag": sag}))
-            settings.append(Setting(checkpoint=path, dtype=dtype, sag=sag, key=key))
-    return settings
+def study_parser() -> Parser:
+    p = network_parser("study", __doc__ or "")
+    p.prog, p.usage = "guidance_study.py", "guidance_study.py [options]"
+    p.add_argument("--search", type=str, nargs="+", action="append", default=[], help="A setting and its values.")
+    p.add_argument("--also", type=str, action="append", default=[], help="Flags of another network.")
+    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="Images or a statistics file.")
+    p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as for sagl evaluate.")
+    p.add_argument("--bootstrap", type=int, default=200, help="Resamples of the paired intervals; 0: none.")
+    p.add_argument("--output", type=str, default="study", help="Folder of the features.")
+    return p
 
 
-def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the lines of the study by their settings."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {json.dumps(line["key"], sort_keys=True): line for line in lines}
-
-
-def main() -> None:
-    """Evaluate the missing settings, then print all."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", type=Path)
-    p.add_argument("--checkpoints", type=Path, nargs="+", default=[DEFAULT_CHECKPOINT])
-    p.add_argument("--num_samples", type=int, default=1000)
-    p.add_argument("--first_id", type=int, default=0)
-    p.add_argument("--batch_size", type=int, default=100)
-    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
-    p.add_argument("--respacing", default="ddim20")
-    p.add_argument("--scales", type=float, nargs="*", default=[0.1, 0.3])
-    p.add_argument("--sites", nargs="+", default=["middle", "output.2", "output.5"])
-    p.add_argument("--blur_sigmas", type=float, nargs="+", default=[1.0, 2.0])
-    p.add_argument("--intervals", nargs="+", default=["0-1"])
-    p.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32"], help="of the weights")
-    p.add_argument("--num_resamples", type=int, default=200, help="of the paired bootstrap; 0: no intervals")
-    a = p.parse_args()
+def main(arguments: list[str]) -> None:
+    """Sample what is missing, network by network, and print a table of each."""
     disable_malloc_trim()
-    a.study.parent.mkdir(parents=True, exist_ok=True)
-
-    chain = SamplerSettings(sampler=a.sampler, respacing=a.respacing)
-    samples = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.batch_size, labels="balanced")
-    extract = get_extractor(EXTRACTOR)(torch.device("cpu"))
-    prepare_fashion_mnist(cache_folder())
-    test_split = extract_features(PaddedFashionMNIST(cache_folder(), train=False).images, extract).pooled
-    distance_to_test = FrechetReference(statistics(test_split))
-    settings = grid(a, chain, samples)
-    todo = [s for s in settings if s.name not in read_lines(a.study) or not s.features(a.study).exists()]
-    pipelines = [pipeline_of(setting, chain) for setting in todo]
-    passes = a.num_samples * sum(pipeline.nfe for pipeline in pipelines)
-    print(f"{len(todo)} settings to measure, {passes} network evaluations.", flush=True)
-    for setting, pipeline in zip(todo, pipelines, strict=True):
-        start_time = time.monotonic()
-        features = extract_features(sample_images(pipeline, samples)[: a.num_samples], extract).pooled
-        save_features(features, setting.features(a.study))
-        line = {"key": setting.key, "distance": round(distance_to_test(statistics(features)), 2), "nfe": pipeline.nfe}
-        line["seconds"] = round(time.monotonic() - start_time, 1)
-        with a.study.open("a") as out:
-            out.write(json.dumps(line) + "\n")
-        print(f"{line['distance']:8.2f}  {line['seconds']} s  {setting.label}", flush=True)
-    report(a.study, settings, lambda features: distance_to_test(statistics(features)), a.num_resamples)
+    variants = study_parser().parse(arguments).also
+    first: Measurement | None = None
+    for variant in ["", *variants]:
+        first = study_network([*arguments, *shlex.split(variant)], variant or "the first network", first)
 
 
-@cache
-def load_network(checkpoint: Path, dtype: str) -> tuple[UNet, DiffusionSettings]:
-    """Load a network in a precision, and its diffusion settings."""
-    file = read_checkpoint(checkpoint)
-    return cast_weights(build_network(file), PRECISIONS[dtype], torch.device("cpu")), file.diffusion
-
-
-def pipeline_of(setting: Setting, chain: SamplerSettings) -> SamplingPipeline:
-    """Return the pipeline of a setting."""
-    network, diffusion = load_network(setting.checkpoint, setting.dtype)
-    return build_pipeline(network, diffusion, chain, {"sag": SelfAttentionGuidance(**setting.sag)})
-
-
-@torch.inference_mode()
-def sample_images(pipeline: SamplingPipeline, samples: RunSettings) -> ImageUint8:
-    """Sample all images of a run."""
-    batches = (
-        pipeline.sample(samples.seed, i, make_labels(samples, i, pipeline.network))[0] for i in id_batches(samples)
+def study_network(arguments: list[str], title: str, first: Measurement | None) -> Measurement:
+    """Sample and measure the settings of one network; return the unguided measurement of the first network."""
+    parser = study_parser()
+    flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
+    run = SamplingRun.without_folder(config)
+    space = parse_search(flags.search)
+    candidates, samples = make_candidates(run, space, ALL), run.config.samples
+    ids = range(samples.first_id, samples.first_id + samples.num_samples)
+    tuning = Tuning(
+        run=run,
+        space=space,
+        candidates=candidates,
+        settings=TuningSettings(bootstrap=flags.bootstrap),
+        reference=flags.reference,
+        extraction=ExtractionSettings(progress=config.progress),
+        extractor=flags.extractor or default_extractor(Path(flags.reference)),
     )
-    return torch.cat([to_uint8(x) for x in batches])
+    with launch(config.devices) as ranks:
+        study, comparison = tuning.open(config.output / "features", ranks)
+        unguided = Setting(sampler=config.sampler)
+        plain = [study.at_equal_cost(candidate) for candidate in candidates]
+        settings = [unguided, *candidates, *plain]
+        missing = study.missing(settings, ids)
+        nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
+        print(f"{title}: {len(candidates)} settings, {nfe:,} network evaluations to do.", flush=True)
+        study.sample(settings, ids, title, config.progress)
+    assert comparison is not None
+    distinct = {str(setting.values): setting for setting in settings}  # several may have the same cost
+    measured = {key: comparison.measure(study.features(setting, ids)) for key, setting in distinct.items()}
+    baseline, *rows = (measured[str(setting.values)] for setting in settings)
+    names = [describe_setting(candidate, space) for candidate in candidates]
+    table_rows = [_row("unguided", baseline, baseline, first)]
+    table_rows += map(_row, names, rows, [baseline] * len(names), rows[len(names) :])
+    section = Section(title=f"{len(ids)} images", note=f"ids {ids[0]} … {ids[-1]}", rows=tuple(table_rows))
+    table = Table(title=title, columns=(*COLUMNS, OTHER, "from that"), sections=(section,), right_aligned=True)
+    print_report(Report(title=title, warnings=(), tables=(table,)))
+    return first or baseline
 
 
-def report(study: Path, settings: list[Setting], distance: Callable[[Tensor], float], num_resamples: int) -> None:
-    """Print all settings with their differences from the unguided run and from the first setting."""
-    own = {(s.checkpoint, s.dtype): s for s in settings if not s.sag["scale"]}
-    for setting in settings:
-        line = read_lines(study)[setting.name]
-        print(f"{line['distance']:8.2f}  {setting.label}")
-        others = {"its unguided run": own[setting.checkpoint, setting.dtype], "the first": settings[0]}
-        for what, other in others.items():
-            if other is setting or not num_resamples or (what == "the first" and other is others["its unguided run"]):
-                continue
-            base, features = (torch.from_numpy(np.load(s.features(study))) for s in (other, setting))
-            interval = paired_interval(base, features, distance, num_resamples=num_resamples)
-            print("          from {}: {:+.2f} ({:+.2f} … {:+.2f})".format(what, *interval), end="")
-            print(", {:+.2%} ({:+.2%} … {:+.2%})".format(*(end / distance(base) for end in interval)), flush=True)
-
-
-def save_features(features: Tensor, path: Path) -> None:
-    """Write features atomically."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, features.float().numpy())
-    partial.replace(path)
+def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement | None) -> Row:
+    """Return the row of a measurement, with another one and the difference from it in the last columns."""
+    result = measurement_row(name, row, baseline)
+    texts = ["", ""]
+    if other is not None:
+        difference = row.difference(other)
+        texts = [f"{other.values['fd']:,.2f} ({other.nfe})"]
+        texts.append("{:+,.2f} ({:+,.2f} … {:+,.2f})".format(*difference) if difference else "")
+    return replace(result, cells=(*result.cells, *(Cell(text=text) for text in texts)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

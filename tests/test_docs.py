@@ -46,6 +46,18 @@ SHORTER = {
     "validate": ["--data.num_validation", "32"],
     "test": ["--data.num_validation", "9968"],
     "statistics": ["--num_samples", "100"],
+    "tune": [
+        "--num_samples",
+        "2",
+        "--candidates",
+        "2",
+        "--report_samples",
+        "4",
+        "--respacing",
+        "2",
+        "--bootstrap",
+        "20",
+    ],
 }
 """Flags that make a command of the README short; later flags override earlier ones."""
 

@@ -111,7 +111,8 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         flags.weights or sampling.get("weights") or "ema",
     )
     set_recommended_defaults(p, recommended_settings(network["model"], network["checkpoint"]))
-    _set_defaults(p, sampling, f"`config` {config_names}: ")
+    known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
+    _set_defaults(p, known, f"`config` {config_names}: ")
     flags = p.parse(arguments)
     guidances = {
         name: _default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])

@@ -8,6 +8,7 @@ SUBCOMMANDS = {
     "shard": ("sagl.commands.shard", "write images as WebDataset shards, to train on"),
     "evaluate": ("sagl.commands.evaluate", "FID, sFID, IS, precision, recall and KID of images"),
     "statistics": ("sagl.commands.statistics", "write the statistics of reference images to a file"),
+    "tune": ("sagl.commands.tune", "search for guidance settings of a network"),
     "compare": ("sagl.commands.compare", "compare runs: settings, metrics, images of equal ids"),
     "analyze": ("sagl.commands.analyze", "figures of the paper's analyses: attention, frequency, overlap, …"),
     "convert": ("sagl.commands.convert", "convert a network to safetensors or diffusers"),

@@ -54,7 +54,7 @@ def evaluate(
     start_time = time.monotonic()
     with launch(devices) as ranks:
         images_path, reference_path = local_path(images, "images"), local_path(reference, "reference")
-        name = extraction.extractor or _default_extractor(Path(reference_path))
+        name = extraction.extractor or default_extractor(Path(reference_path))
         image_set = open_image_set(images_path, extraction.image_size, "images")
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
         extractor = FeatureExtraction.load(name, extraction, ranks)
@@ -121,7 +121,7 @@ def write_statistics(
     return reference
 
 
-def _default_extractor(reference: Path) -> str:
+def default_extractor(reference: Path) -> str:
     """Return the extractor of a statistics file, which may name one of sagl's only: no file names code to run."""
     name = read_extractor(reference) if has_statistics(reference) else DEFAULT_EXTRACTOR
     require(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sagl.evaluation.plot import Plot
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -105,6 +107,9 @@ class Report:
     shared_settings: str = ""
     """Settings that all runs share, in one line."""
     images: ImageGrid | None = None
+    plot: Plot | None = None
+    command: str = "compare"
+    """Subcommand that made the report."""
 
 
 def printable(value: object) -> str:
@@ -133,7 +138,9 @@ def render_html(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template("report.html.jinja").render(report=report, generator=GENERATOR_TAG)
+    return environment.get_template("report.html.jinja").render(
+        report=report, generator=f"made by sagl {report.command}"
+    )
 
 
 def has_generator_tag(path: Path) -> bool:

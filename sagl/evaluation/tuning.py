@@ -1,0 +1,199 @@
+"""Search for guidance settings by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943).
+
+All candidates are compared over few ids; the better half goes on to twice as many, until one is left. It is reported on
+ids that the search did not use, beside unguided sampling with as many steps and with as many network evaluations.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sagl.errors import require
+from sagl.evaluation.extraction import FeatureExtraction
+from sagl.evaluation.reference import load_reference
+from sagl.evaluation.study import Comparison, Measurement, Setting, Study
+from sagl.guidance.registry import GUIDANCES
+from sagl.sampling.run import SamplingRun
+from sagl.settings.compatibility import check_labels
+from sagl.settings.evaluation import ExtractionSettings, MetricSettings
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import ProgressKind
+from sagl.settings.tuning import TuningSettings
+from sagl.utils.distributed import Ranks
+
+Space = Mapping[str, Sequence[Any]]
+"""Values to try by the name of the setting, such as sag.scale."""
+VALUES: dict[str, tuple[Any, ...]] = {
+    "scale": (0.1, 0.2, 0.5, 1.0, 2.0),
+    "interval": ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)),
+    "blur_sigma": (1.0, 1.5, 3.0),
+}
+"""Values to try of the settings that methods share by name. All blocks with attention are tried as `site`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A comparison of the remaining candidates over the same ids."""
+
+    ids: range
+    unguided: float
+    """Fréchet distance of unguided sampling."""
+    distances: Mapping[int, float]
+    """Fréchet distances of the candidates by their numbers."""
+
+    @property
+    def ranking(self) -> list[int]:
+        """Numbers of the candidates, the best first."""
+        return sorted(self.distances, key=lambda number: (self.distances[number], number))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningResult:
+    """Rounds of a search, and the report on the best candidate."""
+
+    rounds: Sequence[Round]
+    unguided: Measurement
+    best: Measurement
+    plain: Measurement
+    """Unguided sampling with as many network evaluations as `best`."""
+
+    @property
+    def best_number(self) -> int:
+        """Number of the best candidate."""
+        return self.rounds[-1].ranking[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A planned search. Rank 0 plans it and sends it to the other ranks."""
+
+    run: SamplingRun
+    """Network, sampler and samples; `num_samples` is the number of images of a candidate in the first round."""
+    space: Space
+    candidates: Sequence[Setting]
+    settings: TuningSettings
+    reference: str
+    """An image set, or a statistics file."""
+    extraction: ExtractionSettings
+    extractor: str
+
+    @property
+    def rounds(self) -> list[tuple[int, range]]:
+        """Number of candidates and ids of each round."""
+        samples = self.run.config.samples
+        return plan_rounds(len(self.candidates), samples.first_id, samples.num_samples)
+
+    @property
+    def report_ids(self) -> range:
+        """Ids of the report, which follow those of the search."""
+        stop = self.rounds[-1][1].stop
+        return range(stop, stop + self.settings.report_samples)
+
+    def open(self, folder: Path, ranks: Ranks) -> tuple[Study, Comparison | None]:
+        """Load the network, the extractor and the reference; the comparison is on rank 0 only.
+
+        Raises:
+            UserError: one of them does not exist, or is damaged.
+        """
+        extraction = FeatureExtraction.load(self.extractor, self.extraction, ranks)
+        size = self.run.network.image_size
+        reference = load_reference(self.reference, extraction, (size, size), MetricSettings.max_features)
+        study = Study.open(self.run, folder, extraction)
+        num_resamples = self.settings.bootstrap
+        return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)
+
+    def count_evaluations(self, study: Study) -> int:
+        """Return the largest number of network evaluations that search and report can take."""
+        nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
+        num_steps = study.pipeline_for(self.candidates[0].unguided).nfe
+        search = sum(
+            sum(sorted(nfe, reverse=True)[:size], start=num_steps) * (len(ids) if k == 0 else len(ids) // 2)
+            for k, (size, ids) in enumerate(self.rounds)
+        )
+        return search + len(self.report_ids) * (num_steps + 2 * max(nfe))
+
+    def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
+        """Compare the candidates round by round, in all ranks."""
+        unguided, rounds = self.candidates[0].unguided, list[Round]()
+        numbers = list(range(len(self.candidates)))
+        for size, ids in self.rounds:
+            settings = {number: self.candidates[number] for number in numbers[:size]}
+            study.sample([unguided, *settings.values()], ids, f"{size} candidates", progress)
+            result = None
+            if comparison is not None:
+                distances = {n: comparison.distance(study.features(s, ids).pooled) for n, s in settings.items()}
+                baseline = comparison.distance(study.features(unguided, ids).pooled)
+                result = Round(ids=ids, unguided=baseline, distances=distances)
+            rounds.append(study.extraction.ranks.broadcast(result))
+            numbers = rounds[-1].ranking
+        return rounds
+
+    def report(
+        self, study: Study, comparison: Comparison | None, rounds: Sequence[Round], progress: ProgressKind
+    ) -> TuningResult | None:
+        """Measure the best candidate on fresh ids, in all ranks. Only rank 0, which has the comparison, returns it."""
+        best = self.candidates[rounds[-1].ranking[0]]
+        settings = {"unguided": best.unguided, "best": best, "plain": study.at_equal_cost(best)}
+        study.sample(list(settings.values()), self.report_ids, "report", progress)
+        if comparison is None:
+            return None
+        features = {name: study.features(setting, self.report_ids) for name, setting in settings.items()}
+        return TuningResult(rounds=rounds, **{name: comparison.measure(f) for name, f in features.items()})
+
+
+# ---------------------------------------------------------------------------------------------- candidates
+
+
+def default_space(method: str, network: UNetSettings) -> dict[str, Sequence[Any]]:
+    """Return the values to try of a method's settings.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    require(method in GUIDANCES, f"`method` must be one of {', '.join(GUIDANCES)}, got {method!r}.")
+    values = {**VALUES, "site": tuple(network.sites)}
+    names = [field.name for field in fields(GUIDANCES[method].settings_class)]
+    return {f"{method}.{name}": values[name] for name in names if name in values}
+
+
+def make_candidates(run: SamplingRun, space: Space, max_candidates: int) -> list[Setting]:
+    """Return combinations of the values, a random choice if there are too many, without duplicates and scale 0.
+
+    The first is the guidance of the run's own configuration, if it has any.
+
+    Raises:
+        UserError: a combination does not fit the network or the labels.
+    """
+    config, combinations = run.config, list(product(*space.values()))
+    own = Setting(sampler=config.sampler, guidances=config.guidances)
+    candidates = [own] if own.values != own.unguided.values else []
+    count = min(len(combinations), max_candidates - len(candidates))
+    for values in random.Random(config.samples.seed).sample(combinations, count):
+        guidances = dict(config.guidances)
+        for name, value in zip(space, values, strict=True):
+            group, _, field = name.partition(".")
+            guidances[group] = replace(guidances[group], **{field: value})
+        candidates.append(replace(own, guidances=guidances))
+    for candidate in candidates:
+        check_labels(config.samples, run.network, candidate.guidances)
+        for guidance in candidate.guidances.values():
+            if guidance.scale:
+                guidance.check_network(run.network)
+    return list({str(c.values): c for c in candidates if c.values != own.unguided.values}.values())
+
+
+def searched_values(setting: Setting, space: Space) -> dict[str, Any]:
+    """Return the searched settings of a candidate by name."""
+    parts = {name: name.partition(".") for name in space}
+    return {name: getattr(setting.guidances[group], field) for name, (group, _, field) in parts.items()}
+
+
+def plan_rounds(num_candidates: int, first_id: int, num_samples: int) -> list[tuple[int, range]]:
+    """Return the number of candidates and the ids of each round: half as many, rounded up, over twice as many ids."""
+    rounds = [(num_candidates, range(first_id, first_id + num_samples))]
+    while (size := rounds[-1][0]) > 2:
+        rounds.append(((size + 1) // 2, range(first_id, first_id + 2 * len(rounds[-1][1]))))
+    return rounds

@@ -1,0 +1,205 @@
+"""Results of a search for guidance settings: the recommended configuration, a table, a plot, CSV and JSON."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sagl.evaluation.plot import Line, Plot
+from sagl.evaluation.report import Cell, Report, Row, Section, Table, render_html
+from sagl.evaluation.study import Measurement, Setting
+from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
+from sagl.models.zoo import DEFAULT_CHECKPOINT
+from sagl.utils.files import atomic_file
+
+CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
+COLUMNS = ("network evaluations", "Fréchet distance ↓", "from unguided", "95 % interval", "precision ↑", "recall ↑")
+
+
+def write_results(tuning: Tuning, result: TuningResult, folder: Path) -> None:
+    """Write the recommended configuration, the page, the candidates as CSV and everything as JSON.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    contents = {
+        CONFIG_FILE: format_config(tuning, result),
+        CSV_FILE: format_csv(tuning, result),
+        JSON_FILE: json.dumps(as_json(tuning, result), indent=2, ensure_ascii=False) + "\n",
+        PAGE_FILE: render_html(build_report(tuning, result)),
+    }
+    for name, text in contents.items():
+        with atomic_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def describe_result(tuning: Tuning, result: TuningResult) -> list[str]:
+    """Return sentences on what the report shows about the best candidate."""
+    ids, best = tuning.report_ids, result.best
+    return [
+        f"{len(ids)} images, ids {ids[0]} … {ids[-1]}, {tuning.extractor}, reference {tuning.reference}.",
+        _describe(best, result.unguided, f"unguided sampling of {result.unguided.nfe} network evaluations per image"),
+        _describe(best, result.plain, f"plain sampling of {result.plain.nfe} network evaluations per image"),
+    ]
+
+
+def _describe(best: Measurement, other: Measurement, name: str) -> str:
+    distances = f"{best.values['fd']:,.2f}, that of {name} {other.values['fd']:,.2f}"
+    sentence, difference = f"The recommended setting's Fréchet distance is {distances}.", best.difference(other)
+    if difference is None:
+        return sentence
+    verdict = (
+        "lower" if difference.high < 0 else "higher" if difference.low > 0 else "neither lower nor higher for certain"
+    )
+    return sentence + " It is {}: {:+,.2f} (95 % interval {:+,.2f} … {:+,.2f}).".format(verdict, *difference)
+
+
+def format_config(tuning: Tuning, result: TuningResult) -> str:
+    """Return the best candidate as a config for `sagl sample`, with the report as a comment."""
+    config = tuning.run.config
+    network: dict[str, Any] = {"model": {"network": config.model}} if config.model else {}
+    if config.checkpoint not in (None, DEFAULT_CHECKPOINT):
+        network |= {"checkpoint": str(config.checkpoint.resolve()), "weights": config.weights}
+    settings = network | {"labels": config.samples.labels} | result.best.setting.values
+    comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
+    return comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def last_rounds(result: TuningResult) -> dict[int, Round]:
+    """Return the last round of each candidate, the best candidate first."""
+    order: dict[int, Round] = {}
+    for round_ in reversed(result.rounds):
+        order |= {number: round_ for number in round_.ranking if number not in order}
+    return order
+
+
+def format_csv(tuning: Tuning, result: TuningResult) -> str:
+    """Return a line per candidate, the best first, with the distances of its last round."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("rank", *tuning.space, "num_samples", "distance", "unguided"))
+    for rank, (number, round_) in enumerate(last_rounds(result).items(), start=1):
+        values = searched_values(tuning.candidates[number], tuning.space).values()
+        writer.writerow((rank, *values, len(round_.ids), round_.distances[number], round_.unguided))
+    return file.getvalue()
+
+
+def as_json(tuning: Tuning, result: TuningResult) -> dict[str, Any]:
+    """Return everything that was measured as JSON values."""
+    rounds = [
+        {"ids": [r.ids.start, r.ids.stop], "unguided": r.unguided, "distances": dict(r.distances)}
+        for r in result.rounds
+    ]
+    rows = {"unguided": result.unguided, "recommended": result.best, "plain": result.plain}
+    report = {name: {"setting": row.setting.values, "nfe": row.nfe, **row.values} for name, row in rows.items()}
+    return {
+        "reference": tuning.reference,
+        "extractor": tuning.extractor,
+        "space": {name: list(values) for name, values in tuning.space.items()},
+        "candidates": [candidate.values for candidate in tuning.candidates],
+        "rounds": rounds,
+        "report_ids": [tuning.report_ids.start, tuning.report_ids.stop],
+        "report": report,
+        "difference_from_unguided": result.best.difference(result.unguided),
+        "difference_from_plain": result.best.difference(result.plain),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- page
+
+
+def build_report(tuning: Tuning, result: TuningResult) -> Report:
+    """Return the page of a search: the report on fresh ids, the candidates, and a plot of the rounds."""
+    recommended = yaml.safe_dump(result.best.setting.values, default_flow_style=True, width=1000)
+    return Report(
+        title=f"Guidance settings for {tuning.run.config.model or tuning.run.checkpoint.name}",
+        warnings=(*describe_result(tuning, result), f"Recommended: {recommended}"),
+        tables=(report_table(tuning, result), candidates_table(tuning, result)),
+        plot=plot_rounds(tuning, result),
+        command="tune",
+    )
+
+
+def measurement_row(name: str, row: Measurement, baseline: Measurement, note: str = "") -> Row:
+    """Return the row of a measurement in a table with `COLUMNS`; `baseline` is unguided sampling over the same ids."""
+    difference = row.difference(baseline) if row is not baseline else None
+    fractions = (f"{row.values[key]:.3f}" if key in row.values else "" for key in ("precision", "recall"))
+    texts = [str(row.nfe), f"{row.values['fd']:,.2f}"]
+    texts += (
+        [f"{difference.estimate:+,.2f}", f"{difference.low:+,.2f} … {difference.high:+,.2f}"]
+        if difference
+        else ["", ""]
+    )
+    return Row(name=Cell(text=name, note=note), cells=tuple(Cell(text=text) for text in (*texts, *fractions)))
+
+
+def report_table(tuning: Tuning, result: TuningResult) -> Table:
+    """Return the table of the best candidate on fresh ids."""
+    rows = (
+        measurement_row("unguided", result.unguided, result.unguided),
+        measurement_row("recommended", result.best, result.unguided),
+        measurement_row("unguided at equal cost", result.plain, result.unguided),
+    )
+    ids = tuning.report_ids
+    section = Section(title=f"{len(ids)} images", note=f"ids {ids[0]} … {ids[-1]}, not used in the search", rows=rows)
+    return Table(title="Report", columns=COLUMNS, sections=(section,), right_aligned=True)
+
+
+def candidates_table(tuning: Tuning, result: TuningResult) -> Table:
+    """Return the table of all candidates, by the last round that each took part in."""
+    sections = []
+    order = last_rounds(result)
+    for round_ in reversed(result.rounds):
+        numbers = [number for number, last in order.items() if last is round_]
+        rows = [Row(name=Cell(text="unguided"), cells=_distance_cells(round_.unguided, None))]
+        for number in numbers:
+            name = describe_setting(tuning.candidates[number], tuning.space)
+            cells = _distance_cells(round_.distances[number], round_.unguided)
+            rows.append(Row(name=Cell(text=name), cells=cells))
+        title = f"last compared over {len(round_.ids)} images"
+        sections.append(Section(title=title, note=f"ids {round_.ids[0]} … {round_.ids[-1]}", rows=tuple(rows)))
+    columns = ("Fréchet distance ↓", "from unguided")
+    note = "Distances over different numbers of images cannot be compared."
+    return Table(title="Candidates", columns=columns, sections=tuple(sections), note=note, right_aligned=True)
+
+
+def _distance_cells(distance: float, unguided: float | None) -> tuple[Cell, ...]:
+    difference = "" if unguided is None else f"{distance - unguided:+,.2f}"
+    return Cell(text=f"{distance:,.2f}"), Cell(text=difference)
+
+
+def describe_setting(setting: Setting, space: Space) -> str:
+    """Return the searched settings of a candidate as text."""
+
+    def text(value: Any) -> str:  # noqa: ANN401 (a setting of any kind)
+        return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    values = searched_values(setting, space)
+    return " · ".join(f"{name} {text(value)}" for name, value in values.items()) or "as configured"
+
+
+def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:
+    """Return the differences from unguided sampling of all candidates, round by round.
+
+    The vertical range ends at the largest difference after the first round; candidates above it are drawn at its end.
+    """
+    lines = []
+    for number, last in last_rounds(result).items():
+        points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in result.rounds if number in r.distances]
+        lines.append(Line(name=f"candidate {number}", points=points, best=number == result.best_number))
+        assert points[-1][0] == len(last.ids)
+    later = [y for line in lines for x, y in line.points if x > len(result.rounds[0].ids)]
+    values = [0.0, *(later or [y for line in lines for _, y in line.points])]
+    margin = 0.08 * (max(values) - min(values)) or 1.0
+    return Plot(
+        title="Rounds of the search",
+        x_label="images per candidate",
+        y_label="Fréchet distance minus that of unguided sampling",
+        lines=lines[::-1],
+        x_ticks=[len(round_.ids) for round_ in result.rounds],
+        y_range=(min(values) - margin, max(values) + margin),
+        logarithmic=True,
+    )

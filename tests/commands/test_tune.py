@@ -1,0 +1,126 @@
+import csv
+import json
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from sagl.commands._config import parse_sample_config
+from sagl.evaluation.study import Study
+from sagl.models.checkpoints import write_checkpoint
+from tests.helpers.commands import exit_code
+from tests.helpers.extractors import use_fast_extractors, write_npz
+from tests.helpers.networks import grey_weights
+
+SEARCH = ["--search", "sag.scale", 0.1, 0.5, 1, "--search", "sag.site", "middle", "output.1"]
+SEARCH += ["--search", "sag.interval", "0,1", "--search", "sag.blur_sigma", 1]
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """A search over six candidates: rounds of 6, 3 and 2 over 4, 8 and 16 images."""
+    use_fast_extractors(monkeypatch, tmp_path / "cache")
+    write_checkpoint(grey_weights(), tmp_path / "network.safetensors")
+    write_npz(tmp_path / "real.npz", 30, 1, size=8)
+    flags = ["--checkpoint", tmp_path / "network.safetensors", "--reference", tmp_path / "real.npz", "--first_id", 8]
+    flags += ["--num_samples", 4, "--batch_size", 4, "--report_samples", 8, "--bootstrap", 20, "--labels", "balanced"]
+    flags += ["--sampler", "ddim", "--respacing", 2, "--trainer.accelerator", "cpu", "--progress", "off"]
+    return ["tune", *flags, *SEARCH, "--output"]
+
+
+def results(folder):
+    return json.loads((folder / "tuning.json").read_text())
+
+
+def count_batches(monkeypatch, fail_at=None):
+    """Return a list of all batches that are sampled; the one of number `fail_at` fails."""
+    batches, compute = [], Study._compute_features
+
+    def count(study, setting, batch):
+        if len(batches) == fail_at:
+            raise KeyboardInterrupt
+        batches.append((str(setting.values), batch[0]))
+        return compute(study, setting, batch)
+
+    monkeypatch.setattr(Study, "_compute_features", count)
+    return batches
+
+
+def test_the_better_half_of_the_candidates_goes_on_and_the_best_is_reported_on_other_ids(tmp_path, arguments):
+    assert exit_code(*arguments, tmp_path / "a") == 0
+    result = results(tmp_path / "a")
+    rounds = result["rounds"]
+    assert [(len(r["distances"]), r["ids"]) for r in rounds] == [(6, [8, 12]), (3, [8, 16]), (2, [8, 24])]
+    for earlier, later in pairwise(rounds):
+        ranking = sorted(earlier["distances"], key=earlier["distances"].get)
+        assert list(later["distances"]) == ranking[: len(later["distances"])]
+    best = min(rounds[-1]["distances"], key=rounds[-1]["distances"].get)
+    assert result["report"]["recommended"]["setting"] == result["candidates"][int(best)]
+    assert result["report_ids"] == [24, 32]
+    assert [result["report"][name]["nfe"] for name in ("unguided", "recommended", "plain")] == [2, 4, 4]
+
+
+def test_the_recommended_config_gives_the_best_candidate_to_sample(tmp_path, arguments):
+    assert exit_code(*arguments, tmp_path / "a") == 0
+    config = parse_sample_config(
+        ["--config", str(tmp_path / "a" / "recommended.yaml"), "--output", str(tmp_path / "b")]
+    )
+    best = results(tmp_path / "a")["report"]["recommended"]["setting"]
+    assert json.loads(json.dumps(vars(config.guidances["sag"]))) == best["sag"]
+    assert (config.sampler.sampler, config.sampler.respacing, config.samples.labels) == ("ddim", "2", "balanced")
+    assert config.checkpoint == tmp_path / "network.safetensors"
+    rows = list(csv.DictReader((tmp_path / "a" / "candidates.csv").read_text().splitlines()))
+    assert (len(rows), float(rows[0]["sag.scale"]), rows[0]["sag.site"]) == (
+        6,
+        best["sag"]["scale"],
+        best["sag"]["site"],
+    )
+    assert "<polyline" in (tmp_path / "a" / "tuning.html").read_text()
+
+
+def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alike(tmp_path, arguments, monkeypatch):
+    with monkeypatch.context() as patch:
+        expected = count_batches(patch)
+        assert exit_code(*arguments, tmp_path / "whole") == 0
+    batches = []
+    for fail_at in (5, 9, None):
+        with monkeypatch.context() as patch:
+            new = count_batches(patch, fail_at)
+            try:
+                assert exit_code(*arguments, tmp_path / "parts") == 0
+            except KeyboardInterrupt:
+                assert fail_at is not None
+            batches += new
+    assert sorted(batches) == sorted(expected) == sorted(set(expected))
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limited(tmp_path, arguments, capsys):
+    flags = ("--sag.scale", 0.7, "--sag.site", "input.1", "--candidates", 3, "--dry_run")
+    assert exit_code(*arguments, tmp_path / "a", *flags) == 0
+    assert capsys.readouterr().out.startswith("3 candidates")
+    assert not (tmp_path / "a" / "tuning.json").exists()
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"sag": {"scale": 0.7, "site": "input.1"}}))
+    assert exit_code(*arguments, tmp_path / "b", "--config", config, "--candidates", 1) == 0
+    assert results(tmp_path / "b")["candidates"][0]["sag"]["scale"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--search", "sag.size", 1), ("--search", "sag.size")),
+        (("--search", "sag.scale"), ("--search", "sag.scale")),
+        (("--search", "sag.scale", "much"), ("sag.scale", "much")),
+        (("--search", "sag.site", "output.9"), ("sag.site", "output.9")),
+        (("--search", "sag.scale", 0), ("--search", "0.0")),
+        (("--method", "fog"), ("--method", "fog")),
+        (("--reference", "nowhere"), ("--reference", "nowhere")),
+    ],
+)
+def test_a_search_that_cannot_be_done_is_refused_in_one_line(flags, parts, tmp_path, arguments, capsys):
+    assert exit_code(*arguments, tmp_path / "a", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert [part for part in parts if part not in error] == []
+    assert not (tmp_path / "a").exists()
