@@ -38,7 +38,7 @@ SMALL = {"num_samples": 1, "respacing": "1", "batch_size": 1}
 """Values of settings that are not drawn."""
 SENSIBLE = {
     "num_samples": st.integers(1, 3),
-    "respacing": st.sampled_from(["1", "2", "ddim4", "1,1", "1,1,1"]),
+    "respacing": st.sampled_from(["1", "2", "ddim4", "1,1", "1,1,1", "logsnr2"]),
     "batch_size": st.integers(1, 4) | st.none(),
     "labels": st.sampled_from(["random", "balanced", "null", "0", "2,1", "0, 1"]),
     "sag.site": st.sampled_from(["input.1", "middle", "output.0", "output.1"]),

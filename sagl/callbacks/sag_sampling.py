@@ -134,7 +134,7 @@ class SAGPreviews(Callback):
         if trainer.is_global_zero:
             print(
                 f"Every validation samples {s.num_samples} preview images and {s.num_metric_samples} for metrics at "
-                f"scales {_join(pipelines)}: {nfe} network evaluations, about {seconds:.0f} s. "
+                f"scales {_join(pipelines)}: {nfe:g} network evaluations, about {seconds:.0f} s. "
                 "Set preview.num_samples to 0 for none."
             )
 

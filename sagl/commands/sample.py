@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sagl.commands._config import parse_sample_config, sample_parser
@@ -76,9 +76,9 @@ def sample_missing(
 
             for ids in ranks.share(batches):
                 start = time.monotonic()
-                run.write_batch(pipeline, ids, progress)
+                nfe = run.write_batch(pipeline, ids, progress)
                 if ranks.rank == 0:
-                    run.record_batch(pipeline, (time.monotonic() - start) * ranks.world_size)
+                    run.record_batch(pipeline, nfe, (time.monotonic() - start) * ranks.world_size)
                     update_progress()
             ranks.wait(update_progress)
             update_progress()  # another rank may have written the last shard after the last poll
@@ -105,9 +105,13 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
 
 
 def print_summary(run: SamplingRun) -> None:
-    """Print the content of the run folder and the next commands."""
-    cost = f"{run.metadata['seconds']:.1f} s, {run.metadata['nfe']} network evaluations each"
-    print(f"{count_images(run.folder)} images in {run.folder}, {cost}.")
+    """Print the content of the run folder, its cost and the next commands."""
+    count, cost = count_images(run.folder), run.metadata
+    print(f"{count} images in {run.folder}, {cost['seconds']:.1f} s.")
+    print(
+        f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
+        f"{cost['seconds'] / count:.3g} s."
+    )
     exports = ", ".join(EXPORTS[name] for name in run.metadata["exports"]) or "shards/ only"
     print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")
 
@@ -125,15 +129,16 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
     with torch.inference_mode():
         labels = make_labels(settings, ids, pipeline.network)
         steps = pipeline.unguided.sample_progressive(settings.seed, ids, labels)
-        times = [time.monotonic()]
-        for _, x, _ in islice(steps, 2):
-            x.sum().item()  # waits for a GPU
-            times.append(time.monotonic())
-    seconds = [end - start for start, end in pairwise(times)][-1]  # the first evaluation is slower
-    evaluations = pipeline.nfe + pipeline.schedule.num_steps * config.compare
+        seconds = 0.0
+        for _ in range(2):  # the first step is slower
+            start = time.monotonic()
+            for _, x, prediction in islice(steps, 1):
+                x.sum().item()  # waits for a GPU
+                seconds = (time.monotonic() - start) / prediction.nfe
+    evaluations = pipeline.nfe + pipeline.unguided.nfe * config.compare
     num_batches = len(run.missing_batches())
     print(
-        f"{settings.num_samples} images, {pipeline.nfe} network evaluations each, {num_batches} batches of "
+        f"{settings.num_samples} images, {pipeline.nfe:g} network evaluations each, {num_batches} batches of "
         f"{len(ids)} to do: about {seconds * evaluations * num_batches:.1f} s ({seconds:.3f} s per evaluation of "
         f"{len(ids)} images), {peak_gigabytes():.1f} GB of memory. Nothing was written."
     )

@@ -1,29 +1,36 @@
 """Respacing: the timesteps of the original process that a sampler with fewer steps uses."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 from sagl.errors import UserError, require
 
 
-def respaced_timesteps(spec: str, num_timesteps: int) -> list[int]:
-    """Return the timesteps of a respacing, ascending, in guided-diffusion's notation.
+def respaced_timesteps(spec: str, num_timesteps: int, log_snr: Sequence[float] | None = None) -> list[int]:
+    """Return the timesteps of a respacing, ascending, in guided-diffusion's notation and one more.
 
     Args:
         spec: "250" for 250 evenly spaced timesteps, first and last included; "10,15,20" for so many in each of three
-            equal parts of the process; "ddim25" for 25 at one integer stride, from 0 (DDIM).
+            equal parts of the process; "ddim25" for 25 at one integer stride, from 0 (DDIM); "logsnr20" for 20 that
+            are evenly spaced in log_snr, as far as whole timesteps allow it, first and last included.
         num_timesteps: length of the original process.
+        log_snr: log signal-to-noise ratio of every timestep, for "logsnr20". None is enough to check a notation.
 
     Raises:
         UserError: the notation is unknown, or the process has too few timesteps.
     """
     if spec.startswith("ddim"):
         return _fixed_stride(_parse_count(spec.removeprefix("ddim"), spec), num_timesteps, spec)
+    if spec.startswith("logsnr"):
+        count = _parse_count(spec.removeprefix("logsnr"), spec)
+        _require_at_most(num_timesteps, count, spec)
+        return _evenly_spaced_in(log_snr or range(0, -num_timesteps, -1), count)
     counts = [_parse_count(part, spec) for part in spec.split(",")]
     size, remainder = divmod(num_timesteps, len(counts))
     timesteps, start = [], 0
     for section, count in enumerate(counts):
         length = size + (section < remainder)
-        require(
-            count <= length, f"`respacing` must use at most {length} of {length} timesteps, got {count} in {spec!r}."
-        )
+        _require_at_most(length, count, spec)
         timesteps += [start + offset for offset in _evenly_spaced(count, length)]
         start += length
     return timesteps
@@ -39,6 +46,19 @@ def _evenly_spaced(count: int, length: int) -> list[int]:
     return offsets
 
 
+def _evenly_spaced_in(values: Sequence[float], count: int) -> list[int]:
+    """Return `count` positions in a falling sequence, first and last included, at evenly spaced values.
+
+    Others are the first position at or below their value, moved where two would coincide.
+    """
+    positions = [0]
+    for k in range(1, count):
+        value = values[0] + (values[-1] - values[0]) * k / (count - 1)
+        position = max(positions[-1] + 1, bisect_left(values, -value, key=lambda v: -v))
+        positions.append(min(position, len(values) - count + k))
+    return [*positions[:-1], len(values) - 1] if count > 1 else positions
+
+
 def _fixed_stride(count: int, num_timesteps: int, spec: str) -> list[int]:
     for stride in range(1, num_timesteps + 1):
         if len(range(0, num_timesteps, stride)) == count:
@@ -52,6 +72,10 @@ def _fixed_stride(count: int, num_timesteps: int, spec: str) -> list[int]:
 def _parse_count(text: str, spec: str) -> int:
     require(
         text.strip().isdecimal() and int(text) > 0,
-        f"`respacing` must be like '250', 'ddim25' or '10,15,20', got {spec!r}.",
+        f"`respacing` must be like '250', 'ddim25', 'logsnr20' or '10,15,20', got {spec!r}.",
     )
     return int(text)
+
+
+def _require_at_most(length: int, count: int, spec: str) -> None:
+    require(count <= length, f"`respacing` must use at most {length} of {length} timesteps, got {count} in {spec!r}.")

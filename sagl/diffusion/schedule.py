@@ -12,6 +12,10 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.shapes import AlphaBar, Timestep
 
+MIN_LOG_SNR = -10.0
+"""Limit of even spacing by log signal-to-noise ratio. ADM's linear schedule ends there; the cosine schedule goes on to
+-20 within its last few timesteps, and would spend a third of the steps on them."""
+
 
 def linear_betas(num_timesteps: int) -> Tensor:
     """Ho et al. 2020: 1e-4 to 0.02 at 1000 timesteps, scaled for other lengths: -> (T,) float64."""
@@ -111,5 +115,8 @@ def make_schedule(settings: DiffusionSettings, respacing: str | None = None) -> 
         UserError: `respacing` does not fit the process.
     """
     betas = {"linear": linear_betas, "cosine": cosine_betas}[settings.noise_schedule](settings.num_timesteps)
-    timesteps = torch.tensor(respaced_timesteps(respacing or str(settings.num_timesteps), settings.num_timesteps))
-    return Schedule(timesteps=timesteps, alphas_cumprod=torch.cumprod(1 - betas, dim=0)[timesteps])
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log().clamp(min=MIN_LOG_SNR).tolist()
+    spec = respacing or str(settings.num_timesteps)
+    timesteps = torch.tensor(respaced_timesteps(spec, settings.num_timesteps, log_snr))
+    return Schedule(timesteps=timesteps, alphas_cumprod=alphas_cumprod[timesteps])

@@ -116,8 +116,9 @@ def cost_section(runs: Sequence[RunSummary]) -> Section:
         "images": _format_images,
         "image size": lambda run: f"{run.size[0]}×{run.size[1]}" if run.size else ABSENT,
         "network evaluations per image": lambda run: ABSENT if run.nfe is None else f"{run.nfe:g}",
+        "GFLOPs per image": lambda run: f"{run.flops / 1e9:,.4g}" if run.flops else ABSENT,
         "seconds of all processes": lambda run: f"{run.seconds:,.1f}" if run.seconds else ABSENT,
-        "images per second and process": _format_rate,
+        "seconds per image and process": _format_seconds,
     }
     return Section(
         title="Images and their cost",
@@ -132,8 +133,8 @@ def _format_images(run: RunSummary) -> str:
     return f"{run.num_images:,}" + (f" of {run.num_requested:,}" if run.num_requested > run.num_images else "")
 
 
-def _format_rate(run: RunSummary) -> str:
-    return f"{run.num_images / run.seconds:.3g}" if run.seconds and run.num_images else ABSENT
+def _format_seconds(run: RunSummary) -> str:
+    return f"{run.seconds / run.num_images:.3g}" if run.seconds and run.num_images else ABSENT
 
 
 # ------------------------------------------------------------------------------------------------- metrics

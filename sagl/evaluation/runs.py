@@ -43,6 +43,8 @@ class RunSummary:
     """(W, H) in pixels; None if there are no images."""
     nfe: float | None
     """Network evaluations per image."""
+    flops: float | None
+    """Floating-point operations of these evaluations."""
     seconds: float | None
     """Duration of rank 0's batches, times the number of processes."""
     results: tuple[EvaluationResult, ...]
@@ -96,6 +98,7 @@ def _read_run(folder: Path, name: str) -> RunSummary:
         num_requested=max(num_images, metadata.get("num_samples", 0)),
         size=(width, height) if first else None,
         nfe=metadata.get("nfe"),
+        flops=metadata.get("flops"),
         seconds=metadata.get("seconds"),
         results=read_results(folder),
     )

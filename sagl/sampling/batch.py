@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sagl.errors import require
-from sagl.sampling.pipeline import SamplingPipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, Trajectory, make_labels, run_to_end
 from sagl.sampling.run_folder import SAMPLES, Sample, encode_png
 from sagl.settings.sampling import RunSettings
 from sagl.shapes import Image, ImageUint8
@@ -21,8 +21,8 @@ def sample_batch(
     progress: ProgressReporter,
     *,
     compare: bool = False,
-) -> list[Sample]:
-    """Sample the batch that contains `ids`, and return the samples of these ids.
+) -> tuple[list[Sample], float]:
+    """Sample the batch that contains `ids`: return the samples of these ids, and the network evaluations of each.
 
     The batch is computed at full size, whichever ids are needed, so that an image never depends on them.
 
@@ -43,25 +43,34 @@ def sample_batch(
     with torch.inference_mode():
         labels = make_labels(samples, batch_ids, pipeline.network)
 
-        def sample(pipeline: SamplingPipeline) -> tuple[Image, Tensor | None]:
-            steps = pipeline.sample_progressive(samples.seed, batch_ids, labels)
+        def sample(pipeline: SamplingPipeline) -> tuple[Image, Tensor | None, float]:
+            nfe: list[float] = []
+            steps = _collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
             images, mask_frequency = run_to_end(progress.track_steps(steps, pipeline.schedule.num_steps))
             check_finite(images)
-            return images, mask_frequency
+            return images, mask_frequency, sum(nfe)
 
         if compare:
             rows["unguided"] = to_uint8(sample(pipeline.unguided)[0])
-        images, mask_frequency = sample(pipeline)
+        images, mask_frequency, nfe = sample(pipeline)
         rows[SAMPLES] = to_uint8(images)
         if compare and mask_frequency is not None:
             rows["masks"] = (mask_frequency * 255).round().to(torch.uint8)
     classes = [-1] * size if labels is None else labels.tolist()
     part = slice(start, start + len(ids))
     pngs = {name: _encode_pngs(row[part]) for name, row in rows.items()}
-    return [
+    result = [
         Sample(id=i, label=label, seed=samples.seed, pngs={name: row[k] for name, row in pngs.items()})
         for k, (i, label) in enumerate(zip(ids, classes[part], strict=True))
     ]
+    return result, nfe
+
+
+def _collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
+    """Yield the steps of a trajectory, and append the network evaluations of each to `nfe`."""
+    for step, x, prediction in trajectory:
+        nfe.append(prediction.nfe)
+        yield step, x, prediction
 
 
 def check_finite(images: Image) -> None:

@@ -19,6 +19,7 @@ from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build_guidances, with_guidance
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
+from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import get_classifier_settings
@@ -57,9 +58,8 @@ class SamplingPipeline:
             attention_sites=tuple(attention_sites),
             samples=SampleKeys(seed, ids),
         )
-        sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[s.sampler])
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
-        return sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
+        return self._sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
 
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
@@ -99,9 +99,24 @@ class SamplingPipeline:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample."""
-        steps = range(self.schedule.num_steps)
-        return len(steps) + sum(g.extra_nfe * g.is_active(step) for g in self.guidances.values() for step in steps)
+        """Network evaluations per sample, counted by running the sampler on one pixel, without the network."""
+
+        def predict(x_t: Image, step: int, _: Condition) -> Prediction:
+            extra_nfe = sum(g.extra_nfe for g in self.guidances.values() if g.is_active(step))
+            return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
+
+        pixel = torch.zeros(1, 1, 1, 1)
+        steps = self._sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
+        return int(sum(prediction.nfe for _, _, prediction in steps))
+
+    def cost(self, nfe: float) -> dict[str, float]:
+        """Return the cost of a sample with `nfe` network evaluations as recorded in run.json; without classifiers."""
+        return {"nfe": nfe, "flops": nfe * flops_per_evaluation(self.network.settings)}
+
+    @property
+    def _sampler(self) -> Callable[..., Trajectory]:
+        sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[self.sampler_settings.sampler])
+        return sampler
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

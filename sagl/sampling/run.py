@@ -167,7 +167,9 @@ class SamplingRun:
             "model": config.model,
             "checkpoint": str(checkpoint.resolve()),
             "nfe": metadata.get("nfe", 0),
+            "flops": metadata.get("flops", 0),
             "seconds": metadata.get("seconds", 0.0),
+            "num_timed_batches": metadata.get("num_timed_batches", 0),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "command": command,
             "exports": metadata.get("exports", {}),
@@ -234,23 +236,34 @@ class SamplingRun:
             network.compile(dynamic=False)  # all batches have the same size
         return build_pipeline(network, checkpoint.diffusion, config.sampler, config.guidances)
 
-    def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> None:
-        """Sample the batch that contains these ids, and write theirs as a shard.
+    def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> float:
+        """Sample the batch that contains these ids, write theirs as a shard, and return the evaluations per sample.
 
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
         """
         from sagl.sampling.batch import sample_batch
 
-        samples = sample_batch(pipeline, self.config.samples, ids, progress, compare=self.config.compare)
+        samples, nfe = sample_batch(pipeline, self.config.samples, ids, progress, compare=self.config.compare)
         if not is_run(self.folder):  # a run that never gets an image leaves no folder behind
-            write_run_json(self.folder, self.metadata | {"nfe": pipeline.nfe})
+            write_run_json(self.folder, self.metadata | pipeline.cost(pipeline.nfe))
         write_shard(self.folder, samples)
+        return nfe
 
-    def record_batch(self, pipeline: "SamplingPipeline", seconds: float) -> None:
-        """Add the seconds of a batch in every process to run.json, and delete superseded shards; for rank 0."""
+    def record_batch(self, pipeline: "SamplingPipeline", nfe: float, seconds: float) -> None:
+        """Record the cost of a batch in run.json, and delete superseded shards; for rank 0.
+
+        Args:
+            pipeline: the pipeline.
+            nfe: network evaluations of each sample, which some guidance methods decide while they run. The mean of
+                rank 0's batches is recorded, and the floating-point operations that it stands for.
+            seconds: duration of a batch in every process, added to those of the other batches.
+        """
         remove_superseded(self.folder)
-        self.metadata |= {"nfe": pipeline.nfe, "seconds": round(self.metadata["seconds"] + seconds, 2)}
+        count = self.metadata["num_timed_batches"]
+        mean_nfe = (count * self.metadata["nfe"] + nfe) / (count + 1)
+        seconds = round(self.metadata["seconds"] + seconds, 2)
+        self.metadata |= {**pipeline.cost(mean_nfe), "seconds": seconds, "num_timed_batches": count + 1}
         write_run_json(self.folder, self.metadata)
 
     # ------------------------------------------------------------------------------------------------- exports

@@ -25,9 +25,12 @@ from sagl.utils.files import atomic_file, is_partial, json_sha256
 from sagl.utils.run_lock import LOCK_NAME
 
 RUN_JSON, INDEX, SHARDS = "run.json", "index.json", "shards"
-NUMBERS = {"num_samples": (int,), "batch_size": (int,), "nfe": (int, float), "seconds": (int, float)}
+NUMBERS = {
+    **dict.fromkeys(("num_samples", "batch_size", "num_timed_batches"), (int,)),
+    **dict.fromkeys(("nfe", "flops", "seconds"), (int, float)),
+}
 """Numbers in run.json and their types."""
-MAX_NUMBER = 1e15
+MAX_NUMBER = 1e21
 Pixels = npt.NDArray[np.uint8]
 """An image, (H, W, 3)."""
 SAMPLES = "samples"

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Literal
 from sagl.errors import UserError, require, require_choices, require_finite, require_range
 
 MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
-SAMPLERS = {"ddpm": "sagl.samplers.ddpm:ddpm", "ddim": "sagl.samplers.ddim:ddim"}
+SAMPLERS = {
+    "ddpm": "sagl.samplers.ddpm:ddpm",
+    "ddim": "sagl.samplers.ddim:ddim",
+    "dpm++2m": "sagl.samplers.dpm_solver:dpm_solver_pp_2m",
+    "heun": "sagl.samplers.heun:heun",
+    "unipc": "sagl.samplers.unipc:unipc",
+}
 """Samplers by name, as "module:function"; imported when they are used, so that `--help` needs no PyTorch."""
 if TYPE_CHECKING:
     Sampler = str
@@ -25,9 +31,10 @@ class SamplerSettings:
     """Sampler and its steps."""
 
     sampler: Sampler = "ddpm"
-    """ddpm: ancestral sampling; ddim: deterministic at eta 0."""
+    """ddpm: ancestral sampling; ddim: deterministic at eta 0; dpm++2m, heun, unipc: second order, for few steps."""
     respacing: str = "250"
-    """Sampling steps: "250" evenly spaced, "ddim25" with one integer stride, "10,15,20" by thirds of the process."""
+    """Sampling steps: "250" evenly spaced, "ddim25" with one integer stride, "10,15,20" by thirds of the process,
+    "logsnr20" evenly spaced in the log signal-to-noise ratio."""
     eta: float = 0.0
     """Fraction of the ancestral noise that DDIM adds; only for sampler ddim."""
     clip_x0: bool = True

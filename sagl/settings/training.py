@@ -43,7 +43,7 @@ class PreviewSettings:
     scales: tuple[float, ...] = (0.0, 0.1, 0.3)
     """Scales of self-attention guidance; its other settings are those of the group `sag`."""
     sampler: Sampler = "ddim"
-    """Sampler: ddpm or ddim."""
+    """Sampler of the previews; heun evaluates the network twice per step."""
     respacing: str = "ddim25"
     """Steps of the sampler; few are enough to see whether a network learns."""
     batch_size: int = 16

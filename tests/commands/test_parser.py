@@ -10,7 +10,7 @@ from sagl.commands.fit import training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import SelfAttentionGuidance
-from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
+from sagl.settings.sampling import SAMPLERS, DeviceSettings, RunSettings, SamplerSettings
 from sagl.utils.config_files import read_config
 
 FOLDER_DATA = "sagl.data.folder.FolderData"
@@ -212,7 +212,7 @@ def test_help_lists_every_flag_with_its_meaning_and_its_default():
     text = " ".join(sample_parser().format_help().split())
     assert [flag for flag in sample_parser().options if flag.startswith("--") and f" {flag} " not in text] == []
     assert "(default: 16)" in text
-    assert "--sampler {ddpm,ddim}" in text
+    assert f"--sampler {{{','.join(SAMPLERS)}}}" in text
     assert "type:" not in text
 
 

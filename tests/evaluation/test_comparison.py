@@ -88,18 +88,23 @@ def test_a_single_run_has_a_table_of_all_its_settings():
 # --------------------------------------------------------------------------------------------------------- cost
 
 
-def test_cost_has_seconds_rate_and_network_evaluations():
-    rows = texts(cost_section([run(num_images=50, seconds=4.0, nfe=15), run("b", num_images=1000, num_requested=2000)]))
+def test_cost_has_network_evaluations_operations_and_seconds():
+    rows = texts(
+        cost_section(
+            [run(num_images=50, seconds=4.0, nfe=15, flops=2.5e12), run("b", num_images=1000, num_requested=2000)]
+        )
+    )
     assert rows["images"] == ["50", "1,000 of 2,000"]
     assert rows["image size"] == ["8×8", "8×8"]
     assert rows["network evaluations per image"] == ["15", "10"]
     assert rows["seconds of all processes"] == ["4.0", "2.0"]
-    assert rows["images per second and process"] == ["12.5", "500"]
+    assert rows["GFLOPs per image"] == ["2,500", ABSENT]
+    assert rows["seconds per image and process"] == ["0.08", "0.002"]
 
 
 def test_unknown_cost_is_absent():
-    rows = texts(cost_section([run(num_images=0, seconds=0.0, nfe=None, size=None)]))
-    assert [cells[0] for name, cells in rows.items() if name not in ("folder", "images")] == [ABSENT] * 4
+    rows = texts(cost_section([run(num_images=0, seconds=0.0, nfe=None, flops=None, size=None)]))
+    assert [cells[0] for name, cells in rows.items() if name not in ("folder", "images")] == [ABSENT] * 5
 
 
 # ------------------------------------------------------------------------------------------------------ numbers

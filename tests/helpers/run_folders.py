@@ -60,5 +60,5 @@ def result(values, **changes):
 def run(name="a", *, settings=None, results=(), **changes):
     """The summary of a run that is in no folder."""
     defaults = {"folder": f"runs/{name}", "model": "fashion_mnist", "num_images": 16, "num_requested": 16}
-    defaults |= {"size": (8, 8), "nfe": 10, "seconds": 2.0} | changes
+    defaults |= {"size": (8, 8), "nfe": 10, "flops": None, "seconds": 2.0} | changes
     return RunSummary(name=name, settings=settings or {}, results=tuple(results), **defaults)

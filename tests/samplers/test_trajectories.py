@@ -7,12 +7,16 @@ from sagl.diffusion.predictor import Condition
 from sagl.diffusion.schedule import make_schedule
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
+from sagl.samplers.dpm_solver import dpm_solver_pp_2m
+from sagl.samplers.heun import heun
+from sagl.samplers.unipc import unipc
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.predictors import NO_CONDITION, Recorder, draws, linear_predictor
 
 SCHEDULE = make_schedule(DiffusionSettings(), "5")
 X_T, NOISE = draws(5)
-every_sampler = pytest.mark.parametrize(("sample", "options"), [(ddpm, {}), (ddim, {}), (ddim, {"eta": 0.5})])
+SAMPLERS = [(ddpm, {}), (ddim, {}), (ddim, {"eta": 0.5}), (dpm_solver_pp_2m, {}), (heun, {}), (unipc, {})]
+every_sampler = pytest.mark.parametrize(("sample", "options"), SAMPLERS)
 
 
 @every_sampler
@@ -21,9 +25,19 @@ def test_steps_go_from_the_noisiest_to_the_cleanest_with_their_predictions(sampl
     steps = list(sample(predict, X_T, condition, SCHEDULE, NOISE.__getitem__, **options))
     assert [step for step, _, _ in steps] == [4, 3, 2, 1, 0]
     inputs = [X_T, *(x for _, x, _ in steps[:-1])]
-    for (args, _), x_t, (step, _, prediction) in zip(predict.calls, inputs, steps, strict=True):
-        assert args == (x_t, step, condition)
+    assert all(args[2] is condition for args, _ in predict.calls)
+    for x_t, (step, _, prediction) in zip(inputs, steps, strict=True):
+        assert any(args[0] is x_t and args[1] == step for args, _ in predict.calls)
         assert torch.equal(prediction.eps, linear_predictor(x_t, step, condition).eps)
+
+
+@every_sampler
+def test_the_predictions_count_all_evaluations(sample, options):
+    predict = Recorder(linear_predictor)
+    steps = sample(predict, X_T, NO_CONDITION, SCHEDULE, NOISE.__getitem__, **options)
+    nfe = [prediction.nfe for _, _, prediction in steps]
+    assert sum(nfe) == len(predict.calls)
+    assert nfe == ([2, 2, 2, 2, 1] if sample is heun else [1, 1, 1, 1, 1])
 
 
 @every_sampler
@@ -31,15 +45,15 @@ def test_a_step_is_computed_when_it_is_asked_for(sample, options):
     predict = Recorder(linear_predictor)
     steps = sample(predict, X_T, NO_CONDITION, SCHEDULE, NOISE.__getitem__, **options)
     assert predict.calls == []
-    next(steps)
-    assert len(predict.calls) == 1
+    _, _, prediction = next(steps)
+    assert len(predict.calls) == prediction.nfe
 
 
 @every_sampler
-def test_every_step_but_the_cleanest_draws_noise_once_and_ddim_at_eta_0_none(sample, options):
+def test_every_step_but_the_cleanest_of_a_stochastic_sampler_draws_noise_once(sample, options):
     noise = Recorder(NOISE.__getitem__)
     list(sample(linear_predictor, X_T, NO_CONDITION, SCHEDULE, noise, **options))
-    assert [args for args, _ in noise.calls] == ([] if (sample, options) == (ddim, {}) else [(4,), (3,), (2,), (1,)])
+    assert [args for args, _ in noise.calls] == ([(4,), (3,), (2,), (1,)] if sample is ddpm or options else [])
 
 
 @every_sampler

@@ -1,5 +1,6 @@
 import threading
 from functools import cache
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -9,22 +10,24 @@ from sagl.diffusion.predictor import Condition, GuidanceTerm, Prediction, make_p
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.models import loading
-from sagl.samplers.ddim import ddim
-from sagl.samplers.ddpm import ddpm
+from sagl.models.checkpoints import cast_weights
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_predictions
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
-from sagl.settings.sampling import RunSettings, SamplerSettings, id_batches
+from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings, id_batches
 from tests.helpers.networks import count_calls, grey_unet, small_classifier, stable_unet, write_grey_classifier
 
-SAMPLERS = {
+CHAINS = {
     "ddpm": SamplerSettings(sampler="ddpm", respacing="6"),
     "ddim": SamplerSettings(sampler="ddim", respacing="ddim8"),
     "ddim-eta": SamplerSettings(sampler="ddim", respacing="6", eta=0.7, clip_x0=False),
+    "dpm++2m": SamplerSettings(sampler="dpm++2m", respacing="logsnr6"),
+    "heun": SamplerSettings(sampler="heun", respacing="4"),
+    "unipc": SamplerSettings(sampler="unipc", respacing="logsnr6"),
 }
 SAG = {"scale": 0.5, "site": "output.1", "blur_sigma": 1.0}
 LABELS = torch.tensor([0, 3])
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+every_sampler = pytest.mark.parametrize("sampler", CHAINS)
 
 
 def pipeline_of(sampler, *, network=None, classifier_scale=0.0, cfg_scale=0.0, diffusion=None, **sag):
@@ -32,7 +35,7 @@ def pipeline_of(sampler, *, network=None, classifier_scale=0.0, cfg_scale=0.0, d
     return build_pipeline(
         network or stable_unet(),
         diffusion or DiffusionSettings(),
-        SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
+        CHAINS[sampler] if isinstance(sampler, str) else sampler,
         {
             "sag": SelfAttentionGuidance(**{**SAG, **sag}),
             "classifier": ClassifierGuidance(scale=classifier_scale, checkpoint="small"),
@@ -93,12 +96,13 @@ def test_a_sample_changes_by_rounding_at_another_batch_size(sampler, batch_size,
 
 @every_sampler
 def test_a_pipeline_is_its_sampler_over_the_guided_network(sampler):
-    network, s, shape = stable_unet(), SAMPLERS[sampler], (3, 16, 16)
+    network, s, shape = stable_unet(), CHAINS[sampler], (3, 16, 16)
     pipeline = pipeline_of(sampler, network=network)
     predict = with_guidance(make_predictor(network, pipeline.schedule, "learned_range"), pipeline.guidances)
     noise = step_noise(7, [2, 3], shape, torch.device("cpu"))
     inputs = (predict, initial_noise(7, [2, 3], shape), Condition(labels=LABELS), pipeline.schedule, noise)
-    expected = ddpm(*inputs, clip_x0=s.clip_x0) if s.sampler == "ddpm" else ddim(*inputs, clip_x0=s.clip_x0, eta=s.eta)
+    sample, options = resolve_name(SAMPLERS[s.sampler]), {"eta": s.eta} if s.sampler == "ddim" else {}
+    expected = sample(*inputs, clip_x0=s.clip_x0, **options)
     actual = pipeline.sample_progressive(7, [2, 3], LABELS)
     for (step, x, _), (expected_step, expected_x, _) in zip(actual, expected, strict=True):
         assert step == expected_step
@@ -187,7 +191,7 @@ def test_the_null_label_and_those_of_an_unconditional_network_are_none(labels, n
 def test_a_guidance_of_scale_0_or_an_empty_interval_gives_the_unguided_bytes(sampler, inactive):
     network = stable_unet()
     off, on = pipeline_of(sampler, network=network, **inactive), pipeline_of(sampler, network=network)
-    assert off.nfe == on.unguided.nfe == off.schedule.num_steps
+    assert off.nfe == on.unguided.nfe < on.nfe
     images, mask_frequency = sampled(off, RunSettings())
     assert mask_frequency is None
     assert torch.equal(images, sampled(on.unguided, RunSettings())[0])
@@ -236,7 +240,33 @@ def test_settings_that_do_not_fit_the_network_are_refused_before_it_is_evaluated
 
 def test_an_unknown_guidance_is_refused():
     with pytest.raises(UserError, match=r"`guidances`.*sag, cfg, classifier.*'pag'"):
-        build_pipeline(stable_unet(), DiffusionSettings(), SAMPLERS["ddim"], {"pag": ClassifierFreeGuidance(scale=1.0)})
+        build_pipeline(stable_unet(), DiffusionSettings(), CHAINS["ddim"], {"pag": ClassifierFreeGuidance(scale=1.0)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "nfe"),
+    [
+        ({"scale": 0.0}, [2, 2, 2, 1]),
+        ({}, [4, 4, 4, 2]),
+        ({"interval": (0.5, 0.75)}, [2, 3, 3, 1]),  # a step's second evaluation is at the next step
+        ({"interval": (0.5, 0.75), "cfg_scale": 1.0}, [4, 5, 5, 2]),
+    ],
+)
+def test_nfe_counts_both_evaluations_of_a_step_of_heun(settings, nfe):
+    network = stable_unet()
+    calls = count_calls(network)
+    pipeline = pipeline_of("heun", network=network, **settings)
+    with torch.inference_mode():
+        assert [p.nfe for _, _, p in pipeline.sample_progressive(0, [0, 1], LABELS)] == nfe
+    assert pipeline.nfe == len(calls) == sum(nfe)
+
+
+@every_sampler
+def test_images_of_a_network_in_bfloat16_are_float32(sampler):
+    network = cast_weights(stable_unet(), "bf16-true", torch.device("cpu"))
+    images, _ = sampled(pipeline_of(sampler, network=network), RunSettings())
+    assert images.dtype == torch.float32
+    assert bool(images.isfinite().all())
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -251,7 +281,7 @@ def test_a_network_without_learned_variance_samples_with_a_fixed_one(variance):
 
 def test_a_classifier_is_loaded_by_file_and_compared_with_the_network(tmp_path):
     guidances = {"classifier": ClassifierGuidance(scale=1.0, checkpoint=str(tmp_path / "c.safetensors"))}
-    arguments = (grey_unet(), DiffusionSettings(), SAMPLERS["ddim"], guidances)
+    arguments = (grey_unet(), DiffusionSettings(), CHAINS["ddim"], guidances)
     with pytest.raises(UserError, match=r"`classifier\.checkpoint`.*c\.safetensors"):
         build_pipeline(*arguments)
     write_grey_classifier(tmp_path / "c.safetensors")
@@ -267,7 +297,7 @@ def test_a_classifier_whose_name_does_not_fit_is_refused_before_a_download(name,
     monkeypatch.setattr(loading, "download", lambda *_, **__: pytest.fail("downloaded"))
     guidances = {"classifier": ClassifierGuidance(scale=1.0, checkpoint=name)}
     with pytest.raises(UserError, match=rf"`classifier\.checkpoint`.*{value}"):
-        build_pipeline(grey_unet(), DiffusionSettings(), SAMPLERS["ddim"], guidances)
+        build_pipeline(grey_unet(), DiffusionSettings(), CHAINS["ddim"], guidances)
 
 
 # ---------------------------------------------------------------------------------- masks and x0 predictions
@@ -303,7 +333,7 @@ def test_x0_predictions_are_x0_hat_of_every_step_clipped_with_its_mask(sampler):
         assert (mask is None) == (expected_mask is None) == (step >= pipeline.schedule.num_steps / 2)
         assert mask is None or torch.equal(mask, expected_mask)
         x = x_next
-    if sampler == "ddim":  # deterministic, so that the last x0_hat is the image
+    if sampler not in ("ddpm", "ddim-eta"):  # deterministic, so that the last x0_hat is the image
         torch.testing.assert_close(actual[-1][1], steps[-1][1], rtol=0, atol=1e-5)
 
 

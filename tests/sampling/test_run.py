@@ -1,12 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sagl.commands._config import parse_sample_config
 from sagl.errors import UserError
+from sagl.models.flops import flops_per_evaluation
 from sagl.models.memory import estimate_gradient_memory, estimate_memory
 from sagl.models.zoo import RELEASED, get_classifier_settings, get_unet_settings
 from sagl.sampling import run
+from sagl.sampling.pipeline import build_pipeline
 from sagl.sampling.run import _default_batch_size
+from sagl.sampling.run_folder import read_run_json
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.sampling import SamplerSettings
+from tests.helpers.networks import stable_unet
 
 
 @pytest.fixture
@@ -39,3 +47,17 @@ def test_a_network_of_which_one_image_does_not_fit_is_refused(free):
     free(sum(estimate_memory(network, torch.float32)) - 1)
     with pytest.raises(UserError, match=r"`checkpoint`.*image_size 32"):
         _default_batch_size(parse_sample_config(["--trainer.precision", "32-true"]), network)
+
+
+def test_the_recorded_evaluations_are_the_mean_of_the_batches(tmp_path):
+    """Guidance methods may decide while they run whether to evaluate the network."""
+    pipeline = build_pipeline(stable_unet(), DiffusionSettings(), SamplerSettings(respacing="2"))
+    metadata = {"settings": {}, "nfe": 0, "flops": 0, "seconds": 0.0, "num_timed_batches": 0}
+    sampling_run = run.SamplingRun(
+        config=replace(parse_sample_config([]), output=tmp_path), checkpoint=tmp_path, network=None, metadata=metadata
+    )
+    for nfe in (2.0, 3.0, 4.0):
+        sampling_run.record_batch(pipeline, nfe, 1.5)
+    recorded = read_run_json(tmp_path)
+    assert (recorded["nfe"], recorded["seconds"]) == (3.0, 4.5)
+    assert recorded["flops"] == 3 * flops_per_evaluation(pipeline.network.settings)

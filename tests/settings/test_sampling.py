@@ -12,6 +12,7 @@ from tests.helpers.errors import refused
         (SamplerSettings, {"sampler": "ddim", "eta": 1.5}, "eta"),
         (SamplerSettings, {"sampler": "ddim", "eta": float("nan")}, "eta"),
         (SamplerSettings, {"sampler": "ddpm", "eta": 0.5}, "eta"),
+        (SamplerSettings, {"sampler": "heun", "eta": 0.5}, "eta"),
         (RunSettings, {"num_samples": 0}, "num_samples"),
         (RunSettings, {"num_samples": 10_000_001}, "num_samples"),
         (RunSettings, {"batch_size": 0}, "batch_size"),
