@@ -56,8 +56,12 @@ def guided_step(sampler, guidances):
 
 @pytest.mark.parametrize(
     ("sampler", "guidances", "copies"),
-    [("ddpm", {}, 1), ("ddpm", SAG, 1), ("ddim", SAG, 0), ("ddpm", CFG_AND_SAG, 1), ("ddim", CFG_AND_SAG, 0)],
-    ids=["ddpm", "ddpm sag", "ddim sag", "ddpm cfg and sag", "ddim cfg and sag"],
+    [
+        *(("ddpm", guidances, 1) for guidances in ({}, SAG, CFG_AND_SAG)),
+        *((sampler, SAG, 0) for sampler in ("ddim", "dpm++2m", "heun", "unipc")),
+        ("ddim", CFG_AND_SAG, 0),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
 )
 def test_the_noise_is_all_that_a_step_copies_to_the_gpu_and_nothing_comes_back(sampler, guidances, copies):
     counter = guided_step(sampler, guidances)

@@ -58,7 +58,7 @@ def test_the_terminal_shows_settings_metrics_and_cost(runs, capsys):
     assert has_row(output, "a", "b")
     assert has_row(output, "sag.scale", "0.3", "0.0")
     assert has_row(output, "Fréchet distance ↓", "12.30 *", "14.80")
-    assert has_row(output, "images per second and process", "3", "3")
+    assert has_row(output, "seconds per image and process", "0.333", "0.333")
     assert "model fashion_mnist · seed 0 · labels random" in output
     assert contents(runs) == before
 
