@@ -24,7 +24,7 @@ Heads = Tensor
 TokenMap = Tensor
 """(B, head, H, W) one number per token of a feature map and head."""
 Mask = Tensor
-"""(B, 1, H, W) bool: True where a pixel is degraded."""
+"""(B, 1, H, W): bool, True where a pixel is degraded; or float in [0, 1], the weight of its degraded value."""
 
 HeadLayout = Literal["layer", "sag_release"]
 

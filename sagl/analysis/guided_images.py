@@ -11,7 +11,8 @@ from sagl.analysis.registry import AnalysisRequest
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
-from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
+from sagl.guidance.masks import attention_mask
+from sagl.guidance.sag import degrade_input, gaussian_blur
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
 from sagl.settings.sampling import id_batches

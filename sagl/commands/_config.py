@@ -22,7 +22,7 @@ from sagl.models.zoo import (
 )
 from sagl.sampling.run import EXPORTS, SampleConfig
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
+from sagl.settings.guidance import TERM_OPTIONS, ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings
 from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
@@ -58,7 +58,9 @@ def sample_parser() -> Parser:
 
 def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     """Build a parser with the options of `SampleConfig` that all commands have which sample from a network."""
-    p = Parser(command, description, epilog)
+    first, *others = GUIDANCES
+    shared = f"Every guidance method has the flags {', '.join(TERM_OPTIONS)} of --{first}."
+    p = Parser(command, description, f"{epilog}\n\n{shared}".strip())
     add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
     p.add_argument("--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}.")
     p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
@@ -69,7 +71,7 @@ def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     p.add_settings(RunSettings)
     p.add_settings(SamplerSettings)
     for group, cls in _groups().items():
-        p.add_settings(cls, group)
+        p.add_settings(cls, group, repeated=TERM_OPTIONS if group in others else ())
     return p
 
 

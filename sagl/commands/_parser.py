@@ -30,6 +30,10 @@ class ShortHelpFormatter(DefaultHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=118)  # type: ignore[no-untyped-call]
 
+    def add_argument(self, action: Any) -> None:  # noqa: ANN401 (argparse's own)
+        if not getattr(action, "is_repeated", False):
+            super().add_argument(action)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text  # an epilog is formatted already
 
@@ -88,9 +92,14 @@ class Parser(ArgumentParser):
         """Flags that the help shows."""
         return [option for option, action in self._option_string_actions.items() if action.help != SUPPRESS]
 
-    def add_settings(self, cls: type, group: str | None = None) -> None:
-        """Add the fields of a settings class as flags, as `--group.field` if a group is given."""
+    def add_settings(self, cls: type, group: str | None = None, repeated: Iterable[str] = ()) -> None:
+        """Add the fields of a settings class as flags, as `--group.field` if a group is given.
+
+        The help omits the fields of `repeated`, which it has for another group.
+        """
         self.add_class_arguments(cls, group, as_group=True)
+        for name in repeated:
+            setattr(self._option_string_actions[f"--{group}.{name}"], "is_repeated", True)  # noqa: B010 (no field of it)
         if group:
             self._option_string_actions[f"--{group}"].help = SUPPRESS  # would read the group from a file, as --config
 

@@ -1,7 +1,7 @@
 """Numbers of the paper's tables, and the selection of those that belong to a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import yaml
 
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import DEFAULT_KERNEL_SIZE
+
+LEFT_OPEN = {"heads", "clip_x0", "checkpoint", "dino_checkpoint"}
+"""Settings of guidance methods that the paper does not print."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +57,16 @@ def matching_rows(model: str | None, settings: Mapping[str, Any]) -> list[PaperR
 
 
 def _has_guidance(row: PaperRow, settings: Mapping[str, Any]) -> bool:
-    """Return whether the scales agree with the row, and all settings that it lists for active methods."""
-    for name in GUIDANCES:
-        expected = row.guidances.get(name, {})
-        scale = expected.get("scale", 0)
-        if settings.get(f"{name}.scale", 0) != scale:
-            return False
-        actual = {setting: settings.get(f"{name}.{setting}") for setting in expected}
-        if "kernel_size" in actual:
-            actual["kernel_size"] = actual["kernel_size"] or DEFAULT_KERNEL_SIZE  # fits images of 128 pixels
-        in_all_steps = settings.get(f"{name}.interval", (0, 1)) in ([0, 1], (0, 1))
-        if scale and not (in_all_steps and actual == dict(expected)):
+    """Return whether the scales agree with the row, and the other settings of active methods.
+
+    A setting that the row does not list must have its default, apart from those of `LEFT_OPEN`.
+    """
+    for name, entry in GUIDANCES.items():
+        defaults = {f.name: f.default for f in fields(entry.settings_class) if f.name not in LEFT_OPEN}
+        expected = defaults | {"kernel_size": DEFAULT_KERNEL_SIZE} | dict(row.guidances.get(name, {}))
+        actual = {setting: settings.get(f"{name}.{setting}", defaults.get(setting)) for setting in expected}
+        actual = {setting: tuple(v) if isinstance(v, list) else v for setting, v in actual.items()}
+        actual["kernel_size"] = actual["kernel_size"] or DEFAULT_KERNEL_SIZE  # fits images of 128 pixels
+        if actual["scale"] != expected["scale"] or (expected["scale"] and actual != expected):
             return False
     return True

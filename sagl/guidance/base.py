@@ -13,10 +13,7 @@ from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
-from sagl.errors import require
-from sagl.guidance.registry import GUIDANCES
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import GuidanceSettings
 from sagl.shapes import Image, Timestep
 
 NoisyClassifier = Callable[[Image, Timestep], Tensor]
@@ -62,6 +59,8 @@ class Guidance:
     """Function that requests from the base prediction what the term needs, such as attention at a site."""
     is_active: Callable[[int], bool] = always
     """Function (step) -> whether the step is guided; other steps cost nothing."""
+    is_renewed: Callable[[int], bool] = always
+    """Function (step) -> whether a guided step evaluates the term; other guided steps cost nothing."""
     extra_nfe: int = 1
     """Network evaluations of a guided step besides the base prediction."""
     start_chain: Callable[[], Term] | None = None
@@ -102,18 +101,7 @@ def limit_to_interval(guidance: Guidance, interval: tuple[float, float], num_ste
     return replace(guidance, is_active=lambda step: start <= num_steps - 1 - step < end and is_active(step))
 
 
-def build_guidances(settings: Mapping[str, GuidanceSettings], context: GuidanceContext) -> dict[str, Guidance]:
-    """Build the guidances whose scale is not 0, limited to their intervals, in the order of the registry.
-
-    Raises:
-        UserError: a name that the registry does not have, or a method that lacks something, such as a classifier.
-    """
-    for name in settings:
-        require(name in GUIDANCES, f"`guidances` must be among {', '.join(GUIDANCES)}, got {name!r}.")
-    return {
-        name: limit_to_interval(
-            entry.build(settings[name], context), settings[name].interval, context.schedule.num_steps
-        )
-        for name, entry in GUIDANCES.items()
-        if name in settings and settings[name].scale
-    }
+def map_term(guidance: Guidance, wrap: Callable[[Term], Term]) -> Guidance:
+    """Replace the term of every chain by `wrap(term)`, which may remember earlier steps."""
+    start_chain = guidance.start_chain or (lambda: guidance.term)
+    return replace(guidance, start_chain=lambda: wrap(start_chain()))

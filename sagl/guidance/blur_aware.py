@@ -1,14 +1,13 @@
 """Blur-aware training (Hong et al., appendix D): degrade training images as guidance degrades x0_hat."""
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sagl.diffusion.noise import SampleRngs
 from sagl.diffusion.predictor import EpsNetwork
 from sagl.diffusion.process import add_noise
-from sagl.guidance.sag import attention_mask, blend, gaussian_blur
+from sagl.guidance.masks import attention_mask, enlarge, random_rectangles, uniform_scores
+from sagl.guidance.sag import blend, gaussian_blur
 from sagl.settings.guidance import effective_kernel_size
 from sagl.settings.training import BlurAwareSettings
 from sagl.shapes import AlphaBar, AttentionSite, Image, Labels, Mask, Timestep
@@ -63,24 +62,12 @@ def degradation_mask(
             attention_received = network(x_t, timesteps, labels, attention_sites=(site,)).attention[site]
         return attention_mask(attention_received, settings.threshold, size)
     if settings.mask == "random":
-        uniform = torch.from_numpy(np.stack([rng.random((1, MASK_GRID, MASK_GRID)) for rng in rngs]))
-        blocks = (uniform < settings.area_fraction).float()
-        return F.interpolate(blocks, size=size, mode="nearest").bool().to(x_t.device)
+        blocks = uniform_scores(rngs, (MASK_GRID, MASK_GRID)) < settings.area_fraction
+        return enlarge(blocks, size).to(x_t.device)
     if settings.mask == "square":
-        return random_rectangles(settings.area_fraction, size, rngs).to(x_t.device)
+        height, width = (round(length * settings.area_fraction**0.5) for length in size)
+        return random_rectangles((height, width), size, rngs).to(x_t.device)
     return torch.ones(len(x_t), 1, *size, dtype=torch.bool, device=x_t.device)
-
-
-def random_rectangles(area_fraction: float, size: tuple[int, int], rngs: SampleRngs) -> Mask:
-    """Draw a rectangle per sample, with the image's aspect ratio and a fraction of its area, fully inside."""
-    mask = torch.ones(len(rngs), 1, *size, dtype=torch.bool)
-    for dim, length in zip((2, 3), size, strict=True):
-        side = round(length * area_fraction**0.5)
-        start = torch.tensor([[int(rng.integers(length - side + 1))] for rng in rngs])
-        position = torch.arange(length)
-        is_inside = (position >= start) & (position < start + side)
-        mask &= is_inside[:, None, :, None] if dim == 2 else is_inside[:, None, None, :]
-    return mask
 
 
 def blur_each(x_0: Image, settings: BlurAwareSettings, rngs: SampleRngs) -> Image:

@@ -10,49 +10,46 @@ from torch.nn import functional as F
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.process import add_noise, maybe_clip, x0_hat_from_eps
 from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
+from sagl.guidance.masks import build_mask
 from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
-from sagl.shapes import AlphaBar, AttentionSite, Image, Mask, TokenMap
+from sagl.shapes import AlphaBar, AttentionSite, Image, Mask
 
 
 def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guidance:
     """Guide away from the prediction for x_t with its most attended details blurred (eq. 16, 17).
 
-    A guided step costs one more network evaluation. The term's `extras` hold the mask, (B, 1, H, W) bool.
+    A guided step costs one more network evaluation. The term's `extras` hold the mask.
     """
-    site, schedule = AttentionSite(settings.site, settings.heads), context.schedule
+    sites, schedule = [AttentionSite(name, settings.heads) for name in settings.sites], context.schedule
+    mask_of = build_mask(settings, sites)
 
-    def degraded_input(x_t: Image, step: int, base_pred: Prediction) -> tuple[Image, Mask]:
-        alpha_bar, size = schedule.alpha_bar(step), (x_t.shape[-2], x_t.shape[-1])
-        mask = attention_mask(base_pred.attention[site], settings.threshold, size)
+    def degraded_input(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> tuple[Image, Mask]:
+        alpha_bar = schedule.alpha_bar(step)
         x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), settings.clip_x0)
-        x0_blurred = gaussian_blur(x0_hat, effective_kernel_size(settings.kernel_size, min(size)), settings.blur_sigma)
+        mask = mask_of(x0_hat, step, condition, base_pred.attention)
+        kernel_size = effective_kernel_size(settings.kernel_size, min(x_t.shape[-2:]))
+        x0_blurred = gaussian_blur(x0_hat, kernel_size, settings.blur_sigma)
         return degrade_input(x0_hat, x0_blurred, mask, base_pred.eps, alpha_bar), mask
 
     def term(
         predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
     ) -> GuidanceTerm:
-        x_t_degraded, mask = degraded_input(x_t, step, base_pred)  # a function, so that its tensors are freed here
+        # a function, so that its tensors are freed before the second evaluation
+        x_t_degraded, mask = degraded_input(x_t, step, condition, base_pred)
         degraded_pred = predict(x_t_degraded, step, replace(condition, degraded=True))
         return replace(extrapolate(degraded_pred, base_pred, settings.scale), extras={"mask": mask})
 
     def prepare_condition(condition: Condition) -> Condition:
-        return replace(condition, attention_sites=(*condition.attention_sites, site))
+        return replace(condition, attention_sites=(*condition.attention_sites, *sites))
 
     return Guidance(term=term, prepare_condition=prepare_condition)
 
 
-def attention_mask(attention_received: TokenMap, threshold: float, size: tuple[int, int]) -> Mask:
-    """Mark the pixels whose token receives more attention than the threshold: (B, head, H', W') -> (B, 1, H, W) bool.
-
-    Attention received, averaged over heads, has mean 1 over tokens. Nearest neighbours enlarge the mask to the image.
-    """
-    is_attended = attention_received.mean(dim=1, keepdim=True) > threshold
-    return F.interpolate(is_attended.float(), size=size, mode="nearest").bool()
-
-
 def blend(x_0: Image, x0_blurred: Image, mask: Mask) -> Image:
-    """Replace the masked pixels of clean images by their blurred values: -> (B, C, H, W)."""
-    return torch.where(mask, x0_blurred, x_0)
+    """Blend clean images with their blurred ones, the mask the weight of the latter: -> (B, C, H, W)."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, x0_blurred, x_0)
+    return torch.lerp(x_0, x0_blurred, mask.to(x_0))
 
 
 def degrade_input(x0_hat: Image, x0_blurred: Image, mask: Mask, eps: Image, alpha_bar: AlphaBar) -> Image:

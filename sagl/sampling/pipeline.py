@@ -16,7 +16,8 @@ from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.errors import UserError
-from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, build_guidances, with_guidance
+from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, with_guidance
+from sagl.guidance.build import build_guidances
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
 from sagl.models.flops import flops_per_evaluation
@@ -99,10 +100,13 @@ class SamplingPipeline:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample, counted by running the sampler on one pixel, without the network."""
+        """Network evaluations per sample, counted by running the sampler on one pixel, without the network.
+
+        A guidance that may end early (`stop_below`) counts in full.
+        """
 
         def predict(x_t: Image, step: int, _: Condition) -> Prediction:
-            extra_nfe = sum(g.extra_nfe for g in self.guidances.values() if g.is_active(step))
+            extra_nfe = sum(g.extra_nfe for g in self.guidances.values() if g.is_active(step) and g.is_renewed(step))
             return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
 
         pixel = torch.zeros(1, 1, 1, 1)

@@ -9,6 +9,9 @@ from sagl.settings.network import UNetSettings
 DEFAULT_KERNEL_SIZE = 31
 """Side of the blur kernel in the paper (table 9)."""
 
+TERM_OPTIONS = ("renew_every", "stop_below", "max_norm", "shape", "shape_weight", "shape_sigma")
+"""Settings of every method that the help of a command describes once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
@@ -23,6 +26,18 @@ class GuidanceSettings:
     """Guidance scale, the paper's s; 0 is off and costs nothing."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guided part of the sampling steps, in fractions from the noisiest step (0) to the cleanest (1)."""
+    renew_every: int = 1
+    """Evaluate the term in every k-th guided step; the steps between add the last one again, at no cost."""
+    stop_below: float = 0.0
+    """End a sample's guidance when weak and base x0_hat differ by less than this fraction of x0_hat; 0: never."""
+    max_norm: float | None = None
+    """Largest root mean square of the difference of weak and base x0_hat (APG)."""
+    shape: Literal["none", "off_x0", "off_unsharp", "high_pass"] = "none"
+    """Part of the term to remove: along x0_hat (APG), along an unsharp mask of x0_hat, or low frequencies (FDG)."""
+    shape_weight: float = 0.0
+    """Weight of the part that shape removes: 0 removes all of it, 1 nothing."""
+    shape_sigma: float | None = None
+    """Standard deviation in pixels of the blur in shape; null: the method's blur_sigma, or 3."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning; `check_network` checks what depends on the network."""
@@ -33,6 +48,11 @@ class GuidanceSettings:
             0 <= start <= end <= 1,
             f"`{self.group}.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}.",
         )
+        require(self.renew_every >= 1, f"`{self.group}.renew_every` must be at least 1, got {self.renew_every}.")
+        require(self.stop_below >= 0, f"`{self.group}.stop_below` must be at least 0, got {self.stop_below}.")
+        for name in ("max_norm", "shape_sigma"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"`{self.group}.{name}` must be above 0 or null, got {value}.")
 
     def check_network(self, network: UNetSettings) -> None:
         """Raise a `UserError` if the method cannot guide this network. Called if the scale is not 0."""
@@ -50,10 +70,20 @@ class SelfAttentionGuidance(GuidanceSettings):
 
     scale: float = 0.0
     """Guidance scale, the paper's s; 0 is off and costs nothing. The released code's flag is 1 + s."""
+    mask: Literal["attention", "global", "random", "square", "dino"] = "attention"
+    """Degraded tokens: the most attended ones, all (blur guidance, eq. 15), random ones, a square, DINO's attention."""
     site: str = "output.2"
-    """UNet block whose attention makes the mask: input.k, middle or output.k."""
+    """UNet block whose attention makes the mask: input.k, middle or output.k; the average of several with commas."""
+    head: int | None = None
+    """Attention head whose map makes the mask, from 0; null: the mean of all heads."""
     threshold: float = 1.0
     """Pixels whose token receives more attention than this are degraded; the mean over tokens is 1."""
+    area_fraction: float | None = None
+    """Degrade this fraction of the tokens, in place of a threshold; random, square: 0.4."""
+    soft: bool = False
+    """Mask weights attention / (2 · threshold), at most 1; for masks attention and dino."""
+    dino_checkpoint: str | None = None
+    """File of released DINO weights for mask dino, such as dino_deitsmall8_pretrain.pth."""
     blur_sigma: float = 3.0
     """Standard deviation of the Gaussian blur, in pixels."""
     kernel_size: int | None = None
@@ -70,10 +100,38 @@ class SelfAttentionGuidance(GuidanceSettings):
             self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
             f"`sag.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
         )
+        area = self.area_fraction
+        require(area is None or 0 < area <= 1, f"`sag.area_fraction` must be above 0 and at most 1, got {area}.")
+        require(
+            not self.soft or (self.mask in ("attention", "dino") and self.threshold > 0),
+            "`sag.soft` needs `sag.mask` attention or dino and a `sag.threshold` above 0, "
+            f"got {self.mask} and {self.threshold}.",
+        )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the mask is drawn at random."""
+        return self.mask in ("random", "square")
+
+    @property
+    def sites(self) -> list[str]:
+        """Blocks whose attention is read; the first one's grid is that of the mask. None for a global mask."""
+        return [] if self.mask == "global" else [name.strip() for name in self.site.split(",")]
 
     def check_network(self, network: UNetSettings) -> None:
-        """Require attention at the site and an image that is large enough for the kernel."""
-        network.require_site(self.site, self.heads, group="sag.")
+        """Require attention at the sites, the head, DINO's weights, and an image large enough for the kernel."""
+        for site in self.sites:
+            network.require_site(site, self.heads, group="sag.")
+            num_heads = network.num_heads_at(site, self.heads)
+            require(
+                self.head is None or 0 <= self.head < num_heads,
+                f"`sag.head` must be one of the heads of {site}, 0 … {num_heads - 1}, got {self.head}.",
+            )
+        require(
+            self.mask != "dino" or self.dino_checkpoint is not None,
+            "`sag.dino_checkpoint` must be a file of DINO weights for `sag.mask` dino, got none. Download one: "
+            "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+        )
         effective_kernel_size(self.kernel_size, network.image_size)
 
     def notes(self, network: UNetSettings) -> list[str]:

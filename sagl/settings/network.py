@@ -184,6 +184,13 @@ class UNetSettings(EncoderSettings):
             f"got {self.num_heads}. Use layer.",
         )
 
+    def num_heads_at(self, site: str, heads: str = "layer") -> int:
+        """Return the number of attention heads of a block with attention, whose channels are split as `heads` says."""
+        if heads == "layer" and not self.num_head_channels and site.startswith("output"):
+            return self.num_heads_upsample or self.num_heads
+        width = dict(zip(self.resolutions, self.widths, strict=True))[self.sites[site]]
+        return self.num_heads if heads == "sag_release" else self.num_heads_for(width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(EncoderSettings):

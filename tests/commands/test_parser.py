@@ -9,7 +9,7 @@ from sagl.commands._parser import Parser, field_names, from_namespace, parse_int
 from sagl.commands.fit import training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
-from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.guidance import TERM_OPTIONS, SelfAttentionGuidance
 from sagl.settings.sampling import SAMPLERS, DeviceSettings, RunSettings, SamplerSettings
 from sagl.utils.config_files import read_config
 
@@ -210,7 +210,9 @@ def test_the_help_of_sample_is_two_screens_of_120_columns_whatever_the_terminal(
 
 def test_help_lists_every_flag_with_its_meaning_and_its_default():
     text = " ".join(sample_parser().format_help().split())
-    assert [flag for flag in sample_parser().options if flag.startswith("--") and f" {flag} " not in text] == []
+    flags = [flag for flag in sample_parser().options if flag.startswith("--") and f" {flag} " not in text]
+    others = list(GUIDANCES)[1:]
+    assert flags == [f"--{name}.{option}" for name in others for option in TERM_OPTIONS]  # as those of the first method
     assert "(default: 16)" in text
     assert f"--sampler {{{','.join(SAMPLERS)}}}" in text
     assert "type:" not in text

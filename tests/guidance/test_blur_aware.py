@@ -6,7 +6,8 @@ from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.blur_aware import blur_each, degradation_mask, degrade_batch
-from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
+from sagl.guidance.masks import attention_mask
+from sagl.guidance.sag import degrade_input, gaussian_blur
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import BlurAwareSettings
 from sagl.shapes import AttentionSite

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
 from sagl.diffusion.noise import initial_noise, step_noise
@@ -11,7 +10,7 @@ from sagl.diffusion.process import x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
-from sagl.guidance.sag import attention_mask, degrade_input, gaussian_blur
+from sagl.guidance.sag import degrade_input, gaussian_blur
 from sagl.models.memory import MemoryTracker
 from sagl.samplers.ddim import ddim
 from sagl.samplers.ddpm import ddpm
@@ -40,29 +39,6 @@ def sampled(predict, sample, condition=NO_CONDITION):
     noise = step_noise(0, range(2), SHAPE, torch.device("cpu"))
     with torch.inference_mode():
         return list(sample(predict, initial_noise(0, range(2), SHAPE), condition, SCHEDULE, noise))
-
-
-@pytest.mark.parametrize("threshold", [0.5, 1.0, 1.3])
-@pytest.mark.parametrize(
-    ("grid", "size"), [((4, 4), (16, 16)), ((8, 8), (8, 8)), ((4, 6), (16, 24)), ((3, 3), (16, 16))]
-)
-def test_the_mask_is_the_mean_over_heads_above_the_threshold_enlarged_by_nearest_neighbours(threshold, grid, size):
-    maps = torch.rand(2, 3, *grid, generator=generator(0))
-    maps = maps / maps.mean(dim=(2, 3), keepdim=True)
-    mask = attention_mask(maps, threshold, size)
-    expected = F.interpolate((maps.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask, expected)
-    assert 0 < float(mask.float().mean()) < 1
-
-
-def test_a_token_above_the_threshold_masks_its_own_block_of_pixels_and_one_at_it_nothing():
-    maps = torch.ones(1, 2, 2, 2)
-    assert not attention_mask(maps, 1.0, (6, 6)).any()
-    maps[..., 0, 1] = 4
-    mask = attention_mask(maps, 1.0, (6, 6))[0, 0]
-    assert mask[:3, 3:].all()
-    assert int(mask.sum()) == 9
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 9, 31])

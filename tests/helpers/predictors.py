@@ -3,7 +3,8 @@
 import torch
 
 from sagl.diffusion.predictor import Condition, Prediction
-from sagl.guidance.base import GuidanceContext, build_guidances
+from sagl.guidance.base import GuidanceContext
+from sagl.guidance.build import build_guidances
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.networks import SEED

@@ -1,0 +1,77 @@
+"""Policies that lower the price of a guidance method: which of its guided steps evaluate its term."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
+from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.diffusion.schedule import Schedule
+from sagl.guidance.base import Guidance, Term, map_term
+from sagl.guidance.shaping import rms, x0_shift
+from sagl.settings.guidance import GuidanceSettings
+from sagl.shapes import Image
+
+
+def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
+    """Evaluate the term in every k-th guided step, from the noisiest on; the steps between add the last one again."""
+    guided = [step for step in reversed(range(num_steps)) if guidance.is_active(step)]
+    renewed = set(guided[::every])
+
+    def wrap(term: Term) -> Term:
+        last: GuidanceTerm | None = None
+
+        def reused_term(
+            predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
+        ) -> GuidanceTerm:
+            nonlocal last
+            if last is not None and step not in renewed:
+                return replace(last, nfe=0.0)
+            last = term(predict, x_t, step, condition, base_pred)
+            return last
+
+        return reused_term
+
+    return replace(map_term(guidance, wrap), is_renewed=lambda step: step in renewed)
+
+
+def stop_on_agreement(guidance: Guidance, settings: GuidanceSettings, schedule: Schedule) -> Guidance:
+    """End a sample's guidance after the first step whose two x0_hat differ by less than a part of x0_hat.
+
+    Norms are root mean squares. When all samples of a batch have ended, steps cost nothing; until then, the whole
+    batch is evaluated, so that the bytes of a sample do not depend on the others.
+    """
+
+    def wrap(term: Term) -> Term:
+        has_ended: Tensor | None = None
+        last = GuidanceTerm()
+
+        def ending_term(
+            predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
+        ) -> GuidanceTerm:
+            nonlocal has_ended, last
+            if has_ended is not None and bool(has_ended.all()):
+                return replace(zero_samples(last, has_ended), nfe=0.0)
+            last = term(predict, x_t, step, condition, base_pred)
+            result = last if has_ended is None else zero_samples(last, has_ended)
+            alpha_bar = schedule.alpha_bar(step)
+            shift = x0_shift(last, alpha_bar)
+            if isinstance(shift, Tensor):
+                x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), True)
+                agrees = rms(shift) < settings.stop_below * abs(settings.scale) * rms(x0_hat)
+                has_ended = agrees if has_ended is None else has_ended | agrees
+            return result
+
+        return ending_term
+
+    return map_term(guidance, wrap)
+
+
+def zero_samples(term: GuidanceTerm, samples: Tensor) -> GuidanceTerm:
+    """Set eps, score and extras of some samples, (B, 1, 1, 1) bool, to 0."""
+
+    def zero(value: Tensor | float) -> Tensor | float:
+        return value.masked_fill(samples, 0) if isinstance(value, Tensor) else value
+
+    extras = {name: value.masked_fill(samples, 0) for name, value in term.extras.items()}
+    return replace(term, eps=zero(term.eps), score=zero(term.score), extras=extras)
