@@ -46,6 +46,8 @@ SHORTER = {
     "validate": ["--data.num_validation", "32"],
     "test": ["--data.num_validation", "9968"],
     "statistics": ["--num_samples", "100"],
+    "analyze": ["--num_samples", "2", "--respacing", "2"],
+    "reproduce": ["--smoke"],
     "tune": [
         "--num_samples",
         "2",

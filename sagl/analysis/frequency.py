@@ -122,6 +122,6 @@ def _draw_surface(fig: Any, axes: Any, difference: Tensor) -> None:  # noqa: ANN
     ticks = [-0.5, 0, 0.5]
     frequency = torch.fft.fftshift(torch.fft.fftfreq(size)).numpy()
     surface.plot_surface(*np.meshgrid(frequency, frequency), difference.numpy(), cmap="viridis")
-    surface.set(title="masked against unmasked (%)", xticks=ticks, yticks=ticks)
-    surface.set_xlabel("horizontal\n(cycles per pixel)", labelpad=14)
-    surface.set_ylabel("vertical", labelpad=10)
+    surface.set(title="masked over unmasked (%)\nby cycles per pixel", xticks=ticks, yticks=ticks)
+    surface.set_xlabel("horizontal", labelpad=8)
+    surface.set_ylabel("vertical", labelpad=8)

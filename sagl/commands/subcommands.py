@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "tune": ("sagl.commands.tune", "search for guidance settings of a network"),
     "compare": ("sagl.commands.compare", "compare runs: settings, metrics, images of equal ids"),
     "analyze": ("sagl.commands.analyze", "figures of the paper's analyses: attention, frequency, overlap, …"),
+    "reproduce": ("sagl.commands.reproduce", "tables and figures of the paper, and their report"),
     "convert": ("sagl.commands.convert", "convert a network to safetensors or diffusers"),
     "doctor": ("sagl.commands.doctor", "report the machine, libraries and data"),
     "completion": ("sagl.commands.completion", "print the completion script of a shell"),

@@ -1,15 +1,17 @@
-"""Numbers of the paper's tables, and the selection of those that belong to a run."""
+"""The paper's tables and figures as runs of sagl, with the numbers that it prints."""
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import DEFAULT_KERNEL_SIZE
+from sagl.utils.files import packaged_configs
 
 LEFT_OPEN = {"heads", "clip_x0", "checkpoint", "dino_checkpoint"}
 """Settings of guidance methods that the paper does not print."""
@@ -17,33 +19,93 @@ LEFT_OPEN = {"heads", "clip_x0", "checkpoint", "dino_checkpoint"}
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A row of a table of the paper."""
+    """A row of a table of the paper, or a part of a figure."""
 
     table: str
-    """The table's number: "Table 2"."""
+    """The table's name: "Table 2"."""
+    name: str
+    """What distinguishes the row from the others of its table."""
     model: str
     """Name of the released network."""
     images: int
-    """Number of images evaluated."""
+    """Number of images."""
     steps: int
     """Number of sampling steps, evenly spaced."""
     guidances: Mapping[str, Mapping[str, Any]]
     """Settings by guidance method; a method that is missing is off."""
     values: Mapping[str, float]
-    """Values by metric, with Inception's features."""
+    """Printed values: of a table by metric, with Inception's features; empty if none are printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperItem:
+    """A table or figure of the paper."""
+
+    name: str
+    """Name of its config: table5."""
+    title: str
+    claim: str
+    """What the paper concludes from it."""
+    analysis: str | None
+    """Name of the analysis of `sagl analyze` that makes it; None for runs that are sampled and evaluated."""
+    shows_samples: bool
+    """True for a figure of unselected samples."""
+    rows: tuple[PaperRow, ...]
+
+    @property
+    def heading(self) -> str:
+        """Its name in the paper: "Table 5"."""
+        return re.sub(r"(\D+)(\d+)", lambda match: f"{match[1].capitalize()} {match[2]}", self.name)
+
+
+@cache
+def paper_items() -> Mapping[str, PaperItem]:
+    """Return all tables and figures by name, tables first, by their numbers."""
+    paths = {path.stem: path for path in (packaged_configs() / "paper").glob("*.yaml")}
+    names = sorted(paths, key=lambda name: (name.startswith("figure"), int(re.sub(r"\D", "", name))))
+    return {name: _parse(name, yaml.safe_load(paths[name].read_bytes())) for name in names}
+
+
+def _parse(name: str, content: Mapping[str, Any]) -> PaperItem:
+    item = PaperItem(
+        name=name,
+        title=content["title"],
+        claim=content["claim"],
+        analysis=content.get("analysis"),
+        shows_samples=content.get("samples", False),
+        rows=(),
+    )
+    rows = []
+    for group in content["groups"]:
+        common = {key: group[key] for key in ("model", "images", "steps")}
+        for row in group["rows"]:
+            guidances = {key: {**group.get(key, {}), **row.get(key, {})} for key in GUIDANCES}
+            values = {str(key): value for key, value in row["numbers"].items()}
+            rows.append(
+                PaperRow(**common, table=item.heading, name=str(row["name"]), guidances=guidances, values=values)
+            )
+    return replace(item, rows=tuple(rows))
 
 
 @cache
 def paper_rows() -> tuple[PaperRow, ...]:
-    """Return all rows whose settings a run can have."""
-    groups = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_bytes())
-    return tuple(_parse(group, row) for group in groups for row in group["rows"])
+    """Return the rows of metrics of all tables; rows that several tables share are one, with all tables named."""
+    rows: dict[str, PaperRow] = {}
+    for item in paper_items().values():
+        for row in item.rows if item.analysis is None else ():
+            key = json.dumps([row.model, row.images, _active(row), row.values], sort_keys=True)
+            if row.values:
+                rows[key] = replace(row, table=_join_tables(rows[key].table, row.table)) if key in rows else row
+    return tuple(rows.values())
 
 
-def _parse(group: Mapping[str, Any], row: Mapping[str, Any]) -> PaperRow:
-    common = {name: group[name] for name in ("table", "model", "images", "steps")}
-    guidances = {name: {**group.get(name, {}), **row.get(name, {})} for name in GUIDANCES}
-    return PaperRow(**common, guidances=guidances, values=row["numbers"])
+def _join_tables(names: str, name: str) -> str:
+    """Append a table's number: ("Table 4", "Table 5") -> "Tables 4, 5"."""
+    return f"{names.replace('Table ', 'Tables ')}, {name.removeprefix('Table ')}"
+
+
+def _active(row: PaperRow) -> dict[str, Mapping[str, Any]]:
+    return {name: settings for name, settings in row.guidances.items() if settings.get("scale")}
 
 
 def matching_rows(model: str | None, settings: Mapping[str, Any]) -> list[PaperRow]:

@@ -97,6 +97,16 @@ class ImageGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture with a title."""
+
+    title: str
+    path: Path
+    """The file, relative to the folder of the report."""
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Tables and images of some runs."""
 
@@ -108,6 +118,7 @@ class Report:
     """Settings that all runs share, in one line."""
     images: ImageGrid | None = None
     plot: Plot | None = None
+    figures: tuple[Figure, ...] = ()
     command: str = "compare"
     """Subcommand that made the report."""
 
@@ -150,6 +161,28 @@ def has_generator_tag(path: Path) -> bool:
             return GENERATOR_TAG.encode() in file.read(TAG_BYTES)
     except OSError:
         return False
+
+
+# ------------------------------------------------------------------------------------------------ Markdown
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as Markdown, with links to its figures."""
+    parts = [f"# {report.title}", *report.warnings]
+    for table in report.tables:
+        parts += [f"## {table.title}", table.note] if table.note else [f"## {table.title}"]
+        rows = [["", *table.columns], ["---"] * (1 + len(table.columns))]
+        for section in table.sections:
+            rows += [[_markdown_cell(cell) for cell in (row.name, *row.cells)] for row in section.rows]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts += [f"## {figure.title}\n\n![{figure.title}]({figure.path.as_posix()})" for figure in report.figures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else cell.text
+    note = f"<br>`{cell.note}`" if cell.note.startswith("sagl ") else f"<br>{cell.note}" if cell.note else ""
+    return (text + note).replace("|", "\\|")
 
 
 # ------------------------------------------------------------------------------------------------ terminal

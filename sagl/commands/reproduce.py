@@ -1,0 +1,152 @@
+"""`sagl reproduce`: tables and figures of the paper, on its networks or translated to another."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from sagl.commands import analyze, evaluate, sample
+from sagl.commands._config import recommended_settings, resolve_network
+from sagl.commands._parser import Parser
+from sagl.errors import require
+from sagl.evaluation.paper import PaperItem, paper_items
+from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduction
+from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
+from sagl.evaluation.results import read_results
+from sagl.guidance.registry import GUIDANCES
+from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.models.zoo import DEFAULT_CLASSIFIER, DEFAULT_MODEL
+from sagl.settings.network import UNetSettings
+from sagl.settings.sampling import SamplerSettings
+from sagl.utils.distributed import global_rank
+from sagl.utils.files import require_writable
+
+SMOKE = {"num_samples": 4, "sampler": "ddim", "respacing": "2", "bootstrap": 0}
+"""Settings of --smoke."""
+
+
+def reproduce_parser() -> Parser:
+    lines = "\n".join(f"  {name:<9} {item.title}" for name, item in paper_items().items())
+    description = "Reproduce a table or figure of the paper, or write the report of all that were reproduced."
+    extra = (
+        "  table7    print the settings of all tables and figures\n  all       everything\n  report    write the report"
+    )
+    p = Parser("reproduce", description, f"items:\n{lines}\n{extra}")
+    p.add_argument("item", type=str, nargs="?", help="Table or figure, see below.")
+    p.add_argument("--model", type=str, default=None, help="Network to take in place of the paper's: a name or file.")
+    p.add_argument("--num_samples", type=int, default=None, help="Largest number of images; default: the paper's.")
+    p.add_argument("--sampler", type=str, default="ddpm", help="Sampler.")
+    p.add_argument("--respacing", type=str, default=None, help="Sampling steps; default: the paper's 250.")
+    p.add_argument("--reference", type=str, default=None, help="Reference of the metrics, as of sagl evaluate.")
+    p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as of sagl evaluate.")
+    p.add_argument("--bootstrap", type=int, default=200, help="Bootstrap resamples of intervals, as of sagl evaluate.")
+    p.add_argument("--object_masks", type=str, default="silhouette", help="Objects of overlap, as of sagl analyze.")
+    p.add_argument("--devices", type=str, default="auto", help="Processes per machine, as --trainer.devices.")
+    p.add_argument("--smoke", action="store_true", help="Four images of two steps: whether everything runs.")
+    p.add_argument("--output", type=str, default="reproduction", help="Folder of the runs and of the report.")
+    return p
+
+
+def main(arguments: list[str]) -> None:
+    """Run `sagl reproduce ITEM [--model NAME] [--num_samples N] [--reference R] [--output DIR]`.
+
+    An interrupted command goes on where it stopped; tables share the runs with equal options.
+
+    Raises:
+        UserError: a setting is not valid; what has been sampled and evaluated is kept.
+    """
+    parser = reproduce_parser()
+    args, items, folder = parser.parse(arguments), paper_items(), Path(parser.parse(arguments).output)
+    choices = [*items, "table7", "all", "report"]
+    require(args.item in choices, f"`item` must be one of {', '.join(choices)}, got {args.item}.")
+    require_writable(folder)
+    if args.item != "report":
+        if args.smoke:
+            for name, value in SMOKE.items():
+                args[name] = value
+        target = _target(args.model, args.num_samples, args.sampler, args.respacing)
+        chosen = list(items.values()) if args.item in ("all", "table7") else [items[args.item]]
+        plans = {item.name: plan_reproduction(item, target) for item in chosen}
+        _print_plan(chosen, plans)
+        if args.item == "table7":
+            return
+        for item in chosen:
+            _reproduce(item, plans[item.name], args, folder)
+    if global_rank() == 0:
+        print("Report: " + ", ".join(map(str, write_report(folder))))
+
+
+def _target(model: str | None, num_samples: int | None, sampler: str, respacing: str | None) -> Target:
+    SamplerSettings(sampler=sampler)  # refuses an unknown one
+    require(num_samples is None or num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
+    if model is None:
+        return Target(num_samples=num_samples, sampler=sampler, respacing=respacing)
+    is_file = Path(model).suffix == ".safetensors"
+    resolved = resolve_network(None if is_file else model, model if is_file else None, None, "ema")
+    network, path = resolved["network"], resolved["checkpoint"]
+    if network is None:
+        network = settings_from_metadata(read_metadata(path), path)[0]
+    assert isinstance(network, UNetSettings)
+    return Target(
+        name=model,
+        network=network,
+        classifier=DEFAULT_CLASSIFIER if model == DEFAULT_MODEL else None,
+        num_samples=num_samples,
+        sampler=sampler,
+        respacing=respacing,
+        recommended=frozenset(recommended_settings(None if is_file else model, path)) & frozenset(GUIDANCES),
+    )
+
+
+def _print_plan(items: list[PaperItem], plans: dict[str, list[ReproductionRow]]) -> None:
+    """Print the settings in force of every row, and the number of different runs."""
+    if global_rank():
+        return
+    for item in items:
+        print(f"{item.heading}: {item.title}")
+        for row in plans[item.name]:
+            print(f"  {row.row.name}: {row.obstacle or ' '.join(row.options)}")
+    runs = {row.run_name for item in items for row in plans[item.name] if not (row.obstacle or item.analysis)}
+    analyses = sum(not row.obstacle for item in items for row in plans[item.name] if item.analysis)
+    print(f"{len(runs)} runs to sample, {analyses} analyses; what is in the folder already is not repeated.")
+
+
+def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, folder: Path) -> None:
+    options = vars(args)
+    commands = []
+    for row in rows:
+        commands.append("" if row.obstacle else _command(item, row, options))
+        if row.obstacle:
+            continue
+        words = shlex.split(commands[-1])[2:]
+        target = folder / (ANALYSES if item.analysis else RUNS) / row.run_name
+        if item.analysis:
+            if not (target / f"{item.analysis}.json").is_file() and global_rank() == 0:
+                analyze.main([*words, "--output", str(target)])
+            continue
+        sample.main([*words, "--output", str(target)])
+        if not item.shows_samples:
+            _evaluate(target, options)
+    if global_rank() == 0:
+        store_item(folder, item, rows, commands)
+
+
+def _command(item: PaperItem, row: ReproductionRow, options: Mapping[str, Any]) -> str:
+    if item.analysis:
+        objects = ["--object_masks", options["object_masks"]] if item.analysis == "overlap" else []
+        return shlex.join(["sagl", "analyze", item.analysis, *row.options, *objects])
+    devices = ["--trainer.devices", options["devices"]] if options["devices"] != "auto" else []
+    return shlex.join(["sagl", "sample", *row.options, *devices])
+
+
+def _evaluate(run: Path, options: Mapping[str, Any]) -> None:
+    """Evaluate a run unless it was evaluated with this reference and extractor."""
+    chosen = {name: options[name] for name in ("reference", "extractor") if options[name] is not None}
+    done = read_results(run)
+    if any(all(getattr(result, name) == value for name, value in chosen.items()) for result in done):
+        return
+    flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    devices = ["--trainer.devices", options["devices"]] if options["devices"] != "auto" else []
+    evaluate.main([str(run), *flags, "--bootstrap", str(options["bootstrap"]), *devices])

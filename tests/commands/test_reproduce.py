@@ -1,0 +1,70 @@
+import json
+import re
+
+import pytest
+
+from sagl.evaluation.paper import paper_items
+from tests.helpers.commands import exit_code
+from tests.helpers.extractors import use_fast_extractors, write_npz
+from tests.helpers.networks import write_grey_unet
+
+ITEMS = ("table1", "table5", "table6", "figure13")
+
+
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch):
+    """Run sagl reproduce on a tiny network; return the exit code."""
+    use_fast_extractors(monkeypatch, tmp_path / "cache")
+    network = write_grey_unet(tmp_path / "n.safetensors", channel_mult=(1, 2), attention_resolutions=(8, 4))
+    reference, _ = write_npz(tmp_path / "reference.npz", 20, 0, size=8)
+
+    def run(item, *flags):
+        flags = ("--smoke", "--reference", reference, "--output", tmp_path / "r", *flags)
+        return exit_code("reproduce", item, "--model", network, *flags)
+
+    return run
+
+
+def test_tables_and_figures_are_reproduced_once_and_reported_together(reproduce, tmp_path, capsys):
+    for item in ITEMS:
+        assert reproduce(item) == 0
+    runs = sorted((tmp_path / "r" / "runs").iterdir())
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*.tar")}
+    assert reproduce("table5") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*.tar")} == written
+    (tmp_path / "r" / "index.html").unlink()
+    assert exit_code("reproduce", "report", "--output", tmp_path / "r") == 0
+    page = (tmp_path / "r" / "index.html").read_text()
+    text = (tmp_path / "r" / "README.md").read_text()
+    for item in map(paper_items().__getitem__, ITEMS):
+        assert f"{item.heading}: {item.title}" in page
+        assert item.claim in text
+    assert "5.67" in text  # the paper's FID at threshold 0.7
+    assert page.count("data:image/png;base64,") == text.count("![") == 3
+    for name in re.findall(r"runs/(run_\w+)/grid\.png", text):
+        assert tmp_path / "r" / "runs" / name in runs
+    rows = json.loads((tmp_path / "r" / "table6.json").read_text())
+    assert [bool(row["obstacle"]) for row in rows] == [False, False, True, False]
+
+
+def test_table7_prints_the_settings_of_every_row_and_writes_nothing(tmp_path, capsys):
+    assert exit_code("reproduce", "table7", "--output", tmp_path / "r") == 0
+    out = capsys.readouterr().out
+    assert out.count("--sag.kernel_size 31") >= 20
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("table11",), ("item", "table11", "table10")),
+        (("report",), ("--output", "none")),
+        (("table5", "--num_samples", "1"), ("--num_samples", "1")),
+        (("table5", "--sampler", "euler"), ("--sampler", "euler")),
+        (("table5", "--model", "nothing"), ("--model", "nothing")),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused_in_one_line(arguments, names, tmp_path, capsys):
+    assert exit_code("reproduce", *arguments, "--output", tmp_path / "r") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in names)

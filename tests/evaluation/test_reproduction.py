@@ -1,0 +1,94 @@
+import shlex
+
+import pytest
+
+from sagl.evaluation.paper import paper_items
+from sagl.evaluation.reproduction import Target, plan_reproduction, translate_site
+from sagl.models.zoo import get_unet_settings
+
+GARMENTS = get_unet_settings("fashion_mnist")[0]
+IMAGENET128 = get_unet_settings("imagenet128")[0]
+ON_GARMENTS = Target(name="fashion_mnist", network=GARMENTS, classifier="fashion_mnist_classifier", num_samples=500)
+
+
+def rows(name, target=None):
+    return {row.row.name: row for row in plan_reproduction(paper_items()[name], target or Target())}
+
+
+def options_of(row):
+    return dict(zip(row.options[::2], row.options[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        ("output.8", "output.5"),  # the finest resolution
+        ("output.2", "output.2"),  # the coarsest
+        ("input.8", "input.5"),
+        ("input.14", "input.8"),
+        ("middle", "middle"),
+    ],
+)
+def test_a_block_is_translated_by_the_rank_of_its_resolution(site, expected):
+    assert translate_site(site, IMAGENET128, GARMENTS) == expected
+    assert translate_site(site, IMAGENET128, IMAGENET128) == site
+
+
+@pytest.mark.parametrize("site", ["output.5", "input.11"])
+def test_a_block_of_an_intermediate_resolution_that_the_network_lacks_is_named(site):
+    assert translate_site(site, IMAGENET128, IMAGENET128) == site
+    with pytest.raises(LookupError, match=site):
+        translate_site(site, IMAGENET128, GARMENTS)
+
+
+def test_without_a_network_the_settings_are_those_of_the_paper():
+    row = rows("table2")["ImageNet 256x256 with labels, SAG 0.2"]
+    expected = {"--model": "imagenet256_cond", "--num_samples": "50000", "--sampler": "ddpm", "--respacing": "250"}
+    expected |= {"--sag.scale": "0.2", "--sag.site": "output.2", "--sag.blur_sigma": "9", "--sag.kernel_size": "31"}
+    assert expected.items() <= options_of(row).items()
+    assert row.translation == ()
+
+
+def test_on_another_network_sigma_shrinks_with_the_image_and_every_change_is_named():
+    row = rows("table9", ON_GARMENTS)["sigma 9"]
+    assert options_of(row)["--sag.blur_sigma"] == "2.25"
+    text = " ".join(row.translation)
+    assert all(word in text for word in ("imagenet128", "10000", "output.8", "9 of 128"))
+
+
+def test_a_network_with_labels_takes_none_where_the_papers_has_none():
+    table = rows("table2", ON_GARMENTS)
+    assert options_of(table["LSUN Cat"])["--labels"] == "null"
+    assert options_of(table["ImageNet 256x256 with labels"])["--labels"] == "random"
+
+
+def test_a_row_that_cannot_be_made_says_why():
+    no_classifier = Target(name="n.safetensors", network=GARMENTS)
+    table = rows("table3", no_classifier)
+    assert "n.safetensors" in table["classifier"].obstacle
+    assert "output.5" in rows("table6", ON_GARMENTS)["output.5"].obstacle
+    assert not table["SAG"].obstacle
+
+
+def test_rows_of_several_tables_with_equal_options_share_a_run():
+    unguided = {rows(name, ON_GARMENTS)["unguided"].run_name for name in ("table4", "table5", "table6", "table9")}
+    assert len(unguided) == 1
+    assert rows("table5", ON_GARMENTS)["threshold 1.0"].run_name == rows("table9", ON_GARMENTS)["sigma 3"].run_name
+
+
+def test_every_table_and_figure_of_the_paper_has_a_config():
+    assert list(paper_items()) == [f"table{k}" for k in (1, 2, 3, 4, 5, 6, 8, 9, 10)] + [
+        f"figure{k}" for k in range(1, 14)
+    ]
+
+
+@pytest.mark.parametrize("target", [Target(), ON_GARMENTS], ids=["paper", "garments"])
+@pytest.mark.parametrize("name", paper_items())
+def test_the_options_of_every_row_are_accepted(name, target):
+    from sagl.commands._config import parse_sample_config
+
+    for row in plan_reproduction(paper_items()[name], target):
+        if not row.obstacle:
+            config = parse_sample_config(shlex.split(shlex.join(row.options)))
+            assert config.guidances["sag"].scale == row.row.guidances["sag"].get("scale", 0)
+            assert not config.guidances["cfg"].scale
