@@ -30,7 +30,8 @@ from sagl.utils.environment import disable_malloc_trim
 
 ALL = 10_000
 """More candidates than any study has."""
-OTHER = "plain at equal cost (evaluations), or the first network"
+OTHER = "plain, equal cost"
+"""Column of plain sampling at equal cost; in the unguided row of a further network it is the first network."""
 
 
 def study_parser() -> Parser:
@@ -74,12 +75,16 @@ def study_network(arguments: list[str], title: str, first: Measurement | None) -
     with launch(config.devices) as ranks:
         study, comparison = tuning.open(config.output / "features", ranks)
         unguided = Setting(sampler=config.sampler)
-        plain = [study.at_equal_cost(candidate) for candidate in candidates]
-        settings = [unguided, *candidates, *plain]
-        missing = study.missing(settings, ids)
+        missing = study.missing([unguided, *candidates], ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
-        print(f"{title}: {len(candidates)} settings, {nfe:,} network evaluations to do.", flush=True)
-        study.sample(settings, ids, title, config.progress)
+        print(
+            f"{title}: {len(candidates)} settings, {nfe:,} network evaluations, and at most as many of plain sampling.",
+            flush=True,
+        )
+        study.sample([unguided, *candidates], ids, title, config.progress)
+        plain = [study.at_equal_cost(candidate, study.features(candidate, ids).nfe) for candidate in candidates]
+        study.sample(plain, ids, f"{title}, plain sampling", config.progress)
+        settings = [unguided, *candidates, *plain]
     assert comparison is not None
     distinct = {str(setting.values): setting for setting in settings}  # several may have the same cost
     measured = {key: comparison.measure(study.features(setting, ids)) for key, setting in distinct.items()}
@@ -99,7 +104,7 @@ def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement 
     texts = ["", ""]
     if other is not None:
         difference = row.difference(other)
-        texts = [f"{other.values['fd']:,.2f} ({other.nfe})"]
+        texts = [f"{other.values['fd']:,.2f} ({other.nfe:g})"]
         texts.append("{:+,.2f} ({:+,.2f} … {:+,.2f})".format(*difference) if difference else "")
     return replace(result, cells=(*result.cells, *(Cell(text=text) for text in texts)))
 

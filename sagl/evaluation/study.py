@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sagl.errors import require
+from sagl.diffusion.respacing import respaced_timesteps
+from sagl.errors import UserError, require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.guidance.registry import GUIDANCES
 from sagl.metrics.bootstrap import Interval, paired_difference, resample
@@ -21,7 +23,7 @@ from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.metrics.precision_recall import NUM_NEIGHBORS, precision_recall
 from sagl.metrics.statistics_file import Reference
-from sagl.sampling.batch import check_finite
+from sagl.sampling.batch import check_finite, collect_nfe
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import GuidanceSettings
@@ -54,12 +56,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features of the same ids in one setting, and the number of network evaluations of each image."""
+    """Features of some ids in one setting."""
 
     setting: Setting
     pooled: Tensor
     """(N, D) float32."""
-    nfe: int
+    nfe: float
+    """Mean number of network evaluations per image."""
 
 
 @dataclass(kw_only=True)
@@ -130,47 +133,52 @@ class Study:
         jobs = ranks.broadcast(self.missing(settings, ids) if ranks.rank == 0 else None)
         with ProgressReporter(title, sum(len(batch) for _, batch in jobs), progress if ranks.rank == 0 else "off") as p:
             for setting, batch in ranks.share(jobs):
+                features = self._compute_features(setting, batch)
                 with atomic_file(self._path(setting, batch)) as partial, partial.open("wb") as file:
-                    np.save(file, self._compute_features(setting, batch).numpy())
+                    np.savez(file, pooled=features.pooled.numpy(), nfe=features.nfe)
                 p.advance(min(len(batch) * ranks.world_size, (p.total or 0) - p.completed))
             ranks.wait()
 
     def features(self, setting: Setting, ids: range) -> Features:
         """Read the features of some ids, which must have been sampled."""
-        batches = self._batches(ids)
-        stored = np.concatenate([np.load(self._path(setting, batch)) for batch in batches])
+        batches, parts = self._batches(ids), []
+        for batch in batches:
+            with np.load(self._path(setting, batch)) as arrays:
+                parts.append((arrays["pooled"], float(arrays["nfe"])))
         first = ids.start - batches[0][0]
-        pooled = torch.from_numpy(stored[first : first + len(ids)])
-        return Features(setting=setting, pooled=pooled, nfe=self.pipeline_for(setting).nfe)
+        pooled = np.concatenate([pooled for pooled, _ in parts])[first : first + len(ids)]
+        return Features(setting=setting, pooled=torch.from_numpy(pooled), nfe=mean(nfe for _, nfe in parts))
 
-    def at_equal_cost(self, setting: Setting) -> Setting:
-        """Return unguided sampling with so many steps that it takes about as many network evaluations as `setting`.
+    def at_equal_cost(self, setting: Setting, nfe: float) -> Setting:
+        """Return unguided sampling with so many steps that it takes about `nfe` network evaluations.
 
-        The timesteps are at one integer stride if those of `setting` are and there is one, else evenly spaced.
+        The timesteps are respaced as those of `setting` if that is possible, else evenly.
         """
-        nfe, plain = self.pipeline_for(setting).nfe, self.pipeline_for(setting.unguided)
-        num_timesteps = self.pipeline.diffusion.num_timesteps
+        plain, num_timesteps = self.pipeline_for(setting.unguided), self.pipeline.diffusion.num_timesteps
         num_steps = min(round(nfe * plain.schedule.num_steps / plain.nfe), num_timesteps)
-        is_fixed_stride = setting.sampler.respacing.startswith("ddim")
-        has_stride = any(len(range(0, num_timesteps, stride)) == num_steps for stride in range(1, num_timesteps + 1))
-        respacing = f"ddim{num_steps}" if is_fixed_stride and has_stride else str(num_steps)
+        respacing = f"{setting.sampler.respacing.rstrip('0123456789,')}{num_steps}"
+        try:
+            respaced_timesteps(respacing, num_timesteps)
+        except UserError:  # there is no integer stride for so many steps
+            respacing = str(num_steps)
         return Setting(sampler=replace(setting.sampler, respacing=respacing))
 
-    def _compute_features(self, setting: Setting, batch: list[int]) -> Tensor:
-        pipeline = self.pipeline_for(setting)
+    def _compute_features(self, setting: Setting, batch: list[int]) -> Features:
+        pipeline, nfe = self.pipeline_for(setting), list[float]()
         with torch.inference_mode():
             labels = make_labels(self.samples, batch, pipeline.network)
-            images, _ = run_to_end(pipeline.sample_progressive(self.samples.seed, batch, labels))
+            steps = collect_nfe(pipeline.sample_progressive(self.samples.seed, batch, labels), nfe)
+            images, _ = run_to_end(steps)
         check_finite(images)
         pooled = extract_features(to_rgb(to_uint8(images)).cpu(), self.extraction.extract).pooled
         require(bool(pooled.isfinite().all()), f"`extractor` {self.extraction.name} must give finite features.")
-        return pooled
+        return Features(setting=setting, pooled=pooled, nfe=sum(nfe))
 
     def _batches(self, ids: range) -> list[list[int]]:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
 
     def _path(self, setting: Setting, batch: list[int]) -> Path:
-        return self.folder / json_sha256({**self.identity, **setting.values})[:16] / f"{batch[0]}.npy"
+        return self.folder / json_sha256({**self.identity, **setting.values})[:16] / f"{batch[0]}.npz"
 
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -181,8 +189,8 @@ class Measurement:
     """Metrics of one setting over some ids."""
 
     setting: Setting
-    nfe: int
-    """Network evaluations per image."""
+    nfe: float
+    """Mean number of network evaluations per image."""
     num_samples: int
     values: Mapping[str, float]
     """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features."""

@@ -136,7 +136,8 @@ class Tuning:
     ) -> TuningResult | None:
         """Measure the best candidate on fresh ids, in all ranks. Only rank 0, which has the comparison, returns it."""
         best = self.candidates[rounds[-1].ranking[0]]
-        settings = {"unguided": best.unguided, "best": best, "plain": study.at_equal_cost(best)}
+        plain = study.at_equal_cost(best, study.features(best, rounds[-1].ids).nfe)
+        settings = {"unguided": best.unguided, "best": best, "plain": plain}
         study.sample(list(settings.values()), self.report_ids, "report", progress)
         if comparison is None:
             return None

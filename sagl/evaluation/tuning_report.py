@@ -41,8 +41,8 @@ def describe_result(tuning: Tuning, result: TuningResult) -> list[str]:
     ids, best = tuning.report_ids, result.best
     return [
         f"{len(ids)} images, ids {ids[0]} … {ids[-1]}, {tuning.extractor}, reference {tuning.reference}.",
-        _describe(best, result.unguided, f"unguided sampling of {result.unguided.nfe} network evaluations per image"),
-        _describe(best, result.plain, f"plain sampling of {result.plain.nfe} network evaluations per image"),
+        _describe(best, result.unguided, f"unguided sampling of {result.unguided.nfe:g} network evaluations per image"),
+        _describe(best, result.plain, f"plain sampling of {result.plain.nfe:g} network evaluations per image"),
     ]
 
 
@@ -127,7 +127,7 @@ def measurement_row(name: str, row: Measurement, baseline: Measurement, note: st
     """Return the row of a measurement in a table with `COLUMNS`; `baseline` is unguided sampling over the same ids."""
     difference = row.difference(baseline) if row is not baseline else None
     fractions = (f"{row.values[key]:.3f}" if key in row.values else "" for key in ("precision", "recall"))
-    texts = [str(row.nfe), f"{row.values['fd']:,.2f}"]
+    texts = [f"{row.nfe:g}", f"{row.values['fd']:,.2f}"]
     texts += (
         [f"{difference.estimate:+,.2f}", f"{difference.low:+,.2f} … {difference.high:+,.2f}"]
         if difference
@@ -187,10 +187,10 @@ def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:
     The vertical range ends at the largest difference after the first round; candidates above it are drawn at its end.
     """
     lines = []
-    for number, last in last_rounds(result).items():
+    for number in last_rounds(result):
         points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in result.rounds if number in r.distances]
-        lines.append(Line(name=f"candidate {number}", points=points, best=number == result.best_number))
-        assert points[-1][0] == len(last.ids)
+        name = describe_setting(tuning.candidates[number], tuning.space)
+        lines.append(Line(name=name, points=points, best=number == result.best_number))
     later = [y for line in lines for x, y in line.points if x > len(result.rounds[0].ids)]
     values = [0.0, *(later or [y for line in lines for _, y in line.points])]
     margin = 0.08 * (max(values) - min(values)) or 1.0

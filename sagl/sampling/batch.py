@@ -45,7 +45,7 @@ def sample_batch(
 
         def sample(pipeline: SamplingPipeline) -> tuple[Image, Tensor | None, float]:
             nfe: list[float] = []
-            steps = _collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
+            steps = collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
             images, mask_frequency = run_to_end(progress.track_steps(steps, pipeline.schedule.num_steps))
             check_finite(images)
             return images, mask_frequency, sum(nfe)
@@ -66,7 +66,7 @@ def sample_batch(
     return result, nfe
 
 
-def _collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
+def collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
     """Yield the steps of a trajectory, and append the network evaluations of each to `nfe`."""
     for step, x, prediction in trajectory:
         nfe.append(prediction.nfe)

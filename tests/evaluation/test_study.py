@@ -62,7 +62,7 @@ def test_features_are_those_of_the_images_that_sample_writes(tmp_path):
 
 def test_an_interrupted_study_samples_only_what_is_missing(tmp_path, monkeypatch):
     study, expected = open_study(tmp_path), sampled(open_study(tmp_path), GUIDED, range(8)).pooled
-    for path in study.folder.rglob("4.npy"):
+    for path in study.folder.rglob("4.npz"):
         path.unlink()
     assert study.missing([GUIDED], range(8)) == [(GUIDED, [4, 5, 6, 7])]
     compute = Study._compute_features
@@ -101,11 +101,14 @@ def test_metrics_and_differences_are_those_of_the_metrics_package():
         ("ddim25", (0.5, 1), "ddim38"),
         ("ddim25", (0.52, 1), "37"),
         ("25", (0, 1), "50"),
+        ("logsnr9", (0, 1), "logsnr18"),
+        ("5,4,3", (0, 1), "24"),
         ("900", (0, 1), "1000"),
     ],
 )
 def test_plain_sampling_at_equal_cost_has_a_step_for_every_network_evaluation(respacing, interval, expected, tmp_path):
     guidances = {"sag": SelfAttentionGuidance(scale=0.5, site="middle", interval=interval)}
     guided = Setting(sampler=SamplerSettings(sampler="ddim", respacing=respacing), guidances=guidances)
-    plain = open_study(tmp_path).at_equal_cost(guided)
+    study = open_study(tmp_path)
+    plain = study.at_equal_cost(guided, study.pipeline_for(guided).nfe)
     assert (plain.sampler.sampler, plain.sampler.respacing, plain.guidances) == ("ddim", expected, {})
