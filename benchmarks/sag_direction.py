@@ -4,7 +4,8 @@
 
 In every sampling step, d = eps(x_t) - eps(x_t_degraded) is split into a k u and a rest, where
 u = m · (x0_hat - blur(x0_hat)) and k = √(alpha_bar / (1 - alpha_bar)), so that a k u changes x0_hat by -a u. The script
-prints a, the explained part of the energy of d, and its energy by frequency; it writes OUTPUT.json and OUTPUT.png.
+prints a, the explained part of the energy of d, the change of x0_hat at scale 1 as a part of x0_hat (root mean squares;
+compare `stop_below`), and the energy of d by frequency; it writes OUTPUT.json and OUTPUT.png.
 The chains are those without guidance. The plot needs matplotlib: pip install 'sagl[plots]'.
 """
 
@@ -72,6 +73,7 @@ def measure(pipeline: SamplingPipeline, samples: RunSettings, blur_sigma: float)
             u = mask * (x0_hat - gaussian_blur(x0_hat, kernel_size, blur_sigma))
             part = project(d, u)
             values = {"du": (d * u).sum(), "uu": u.square().sum(), "mask": mask.float().mean()}
+            values["x0_hat"] = x0_hat.square().sum()
             values |= {"direction": band_energies(d), "unsharp": band_energies(part), "rest": band_energies(d - part)}
             for name, value in values.items():
                 sums[step][name] = sums[step][name] + value.double()
@@ -89,6 +91,7 @@ def row(pipeline: SamplingPipeline, step: int, sums: Sums, num_batches: int) -> 
         "a": float(sums["du"] / sums["uu"] / k),
         "explained_by_a": float(sums["du"] ** 2 / sums["uu"] / total),
         "explained_per_sample": float(energies["unsharp"].sum() / total),
+        "change": float((total / sums["x0_hat"]).sqrt()) / k,
         "mask": float(sums["mask"]) / num_batches,
         **{f"{name}_bands": (energy / total).tolist() for name, energy in energies.items()},
     }
@@ -138,11 +141,11 @@ def main() -> None:
     pipeline = build_pipeline(network, weights.diffusion, sampler, {"sag": sag})
     sums, num_batches = measure(pipeline, samples, a.blur_sigma), len(list(id_batches(samples)))
     rows = [row(pipeline, step, sums[step], num_batches) for step in sorted(sums, reverse=True)]
-    print("| timestep | a | explained, one a | explained, per sample | masked | unsharp mask by band | rest by band |")
-    print("|---" * 7 + "|")
+    print("| timestep | a | explained, one a | explained, per sample | change | masked | unsharp mask by band | rest |")
+    print("|---" * 8 + "|")
     for r in rows:
         bands = (" ".join(f"{value:.2f}" for value in r[f"{name}_bands"]) for name in ("unsharp", "rest"))
-        numbers = (r[name] for name in ("a", "explained_by_a", "explained_per_sample", "mask"))
+        numbers = (r[name] for name in ("a", "explained_by_a", "explained_per_sample", "change", "mask"))
         print(f"| {r['timestep']} | " + " | ".join(f"{n:.3f}" for n in numbers) + f" | {' | '.join(bands)} |")
     settings = {name: str(value) for name, value in vars(a).items() if name != "output"}
     a.output.with_suffix(".json").write_text(json.dumps({"settings": settings, "steps": rows}, indent=1) + "\n")
