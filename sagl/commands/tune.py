@@ -87,6 +87,8 @@ def plan(
     from sagl.evaluation.evaluate import default_extractor
     from sagl.evaluation.tuning import Tuning, default_space, make_candidates
 
+    num_samples = config.samples.num_samples
+    require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
     run = SamplingRun.without_folder(config)
     space = default_space(settings.method, run.network) | parse_search(search)
     candidates = make_candidates(run, space, settings.candidates)

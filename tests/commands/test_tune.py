@@ -115,6 +115,8 @@ def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limi
         (("--search", "sag.site", "output.9"), ("sag.site", "output.9")),
         (("--search", "sag.scale", 0), ("--search", "0.0")),
         (("--method", "fog"), ("--method", "fog")),
+        (("--num_samples", 1), ("--num_samples", "1")),
+        (("--bootstrap", 5), ("--bootstrap", "5")),
         (("--reference", "nowhere"), ("--reference", "nowhere")),
     ],
 )
