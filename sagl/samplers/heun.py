@@ -24,8 +24,8 @@ def heun(
 
     A step is taken with x0_hat, and again with x0_hat linear in lambda between both ends of the step (Hochbruck &
     Ostermann 2010, exponential Runge-Kutta methods of order 2). Karras et al. 2022 (algorithm 1) average eps over
-    sigma / alpha instead. This fails on the cosine schedule, whose first step goes from sigma / alpha = 20,000 to
-    about 10: errors of eps are multiplied by the difference.
+    sigma / alpha instead. This fails on the cosine schedule, where sigma / alpha falls from 20,000 to 6 in the first of
+    ten steps: errors of eps are multiplied by the difference.
 
     Args:
         predict: the network, with or without guidance; a step's second evaluation is at the next step.
