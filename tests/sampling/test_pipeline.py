@@ -249,6 +249,7 @@ def test_an_unknown_guidance_is_refused():
         ({"scale": 0.0}, [2, 2, 2, 1]),
         ({}, [4, 4, 4, 2]),
         ({"interval": (0.5, 0.75)}, [2, 3, 3, 1]),  # a step's second evaluation is at the next step
+        ({"renew_every": 2}, [3, 3, 3, 1]),
         ({"interval": (0.5, 0.75), "cfg_scale": 1.0}, [4, 5, 5, 2]),
     ],
 )
