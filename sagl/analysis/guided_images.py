@@ -8,11 +8,11 @@ import torch
 
 from sagl.analysis.figures import figure, show_image
 from sagl.analysis.registry import AnalysisRequest
-from sagl.diffusion.noise import initial_noise
+from sagl.diffusion.noise import SampleKeys, initial_noise
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
-from sagl.guidance.masks import attention_mask
-from sagl.guidance.sag import degrade_input, gaussian_blur
+from sagl.guidance.masks import average_sites, build_mask
+from sagl.guidance.sag import blend, degrade_input, gaussian_blur
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
 from sagl.settings.sampling import id_batches
@@ -21,8 +21,6 @@ from sagl.utils.images import to_uint8
 
 LARGE_SCALES = (1.0, 2.0, 4.0, 8.0)
 """Scales at which blur guidance and self-attention guidance are compared."""
-MASKS_EVERYTHING = -1.0
-"""Threshold that every token exceeds."""
 NUM_SHOWN = 8
 """Samples in a figure."""
 
@@ -68,7 +66,7 @@ def analyze_blur(request: AnalysisRequest) -> dict[str, Any]:
     rows, numbers = {"unguided": unguided}, {}
     for scale in LARGE_SCALES:
         sag = replace(request.sag, scale=scale)
-        everywhere = replace(sag, threshold=MASKS_EVERYTHING)  # eq. 15
+        everywhere = replace(sag, mask="global", area_fraction=None, soft=False)  # eq. 15
         for name, settings in {"blur": everywhere, "SAG": sag}.items():
             images = rows[f"{name}, scale {scale:g}"] = sample_guided(request, {"sag": settings})
             numbers[f"{name} {scale:g}"] = {
@@ -110,13 +108,17 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         if step == shown:
             break
         x_t = x
-    site, size = AttentionSite(sag.site, sag.heads), network.settings.image_size
-    condition = Condition(labels=None if labels is None else labels.to(device), attention_sites=(site,))
+    size, sites = network.settings.image_size, [AttentionSite(name, sag.heads) for name in sag.sites]
+    condition = Condition(
+        labels=None if labels is None else labels.to(device),
+        attention_sites=tuple(sites),
+        samples=SampleKeys(samples.seed, batch),
+    )
     predict = make_predictor(network, schedule, pipeline.diffusion.variance)
     base, alpha_bar = predict(x_t, shown, condition), schedule.alpha_bar(shown)
     x0_hat = maybe_clip(x0_hat_from_eps(x_t, base.eps, alpha_bar), sag.clip_x0)
     blurred = gaussian_blur(x0_hat, effective_kernel_size(sag.kernel_size, size), sag.blur_sigma)
-    mask = attention_mask(base.attention[site], sag.threshold, (size, size))
+    mask = build_mask(sag, sites)(x0_hat, shown, condition, base.attention)
     degraded = degrade_input(x0_hat, blurred, mask, base.eps, alpha_bar)
     weak = predict(degraded, shown, replace(condition, attention_sites=(), degraded=True))
     noisy_blurred = degrade_input(x0_hat, blurred, torch.ones_like(mask), base.eps, alpha_bar)
@@ -124,16 +126,19 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         "xₜ": x_t,
         "estimate of x₀": x0_hat,
         "x̃ₜ": noisy_blurred,
-        "masked part blurred": torch.where(mask, blurred, x0_hat),
+        "masked part blurred": blend(x0_hat, blurred, mask),
         "x̄ₜ": degraded,
         "ε": base.eps,
         "ε′": weak.eps,
     }
     difference = base.eps - weak.eps
     with figure(request.figure, 1, len(pictures) + 3, (2, 2.2)) as (_, axes):
-        attention = base.attention[site][row].mean(dim=0).float().cpu()
-        show_image(axes[0, 0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
-        show_image(axes[0, 1], mask[row, 0].byte().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
+        if sites:
+            attention = average_sites([base.attention[site] for site in sites], sag.head)[row, 0].float().cpu()
+            show_image(axes[0, 0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
+        else:
+            axes[0, 0].set_visible(False)
+        show_image(axes[0, 1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
         for ax, (title, image) in zip(axes[0, 2:], pictures.items(), strict=False):
             show_image(ax, _displayed(image[row]), title)
         show_image(axes[0, -1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")

@@ -27,6 +27,16 @@ def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(analysi
 
 
 @pytest.mark.parametrize(
+    "mask", [("global",), ("random", "--sag.site", "middle,output.1"), ("attention", "--sag.soft", "true")]
+)
+def test_a_step_is_drawn_with_the_mask_of_its_settings(mask, tmp_path):
+    network = write_grey_unet(tmp_path / "n.safetensors")
+    assert exit_code("analyze", "step", "--checkpoint", network, "--output", tmp_path, *FLAGS, "--sag.mask", *mask) == 0
+    fraction = json.loads((tmp_path / "step.json").read_text())["numbers"]["masked_fraction"]
+    assert fraction == 1 if mask == ("global",) else 0 < fraction < 1
+
+
+@pytest.mark.parametrize(
     ("flags", "names"),
     [
         (("nothing",), ("analysis", "nothing", "frequency")),
