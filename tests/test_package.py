@@ -31,11 +31,9 @@ def run(installed, folder, *arguments):
 
 def test_the_wheel_holds_code_weights_and_configs_and_nothing_else(installed):
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    configs = {f"sagl/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {f"sagl/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     weights = {f"sagl/models/weights/{name}.safetensors" for name in ("fashion_mnist", "fashion_mnist_classifier")}
-    assert (
-        configs | weights | {"sagl/cli.py", "sagl/evaluation/paper.yaml", "sagl/evaluation/report.html.jinja"} <= names
-    )
+    assert configs | weights | {"sagl/cli.py", "sagl/data/emoji_test.npz", "sagl/evaluation/report.html.jinja"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sagl"}
     assert {Path(name).suffix for name in names if name.startswith("sagl/")} == {
         ".py",
