@@ -53,10 +53,16 @@ def require_choices(settings: object, prefix: str = "") -> None:
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean …?" with the most similar candidate, or an empty string if none is similar."""
+    """Return " Did you mean …?" with the most similar candidate, or an empty string if none is similar.
+
+    The first candidate with the name as its last part goes before all others: scale -> sag.scale.
+    """
     candidates = list(candidates)
     by_last_part = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-    similar = get_close_matches(name, candidates, n=1, cutoff=0.6) or [
-        by_last_part[part] for part in get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.7)
-    ]
+    same = [candidate for candidate in candidates if candidate.rsplit(".", 1)[-1] == name]
+    similar = (
+        same
+        or get_close_matches(name, candidates, n=1, cutoff=0.6)
+        or [by_last_part[part] for part in get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.7)]
+    )
     return f" Did you mean {similar[0]}?" if similar else ""

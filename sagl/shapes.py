@@ -3,6 +3,7 @@
 B samples of a batch, C channels, H and W height and width in pixels, L = H·W tokens, d channels per head.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,9 @@ TokenMap = Tensor
 """(B, head, H, W) one number per token of a feature map and head."""
 Mask = Tensor
 """(B, 1, H, W): bool, True where a pixel is degraded; or float in [0, 1], the weight of its degraded value."""
+
+AttentionEdit = Callable[[Heads, Heads, Heads, tuple[int, int]], Heads]
+"""(queries, keys, values, (H, W)) -> (B, head, L, d): a function that replaces eq. 14 in one attention layer."""
 
 HeadLayout = Literal["layer", "sag_release"]
 

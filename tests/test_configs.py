@@ -14,7 +14,7 @@ from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import meta_state_dict
 from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, get_unet_settings
-from sagl.settings.compatibility import check_classifier
+from sagl.settings.compatibility import check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
@@ -127,7 +127,9 @@ def test_the_classifier_configuration_has_the_process_of_the_bundled_network_and
     )
     assert classifier["diffusion"] == network["diffusion"]
     settings = ClassifierSettings(**classifier["classifier"])
-    check_classifier(settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings())
+    check_second_network(
+        "classifier.checkpoint", settings, DiffusionSettings(), UNetSettings(**network["network"]), DiffusionSettings()
+    )
     assert sum(tensor.numel() for tensor in meta_state_dict(settings).values()) <= 1.3e6
 
 

@@ -33,7 +33,7 @@ def extended(tmp_path_factory):
     package = folder / "sagl"
     shutil.copytree(ROOT / "sagl", package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "configs").symlink_to(ROOT / "configs")
-    (package / "guidance" / "autoguidance.py").write_text(block(GUIDANCE_PAGE, "python"))
+    (package / "guidance" / "independent_condition.py").write_text(block(GUIDANCE_PAGE, "python"))
     head = "GUIDANCES: dict[str, GuidanceEntry] = {"
     add_entry(package / "guidance" / "registry.py", head, block(GUIDANCE_PAGE, "text"))
     (package / "samplers" / "plms.py").write_text(block(SAMPLER_PAGE, "python"))
@@ -52,9 +52,9 @@ def extended(tmp_path_factory):
 
 def test_the_help_has_the_flags_of_the_new_method_and_the_new_sampler(extended):
     text = extended("sample", "--help")
-    for setting in ("scale", "interval", "weak_checkpoint"):
-        assert f"--autoguidance.{setting}" in text
-    assert "Weaker network" in text
+    for setting in ("scale", "interval", "redraw"):
+        assert f"--icg.{setting}" in text
+    assert "Draw another class" in text
     assert "plms" in text
 
 
@@ -63,10 +63,10 @@ def test_the_commands_of_the_page_sample_record_and_compare(extended):
     for command in (block(GUIDANCE_PAGE, "bash") + block(SAMPLER_PAGE, "bash")).splitlines():
         _, verb, *arguments = shlex.split(command)
         extended(verb, *arguments, *SHORT[verb])
-    strong, guided, solved = (
-        json.loads((extended.folder / name / "run.json").read_text()) for name in ("strong", "autoguided", "solved")
+    plain, guided, solved = (
+        json.loads((extended.folder / name / "run.json").read_text()) for name in ("plain", "guided", "solved")
     )
-    assert guided["settings"]["autoguidance"]["scale"] == 0.5
-    assert guided["nfe"] > strong["nfe"]
-    assert "autoguidance" in (extended.folder / "comparison.html").read_text()
+    assert guided["settings"]["icg"]["scale"] == 0.5
+    assert guided["nfe"] > plain["nfe"]
+    assert "icg" in (extended.folder / "comparison.html").read_text()
     assert solved["settings"]["sampler"] == "plms"

@@ -1,6 +1,7 @@
 """What a GPU is given to do, counted on fake CUDA tensors and on the meta device."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import yaml
 from torchmetrics.image.fid import _compute_fid
 
 from sagl.diffusion.schedule import make_schedule
+from sagl.guidance.perturbed_attention import attend_to_self
+from sagl.guidance.registry import GUIDANCES
+from sagl.guidance.smoothed_energy import attend_with_blurred_queries
+from sagl.guidance.token_perturbation import attend_to_shuffled
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.metrics.features import Features
 from sagl.models import normalization
@@ -29,6 +34,13 @@ from tests.helpers.networks import COLOUR, GREY
 from tests.helpers.training import with_stub_trainer
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
+
+
+def methods(*names):
+    """Settings of guidance methods with their defaults."""
+    return {name: GUIDANCES[name].settings_class(scale=0.3) for name in names}
+
+
 CFG_AND_SAG = {"cfg": ClassifierFreeGuidance(scale=1.0), **SAG}
 UNCONDITIONAL = UNetSettings(**GREY | {"num_classes": None, "null_label": False})
 OTHER_CONFIGS = ("lsun_horse", "imagenet128", "imagenet256_cond", "imagenet256_uncond")
@@ -60,6 +72,8 @@ def guided_step(sampler, guidances):
         *(("ddpm", guidances, 1) for guidances in ({}, SAG, CFG_AND_SAG)),
         *((sampler, SAG, 0) for sampler in ("ddim", "dpm++2m", "heun", "unipc")),
         ("ddim", CFG_AND_SAG, 0),
+        ("ddim", methods("blur", "pag", "seg", "history", "eps_scaling"), 0),
+        ("ddim", methods("tpg", "tsg"), 2),  # the permutations, and the noise of the embedding
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
 )
@@ -134,6 +148,26 @@ def test_a_network_compiles_as_one_graph_of_a_size_that_no_batch_changes(sites, 
     sizes = [graphs(batch, sites) for batch in (2, 8, 32)]
     assert len(sizes[0]) == 1
     assert sizes[0] == sizes[1] == sizes[2]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_not_compiled_again_for_other_random_numbers_of_guidance():
+    nodes = []
+
+    def count(graph, inputs):
+        nodes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(meta_unet(UNCONDITIONAL).eval().requires_grad_(False), backend=count, dynamic=False)
+    blurred = partial(attend_with_blurred_queries, 1.0)
+    with torch.device("meta"), torch.inference_mode():
+        x, timesteps = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+        for _ in range(3):
+            shuffled = partial(attend_to_shuffled, torch.zeros(2, 64, dtype=torch.int64))
+            edits = (("middle", shuffled), ("output.0", attend_to_self), ("output.1", blurred))
+            compiled(x, timesteps, attention_edits=edits, timestep_noise=torch.zeros(2, 128))
+    assert len(nodes) == 1
 
 
 # -------------------------------------------------------------------------------------------- training memory

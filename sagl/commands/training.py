@@ -178,6 +178,7 @@ def _build_module(init: Namespace) -> DiffusionModule | ClassifierModule:
 
 
 def _sampling_settings(init: Namespace) -> dict[str, Any]:
-    """Return the sampling settings of the configuration, which checkpoints recommend."""
+    """Return the sampling settings of the configuration, which checkpoints recommend; no method's default settings."""
     sampler = {name: init[name] for name in field_names(SamplerSettings)}
-    return sampler | {name: asdict(init[name]) for name in GUIDANCES}
+    changed = {name: init[name] for name, entry in GUIDANCES.items() if init[name] != entry.settings_class()}
+    return sampler | {name: asdict(settings) for name, settings in changed.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sagl.errors import UserError
 from sagl.shapes import Image
 
 INITIAL_KEY = 0
@@ -50,8 +51,14 @@ def random_labels(seed: int, ids: Sequence[int], num_classes: int) -> list[int]:
     return [int(np.random.default_rng([seed, i, 1]).integers(num_classes)) for i in ids]
 
 
-def guidance_rngs(samples: SampleKeys, method: str, step: int) -> SampleRngs:
-    """Return a generator for each sample, for the random numbers that a guidance method draws in a step."""
+def guidance_rngs(samples: SampleKeys | None, method: str, step: int) -> SampleRngs:
+    """Return a generator for each sample, for the random numbers that a guidance method draws in a step.
+
+    Raises:
+        UserError: there are no `samples`.
+    """
+    if samples is None:
+        raise UserError(f"`samples` must be given for the random numbers of {method} guidance, got none.")
     key = (crc32(method.encode()), step)
     streams = (np.random.SeedSequence([samples.seed, i, GUIDANCE_KEY], spawn_key=key) for i in samples.ids)
     return [np.random.default_rng(stream) for stream in streams]

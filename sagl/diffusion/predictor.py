@@ -12,7 +12,7 @@ from sagl.diffusion.process import cast_like, interpolate_log_variance
 from sagl.diffusion.schedule import Schedule
 from sagl.errors import require
 from sagl.settings.diffusion import Variance
-from sagl.shapes import AttentionSite, Image, Labels, Timestep, TokenMap
+from sagl.shapes import AttentionEdit, AttentionSite, Image, Labels, Timestep, TokenMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,10 @@ class Condition:
     """(B,); None is the null label."""
     attention_sites: tuple[AttentionSite, ...] = ()
     """Sites whose attention is returned."""
+    attention_edits: tuple[tuple[str, AttentionEdit], ...] = ()
+    """Names of blocks with functions that replace their attention; see `AttentionEdit`."""
+    timestep_noise: Tensor | None = None
+    """(B, E): noise that is added to the timestep embedding, in units of its standard deviation."""
     degraded: bool = False
     """True if x_t was degraded; passed to networks with an embedding for it, see `has_degraded_embedding`."""
     samples: SampleKeys | None = None
@@ -78,7 +82,10 @@ class NetworkOutput(Protocol):
 
 
 class EpsNetwork(Protocol):
-    """Any network that predicts eps from (x_t, timestep, labels) and can return attention."""
+    """Any network that predicts eps from (x_t, timestep, labels) and can return attention.
+
+    It gets a condition's `attention_edits` and `timestep_noise` too, if there are any.
+    """
 
     def __call__(
         self,
@@ -102,6 +109,10 @@ def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) 
     def predict(x_t: Image, step: int, condition: Condition) -> Prediction:
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
         kwargs: dict[str, Any] = {"attention_sites": condition.attention_sites}
+        if condition.attention_edits:
+            kwargs["attention_edits"] = condition.attention_edits
+        if condition.timestep_noise is not None:
+            kwargs["timestep_noise"] = condition.timestep_noise
         if condition.degraded and has_degraded_embedding(network):
             kwargs["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
         output = network(x_t, timesteps, condition.labels, **kwargs)

@@ -70,11 +70,15 @@ def _warnings(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def split_settings(runs: Sequence[RunSummary]) -> tuple[list[str], list[str]]:
-    """Return the names of the settings that differ and of those that are equal among the runs where they are active."""
+    """Return the names of the settings that differ and of those that are equal among the runs where they are active.
+
+    The scale of a method that no run uses is in neither list.
+    """
     names = dict.fromkeys(name for run in runs for name in run.settings)
     active = {name: [run.settings.get(name) for run in runs if run.is_active(name)] for name in names}
     different = [name for name, values in active.items() if any(value != values[0] for value in values)]
-    return different, [name for name, values in active.items() if values and name not in different]
+    is_off = {name: name.endswith(".scale") and values[:1] == [0] for name, values in active.items()}
+    return different, [name for name in names if active[name] and name not in different and not is_off[name]]
 
 
 def settings_section(runs: Sequence[RunSummary], names: Iterable[str]) -> Section:

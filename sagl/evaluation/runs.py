@@ -89,6 +89,8 @@ def _read_run(folder: Path, name: str) -> RunSummary:
     first = next(iter_samples(folder, 1), None)
     height, width = (0, 0) if first is None else decode_png(first.pngs[SAMPLES]).shape[:2]
     settings = {"model": network, **flatten(metadata["settings"]), "batch_size": metadata.get("batch_size")}
+    unknown = (f"{name}.scale" for name in GUIDANCES if f"{name}.scale" not in settings)  # a run of an older version
+    settings |= dict.fromkeys(unknown, 0.0)
     return RunSummary(
         name=name,
         folder=str(folder),

@@ -5,7 +5,7 @@ evaluation of the network under another condition. The terms are summed, so n me
 cost 1 + n network evaluations, in any order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.shapes import Image, Timestep
+from sagl.settings.network import UNetSettings
+from sagl.shapes import AttentionEdit, Image, Timestep
 
 NoisyClassifier = Callable[[Image, Timestep], Tensor]
 """A classifier of noisy images: ((B, C, H, W), (B,) timesteps) -> logits (B, classes)."""
@@ -26,11 +27,12 @@ class GuidanceContext:
 
     network: EpsNetwork
     """The network that is guided."""
+    network_settings: UNetSettings
     diffusion: DiffusionSettings
     schedule: Schedule
     """Steps of the sampler."""
-    load_network: Callable[[str], EpsNetwork]
-    """Load another network by name or file, with the device and precision of `network`."""
+    load_network: Callable[[str, str], EpsNetwork]
+    """Load another network: (name or file, weights of a .ckpt), with the device and precision of `network`."""
     load_classifier: Callable[[str], NoisyClassifier]
     """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
 
@@ -92,6 +94,22 @@ def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) ->
 def extrapolate(weak_pred: Prediction, base_pred: Prediction, scale: float) -> GuidanceTerm:
     """Eq. 11, 15, 17: eps' + (1 + s)(eps - eps') = eps + s (eps - eps'), so that s = 0 adds exactly nothing."""
     return GuidanceTerm(eps=scale * (base_pred.eps - weak_pred.eps), nfe=weak_pred.nfe)
+
+
+def guide_by_condition(scale: float, weaken: Callable[[Image, int, Condition], Condition]) -> Guidance:
+    """Return the guidance away from the prediction for the same x_t under the condition that `weaken` returns."""
+
+    def term(
+        predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
+    ) -> GuidanceTerm:
+        return extrapolate(predict(x_t, step, weaken(x_t, step, condition)), base_pred, scale)
+
+    return Guidance(term=term)
+
+
+def edit_attention(condition: Condition, sites: Iterable[str], edit: AttentionEdit) -> Condition:
+    """Return the condition of an evaluation in which `edit` computes the attention of some blocks."""
+    return replace(condition, attention_edits=(*condition.attention_edits, *((site, edit) for site in sites)))
 
 
 def limit_to_interval(guidance: Guidance, interval: tuple[float, float], num_steps: int) -> Guidance:

@@ -38,9 +38,23 @@ class GuidanceEntry:
 
 GUIDANCES: dict[str, GuidanceEntry] = {
     "sag": GuidanceEntry("sagl.settings.guidance:SelfAttentionGuidance", "sagl.guidance.sag:build_sag"),
+    "blur": GuidanceEntry("sagl.settings.guidance:BlurGuidance", "sagl.guidance.blur:build_blur"),
     "cfg": GuidanceEntry("sagl.settings.guidance:ClassifierFreeGuidance", "sagl.guidance.classifier_free:build_cfg"),
     "classifier": GuidanceEntry(
         "sagl.settings.guidance:ClassifierGuidance", "sagl.guidance.classifier:build_classifier_guidance"
     ),
+    "pag": GuidanceEntry(
+        "sagl.settings.guidance:PerturbedAttentionGuidance", "sagl.guidance.perturbed_attention:build_pag"
+    ),
+    "seg": GuidanceEntry("sagl.settings.guidance:SmoothedEnergyGuidance", "sagl.guidance.smoothed_energy:build_seg"),
+    "tpg": GuidanceEntry(
+        "sagl.settings.guidance:TokenPerturbationGuidance", "sagl.guidance.token_perturbation:build_tpg"
+    ),
+    "tsg": GuidanceEntry("sagl.settings.guidance:TimestepGuidance", "sagl.guidance.timestep:build_tsg"),
+    "autoguidance": GuidanceEntry(
+        "sagl.settings.guidance:Autoguidance", "sagl.guidance.autoguidance:build_autoguidance"
+    ),
+    "history": GuidanceEntry("sagl.settings.guidance:HistoryGuidance", "sagl.guidance.history:build_history"),
+    "eps_scaling": GuidanceEntry("sagl.settings.guidance:EpsScaling", "sagl.guidance.eps_scaling:build_eps_scaling"),
 }
 """Guidance methods by the name of their group of settings; terms are summed in this order."""

@@ -16,7 +16,7 @@ from sagl.diffusion.process import cast_like, maybe_clip, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, Term, map_term
 from sagl.guidance.sag import gaussian_blur
-from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
+from sagl.settings.guidance import BlurGuidance, GuidanceSettings, effective_kernel_size
 from sagl.shapes import AlphaBar, Image
 
 DEFAULT_SIGMA = 3.0
@@ -54,9 +54,10 @@ def shape_guidance(guidance: Guidance, settings: GuidanceSettings, schedule: Sch
 
 
 def _build_part(settings: GuidanceSettings) -> Part | None:
-    own_sigma: float = getattr(settings, "blur_sigma", DEFAULT_SIGMA)
+    own_sigma, kernel_size = DEFAULT_SIGMA, None
+    if isinstance(settings, BlurGuidance):
+        own_sigma, kernel_size = settings.blur_sigma, settings.kernel_size
     sigma = own_sigma if settings.shape_sigma is None else settings.shape_sigma
-    kernel_size = getattr(settings, "kernel_size", None)
 
     def blur(images: Image) -> Image:
         return gaussian_blur(images, effective_kernel_size(kernel_size, min(images.shape[-2:])), sigma)

@@ -4,9 +4,8 @@ Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks are nu
 Feature maps are in channels_last. `cpu_kernels.optimize_for_cpu` replaces layers by faster equivalents on CPUs.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from sagl.errors import require
 from sagl.models.attention import attention, attention_received, split_qkv, split_qkv_legacy
-from sagl.models.normalization import NUM_GROUPS, ada_group_norm
+from sagl.models.layers import (
+    AdaGroupNorm,
+    Conv1x1,
+    Downsample,
+    SiLU,
+    Upsample,
+    conv3x3,
+    timestep_embedding,
+    zero_module,
+)
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
-from sagl.shapes import AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
-
-Layer = TypeVar("Layer", bound=nn.Module)
+from sagl.shapes import AttentionEdit, AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
 
 
 class UNetOutput(NamedTuple):
@@ -29,79 +35,6 @@ class UNetOutput(NamedTuple):
     """(B, C or 2C, H, W) float32: eps, followed by the variance channels if the network learns the variance."""
     attention: Mapping[AttentionSite, TokenMap]
     """Attention received at each requested site, (B, head, H, W), mean 1."""
-
-
-def timestep_embedding(timesteps: Timestep, dim: int) -> Tensor:
-    """Embed timesteps as cosines, then sines, at geometric frequencies 1 … 1/10000: (B,) -> (B, dim) float32."""
-    half = dim // 2
-    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * exponents.exp()
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
-
-
-class AdaGroupNorm(nn.GroupNorm):
-    """Adaptive group normalisation (ADM, section 3.1): (1 + scale) · norm(x) + shift, in 32 groups."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(NUM_GROUPS, channels)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Normalise x (B, C, …); `scale` and `shift` are (B, C), or None for plain group normalisation."""
-        return ada_group_norm(x, self.weight, self.bias, scale, shift, self.eps)
-
-
-class SiLU(nn.SiLU):
-    """SiLU that overwrites its input if no gradient is recorded. Use it only on tensors that nothing else reads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-class Conv1x1(nn.Conv1d):
-    """A 1x1 convolution as one matrix product over channels_last features: (B, C, …) -> (B, C', …).
-
-    Its weight has the three dimensions of the Conv1d in OpenAI's code.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Return a 3x3 convolution that keeps the resolution."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-
-def zero_module(layer: Layer) -> Layer:
-    """Set all parameters of the layer to zero and return it."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2): a strided convolution if `use_conv`, otherwise average pooling."""
-
-    def __init__(self, channels: int, *, use_conv: bool) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, followed by a convolution if `use_conv`."""
-
-    def __init__(self, channels: int, *, use_conv: bool) -> None:
-        super().__init__()
-        self.conv = conv3x3(channels, channels) if use_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class ResBlock(nn.Module):
@@ -144,11 +77,18 @@ class AttentionBlock(nn.Module):
         self.qkv = Conv1x1(channels, 3 * channels)
         self.proj_out = zero_module(Conv1x1(channels, channels))
 
-    def forward(self, x: Tensor, head_layouts: Sequence[HeadLayout] = ()) -> tuple[Tensor, list[TokenMap]]:
-        """Return features of the shape of x, and the attention received under each of `head_layouts`."""
+    def forward(
+        self, x: Tensor, head_layouts: Sequence[HeadLayout] = (), edit: AttentionEdit | None = None
+    ) -> tuple[Tensor, list[TokenMap]]:
+        """Return features of the shape of x, and the attention received under each of `head_layouts`.
+
+        `edit` computes the heads in place of eq. 14.
+        """
         size = x.shape[-2:]
         qkv = self.qkv(self.norm(x)).flatten(2).mT  # (B, L, 3C)
-        h = attention(*self.split(qkv, self.num_heads)).transpose(1, 2).flatten(2)
+        q, k, v = self.split(qkv, self.num_heads)
+        heads = attention(q, k, v) if edit is None else edit(q, k, v, (size[0], size[1]))
+        h = heads.transpose(1, 2).flatten(2)
         out = x + self.proj_out(h.mT.unflatten(-1, size))
         return out, [self._attention_received(qkv, heads).unflatten(-1, size) for heads in head_layouts]
 
@@ -169,16 +109,23 @@ class TimestepEmbedSequential(nn.Sequential):
         self.name, self.use_checkpoint = name, use_checkpoint
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, sites: Sequence[AttentionSite] = ()
+        self,
+        x: Tensor,
+        emb: Tensor,
+        sites: Sequence[AttentionSite] = (),
+        edits: Sequence[tuple[str, AttentionEdit]] = (),
     ) -> tuple[Tensor, dict[AttentionSite, TokenMap]]:
-        """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of `sites` that name this block."""
+        """(B, C, H, W), (B, E) -> (B, C', H', W'), and the attention at those of `sites` that name this block.
+
+        `edits` are functions that compute the heads of a block, with its name.
+        """
         sites = [site for site in sites if site.name == self.name]
         maps: list[TokenMap] = []
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = self._call(layer, x, emb)
             elif isinstance(layer, AttentionBlock):
-                x, maps = self._call(layer, x, [site.heads for site in sites])
+                x, maps = self._call(layer, x, [site.heads for site in sites], dict(edits).get(self.name))
             else:
                 x = layer(x)
         return x, dict(zip(sites, maps, strict=True))
@@ -246,6 +193,8 @@ class UNet(Encoder):
         labels: Labels | None = None,
         *,
         attention_sites: Sequence[AttentionSite] = (),
+        attention_edits: Sequence[tuple[str, AttentionEdit]] = (),
+        timestep_noise: Tensor | None = None,
         degraded: Tensor | None = None,
     ) -> UNetOutput:
         """Predict eps, and the variance if it is learned.
@@ -255,27 +204,32 @@ class UNet(Encoder):
             timesteps: (B,), 0…999 of the original process, whatever the respacing.
             labels: (B,) class indices; None is the null label. An unconditional network ignores them.
             attention_sites: sites whose attention is returned.
+            attention_edits: names of blocks with functions that compute their heads in place of eq. 14.
+            timestep_noise: (B, E), added to the timestep embedding in units of its standard deviation.
             degraded: (B,) bool, which samples of x were degraded; ignored without `degraded_embedding`.
 
         Raises:
             UserError: a site has no attention; or labels are missing and the network has no null label.
         """
-        for site in attention_sites:
+        for site in (*attention_sites, *((name,) for name, _ in attention_edits)):
             self.settings.require_site(*site)
-        emb = self._add_label(self.embed(timesteps), labels)
+        emb = self.embed(timesteps)
+        if timestep_noise is not None:
+            emb = emb + emb.std(dim=1, keepdim=True) * timestep_noise.to(emb.dtype)
+        emb = self._add_label(emb, labels)
         if degraded is not None and self.settings.degraded_embedding:
             emb = emb + degraded[:, None] * self.degraded_emb
         h = self.first_features(x, emb)
         skips = [h]
         attention_maps: dict[AttentionSite, TokenMap] = {}
         for block in self.input_blocks[1:]:
-            h, maps = block(h, emb, attention_sites)
+            h, maps = block(h, emb, attention_sites, attention_edits)
             attention_maps |= maps
             skips.append(h)
-        h, maps = self.middle_block(h, emb, attention_sites)
+        h, maps = self.middle_block(h, emb, attention_sites, attention_edits)
         attention_maps |= maps
         for block in self.output_blocks:
-            h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites)
+            h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites, attention_edits)
             attention_maps |= maps
         return UNetOutput(at_least_float32(self.out(h)), attention_maps)
 

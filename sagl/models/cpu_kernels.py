@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sagl.models.adm import AdaGroupNorm, Conv1x1
+from sagl.models.layers import AdaGroupNorm, Conv1x1
 from sagl.utils.environment import has_amx
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -24,7 +24,7 @@ from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import get_classifier_settings
-from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
+from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings
@@ -151,9 +151,10 @@ def build_pipeline(
     check_compatible(network.settings, diffusion, guidances)
     context = GuidanceContext(
         network=network,
+        network_settings=network.settings,
         diffusion=diffusion,
         schedule=make_schedule(diffusion, sampler_settings.respacing),
-        load_network=lambda name: _cast_like(network, build_network(load(name))),
+        load_network=lambda name, weights: _load_weak_network(name, weights, network, diffusion),
         load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
     )
     return SamplingPipeline(
@@ -166,15 +167,28 @@ def build_pipeline(
 
 
 def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
+    parameter = "classifier.checkpoint"
     if not Path(name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES:  # refused before a download
-        check_classifier(*get_classifier_settings(name, "classifier.checkpoint"), network.settings, diffusion)
+        settings = get_classifier_settings(name, parameter)
+        check_second_network(parameter, *settings, network.settings, diffusion)
     try:
         checkpoint = load(name)
         classifier = build_classifier(checkpoint)
     except UserError as error:
-        raise UserError(f"`classifier.checkpoint` {name} cannot be used: {error}") from error
-    check_classifier(classifier.settings, checkpoint.diffusion, network.settings, diffusion)
+        raise UserError(f"`{parameter}` {name} cannot be used: {error}") from error
+    check_second_network(parameter, classifier.settings, checkpoint.diffusion, network.settings, diffusion)
     return _cast_like(network, classifier)
+
+
+def _load_weak_network(name: str, weights: str, network: UNet, diffusion: DiffusionSettings) -> UNet:
+    parameter = "autoguidance.checkpoint"
+    try:
+        checkpoint = load(name, weights)
+        weak_network = build_network(checkpoint)
+    except UserError as error:
+        raise UserError(f"`{parameter}` {name} cannot be used: {error}") from error
+    check_second_network(parameter, weak_network.settings, checkpoint.diffusion, network.settings, diffusion)
+    return _cast_like(network, weak_network)
 
 
 def _cast_like(network: UNet, other: AnyNetwork) -> AnyNetwork:

@@ -248,6 +248,8 @@ def _digest(metadata: Mapping[str, Any]) -> str:
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """Check that the folder is new or empty, or contains a run of these settings.
 
+    Settings of a guidance method whose scale is 0 or missing in both may differ.
+
     Args:
         folder: may be missing.
         settings: nested settings that decide an image; the number of images is not among them.
@@ -266,9 +268,11 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
         )
         return
     old, new = flatten(metadata["settings"]), flatten(json.loads(json.dumps(settings)))
+    scales = [name for name in (*old, *new) if name.endswith(".scale")]
+    off = tuple(name.removesuffix("scale") for name in scales if not old.get(name) and not new.get(name))
     for name in dict.fromkeys((*new, *old)):
         require(
-            old.get(name) == new.get(name),
+            old.get(name) == new.get(name) or name.startswith(off),
             f"`output` {folder} contains a run with {name} {old.get(name)!r}, got {new.get(name)!r}. "
             "Choose another folder, or delete this one.",
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sagl.errors import require
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
-from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.network import NetworkSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
 
 
@@ -26,25 +26,25 @@ def check_compatible(
             guidance.check_network(network)
 
 
-def check_classifier(
-    classifier: ClassifierSettings,
-    classifier_diffusion: DiffusionSettings,
+def check_second_network(
+    parameter: str,
+    second: NetworkSettings,
+    second_diffusion: DiffusionSettings,
     network: UNetSettings,
     diffusion: DiffusionSettings,
 ) -> None:
-    """Check that a classifier is for the images, the classes and the noise of the network that it guides.
+    """Check that a network which `parameter` names is for the images, classes and noise of the one that it guides.
 
     Raises:
         UserError: names the difference.
     """
-    c, n = (f"{s.in_channels} channels of {s.image_size}x{s.image_size} pixels" for s in (classifier, network))
+    s, n = (f"{s.in_channels} channels of {s.image_size}x{s.image_size} pixels" for s in (second, network))
     require(
-        c == n and network.num_classes in (None, classifier.num_classes),
-        f"`classifier.checkpoint` must be for {n} and the network's classes, got one for {c} and "
-        f"{classifier.num_classes} classes.",
+        s == n and (network.num_classes == second.num_classes or None in (network.num_classes, second.num_classes)),
+        f"`{parameter}` must be for {n} and the network's classes, got one for {s} and {second.num_classes} classes.",
     )
-    c, n = (f"a {s.noise_schedule} schedule of {s.num_timesteps} timesteps" for s in (classifier_diffusion, diffusion))
-    require(c == n, f"`classifier.checkpoint` must be for the network's process, {n}, got one for {c}.")
+    s, n = (f"a {s.noise_schedule} schedule of {s.num_timesteps} timesteps" for s in (second_diffusion, diffusion))
+    require(s == n, f"`{parameter}` must be for the network's process, {n}, got one for {s}.")
 
 
 def check_labels(

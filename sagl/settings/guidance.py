@@ -63,7 +63,39 @@ class GuidanceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfAttentionGuidance(GuidanceSettings):
+class BlurGuidance(GuidanceSettings):
+    """Blur guidance (Hong et al. 2023, eq. 15): the weak prediction is for x_t blurred as a whole."""
+
+    group = "blur"
+
+    blur_sigma: float = 3.0
+    """Standard deviation of the Gaussian blur, in pixels."""
+    kernel_size: int | None = None
+    """Side of the blur kernel in pixels, odd; null: 31, or the largest that fits a smaller image."""
+    clip_x0: bool = True
+    """Clip x0_hat to [-1, 1] before the blur, as the released code does; Algorithm 1 does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.blur_sigma > 0, f"`{self.group}.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
+        require(
+            self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
+            f"`{self.group}.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
+        )
+
+    def check_network(self, network: UNetSettings) -> None:
+        """Require an image that is large enough for the kernel."""
+        effective_kernel_size(self.kernel_size, network.image_size, self.group)
+
+    def notes(self, network: UNetSettings) -> list[str]:
+        """Name the blur kernel if the default one does not fit."""
+        side, size = network.image_size, effective_kernel_size(self.kernel_size, network.image_size)
+        is_smaller = self.kernel_size is None and size < DEFAULT_KERNEL_SIZE
+        return [f"Blur kernel {size}: the largest that fits {side}x{side} images."] if is_smaller else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttentionGuidance(BlurGuidance):
     """Self-attention guidance (SAG; Hong et al. 2023, Algorithm 1)."""
 
     group = "sag"
@@ -84,22 +116,11 @@ class SelfAttentionGuidance(GuidanceSettings):
     """Mask weights attention / (2 · threshold), at most 1; for masks attention and dino."""
     dino_checkpoint: str | None = None
     """File of released DINO weights for mask dino, such as dino_deitsmall8_pretrain.pth."""
-    blur_sigma: float = 3.0
-    """Standard deviation of the Gaussian blur, in pixels."""
-    kernel_size: int | None = None
-    """Side of the blur kernel in pixels, odd; null: 31, or the largest that fits a smaller image."""
-    clip_x0: bool = True
-    """Clip x0_hat to [-1, 1] before the blur, as the released code does; Algorithm 1 does not."""
     heads: Literal["layer", "sag_release"] = "layer"
     """Attention heads: the layer's own, or num_heads of them as the released code splits the channels (sag_release)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.blur_sigma > 0, f"`sag.blur_sigma` must be above 0 pixels, got {self.blur_sigma}.")
-        require(
-            self.kernel_size is None or (self.kernel_size > 0 and self.kernel_size % 2 == 1),
-            f"`sag.kernel_size` must be odd and at least 1, got {self.kernel_size}.",
-        )
         area = self.area_fraction
         require(area is None or 0 < area <= 1, f"`sag.area_fraction` must be above 0 and at most 1, got {area}.")
         require(
@@ -132,13 +153,7 @@ class SelfAttentionGuidance(GuidanceSettings):
             "`sag.dino_checkpoint` must be a file of DINO weights for `sag.mask` dino, got none. Download one: "
             "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
         )
-        effective_kernel_size(self.kernel_size, network.image_size)
-
-    def notes(self, network: UNetSettings) -> list[str]:
-        """Name the blur kernel if the default one does not fit."""
-        side, size = network.image_size, effective_kernel_size(self.kernel_size, network.image_size)
-        is_smaller = self.kernel_size is None and size < DEFAULT_KERNEL_SIZE
-        return [f"Blur kernel {size}: the largest that fits {side}x{side} images."] if is_smaller else []
+        super().check_network(network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +184,125 @@ class ClassifierGuidance(GuidanceSettings):
     """Classifier of noisy images: the name of a released one, or a file."""
 
     def check_network(self, network: UNetSettings) -> None:
-        """Require a classifier; `check_classifier` compares it with the network once it is loaded."""
+        """Require a classifier; `check_second_network` compares it with the network once it is loaded."""
         require(
             self.checkpoint is not None,
             "`classifier.checkpoint` must be a classifier of noisy images for `classifier.scale`, got none.",
         )
 
 
-def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class AttentionEditSettings(GuidanceSettings):
+    """Base class of the settings of methods that edit self-attention in the weak prediction."""
+
+    site: str = "middle"
+    """UNet blocks whose attention is edited, separated by commas: input.k, middle or output.k."""
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the blocks."""
+        return [name.strip() for name in self.site.split(",")]
+
+    def check_network(self, network: UNetSettings) -> None:
+        """Require attention at every site."""
+        for site in self.sites:
+            network.require_site(site, group=f"{self.group}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbedAttentionGuidance(AttentionEditSettings):
+    """Perturbed-attention guidance (PAG; Ahn et al. 2024): the weak prediction has the identity as attention map."""
+
+    group = "pag"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothedEnergyGuidance(AttentionEditSettings):
+    """Smoothed energy guidance (SEG; Hong 2024): the weak prediction has blurred attention weights."""
+
+    group = "seg"
+
+    blur_sigma: float | None = None
+    """Standard deviation of the Gaussian blur of the queries, in tokens; null: no limit, so that all are their mean."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sigma = self.blur_sigma
+        require(sigma is None or sigma > 0, f"`seg.blur_sigma` must be above 0 tokens, got {sigma}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPerturbationGuidance(AttentionEditSettings):
+    """Token perturbation guidance (TPG; Rajabi et al. 2025): the weak prediction has shuffled tokens."""
+
+    group = "tpg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepGuidance(GuidanceSettings):
+    """Time-step guidance (TSG; Sadat et al. 2024): the weak prediction has a noisy timestep embedding."""
+
+    group = "tsg"
+
+    noise_scale: float = 1.0
+    """Noise of the timestep embedding, in units of its standard deviation, at the noisiest timestep; the paper's s."""
+    noise_exponent: float = 0.0
+    """Exponent of the time, 0 … 1, as a factor of the noise; 0: the same noise at all times; the paper's alpha."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exponent = self.noise_exponent
+        require(exponent >= 0, f"`tsg.noise_exponent` must be at least 0, got {exponent}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoguidance(GuidanceSettings):
+    """Autoguidance (Karras et al. 2024): the weak prediction is that of a weaker network."""
+
+    group = "autoguidance"
+
+    checkpoint: str | None = None
+    """Weaker network: the name of a released one or a file, such as an earlier checkpoint of the same training."""
+    weights: str = "ema"
+    """Weights of its training checkpoint (.ckpt): ema, ema:DECAY or raw."""
+
+    def check_network(self, network: UNetSettings) -> None:
+        """Require a weaker network; `check_second_network` compares both once it is loaded."""
+        require(
+            self.checkpoint is not None,
+            "`autoguidance.checkpoint` must be a weaker network for `autoguidance.scale`, got none.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryGuidance(GuidanceSettings):
+    """Guidance by the history of the chain (Self-Guidance, Momentum Guidance, HiGS), at no network evaluation."""
+
+    group = "history"
+
+    decay: float = 0.0
+    """Decay per step of the average of earlier predictions, which is the weak one; 0: the previous step alone."""
+    average: Literal["eps", "x0_hat"] = "eps"
+    """Averaged prediction: eps (Self-Guidance, Momentum Guidance) or x0_hat (HiGS)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.decay < 1, f"`history.decay` must be at least 0 and below 1, got {self.decay}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsScaling(GuidanceSettings):
+    """Epsilon scaling (ADM-ES; Ning et al. 2024): eps divided by 1 + scale + slope · step, at no network evaluation."""
+
+    group = "eps_scaling"
+
+    scale: float = 0.0
+    """Excess of the divisor over 1 in the cleanest step, such as 0.005; 0 is off and costs nothing."""
+    slope: float = 0.0
+    """Increase of the divisor per step, from the cleanest to the noisiest."""
+
+
+def effective_kernel_size(kernel_size: int | None, image_size: int, group: str = "sag") -> int:
     """Return the blur kernel's size for images of a size; None stands for the paper's 31, or less if that is too large.
 
     Raises:
@@ -188,6 +314,6 @@ def effective_kernel_size(kernel_size: int | None, image_size: int) -> int:
         return min(DEFAULT_KERNEL_SIZE, largest)
     require(
         kernel_size <= largest,
-        f"`sag.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
+        f"`{group}.kernel_size` must be at most {largest} for {image_size}x{image_size} images, got {kernel_size}.",
     )
     return kernel_size

@@ -21,8 +21,10 @@ def complete():
     script += ["printf '%s\\n' \"${COMPREPLY[@]}\""]
 
     def complete(*words, cwd="/"):
-        command = ["bash", "--norc", "-c", "\n".join(script), "bash", "sagl", *words]
-        result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=60)
+        command = ["bash", "--norc", "-s", "--", "sagl", *words]  # the script is too long for an argument
+        result = subprocess.run(
+            command, input="\n".join(script), cwd=cwd, capture_output=True, text=True, check=True, timeout=60
+        )
         return [line for line in result.stdout.splitlines() if line]
 
     return complete
@@ -69,10 +71,8 @@ def test_paths_are_completed(words, complete, tmp_path):
 def test_the_script_of_each_shell_registers_a_function(capsys):
     assert exit_code("completion", "bash") == 0
     program = capsys.readouterr().out + "\ncomplete -p sagl"
-    assert (
-        "-F _shtab_sagl sagl"
-        in subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True).stdout
-    )
+    result = subprocess.run(["bash", "--norc", "-s"], input=program, capture_output=True, text=True)
+    assert "-F _shtab_sagl sagl" in result.stdout
     assert exit_code("completion", "zsh") == 0
     assert "#compdef sagl" in capsys.readouterr().out
 

@@ -99,18 +99,22 @@ def split_heads(qkv, heads, order):
     return [[qkv[:, start + i * apart :][:, :d] for i in range(3)] for start, apart in starts]
 
 
-def attend(qkv, heads, order):
-    """Attention: its output (B, C, L) and its whole maps (B, head, L, L)."""
+def attend(qkv, heads, order, edit=None):
+    """Attention: its output (B, C, L) and its whole maps (B, head, L, L); `edit` computes the output of a head."""
     outs, maps = [], []
     for q, k, v in split_heads(qkv, heads, order):
         weights = torch.einsum("bdi,bdj->bij", q, k).div(math.sqrt(q.shape[1])).softmax(dim=2)
-        outs.append(torch.einsum("bij,bdj->bdi", weights, v))
+        outs.append(edit(q, k, v) if edit else torch.einsum("bij,bdj->bdi", weights, v))
         maps.append(weights)
     return torch.cat(outs, dim=1), torch.stack(maps, dim=1)
 
 
-def adm(network, x, timesteps, labels=None):
-    """A UNet's output in float64, computed from its state dict, and the whole attention maps by (site, heads)."""
+def adm(network, x, timesteps, labels=None, edits=None, emb_noise=0.0):
+    """A UNet's output in float64, computed from its state dict, and the whole attention maps by (site, heads).
+
+    `edits` has functions by site, (q, k, v) of one head, (B, d, L) each -> (B, d, L), in place of attention;
+    `emb_noise` is added to the timestep embedding in units of its standard deviation.
+    """
     s, p = network.settings, {name: value.double() for name, value in network.state_dict().items()}
     maps = {}
 
@@ -141,7 +145,8 @@ def adm(network, x, timesteps, labels=None):
 
     def attention(x, name, site, heads):
         qkv = F.conv1d(normed(x, f"{name}.norm").flatten(2), p[f"{name}.qkv.weight"], p[f"{name}.qkv.bias"])
-        out, maps[site, "layer"] = attend(qkv, heads, "new" if s.use_new_attention_order else "legacy")
+        order = "new" if s.use_new_attention_order else "legacy"
+        out, maps[site, "layer"] = attend(qkv, heads, order, (edits or {}).get(site))
         maps[site, "sag_release"] = attend(qkv, s.num_heads, "legacy")[1]
         out = F.conv1d(out, p[f"{name}.proj_out.weight"], p[f"{name}.proj_out.bias"])
         return x + out.reshape(x.shape)
@@ -168,6 +173,7 @@ def adm(network, x, timesteps, labels=None):
     angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     emb = linear(torch.cat([angles.cos(), angles.sin()], dim=1), "time_embed.0")
     emb = linear(F.silu(emb), "time_embed.2")
+    emb = emb + emb_noise * torch.from_numpy(np.std(emb.detach().numpy(), axis=1, ddof=1, keepdims=True))
     emb = emb if labels is None else emb + p["label_emb.weight"][labels]
 
     down = None if s.num_head_channels else s.num_heads

@@ -49,13 +49,14 @@ def forbidden_noise(step):
 NO_CONDITION = Condition()
 
 
-def guidances_of(schedule, *, classifier_network=None, network=None, **settings):
+def guidances_of(schedule, *, classifier_network=None, network=None, weak_network=None, **settings):
     """Return the guidances of settings by group, such as sag={"scale": 0.5}."""
     context = GuidanceContext(
         network=network,
+        network_settings=getattr(network, "settings", None),
         diffusion=DiffusionSettings(),
         schedule=schedule,
-        load_network=lambda name: network,
+        load_network=lambda name, weights: weak_network,
         load_classifier=lambda name: classifier_network,
     )
     return build_guidances({name: GUIDANCES[name].settings_class(**s) for name, s in settings.items()}, context)

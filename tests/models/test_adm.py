@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from sagl.errors import UserError
-from sagl.models.adm import UNet, timestep_embedding
+from sagl.models.adm import UNet
+from sagl.models.layers import timestep_embedding
 from sagl.settings.network import UNetSettings
 from sagl.shapes import AttentionSite
 from tests.helpers import formulas

@@ -13,7 +13,7 @@ from sagl.models.checkpoints import NetworkWeights, build_classifier, build_netw
 from sagl.models.loading import load
 from sagl.models.zoo import BUNDLED, DEFAULT_CLASSIFIER, get_classifier_settings
 from sagl.sampling.pipeline import build_pipeline, run_to_end
-from sagl.settings.compatibility import check_classifier
+from sagl.settings.compatibility import check_second_network
 from sagl.settings.guidance import ClassifierGuidance
 from sagl.settings.network import ClassifierSettings
 from sagl.settings.sampling import SamplerSettings
@@ -51,7 +51,8 @@ def test_it_is_small_and_the_one_that_the_configuration_trains(file):
 
 def test_it_may_guide_the_bundled_network(file):
     network = load("fashion_mnist")
-    check_classifier(file.model_settings, file.diffusion, network.model_settings, network.diffusion)
+    parts = file.model_settings, file.diffusion, network.model_settings, network.diffusion
+    check_second_network("classifier.checkpoint", *parts)
 
 
 @pytest.mark.slow

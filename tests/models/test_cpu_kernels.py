@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sagl.models import cpu_kernels
-from sagl.models.adm import AdaGroupNorm, Conv1x1, UNet
+from sagl.models.adm import UNet
 from sagl.models.cpu_kernels import (
     MomentGroupNorm,
     RowConv1x1,
@@ -16,6 +16,7 @@ from sagl.models.cpu_kernels import (
     transform_weight,
     winograd_convolution,
 )
+from sagl.models.layers import AdaGroupNorm, Conv1x1
 from sagl.settings.network import UNetSettings
 from tests.helpers.networks import draw_weights, small_unet
 from tests.helpers.reference_values import relative_error

@@ -230,6 +230,13 @@ def test_a_run_of_other_settings_is_refused_with_the_first_difference(changes, n
         check_same_run(tmp_path, {**SETTINGS, **changes})
 
 
+def test_settings_of_a_guidance_that_is_off_may_differ_or_be_missing(tmp_path):
+    write_run_json(tmp_path, {"settings": SETTINGS | {"cfg": {"scale": 0.0}}})
+    check_same_run(tmp_path, SETTINGS | {"pag": {"scale": 0.0, "site": "middle"}})
+    with refused("`output`", "pag.scale None, got 2.0"):
+        check_same_run(tmp_path, SETTINGS | {"pag": {"scale": 2.0, "site": "middle"}})
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("other")
     with pytest.raises(UserError, match=r"`output`.*thesis\.tex"):

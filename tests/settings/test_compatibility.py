@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sagl.models.zoo import UNET_NAMES, get_unet_settings
-from sagl.settings.compatibility import check_classifier, check_compatible, check_labels
+from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
@@ -105,7 +105,7 @@ def test_labels_that_the_network_lacks_or_a_guidance_misses_are_refused(network,
 
 @pytest.mark.parametrize("network", [NETWORK, UNCONDITIONAL])
 def test_a_classifier_of_the_networks_images_classes_and_process_is_allowed_for_any_variance(network):
-    check_classifier(CLASSIFIER, FIXED, network, DiffusionSettings())
+    check_second_network("classifier.checkpoint", CLASSIFIER, FIXED, network, DiffusionSettings())
 
 
 @pytest.mark.parametrize(
@@ -120,4 +120,4 @@ def test_a_classifier_of_the_networks_images_classes_and_process_is_allowed_for_
 )
 def test_a_classifier_of_other_images_classes_or_noise_is_refused_with_both(changes, diffusion, parts):
     with refused("`classifier.checkpoint`", *parts):
-        check_classifier(replace(CLASSIFIER, **changes), diffusion, NETWORK, FIXED)
+        check_second_network("classifier.checkpoint", replace(CLASSIFIER, **changes), diffusion, NETWORK, FIXED)
