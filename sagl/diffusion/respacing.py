@@ -1,12 +1,14 @@
 """Respacing: the timesteps of the original process that a sampler with fewer steps uses."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sagl.errors import UserError, require
 
 
-def respaced_timesteps(spec: str, num_timesteps: int, log_snr: Sequence[float] | None = None) -> list[int]:
+def respaced_timesteps(
+    spec: str, num_timesteps: int, log_snr: Callable[[], Sequence[float]] | None = None
+) -> list[int]:
     """Return the timesteps of a respacing, ascending, in guided-diffusion's notation and one more.
 
     Args:
@@ -14,7 +16,8 @@ def respaced_timesteps(spec: str, num_timesteps: int, log_snr: Sequence[float] |
             equal parts of the process; "ddim25" for 25 at one integer stride, from 0 (DDIM); "logsnr20" for 20 that
             are evenly spaced in log_snr, as far as whole timesteps allow it, first and last included.
         num_timesteps: length of the original process.
-        log_snr: log signal-to-noise ratio of every timestep, for "logsnr20". None is enough to check a notation.
+        log_snr: returns the log signal-to-noise ratio of every timestep, for "logsnr20". None is enough to check a
+            notation.
 
     Raises:
         UserError: the notation is unknown, or the process has too few timesteps.
@@ -24,7 +27,7 @@ def respaced_timesteps(spec: str, num_timesteps: int, log_snr: Sequence[float] |
     if spec.startswith("logsnr"):
         count = _parse_count(spec.removeprefix("logsnr"), spec)
         _require_at_most(num_timesteps, count, spec)
-        return _evenly_spaced_in(log_snr or range(0, -num_timesteps, -1), count)
+        return _evenly_spaced_in(log_snr() if log_snr else range(0, -num_timesteps, -1), count)
     counts = [_parse_count(part, spec) for part in spec.split(",")]
     size, remainder = divmod(num_timesteps, len(counts))
     timesteps, start = [], 0

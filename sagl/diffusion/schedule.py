@@ -116,7 +116,11 @@ def make_schedule(settings: DiffusionSettings, respacing: str | None = None) -> 
     """
     betas = {"linear": linear_betas, "cosine": cosine_betas}[settings.noise_schedule](settings.num_timesteps)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log().clamp(min=MIN_LOG_SNR).tolist()
+
+    def log_snr() -> list[float]:
+        values: list[float] = (alphas_cumprod / (1 - alphas_cumprod)).log().clamp(min=MIN_LOG_SNR).tolist()
+        return values
+
     spec = respacing or str(settings.num_timesteps)
     timesteps = torch.tensor(respaced_timesteps(spec, settings.num_timesteps, log_snr))
     return Schedule(timesteps=timesteps, alphas_cumprod=alphas_cumprod[timesteps])

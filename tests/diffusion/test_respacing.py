@@ -34,7 +34,7 @@ def test_a_number_gives_that_many_timesteps_with_first_and_last_included(count):
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 50, 99, 100])
 @pytest.mark.parametrize("log_snr", [None, [9 - 0.2 * t for t in range(100)], [10 / (1 + t) for t in range(100)]])
 def test_logsnr_gives_that_many_timesteps_with_first_and_last_included(count, log_snr):
-    timesteps = respaced_timesteps(f"logsnr{count}", 100, log_snr)
+    timesteps = respaced_timesteps(f"logsnr{count}", 100, log_snr and (lambda: log_snr))
     assert len(timesteps) == count == len(set(timesteps))
     assert timesteps == sorted(timesteps)
     assert (timesteps[0], timesteps[-1]) == (0, 99 if count > 1 else 0)
@@ -42,7 +42,7 @@ def test_logsnr_gives_that_many_timesteps_with_first_and_last_included(count, lo
 
 def test_logsnr_is_evenly_spaced_where_timesteps_are_dense_enough():
     log_snr = [-10 * (t / 999) ** 0.5 for t in range(1000)]
-    values = [log_snr[t] for t in respaced_timesteps("logsnr11", 1000, log_snr)]
+    values = [log_snr[t] for t in respaced_timesteps("logsnr11", 1000, lambda: log_snr)]
     assert values == pytest.approx([-float(k) for k in range(11)], abs=0.05)
 
 
