@@ -30,8 +30,8 @@ EPILOGS = {
   --preview.…                 num_samples, scales, num_metric_samples, keep_best, …: grids and metrics at validation
   --model.blur_aware.…        training on degraded images
   --model.classifier …        settings of a classifier, in place of --model.network
-  --sampler, --respacing, …, --{", --".join(f"{name}.…" for name in GUIDANCES)}
-                              as in sagl sample; stored in checkpoints as recommended settings
+  --sampler, --respacing, …   as in sagl sample; stored in checkpoints as recommended settings
+  --METHOD.scale, …           METHOD: {", ".join(GUIDANCES)}
 
 sagl fit --help_all shows every option.""",
     "validate": """RUN sets config, data and EMA weights; --config and --checkpoint name any others.
