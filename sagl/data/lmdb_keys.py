@@ -4,6 +4,7 @@ lmdb maps the file into memory and trusts it, so that a truncated or damaged dat
 Therefore `LSUNImageSource` lists the keys in a process of their own.
 """
 
+import io
 import os
 import sys
 from itertools import islice, pairwise
@@ -34,6 +35,8 @@ def read_keys(path: Path) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
 
 if __name__ == "__main__":
     try:
-        np.save(sys.stdout.buffer, read_keys(Path(sys.argv[1])))
+        content = io.BytesIO()  # numpy cannot write to a buffered pipe
+        np.save(content, read_keys(Path(sys.argv[1])))
+        sys.stdout.buffer.write(content.getbuffer())
     except lmdb.Error as error:
         sys.exit(str(error))

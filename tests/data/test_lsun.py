@@ -30,6 +30,12 @@ def test_images_are_those_that_torchvision_reads_in_the_same_order(kind, tmp_pat
         assert np.array_equal(np.array(ours), np.array(image))
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_keys_are_listed_whether_or_not_python_buffers_its_output(unbuffered, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    assert len(LSUNImageSource(write_lsun(tmp_path / "cat", "JPEG"))) > 0
+
+
 def test_the_source_is_a_torchvision_data_set_too(tmp_path):
     source = LSUNImageSource(write_lsun(tmp_path / "cat"))
     assert isinstance(source, LSUNClass)
