@@ -4,6 +4,7 @@ Accepted sizes are small, so that no example samples for long.
 """
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -17,6 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from sagl.commands import _config
+from sagl.commands._config import sample_parser
 from sagl.commands._parser import field_names
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
@@ -188,7 +191,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def exit_code_of_sample(tiny, tmp_path, monkeypatch):
     """Run a request in an empty folder and check its output; return the exit code."""
-    folder = tmp_path / "folder"
+    folder, parser = tmp_path / "folder", sample_parser()
+    monkeypatch.setattr(_config, "sample_parser", lambda: copy.deepcopy(parser))  # building one takes much longer
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     folder.mkdir()

@@ -7,13 +7,14 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagl.errors import UserError, require
+from sagl.errors import require
 from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.sampling.choices import choose_batch_size, choose_precision
 from sagl.sampling.run_folder import (
     check_same_run,
     count_images,
@@ -28,13 +29,11 @@ from sagl.sampling.run_folder import (
 )
 from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
-from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import (
-    available_bytes,
-    default_precision,
     disable_tf32,
     set_threads,
     use_deterministic_algorithms,
@@ -158,7 +157,7 @@ class SamplingRun:
         if config.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
         check_same_run(config.output, settings)
-        config = _choose_batch_size(config, network, metadata)
+        config = choose_batch_size(config, network, metadata)
         metadata = {
             "settings": settings,
             "num_samples": max(config.samples.num_samples, metadata.get("num_samples", 0)),
@@ -184,7 +183,7 @@ class SamplingRun:
             UserError: they are incompatible.
         """
         config, network, _, checkpoint = _resolve_network(config, {})
-        return cls(config=_choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
+        return cls(config=choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
 
     @property
     def folder(self) -> Path:
@@ -318,7 +317,7 @@ def _resolve_network(
     check_labels(config.samples, network, config.guidances)
     _check_respacing(config.sampler.respacing, diffusion)
     checkpoint = config.checkpoint or _download(config.model)
-    return _choose_precision(config, metadata), network, diffusion, checkpoint
+    return choose_precision(config, metadata), network, diffusion, checkpoint
 
 
 def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings]:
@@ -363,72 +362,3 @@ def _check_respacing(respacing: str, diffusion: DiffusionSettings) -> None:
     from sagl.diffusion.respacing import respaced_timesteps
 
     respaced_timesteps(respacing, diffusion.num_timesteps)
-
-
-def _choose_precision(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
-    """Replace the precision auto by that of the folder, or by the fastest one of the device."""
-    devices = config.devices
-    if devices.precision != "auto":
-        return config
-    precision = metadata.get("settings", {}).get("precision") or default_precision(select_device(devices))
-    return replace(config, devices=replace(devices, precision=precision))
-
-
-def _choose_batch_size(config: SampleConfig, network: UNetSettings, metadata: Mapping[str, Any]) -> SampleConfig:
-    """Replace a missing batch size by that of the folder, or by one that suits image size and memory.
-
-    Raises:
-        UserError: the folder has another one.
-    """
-    samples, old = config.samples, metadata.get("batch_size")
-    require(
-        old is None or samples.batch_size in (None, old),
-        f"`output` contains a run with batch_size {old}, got {samples.batch_size}. Leave it out, or choose another "
-        "folder.",
-    )
-    size = samples.batch_size or old or _default_batch_size(config, network)
-    return replace(config, samples=replace(samples, batch_size=size))
-
-
-def _classifier_settings(config: SampleConfig) -> ClassifierSettings | None:
-    """Return the settings of the classifier that guides the run; None if there is none, or it cannot be loaded."""
-    from sagl.models.loading import load
-
-    guidance = config.guidances.get("classifier")
-    if not isinstance(guidance, ClassifierGuidance) or not guidance.scale or guidance.checkpoint is None:
-        return None
-    try:
-        settings = load(guidance.checkpoint).model_settings
-    except UserError:  # building the guidance will raise it again, with the name of the setting
-        return None
-    return settings if isinstance(settings, ClassifierSettings) else None
-
-
-def _default_batch_size(config: SampleConfig, network: UNetSettings) -> int:
-    """Return up to 64; on a CPU at most what suits its caches, and never more than three quarters of memory hold.
-
-    Raises:
-        UserError: not even one image fits into the free memory.
-    """
-    from sagl.models.checkpoints import DTYPES
-    from sagl.models.memory import estimate_gradient_memory, estimate_memory, max_batch_size
-
-    assert config.devices.precision != "auto"
-    device, dtype = select_device(config.devices), DTYPES[config.devices.precision]
-    size = (
-        min(64, max_batch_size(network)) if device.type != "cpu" else max(1, min(64, (512 // network.image_size) ** 2))
-    )
-    free_bytes = available_bytes(device)
-    if free_bytes is not None:
-        weight_bytes, image_bytes = estimate_memory(network, dtype)
-        if classifier := _classifier_settings(config):
-            classifier_bytes, gradient_bytes = estimate_gradient_memory(classifier, dtype)
-            weight_bytes, image_bytes = weight_bytes + classifier_bytes, max(image_bytes, gradient_bytes)
-        require(
-            weight_bytes + image_bytes <= free_bytes,
-            f"`checkpoint` needs {(weight_bytes + image_bytes) / 1e9:.1f} GB for one image, and {free_bytes / 1e9:.1f} "
-            f"GB are free. Take a smaller network than one of image_size {network.image_size}, or another machine.",
-        )
-        share = free_bytes // (num_processes(config.devices)[0] if device.type == "cpu" else 1)
-        size = min(size, max(1, (share * 3 // 4 - weight_bytes) // image_bytes))
-    return min(config.samples.num_samples, size)

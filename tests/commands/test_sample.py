@@ -14,7 +14,7 @@ from sagl.commands._config import parse_sample_config
 from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
 from sagl.models.memory import estimate_memory
-from sagl.sampling import run
+from sagl.sampling import choices
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.sampling.run_folder import encode_png, iter_samples
 from sagl.settings.diffusion import DiffusionSettings
@@ -284,7 +284,7 @@ def test_a_network_is_compiled_on_request_and_the_metadata_say_so(tiny, tmp_path
 
 def test_a_batch_is_no_larger_than_the_memory_allows(tiny, tmp_path, monkeypatch):
     weights, image = estimate_memory(read_checkpoint(tiny).model_settings, torch.float32)
-    monkeypatch.setattr(run, "available_bytes", lambda _: (weights + 5 * image) * 4 // 3 + 8)
+    monkeypatch.setattr(choices, "available_bytes", lambda _: (weights + 5 * image) * 4 // 3 + 8)
     flags = ["--num_samples", "9", *SAMPLER, "--trainer.precision", "32-true"]
     assert metadata_of(sample(tmp_path / "run", *flags, network=tiny))["batch_size"] == 5
 
