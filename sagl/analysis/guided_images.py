@@ -13,7 +13,7 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
 from sagl.guidance.masks import average_sites, build_mask
 from sagl.guidance.sag import blend, degrade_input, gaussian_blur
-from sagl.sampling.pipeline import build_pipeline, make_labels
+from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
 from sagl.settings.sampling import id_batches
 from sagl.shapes import AttentionSite, Image, ImageUint8
@@ -34,10 +34,8 @@ def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSett
     for batch in id_batches(samples):
         labels = make_labels(samples, batch, base.network)
         steps = pipeline.sample_progressive(samples.seed, batch, labels)
-        x = torch.empty(0)
-        for _, x, _ in request.progress.track_steps(steps, pipeline.schedule.num_steps):  # noqa: B007
-            pass
-        batches.append(to_uint8(x).cpu())
+        images, _ = run_to_end(request.progress.track_steps(steps, pipeline.schedule.num_steps))
+        batches.append(to_uint8(images).cpu())
     first = samples.first_id % samples.effective_batch_size
     return torch.cat(batches)[first : first + samples.num_samples]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisRequest:
-    """What an analysis computes with."""
+    """Inputs of an analysis: network, samples and settings, and the file of its figure."""
 
     pipeline: "SamplingPipeline"
     """Network, sampler and steps; analyses that compare guidance methods set their own guidance."""

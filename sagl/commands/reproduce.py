@@ -57,8 +57,8 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a setting is not valid; what has been sampled and evaluated is kept.
     """
-    parser = reproduce_parser()
-    args, items, folder = parser.parse(arguments), paper_items(), Path(parser.parse(arguments).output)
+    args, items = reproduce_parser().parse(arguments), paper_items()
+    folder = Path(args.output)
     choices = [*items, "table7", "all", "report"]
     require(args.item in choices, f"`item` must be one of {', '.join(choices)}, got {args.item}.")
     require_writable(folder)

@@ -24,7 +24,7 @@ class PaperRow:
     table: str
     """The table's name: "Table 2"."""
     name: str
-    """What distinguishes the row from the others of its table."""
+    """Name that distinguishes the row from the others of its table."""
     model: str
     """Name of the released network."""
     images: int
@@ -45,7 +45,7 @@ class PaperItem:
     """Name of its config: table5."""
     title: str
     claim: str
-    """What the paper concludes from it."""
+    """Conclusion that the paper draws from it."""
     analysis: str | None
     """Name of the analysis of `sagl analyze` that makes it; None for runs that are sampled and evaluated."""
     shows_samples: bool

@@ -131,7 +131,7 @@ class SelfAttentionGuidance(BlurGuidance):
 
     @property
     def is_random(self) -> bool:
-        """Whether the mask is drawn at random."""
+        """True for masks that are drawn at random."""
         return self.mask in ("random", "square")
 
     @property
