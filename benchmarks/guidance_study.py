@@ -6,13 +6,15 @@ r"""Metrics of many guidance settings over the same ids, with paired intervals, 
 Takes the flags of `sagl sample`. Every combination of the values of --search is a row, beside unguided sampling with as
 many steps and with as many network evaluations. --also adds networks, by flags that are appended to the others:
 --also "--trainer.precision bf16-true" --also "--checkpoint other.safetensors". Features of all images are kept in the
-output folder: an interrupted study continues, and sagl tune can use them.
+output folder: an interrupted study continues, and sagl tune can use them. study.json there holds the table.
 """
 
+import json
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sagl.commands._config import network_parser, parse_sample_config
 from sagl.commands._parser import Parser
@@ -30,6 +32,7 @@ from sagl.utils.environment import disable_malloc_trim
 
 ALL = 10_000
 """More candidates than any study has."""
+JSONObject = dict[str, Any]
 OTHER = "plain, equal cost"
 """Column of plain sampling at equal cost; in the unguided row of a further network it is the first network."""
 
@@ -49,14 +52,24 @@ def study_parser() -> Parser:
 def main(arguments: list[str]) -> None:
     """Sample what is missing, network by network, and print a table of each."""
     disable_malloc_trim()
-    variants = study_parser().parse(arguments).also
+    flags, rows = study_parser().parse(arguments), list[JSONObject]()
     first: Measurement | None = None
-    for variant in ["", *variants]:
-        first = study_network([*arguments, *shlex.split(variant)], variant or "the first network", first)
+    for variant in ["", *flags.also]:
+        first = study_network([*arguments, *shlex.split(variant)], variant or "the first network", first, rows)
+        Path(flags.output, "study.json").write_text(json.dumps(rows, indent=1))
 
 
-def study_network(arguments: list[str], title: str, first: Measurement | None) -> Measurement:
-    """Sample and measure the settings of one network; return the unguided measurement of the first network."""
+def study_network(
+    arguments: list[str], title: str, first: Measurement | None, results: list[JSONObject]
+) -> Measurement:
+    """Sample and measure the settings of one network; return the unguided measurement of the first network.
+
+    Args:
+        arguments: command line.
+        title: name of the network in the table.
+        first: unguided measurement of the first network, or None for the first network.
+        results: receives the measurements, unguided sampling first.
+    """
     parser = study_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
     run = SamplingRun.without_folder(config)
@@ -89,6 +102,7 @@ def study_network(arguments: list[str], title: str, first: Measurement | None) -
     distinct = {str(setting.values): setting for setting in settings}  # several may have the same cost
     measured = {key: comparison.measure(study.features(setting, ids)) for key, setting in distinct.items()}
     baseline, *rows = (measured[str(setting.values)] for setting in settings)
+    results += [_json(title, measurement, baseline) for measurement in (baseline, *rows)]
     names = [describe_setting(candidate, space) for candidate in candidates]
     table_rows = [_row("unguided", baseline, baseline, first)]
     table_rows += map(_row, names, rows, [baseline] * len(names), rows[len(names) :])
@@ -96,6 +110,11 @@ def study_network(arguments: list[str], title: str, first: Measurement | None) -
     table = Table(title=title, columns=(*COLUMNS, OTHER, "from that"), sections=(section,), right_aligned=True)
     print_report(Report(title=title, warnings=(), tables=(table,)))
     return first or baseline
+
+
+def _json(title: str, row: Measurement, baseline: Measurement) -> JSONObject:
+    values = {"network": title, "setting": row.setting.values, "nfe": row.nfe, "num_samples": row.num_samples}
+    return {**values, **row.values, "from_unguided": row.difference(baseline)}
 
 
 def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement | None) -> Row:

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sagl.settings.training import CheckpointSettings
 
@@ -22,6 +21,15 @@ def average_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+@torch.no_grad()
+def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float, num_updates: int) -> None:
+    """Update an average in place after `num_updates` earlier updates; the first update copies the weights."""
+    averages = list(average)
+    sources = [weight.to(value.dtype) for weight, value in zip(weights, averages, strict=True)]
+    effective_decay = warmup_decay(decay, num_updates) if num_updates else 0.0
+    torch._foreach_lerp_(averages, sources, 1 - effective_decay)
+
+
 class EMA(WeightAveraging):
     """EMA of the weights, in use during validation and saved as a checkpoint's `state_dict`.
 
@@ -32,12 +40,8 @@ class EMA(WeightAveraging):
     """Copies of the raw weights while the average is in the module."""
 
     def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
-        super().__init__(use_buffers=False, multi_avg_fn=self._update)
+        super().__init__(use_buffers=False)
         self.decay = settings.ema_decay
-
-    def _update(self, averaged: Any, current: Any, num_averaged: Any) -> None:  # noqa: ANN401 (torch's own)
-        current = [weight.to(average.dtype) for weight, average in zip(current, averaged, strict=True)]
-        get_ema_multi_avg_fn(warmup_decay(self.decay, int(num_averaged)))(averaged, current, num_averaged)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module to the trainer's precision before it is copied and a checkpoint is read into the copy."""
@@ -47,9 +51,19 @@ class EMA(WeightAveraging):
             average.data = average.data.to(average_dtype(average))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to the device of the weights."""
+        """Move the average to the device of the weights; its number of updates stays on the CPU, which reads it."""
         assert self._average_model is not None
-        self._average_model.to(pl_module.device)
+        self._average_model.module.to(pl_module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+        """Update once per optimiser step."""
+        assert self._average_model is not None
+        if trainer.global_step == self._latest_update_step:
+            return
+        average, num_updates = self._average_model.module.parameters(), int(self._average_model.n_averaged)
+        update_average(average, pl_module.parameters(), self.decay, num_updates)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
     def _swap_models(self, pl_module: LightningModule) -> None:
         """Put the average into the module, or the raw weights back; the average itself is never rounded."""
@@ -96,10 +110,8 @@ class ExtraEMAs(Callback):
         """Update once per optimiser step; the first update copies the weights."""
         if trainer.global_step == self._latest_step:
             return
-        weights = [weight.detach().to(average_dtype(weight)) for weight in pl_module.parameters()]
         for decay, average in self._averages.items():
-            effective_decay = warmup_decay(decay, self._num_updates) if self._num_updates else 0.0
-            torch._foreach_lerp_(list(average.values()), weights, 1 - effective_decay)
+            update_average(average.values(), pl_module.parameters(), decay, self._num_updates)
         self._num_updates, self._latest_step = self._num_updates + 1, trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from sagl import __version__
 from sagl.commands._parser import Parser
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.settings.sampling import DeviceSettings
@@ -16,7 +17,7 @@ from sagl.utils.distributed import select_device
 from sagl.utils.environment import available_cpus, gpu_problem, has_fast_bfloat16
 from sagl.utils.files import cache_folder, nearest_existing, packaged_configs
 
-LIBRARIES = ("sagl", "torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
+LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "webdataset", "jsonargparse", "numpy")
 OPTIONAL = {
     "diffusers": "sagl[hub]",
     "huggingface_hub": "sagl[hub]",
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> None:
 def versions() -> Iterator[Line]:
     """Yield the versions of Python and of libraries."""
     yield "python", platform.python_version(), ""
+    yield "sagl", __version__, ""
     packages = {name: ("missing", name) for name in LIBRARIES}
     packages |= {name: ("not installed", f"'{extra}'") for name, extra in OPTIONAL.items()}
     for name, (absent, requirement) in packages.items():

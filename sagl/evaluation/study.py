@@ -115,10 +115,11 @@ class Study:
         return self._pipelines[key]
 
     def missing(self, settings: Sequence[Setting], ids: range) -> list[tuple[Setting, list[int]]]:
-        """Return the settings and whole batches that contain `ids` and are not in the folder yet."""
+        """Return the settings and whole batches that contain `ids` and are not in the folder yet, each once."""
+        distinct = {str(setting.values): setting for setting in settings}
         return [
             (setting, batch)
-            for setting in settings
+            for setting in distinct.values()
             for batch in self._batches(ids)
             if not self._path(setting, batch).exists()
         ]

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sagl import __version__
 from sagl.errors import require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.choices import choose_batch_size, choose_precision
@@ -53,7 +54,7 @@ EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "str
 DEFAULT_EXPORTS = ("grid", "images", "npz")
 DEFAULT_EXPORTS_MAX_IMAGES = 1000
 """Runs with more images than this write only the exports that are requested."""
-LIBRARIES = ("sagl", "torch", "torchvision", "numpy")
+LIBRARIES = ("torch", "torchvision", "numpy")
 """Libraries whose versions are recorded."""
 
 
@@ -169,7 +170,8 @@ class SamplingRun:
             "flops": metadata.get("flops", 0),
             "seconds": metadata.get("seconds", 0.0),
             "num_timed_batches": metadata.get("num_timed_batches", 0),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            "versions": {"python": platform.python_version(), "sagl": __version__}
+            | {name: version(name) for name in LIBRARIES},
             "command": command,
             "exports": metadata.get("exports", {}),
         }

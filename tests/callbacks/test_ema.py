@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sagl.callbacks.checkpointing import ResumableCheckpoint
-from sagl.callbacks.ema import EMA, ExtraEMAs
+from sagl.callbacks.ema import EMA, ExtraEMAs, update_average
 from sagl.settings.training import CheckpointSettings
 from tests.helpers.training import IGNORED_WARNINGS, fit_line
 
@@ -82,9 +82,17 @@ def test_averages_of_16_bit_weights_are_kept_in_float32(tmp_path):
         torch.bfloat16,
     }
     assert saved["extra_emas"]["0.9"]["weight"].dtype == torch.float32
-    callback = ema(0.9999)
-    callback._update(averages := [torch.zeros(1)], [torch.ones(1, dtype=torch.bfloat16)], 10**6)
+    update_average(averages := [torch.zeros(1)], [torch.ones(1, dtype=torch.bfloat16)], 0.9999, 10**6)
     torch.testing.assert_close(averages[0], torch.tensor([1e-4]))
+
+
+def test_an_update_reads_its_number_from_the_cpu_and_needs_no_groups_of_equal_data_types(monkeypatch):
+    """On a GPU the number would make every step wait, and before PyTorch 2.12 a group of two data types was refused."""
+    monkeypatch.setattr("torch.optim.swa_utils.AveragedModel.update_parameters", None)
+    callback = ema(0.9999)
+    fit_line(callbacks=[callback], max_steps=3)
+    assert callback._average_model.n_averaged.device.type == "cpu"
+    assert int(callback._average_model.n_averaged) == 3
 
 
 def test_a_checkpoint_holds_the_average_as_state_dict_and_the_raw_weights_beside_it(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sagl
 from sagl.commands import doctor
 from sagl.commands.doctor import extractors, folders, machine, mpi, versions
 from tests.helpers.commands import exit_code
@@ -57,6 +58,7 @@ def test_what_to_do_is_printed_in_full(cache, without_packages, capsys):
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(without_packages):
     assert line(versions(), "torch") == ("missing", "pip install torch")
+    assert line(versions(), "sagl") == (sagl.__version__, "")  # the package runs from its source folder, too
     assert line(versions(), "diffusers") == ("not installed", "pip install 'sagl[hub]'")
     assert line(extractors(), "effnet_lite0_64") == ("not usable", "pip install 'sagl[offline-metrics]'")
     assert line(extractors(), "inception") == ("not usable", "pip install 'sagl[eval]'")

@@ -64,7 +64,7 @@ def test_an_interrupted_study_samples_only_what_is_missing(tmp_path, monkeypatch
     study, expected = open_study(tmp_path), sampled(open_study(tmp_path), GUIDED, range(8)).pooled
     for path in study.folder.rglob("4.npz"):
         path.unlink()
-    assert study.missing([GUIDED], range(8)) == [(GUIDED, [4, 5, 6, 7])]
+    assert study.missing([GUIDED, GUIDED], range(8)) == [(GUIDED, [4, 5, 6, 7])]
     compute = Study._compute_features
     monkeypatch.setattr(Study, "_compute_features", lambda *_: pytest.fail("sampled twice"))
     study.sample([GUIDED], range(4))
