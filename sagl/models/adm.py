@@ -18,6 +18,7 @@ from sagl.models.layers import (
     AdaGroupNorm,
     Conv1x1,
     Downsample,
+    LabelEmbedding,
     SiLU,
     Upsample,
     conv3x3,
@@ -178,7 +179,7 @@ class UNet(Encoder):
         self.settings = settings
         emb_channels, channels = 4 * settings.num_channels, settings.widths[0]
         if settings.num_classes is not None:
-            self.label_emb = nn.Embedding(settings.num_classes + settings.null_label, emb_channels)
+            self.label_emb = LabelEmbedding(settings.num_classes + settings.null_label, emb_channels)
         if settings.degraded_embedding:
             self.degraded_emb = nn.Parameter(torch.zeros(emb_channels))
         self.output_blocks = _named_blocks("output", settings, _output_layers(settings))

@@ -52,6 +52,14 @@ class Conv1x1(nn.Conv1d):
         return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
+class LabelEmbedding(nn.Embedding):
+    """An embedding that draws no weights on the meta device, where `normal_` imports the compiler for two seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """Return a 3x3 convolution that keeps the resolution."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
-from torchvision.utils import make_grid
+from torch.nn.functional import pad
 
 from sagl.shapes import Image, ImageUint8
 
@@ -44,7 +44,16 @@ def image_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding: 
             blocks.append(torch.cat([part, blank]))
     zoom = 2 if is_small else 1
     enlarged = torch.cat(blocks).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    return make_grid(enlarged, nrow=columns, padding=padding, pad_value=255)
+    return _with_frames(enlarged, columns, padding)
+
+
+def _with_frames(images: ImageUint8, columns: int, padding: int) -> ImageUint8:
+    """Arrange images as torchvision's `make_grid` does; the import of torchvision takes two seconds."""
+    if len(images) == 1:
+        return images[0]
+    framed = pad(images, (padding, 0, padding, 0), value=255)
+    grid = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return pad(grid, (0, padding, 0, padding), value=255)
 
 
 def save_png(image: ImageUint8, path: Path, software: str | None = None) -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.utils import make_grid
 
 from sagl.utils.images import image_grid, save_png, to_float, to_rgb, to_uint8
 from tests.helpers.files import read_png
@@ -94,3 +95,11 @@ def test_a_software_tag_is_near_the_beginning_of_a_png_and_changes_no_pixel(tmp_
     assert b"a program" in (tmp_path / "tagged.png").read_bytes()[:100]
     assert (read_png(tmp_path / "tagged.png") == read_png(tmp_path / "untagged.png")).all()
     assert b"tEXt" not in (tmp_path / "untagged.png").read_bytes()
+
+
+@pytest.mark.parametrize(("count", "padding"), [(1, 2), (3, 0), (4, 1), (12, 2)])
+def test_a_grid_is_that_of_torchvision(count, padding):
+    images = torch.randint(0, 256, (count, 3, 65, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    columns = min(count, 4)
+    expected = make_grid(images, nrow=columns, padding=padding, pad_value=255)
+    assert torch.equal(image_grid([images], columns=columns, padding=padding), expected)
