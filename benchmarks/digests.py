@@ -23,7 +23,8 @@ FLOAT32, BFLOAT16 = ["--trainer.precision", "32-true"], ["--trainer.precision", 
 UNGUIDED, OUTPUT_2 = ["--sag.scale", "0"], ["--sag.scale", "0.3", "--sag.site", "output.2"]
 OUTPUT_5 = ["--sag.scale", "0.3", "--sag.site", "output.5"]
 WHOLE = ["--sag.blur_sigma", "3", "--sag.interval", "[0,1]"]
-SAMPLE = ["sample", "--num_samples", "12", "--batch_size", "8", "--exports", "", "--progress", "off"]
+SAMPLE = ["sample", "--model", "fashion_mnist", "--num_samples", "12", "--batch_size", "8", "--progress", "off"]
+SAMPLE += ["--exports", ""]
 SAMPLES = {
     "float32, DDIM, unguided": [*DDIM, *FLOAT32, *UNGUIDED],
     "bfloat16, DDPM, unguided": [*DDPM, *BFLOAT16, *UNGUIDED],

@@ -76,16 +76,15 @@ class Machine:
     def sample(
         self, name: str, *flags: object, accelerator: str = "", devices: int = 1, limit: int = 300, **variables: str
     ) -> "Result":
-        """Sample a few images of the bundled network into a run folder."""
+        """Sample a few garments into a run folder."""
         size: tuple[object, ...] = (
             ("--num_samples", 4, "--batch_size", 2) if self.small else ("--num_samples", 8, "--batch_size", 4)
         )
         respacing = "ddim4" if self.small else "ddim10"
         trainer = ("--trainer.accelerator", accelerator or self.accelerator, "--trainer.devices", devices)
         sampler = ("--sampler", "ddim", "--respacing", respacing, "--exports", "images", "--progress", "off")
-        return self.run(
-            "sample", *size, *sampler, *trainer, "--output", self.folder / name, *flags, limit=limit, **variables
-        )
+        images = ("--model", "fashion_mnist", *size, "--output", self.folder / name)  # it has a classifier, too
+        return self.run("sample", *images, *sampler, *trainer, *flags, limit=limit, **variables)
 
     def fit(self, name: str, *flags: object) -> tuple[object, ...]:
         """Return the arguments of a short training on random pictures."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sagl.models.checkpoints import build_network, read_checkpoint
-from sagl.models.zoo import DEFAULT_CHECKPOINT
+from sagl.models.zoo import BUNDLED
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
@@ -42,7 +42,7 @@ def gaps(
 def main() -> None:
     """Parse the arguments and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", type=Path, nargs="*", default=[DEFAULT_CHECKPOINT])
+    p.add_argument("checkpoints", type=Path, nargs="*", default=[BUNDLED["fashion_mnist"]])
     p.add_argument("--num_samples", type=int, default=100)
     p.add_argument("--first_id", type=int, default=0)
     p.add_argument("--respacing", default="ddim25")

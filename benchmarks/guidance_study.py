@@ -24,6 +24,7 @@ from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_repo
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Tuning, make_candidates
 from sagl.evaluation.tuning_report import COLUMNS, describe_setting, measurement_row
+from sagl.models.zoo import default_reference
 from sagl.sampling.run import SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.tuning import TuningSettings
@@ -42,7 +43,7 @@ def study_parser() -> Parser:
     p.prog, p.usage = "guidance_study.py", "guidance_study.py [options]"
     p.add_argument("--search", type=str, nargs="+", action="append", default=[], help="A setting and its values.")
     p.add_argument("--also", type=str, action="append", default=[], help="Flags of another network.")
-    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="Images or a statistics file.")
+    p.add_argument("--reference", type=str, default=None, help="Images or a statistics file, as for sagl tune.")
     p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as for sagl evaluate.")
     p.add_argument("--bootstrap", type=int, default=200, help="Resamples of the paired intervals; 0: none.")
     p.add_argument("--output", type=str, default="study", help="Folder of the features.")
@@ -75,15 +76,16 @@ def study_network(
     run = SamplingRun.without_folder(config)
     space = parse_search(flags.search)
     candidates, samples = make_candidates(run, space, ALL), run.config.samples
+    reference = flags.reference or default_reference(config.model)
     ids = range(samples.first_id, samples.first_id + samples.num_samples)
     tuning = Tuning(
         run=run,
         space=space,
         candidates=candidates,
         settings=TuningSettings(bootstrap=flags.bootstrap),
-        reference=flags.reference,
+        reference=reference,
         extraction=ExtractionSettings(progress=config.progress),
-        extractor=flags.extractor or default_extractor(Path(flags.reference)),
+        extractor=flags.extractor or default_extractor(Path(reference)),
     )
     with launch(config.devices) as ranks:
         study, comparison = tuning.open(config.output / "features", ranks)

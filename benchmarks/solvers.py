@@ -33,7 +33,7 @@ def solvers_parser() -> Parser:
     p.prog, p.usage = "solvers.py", "solvers.py [options]"
     p.add_argument("--samplers", type=str, nargs="+", default=SOLVERS, help="Samplers to compare.")
     p.add_argument("--respacings", type=str, nargs="+", default=["10", "logsnr10", "20", "logsnr20"])
-    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="Images or a statistics file.")
+    p.add_argument("--reference", type=str, default="emoji_test", help="Images or a statistics file.")
     p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as for sagl evaluate.")
     p.add_argument("--bootstrap", type=int, default=200, help="Resamples of the paired intervals; 0: none.")
     p.add_argument("--dry_run", action="store_true", help="Print the number of network evaluations.")

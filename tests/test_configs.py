@@ -13,7 +13,7 @@ from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import meta_state_dict
-from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, get_unet_settings
+from sagl.models.zoo import BUNDLED, RELEASED, get_unet_settings
 from sagl.settings.compatibility import check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
@@ -111,8 +111,8 @@ def test_networks_of_the_paper_are_trained_with_adms_settings(name, tmp_path):
 
 def test_the_configuration_of_the_bundled_network_recommends_what_its_file_does():
     by_config, by_file = (
-        parse_sample_config(["--config", "fashion_mnist", "--checkpoint", str(DEFAULT_CHECKPOINT)]),
-        parse_sample_config([]),
+        parse_sample_config(["--config", "fashion_mnist", "--checkpoint", str(BUNDLED["fashion_mnist"])]),
+        parse_sample_config(["--model", "fashion_mnist"]),
     )
     assert (by_config.sampler, by_config.guidances["sag"], by_config.samples) == (
         by_file.sampler,

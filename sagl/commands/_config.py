@@ -12,8 +12,9 @@ from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
 from sagl.models.zoo import (
-    DEFAULT_CHECKPOINT,
-    DEFAULT_CLASSIFIER,
+    BUNDLED,
+    BUNDLED_CLASSIFIERS,
+    BUNDLED_REFERENCES,
     DEFAULT_MODEL,
     RELEASED,
     UNET_NAMES,
@@ -136,8 +137,8 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
 
 def _default_classifier(guidance: GuidanceSettings, model: str | None) -> GuidanceSettings:
     """Let the bundled classifier guide the bundled network, unless another one is set."""
-    if isinstance(guidance, ClassifierGuidance) and guidance.scale and model == DEFAULT_MODEL:
-        return replace(guidance, checkpoint=guidance.checkpoint or DEFAULT_CLASSIFIER)
+    if isinstance(guidance, ClassifierGuidance) and guidance.scale and model in BUNDLED_CLASSIFIERS:
+        return replace(guidance, checkpoint=guidance.checkpoint or BUNDLED_CLASSIFIERS[model])
     return guidance
 
 
@@ -169,8 +170,8 @@ def resolve_network(
         model = DEFAULT_MODEL if path is None else None if metadata else _name_of_file(path)
     name = model if isinstance(model, str) else None
     fields: dict[str, Any] = {"model": name, "checkpoint": path, "weights": weights}
-    if name == DEFAULT_MODEL:
-        return fields | {"checkpoint": path or DEFAULT_CHECKPOINT, "network": None, "diffusion": None}
+    if name in BUNDLED_REFERENCES:
+        return fields | {"checkpoint": path or BUNDLED[name], "network": None, "diffusion": None}
     network, released_diffusion = (model, None) if name is None else get_unet_settings(name)
     if metadata and path is not None and isinstance(network, UNetSettings):
         check_same_network(network, settings_from_metadata(metadata, path)[0], path)

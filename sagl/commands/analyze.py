@@ -6,7 +6,7 @@ from sagl.analysis.registry import ANALYSES, AnalysisRequest, run_analysis
 from sagl.commands._config import network_parser, parse_sample_config
 from sagl.commands._parser import Parser
 from sagl.errors import require
-from sagl.models.zoo import DEFAULT_CLASSIFIER, DEFAULT_MODEL
+from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.utils.distributed import select_device
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
             figure=config.output / f"{flags.analysis}.png",
             progress=progress,
             object_masks=flags.object_masks,
-            classifier=DEFAULT_CLASSIFIER if config.model == DEFAULT_MODEL else None,
+            classifier=BUNDLED_CLASSIFIERS.get(config.model or ""),
         )
         command = shlex.join(["sagl", "analyze", *arguments])
         numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})

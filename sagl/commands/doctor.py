@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from sagl import __version__
+import sagl
 from sagl.commands._parser import Parser
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.settings.sampling import DeviceSettings
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 def versions() -> Iterator[Line]:
     """Yield the versions of Python and of libraries."""
     yield "python", platform.python_version(), ""
-    yield "sagl", __version__, ""
+    yield "sagl", sagl.__version__, ""
     packages = {name: ("missing", name) for name in LIBRARIES}
     packages |= {name: ("not installed", f"'{extra}'") for name, extra in OPTIONAL.items()}
     for name, (absent, requirement) in packages.items():

@@ -23,8 +23,11 @@ def evaluate_parser() -> Parser:
     p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
     image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, or (fashion_mnist|emoji)_(train|test)"
     p.add_argument("images", type=str, help=f"Images to evaluate: {image_sets}.")
-    reference = "Reference: as for `images`, or a statistics file of OpenAI, EDM or sagl statistics."
-    p.add_argument("--reference", type=str, default="fashion_mnist_test", help=reference)
+    reference = (
+        "Reference: as for `images`, or a statistics file of OpenAI, EDM or sagl statistics; by default the test "
+        "images of a bundled network's data."
+    )
+    p.add_argument("--reference", type=str, default=None, help=reference)
     p.add_argument("--num_samples", type=int, default=None, help="Number of images to use; default: all.")
     add_extraction_settings(p)
     p.add_settings(MetricSettings)

@@ -17,7 +17,7 @@ from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, writ
 from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata, settings_from_metadata
-from sagl.models.zoo import DEFAULT_CLASSIFIER, DEFAULT_MODEL
+from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.distributed import global_rank
@@ -92,7 +92,7 @@ def _target(model: str | None, num_samples: int | None, sampler: str, respacing:
     return Target(
         name=model,
         network=network,
-        classifier=DEFAULT_CLASSIFIER if model == DEFAULT_MODEL else None,
+        classifier=BUNDLED_CLASSIFIERS.get(model),
         num_samples=num_samples,
         sampler=sampler,
         respacing=respacing,

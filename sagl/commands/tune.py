@@ -9,6 +9,7 @@ from sagl.commands._config import network_parser, parse_sample_config, sample_pa
 from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
+from sagl.models.zoo import default_reference
 from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.tuning import TuningSettings
@@ -27,7 +28,8 @@ def tune_parser() -> Parser:
     p = network_parser("tune", "Search for guidance settings of a network by successive halving.")
     search = "A setting and its values, as its flag takes them: --search sag.scale 0.1 0.3. May be given several times."
     p.add_argument("--search", type=str, nargs="+", action="append", default=None, help=search)
-    p.add_argument("--reference", type=str, default="fashion_mnist_test", help="Images or a statistics file.")
+    reference = "Images or a statistics file; by default the test images of a bundled network's data."
+    p.add_argument("--reference", type=str, default=None, help=reference)
     p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as for sagl evaluate.")
     p.add_argument("--output", type=str, default="tuning", help="Folder of the results and of the features.")
     dry_run = "Print the number of network evaluations, and sample nothing."
@@ -53,7 +55,13 @@ def main(arguments: list[str]) -> None:
         if global_rank() == 0:
             with refuse_on_all_ranks(config.devices):
                 stack.enter_context(lock_folder(config.output))
-                tuning = plan(config, settings, flags.search or (), flags.reference, flags.extractor)
+                tuning = plan(
+                    config,
+                    settings,
+                    flags.search or (),
+                    flags.reference or default_reference(config.model),
+                    flags.extractor,
+                )
         with launch(config.devices) as ranks:
             tuning = ranks.broadcast(tuning)
             study, comparison = tuning.open(config.output / "features", ranks)

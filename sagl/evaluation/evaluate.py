@@ -17,7 +17,8 @@ from sagl.metrics.compute import compute_metrics
 from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference
-from sagl.sampling.run_folder import read_run_json
+from sagl.models.zoo import default_reference
+from sagl.sampling.run_folder import is_run, read_run_json
 from sagl.settings.evaluation import (
     DEFAULT_EXTRACTOR,
     EXTRACTOR_NAMES,
@@ -31,7 +32,7 @@ from sagl.utils.distributed import launch
 
 def evaluate(
     images: str,
-    reference: str,
+    reference: str | None,
     *,
     num_samples: int | None = None,
     extraction: ExtractionSettings,
@@ -42,7 +43,7 @@ def evaluate(
 
     Args:
         images: an image set, see `open_image_set`.
-        reference: an image set, or a statistics file.
+        reference: an image set, or a statistics file; None for that of the bundled network whose run `images` is.
         num_samples: number of images, the first of the set; None for all.
         extraction: settings of the extraction of features.
         metrics: settings of the metrics.
@@ -53,9 +54,10 @@ def evaluate(
     """
     start_time = time.monotonic()
     with launch(devices) as ranks:
-        images_path, reference_path = local_path(images, "images"), local_path(reference, "reference")
+        image_set = open_image_set(local_path(images, "images"), extraction.image_size, "images")
+        reference = reference or default_reference(_model(Path(images)))
+        reference_path = local_path(reference, "reference")
         name = extraction.extractor or default_extractor(Path(reference_path))
-        image_set = open_image_set(images_path, extraction.image_size, "images")
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
         extractor = FeatureExtraction.load(name, extraction, ranks)
         real = load_reference(reference_path, extractor, image_set.image_size, metrics.max_features)
@@ -119,6 +121,11 @@ def write_statistics(
     )
     write_reference(reference, output)
     return reference
+
+
+def _model(run: Path) -> str | None:
+    """Return the name of the network of a run; None for other images."""
+    return read_run_json(run, "images").get("model") if is_run(run) else None
 
 
 def default_extractor(reference: Path) -> str:

@@ -12,7 +12,7 @@ from sagl.evaluation.plot import Line, Plot
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, render_html
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
-from sagl.models.zoo import DEFAULT_CHECKPOINT
+from sagl.models.zoo import BUNDLED
 from sagl.utils.files import atomic_file
 
 CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
@@ -61,7 +61,7 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
     """Return the best candidate as a config for `sagl sample`, with the report as a comment."""
     config = tuning.run.config
     network: dict[str, Any] = {"model": {"network": config.model}} if config.model else {}
-    if config.checkpoint not in (None, DEFAULT_CHECKPOINT):
+    if config.checkpoint not in (None, *BUNDLED.values()):
         network |= {"checkpoint": str(config.checkpoint.resolve()), "weights": config.weights}
     settings = network | {"labels": config.samples.labels} | result.best.setting.values
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))

@@ -12,16 +12,17 @@ from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 
-DEFAULT_MODEL = "fashion_mnist"
-"""Name of the bundled UNet: 32x32 Fashion-MNIST, ten classes and a null label."""
-DEFAULT_CLASSIFIER = "fashion_mnist_classifier"
-"""Name of the bundled classifier, which guides `DEFAULT_MODEL`."""
+DEFAULT_MODEL = "emoji"
+"""Name of the bundled UNet that commands use by default: 32x32 emoji, seven categories and a null label."""
 BUNDLED = {
-    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in (DEFAULT_MODEL, DEFAULT_CLASSIFIER)
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors"
+    for name in (DEFAULT_MODEL, "fashion_mnist", "fashion_mnist_classifier")
 }
 """Bundled weight files by name. Each was trained with the config of its name."""
-DEFAULT_CHECKPOINT = BUNDLED[DEFAULT_MODEL]
-"""Weight file of `DEFAULT_MODEL`."""
+BUNDLED_CLASSIFIERS = {"fashion_mnist": "fashion_mnist_classifier"}
+"""Bundled UNets that have a classifier to guide them, and its name."""
+BUNDLED_REFERENCES = {"emoji": "emoji_test", "fashion_mnist": "fashion_mnist_test"}
+"""Bundled UNets, and the test images of their data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,11 @@ RELEASED: dict[str, PretrainedEntry] = {
     "imagenet512_classifier": _classifier(512),
 }
 """Released checkpoints by name."""
-UNET_NAMES = (DEFAULT_MODEL, *(name for name, entry in RELEASED.items() if isinstance(entry.settings, UNetSettings)))
-CLASSIFIER_NAMES = (DEFAULT_CLASSIFIER, *(name for name in RELEASED if name not in UNET_NAMES))
+UNET_NAMES = (
+    *BUNDLED_REFERENCES,
+    *(name for name, entry in RELEASED.items() if isinstance(entry.settings, UNetSettings)),
+)
+CLASSIFIER_NAMES = (*BUNDLED_CLASSIFIERS.values(), *(name for name in RELEASED if name not in UNET_NAMES))
 
 
 def get_entry(name: str) -> PretrainedEntry:
@@ -127,6 +131,20 @@ def get_entry(name: str) -> PretrainedEntry:
     """
     _require_name(name, (*BUNDLED, *RELEASED))
     return RELEASED[name]
+
+
+def default_reference(model: str | None) -> str:
+    """Return the reference of images of a bundled UNet: the test images of its data.
+
+    Raises:
+        UserError: the images are not those of a bundled UNet.
+    """
+    require(
+        model in BUNDLED_REFERENCES,
+        "`reference` must be given for images of other networks than the bundled ones, got none. It is a set of "
+        f"images, such as {' or '.join(BUNDLED_REFERENCES.values())}, or a statistics file.",
+    )
+    return BUNDLED_REFERENCES[str(model)]
 
 
 def name_from_filename(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagl import __version__
+import sagl
 from sagl.errors import require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.choices import choose_batch_size, choose_precision
@@ -170,7 +170,7 @@ class SamplingRun:
             "flops": metadata.get("flops", 0),
             "seconds": metadata.get("seconds", 0.0),
             "num_timed_batches": metadata.get("num_timed_batches", 0),
-            "versions": {"python": platform.python_version(), "sagl": __version__}
+            "versions": {"python": platform.python_version(), "sagl": sagl.__version__}
             | {name: version(name) for name in LIBRARIES},
             "command": command,
             "exports": metadata.get("exports", {}),

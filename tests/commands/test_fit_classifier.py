@@ -74,8 +74,9 @@ def test_a_converted_classifier_guides_a_network_together_with_sag(run, tmp_path
     converted = read_checkpoint(file)
     assert (converted.model_settings, converted.diffusion) == (ClassifierSettings(**CLASSIFIER), COSINE)
     assert {tensor.dtype for tensor in converted.state_dict.values()} == {torch.float16}
-    options = ["--num_samples", 2, "--respacing", 4, "--sampler", "ddpm", "--classifier.checkpoint", file]
-    options += ["--trainer.precision", "32-true", "--sag.interval", "0,1"]  # the bundled network's own is shorter
+    options = ["--model", "fashion_mnist", "--num_samples", 2, "--respacing", 4, "--sampler", "ddpm"]
+    options += ["--classifier.checkpoint", file, "--trainer.precision", "32-true"]
+    options += ["--sag.interval", "0,1"]  # the bundled network's own is shorter
     shards = set()
     for name, scales in {"sag": (0, 0.3), "classifier": (20, 0), "both": (20, 0.3)}.items():
         scale = ["--classifier.scale", scales[0], "--sag.scale", scales[1]]

@@ -8,7 +8,7 @@ from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.models.checkpoints import build_network, read_checkpoint
-from sagl.models.zoo import DEFAULT_CHECKPOINT
+from sagl.models.zoo import BUNDLED
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
@@ -27,7 +27,7 @@ def garments() -> PaddedFashionMNIST:
 @pytest.fixture(scope="module")
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, ten of each class, and their labels."""
-    file = read_checkpoint(DEFAULT_CHECKPOINT)
+    file = read_checkpoint(BUNDLED["fashion_mnist"])
     chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
     recipe = build_pipeline(
         build_network(file), file.diffusion, chain, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
@@ -39,8 +39,8 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_is_small_grey_conditional_and_has_a_null_label():
-    file = read_checkpoint(DEFAULT_CHECKPOINT)
-    assert DEFAULT_CHECKPOINT.stat().st_size <= 12e6
+    file = read_checkpoint(BUNDLED["fashion_mnist"])
+    assert BUNDLED["fashion_mnist"].stat().st_size <= 12e6
     assert {tensor.dtype for tensor in file.state_dict.values()} == {torch.float16}
     s = file.model_settings
     assert (s.image_size, s.in_channels, s.num_classes, s.null_label) == (32, 1, 10, True)

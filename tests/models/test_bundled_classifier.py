@@ -11,7 +11,7 @@ from sagl.diffusion.classifier_loss import ClassifierLoss, classifier_loss
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.checkpoints import NetworkWeights, build_classifier, build_network
 from sagl.models.loading import load
-from sagl.models.zoo import BUNDLED, DEFAULT_CLASSIFIER, get_classifier_settings
+from sagl.models.zoo import BUNDLED, get_classifier_settings
 from sagl.sampling.pipeline import build_pipeline, run_to_end
 from sagl.settings.compatibility import check_second_network
 from sagl.settings.guidance import ClassifierGuidance
@@ -20,12 +20,12 @@ from sagl.settings.sampling import SamplerSettings
 from sagl.utils.files import cache_folder
 from sagl.utils.images import to_float
 
-CONFIG = Path(__file__).parents[2] / "configs" / f"{DEFAULT_CLASSIFIER}.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist_classifier.yaml"
 
 
 @pytest.fixture(scope="module")
 def file() -> NetworkWeights:
-    return load(DEFAULT_CLASSIFIER)
+    return load("fashion_mnist_classifier")
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def result(file) -> ClassifierLoss:
 
 def test_it_is_small_and_the_one_that_the_configuration_trains(file):
     trained = yaml.safe_load(CONFIG.read_text())["model"]
-    assert BUNDLED[DEFAULT_CLASSIFIER].stat().st_size <= 2.7e6
+    assert BUNDLED["fashion_mnist_classifier"].stat().st_size <= 2.7e6
     assert {tensor.dtype for tensor in file.state_dict.values()} == {torch.float16}
     assert file.model_settings == ClassifierSettings(**trained["classifier"])
     assert file.diffusion.noise_schedule == trained["diffusion"]["noise_schedule"]
-    assert get_classifier_settings(DEFAULT_CLASSIFIER) == (file.model_settings, file.diffusion)
+    assert get_classifier_settings("fashion_mnist_classifier") == (file.model_settings, file.diffusion)
 
 
 def test_it_may_guide_the_bundled_network(file):

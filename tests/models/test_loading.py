@@ -9,7 +9,7 @@ from sagl.models import loading
 from sagl.models.checkpoints import build_network
 from sagl.models.loading import download_pretrained, load
 from sagl.models.metadata import read_metadata, settings_from_metadata
-from sagl.models.zoo import DEFAULT_CHECKPOINT, RELEASED, PretrainedEntry
+from sagl.models.zoo import BUNDLED, RELEASED, PretrainedEntry
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.utils.files import sha256
 from tests.helpers.networks import grey_unet, grey_weights, write_grey_unet, write_training_checkpoint
@@ -68,7 +68,7 @@ def test_the_requested_weights_of_a_training_checkpoint_are_read(tmp_path):
 def test_the_bundled_network_is_loaded_by_name():
     file = load("fashion_mnist")
     assert (file.model_settings, file.diffusion) == settings_from_metadata(
-        read_metadata(DEFAULT_CHECKPOINT), DEFAULT_CHECKPOINT
+        read_metadata(BUNDLED["fashion_mnist"]), BUNDLED["fashion_mnist"]
     )
     assert build_network(file).settings.num_classes == 10
 

@@ -13,8 +13,11 @@ from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.models.zoo import (
     BUNDLED,
-    DEFAULT_CHECKPOINT,
+    BUNDLED_REFERENCES,
+    DEFAULT_MODEL,
     RELEASED,
+    UNET_NAMES,
+    default_reference,
     get_entry,
     get_settings,
     get_unet_settings,
@@ -26,7 +29,7 @@ from sagl.settings.network import ClassifierSettings, UNetSettings
 from tests.helpers.networks import write_grey_unet
 from tests.helpers.reference_values import KEY_LISTS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 KEY_LIST_OF = {name: name for name in ("imagenet64", "imagenet128", "imagenet256_cond", "imagenet256_uncond")}
 KEY_LIST_OF |= {"imagenet512": "imagenet512"} | {
@@ -38,16 +41,18 @@ UNETS = sorted(name for name in RELEASED if not name.endswith("classifier"))
 CLASSIFIERS = sorted(set(RELEASED) - set(UNETS))
 
 
-def test_the_bundled_network_has_the_settings_of_its_config():
-    trained = yaml.safe_load(CONFIG.read_text())["model"]
-    file = read_checkpoint(DEFAULT_CHECKPOINT)
+@pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
+def test_a_bundled_network_has_the_settings_of_its_config(name):
+    trained = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]
+    file = read_checkpoint(BUNDLED[name])
     assert file.model_settings == UNetSettings(**trained["network"])
     assert {name: asdict(file.diffusion)[name] for name in trained["diffusion"]} == trained["diffusion"]
 
 
-def test_the_recommended_settings_of_the_bundled_network_are_valid():
-    request, file = parse_sample_config([]), read_checkpoint(DEFAULT_CHECKPOINT)
-    assert request.checkpoint == DEFAULT_CHECKPOINT
+@pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
+def test_the_recommended_settings_of_a_bundled_network_are_valid(name):
+    request, file = parse_sample_config(["--model", name]), read_checkpoint(BUNDLED[name])
+    assert request.checkpoint == BUNDLED[name]
     network = build_network(file)
     recipe = build_pipeline(network, file.diffusion, request.sampler, request.guidances)
     start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.guidances["sag"].interval)
@@ -58,11 +63,26 @@ def test_the_recommended_settings_of_the_bundled_network_are_valid():
 def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
     for flags, checkpoint in (
         ([], None),
-        (["--classifier.scale", "1"], "fashion_mnist_classifier"),
+        (["--classifier.scale", "1"], None),
+        (["--model", "fashion_mnist"], None),
+        (["--model", "fashion_mnist", "--classifier.scale", "1"], "fashion_mnist_classifier"),
         (["--classifier.scale", "1", "--classifier.checkpoint", "my.safetensors"], "my.safetensors"),
         (["--classifier.scale", "1", "--checkpoint", str(write_grey_unet(tmp_path / "other.safetensors"))], None),
     ):
         assert parse_sample_config(flags).guidances["classifier"].checkpoint == checkpoint
+
+
+def test_emoji_without_labels_are_the_default():
+    request = parse_sample_config([])
+    assert (request.checkpoint, request.samples.labels) == (BUNDLED[DEFAULT_MODEL], "null")
+    assert DEFAULT_MODEL == "emoji"
+
+
+def test_the_reference_of_a_bundled_network_is_its_test_data_and_others_must_be_given():
+    assert {name: default_reference(name) for name in UNET_NAMES if name in BUNDLED} == BUNDLED_REFERENCES
+    for other in (None, "lsun_cat", "fashion_mnist_classifier"):
+        with pytest.raises(UserError, match="`reference`"):
+            default_reference(other)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_classifier", "imagenet64_classifier"])
@@ -142,7 +162,7 @@ def test_a_released_checkpoint_is_recognised_by_its_file_name(name):
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "lsun_cat", "imagenet64_classifier"])
 def test_settings_are_returned_by_name(name):
-    file = read_checkpoint(DEFAULT_CHECKPOINT) if name == "fashion_mnist" else None
+    file = read_checkpoint(BUNDLED["fashion_mnist"]) if name == "fashion_mnist" else None
     expected = (file.model_settings, file.diffusion) if file else (RELEASED[name].settings, RELEASED[name].diffusion)
     assert get_settings(name) == expected
 
@@ -170,4 +190,4 @@ def test_an_unknown_name_is_refused_with_all_names_and_similar_ones(name, simila
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.utils.download"])
 def test_names_and_downloads_load_no_torch(module):
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=CONFIG.parents[1], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], cwd=CONFIGS.parent, check=False).returncode == 0
