@@ -10,6 +10,7 @@ import sagl
 
 PACKAGE = Path(sagl.__file__).parent
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"commands"},
     {"training"},

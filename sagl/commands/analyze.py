@@ -13,6 +13,7 @@ from sagl.utils.distributed import select_device
 from sagl.utils.environment import disable_malloc_trim, set_threads
 from sagl.utils.files import require_writable
 from sagl.utils.progress import ProgressReporter
+from sagl.utils.run_lock import lock_file
 
 
 def analyze_parser() -> Parser:
@@ -40,19 +41,23 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     set_threads()
     require_writable(config.output)
+    figure = config.output / f"{flags.analysis}.png"
     run, sag = SamplingRun.without_folder(config), config.guidances["sag"]
     assert isinstance(sag, SelfAttentionGuidance)
     sag.check_network(run.network)
-    with ProgressReporter(flags.analysis, config.samples.num_samples, config.progress) as progress:
+    with (
+        lock_file(figure),
+        ProgressReporter(flags.analysis, config.samples.num_samples, config.progress) as progress,
+    ):
         request = AnalysisRequest(
             pipeline=run.build_pipeline(select_device(config.devices)),
             samples=run.config.samples,
             sag=sag,
-            figure=config.output / f"{flags.analysis}.png",
+            figure=figure,
             progress=progress,
             object_masks=flags.object_masks,
             classifier=BUNDLED_CLASSIFIERS.get(config.model or ""),
         )
         command = shlex.join(["sagl", "analyze", *arguments])
         numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})
-    print(f"{request.figure}, {numbers}: {config.samples.num_samples} samples.")
+    print(f"{figure}, {numbers}: {config.samples.num_samples} samples.")

@@ -1,9 +1,11 @@
 """`sagl reproduce`: tables and figures of the paper, on its networks or translated to another."""
 
 import shlex
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
@@ -19,9 +21,9 @@ from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import SamplerSettings
-from sagl.utils.distributed import global_rank
-from sagl.utils.files import require_writable
+from sagl.settings.sampling import DeviceSettings, SamplerSettings
+from sagl.utils.distributed import has_peers, num_processes
+from sagl.utils.run_lock import lock_folder
 
 SMOKE = {"num_samples": 4, "sampler": "ddim", "respacing": "2", "bootstrap": 0}
 """Settings of --smoke."""
@@ -42,6 +44,8 @@ def reproduce_parser() -> Parser:
     p.add_argument("--reference", type=str, default=None, help="Reference of the metrics, as of sagl evaluate.")
     p.add_argument("--extractor", type=str, default=None, help="Feature extractor, as of sagl evaluate.")
     p.add_argument("--bootstrap", type=int, default=200, help="Bootstrap resamples of intervals, as of sagl evaluate.")
+    dino = "File of DINO weights, for the masks of table 4 that need it, as --sag.dino_checkpoint."
+    p.add_argument("--dino_checkpoint", type=str, default=None, help=dino)
     p.add_argument("--object_masks", type=str, default="silhouette", help="Objects of overlap, as of sagl analyze.")
     p.add_argument("--devices", type=str, default="auto", help="Processes per machine, as --trainer.devices.")
     p.add_argument("--smoke", action="store_true", help="Four images of two steps: whether everything runs.")
@@ -58,52 +62,55 @@ def main(arguments: list[str]) -> None:
         UserError: a setting is not valid; what has been sampled and evaluated is kept.
     """
     args, items = reproduce_parser().parse(arguments), paper_items()
-    folder = Path(args.output)
+    folder, chosen = Path(args.output), list[PaperItem]()
     choices = [*items, "table7", "all", "report"]
     require(args.item in choices, f"`item` must be one of {', '.join(choices)}, got {args.item}.")
-    require_writable(folder)
+    require(not has_peers(), "`devices` sets the number of processes. Start sagl reproduce without torchrun and srun.")
     if args.item != "report":
         if args.smoke:
             for name, value in SMOKE.items():
                 args[name] = value
-        target = _target(args.model, args.num_samples, args.sampler, args.respacing)
+        target = _target(args)
         chosen = list(items.values()) if args.item in ("all", "table7") else [items[args.item]]
         plans = {item.name: plan_reproduction(item, target) for item in chosen}
         _print_plan(chosen, plans)
         if args.item == "table7":
             return
+    with lock_folder(folder):
         for item in chosen:
             _reproduce(item, plans[item.name], args, folder)
-    if global_rank() == 0:
         print("Report: " + ", ".join(map(str, write_report(folder))))
 
 
-def _target(model: str | None, num_samples: int | None, sampler: str, respacing: str | None) -> Target:
-    SamplerSettings(sampler=sampler)  # refuses an unknown one
+def _target(args: Namespace) -> Target:
+    model, num_samples = args.model, args.num_samples
+    SamplerSettings(sampler=args.sampler)  # refuses an unknown one
     require(num_samples is None or num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
+    target = Target(
+        num_samples=num_samples,
+        sampler=args.sampler,
+        respacing=args.respacing,
+        dino_checkpoint=args.dino_checkpoint,
+    )
     if model is None:
-        return Target(num_samples=num_samples, sampler=sampler, respacing=respacing)
+        return target
     is_file = Path(model).suffix == ".safetensors"
     resolved = resolve_network(None if is_file else model, model if is_file else None, None, "ema")
     network, path = resolved["network"], resolved["checkpoint"]
     if network is None:
         network = settings_from_metadata(read_metadata(path), path)[0]
     assert isinstance(network, UNetSettings)
-    return Target(
+    return replace(
+        target,
         name=model,
         network=network,
         classifier=BUNDLED_CLASSIFIERS.get(model),
-        num_samples=num_samples,
-        sampler=sampler,
-        respacing=respacing,
         recommended=frozenset(recommended_settings(None if is_file else model, path)) & frozenset(GUIDANCES),
     )
 
 
 def _print_plan(items: list[PaperItem], plans: dict[str, list[ReproductionRow]]) -> None:
     """Print the settings in force of every row, and the number of different runs."""
-    if global_rank():
-        return
     for item in items:
         print(f"{item.heading}: {item.title}")
         for row in plans[item.name]:
@@ -114,39 +121,51 @@ def _print_plan(items: list[PaperItem], plans: dict[str, list[ReproductionRow]])
 
 
 def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, folder: Path) -> None:
-    options = vars(args)
+    """Make what is missing of a table or figure, and store the commands of its rows."""
     commands = []
     for row in rows:
-        commands.append("" if row.obstacle else _command(item, row, options))
-        if row.obstacle:
+        words = [] if row.obstacle else _words(item, row, args)
+        commands.append(shlex.join(["sagl", *words]) if words else "")
+        if not words:
             continue
-        words = shlex.split(commands[-1])[2:]
         target = folder / (ANALYSES if item.analysis else RUNS) / row.run_name
-        if item.analysis:
-            if not (target / f"{item.analysis}.json").is_file() and global_rank() == 0:
-                analyze.main([*words, "--output", str(target)])
-            continue
-        sample.main([*words, "--output", str(target)])
-        if not item.shows_samples:
-            _evaluate(target, options)
-    if global_rank() == 0:
-        store_item(folder, item, rows, commands)
+        if not (target / f"{item.analysis}.json").is_file():
+            _run([*words, "--output", str(target)], args.devices)
+        if not (item.analysis or item.shows_samples):
+            _evaluate(target, args)
+    store_item(folder, item, rows, commands)
 
 
-def _command(item: PaperItem, row: ReproductionRow, options: Mapping[str, Any]) -> str:
+def _words(item: PaperItem, row: ReproductionRow, args: Namespace) -> list[str]:
+    """Return the command line of a row without its output."""
     if item.analysis:
-        objects = ["--object_masks", options["object_masks"]] if item.analysis == "overlap" else []
-        return shlex.join(["sagl", "analyze", item.analysis, *row.options, *objects])
-    devices = ["--trainer.devices", options["devices"]] if options["devices"] != "auto" else []
-    return shlex.join(["sagl", "sample", *row.options, *devices])
+        objects = ["--object_masks", args.object_masks] if item.analysis == "overlap" else []
+        return ["analyze", item.analysis, *row.options, *objects]
+    return ["sample", *row.options, *_devices(args)]
 
 
-def _evaluate(run: Path, options: Mapping[str, Any]) -> None:
+def _devices(args: Namespace) -> list[str]:
+    return ["--trainer.devices", args.devices] if args.devices != "auto" else []
+
+
+def _evaluate(run: Path, args: Namespace) -> None:
     """Evaluate a run unless it was evaluated with this reference and extractor."""
-    chosen = {name: options[name] for name in ("reference", "extractor") if options[name] is not None}
-    done = read_results(run)
-    if any(all(getattr(result, name) == value for name, value in chosen.items()) for result in done):
+    chosen = {name: args[name] for name in ("reference", "extractor") if args[name] is not None}
+    if any(all(getattr(result, name) == value for name, value in chosen.items()) for result in read_results(run)):
         return
-    flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-    devices = ["--trainer.devices", options["devices"]] if options["devices"] != "auto" else []
-    evaluate.main([str(run), *flags, "--bootstrap", str(options["bootstrap"]), *devices])
+    flags = [word for name, value in {**chosen, "bootstrap": args.bootstrap}.items() for word in (f"--{name}", value)]
+    _run(["evaluate", *map(str, (run, *flags)), *_devices(args)], args.devices)
+
+
+def _run(words: Sequence[str], devices: str) -> None:
+    """Run a command line of sagl.
+
+    One of several processes runs as a child of this process, because its processes repeat its own command line.
+    """
+    if num_processes(DeviceSettings(devices=devices))[0] == 1:
+        {"sample": sample, "evaluate": evaluate, "analyze": analyze}[words[0]].main(list(words[1:]))
+        return
+    sys.stdout.flush()
+    code = subprocess.run([sys.executable, "-m", "sagl", *words], check=False).returncode
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)  # the child has printed its error

@@ -27,6 +27,8 @@ class Target:
     """Sampling steps; None for the paper's."""
     recommended: frozenset[str] = frozenset()
     """Guidance methods that the network's weight file recommends, which a row without them switches off."""
+    dino_checkpoint: str | None = None
+    """File of DINO weights for its masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,10 @@ class _Translator:
 
     def _translate_sag(self, values: dict[str, Any]) -> dict[str, Any]:
         network = self.target.network
+        if values.get("mask") == "dino":
+            if self.target.dino_checkpoint is None:
+                raise LookupError("The mask needs DINO weights: set `dino_checkpoint`.")
+            values["dino_checkpoint"] = self.target.dino_checkpoint
         if network is None:
             return values
         if "site" in values:

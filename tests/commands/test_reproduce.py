@@ -1,9 +1,12 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from sagl.evaluation.paper import paper_items
+from sagl.utils.run_lock import LOCK_NAME, lock_folder
 from tests.helpers.commands import exit_code
 from tests.helpers.extractors import use_fast_extractors, write_npz
 from tests.helpers.networks import write_grey_unet
@@ -45,6 +48,29 @@ def test_tables_and_figures_are_reproduced_once_and_reported_together(reproduce,
         assert tmp_path / "r" / "runs" / name in runs
     rows = json.loads((tmp_path / "r" / "table6.json").read_text())
     assert [bool(row["obstacle"]) for row in rows] == [False, False, True, False]
+
+
+def test_a_folder_that_another_command_holds_is_not_changed(reproduce, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sagl.utils.run_lock.LOCK_TIMEOUT_SECONDS", 0.2)
+    with lock_folder(tmp_path / "r"):
+        assert reproduce("figure13") == 2
+        assert [path.name for path in (tmp_path / "r").iterdir()] == [LOCK_NAME]
+    assert str(tmp_path / "r") in capsys.readouterr().err
+
+
+def test_several_processes_run_as_a_child_command_whose_exit_code_is_kept(reproduce, monkeypatch):
+    commands = []
+
+    def run(words, check):
+        commands.append(words)
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert reproduce("figure13", "--devices", "2") == 3
+    ((*program, command), flags) = commands[0][:4], commands[0][4:]
+    assert (program, command) == ([sys.executable, "-m", "sagl"], "sample")
+    assert flags[flags.index("--trainer.devices") + 1] == "2"
+    assert len(commands) == 1
 
 
 def test_table7_prints_the_settings_of_every_row_and_writes_nothing(tmp_path, capsys):

@@ -69,6 +69,13 @@ def test_a_row_that_cannot_be_made_says_why():
     assert "n.safetensors" in table["classifier"].obstacle
     assert "output.5" in rows("table6", ON_GARMENTS)["output.5"].obstacle
     assert not table["SAG"].obstacle
+    assert "dino_checkpoint" in rows("table4")["DINO attention"].obstacle
+
+
+def test_the_file_of_dino_weights_is_an_option_of_the_row_that_needs_it():
+    options = {name: options_of(row) for name, row in rows("table4", Target(dino_checkpoint="dino.pth")).items()}
+    assert options.pop("DINO attention")["--sag.dino_checkpoint"] == "dino.pth"
+    assert not any("--sag.dino_checkpoint" in row for row in options.values())
 
 
 def test_rows_of_several_tables_with_equal_options_share_a_run():
