@@ -10,13 +10,13 @@ from sagl.analysis.figures import figure, show_image
 from sagl.analysis.registry import AnalysisRequest
 from sagl.diffusion.noise import SampleKeys, initial_noise
 from sagl.diffusion.predictor import Condition, make_predictor
-from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
-from sagl.guidance.masks import average_sites, build_mask
-from sagl.guidance.sag import blend, degrade_input, gaussian_blur
+from sagl.diffusion.process import add_noise
+from sagl.guidance.masks import average_sites
+from sagl.guidance.sag import attention_sites, blend, build_degrade
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
-from sagl.settings.guidance import GuidanceSettings, effective_kernel_size
+from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import id_batches
-from sagl.shapes import AttentionSite, Image, ImageUint8
+from sagl.shapes import Image, ImageUint8
 from sagl.utils.images import to_uint8
 
 LARGE_SCALES = (1.0, 2.0, 4.0, 8.0)
@@ -106,26 +106,22 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         if step == shown:
             break
         x_t = x
-    size, sites = network.settings.image_size, [AttentionSite(name, sag.heads) for name in sag.sites]
+    sites = attention_sites(sag)
     condition = Condition(
         labels=None if labels is None else labels.to(device),
-        attention_sites=tuple(sites),
+        attention_sites=sites,
         samples=SampleKeys(samples.seed, batch),
     )
     predict = make_predictor(network, schedule, pipeline.diffusion.variance)
-    base, alpha_bar = predict(x_t, shown, condition), schedule.alpha_bar(shown)
-    x0_hat = maybe_clip(x0_hat_from_eps(x_t, base.eps, alpha_bar), sag.clip_x0)
-    blurred = gaussian_blur(x0_hat, effective_kernel_size(sag.kernel_size, size), sag.blur_sigma)
-    mask = build_mask(sag, sites)(x0_hat, shown, condition, base.attention)
-    degraded = degrade_input(x0_hat, blurred, mask, base.eps, alpha_bar)
-    weak = predict(degraded, shown, replace(condition, attention_sites=(), degraded=True))
-    noisy_blurred = degrade_input(x0_hat, blurred, torch.ones_like(mask), base.eps, alpha_bar)
+    base = predict(x_t, shown, condition)
+    x0_hat, x0_blurred, mask, x_t_degraded = build_degrade(sag, schedule)(x_t, shown, condition, base)
+    weak = predict(x_t_degraded, shown, replace(condition, attention_sites=(), degraded=True))
     pictures = {
         "xₜ": x_t,
         "estimate of x₀": x0_hat,
-        "x̃ₜ": noisy_blurred,
-        "masked part blurred": blend(x0_hat, blurred, mask),
-        "x̄ₜ": degraded,
+        "x̃ₜ": add_noise(x0_blurred, base.eps, schedule.alpha_bar(shown)),
+        "masked part blurred": blend(x0_hat, x0_blurred, mask),
+        "x̄ₜ": x_t_degraded,
         "ε": base.eps,
         "ε′": weak.eps,
     }

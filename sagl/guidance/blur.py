@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.diffusion.process import add_noise, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import add_noise
 from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
-from sagl.guidance.sag import gaussian_blur
-from sagl.settings.guidance import BlurGuidance, effective_kernel_size
+from sagl.guidance.sag import blur_x0_hat
+from sagl.settings.guidance import BlurGuidance
 from sagl.shapes import Image
 
 
@@ -17,9 +17,8 @@ def build_blur(settings: BlurGuidance, context: GuidanceContext) -> Guidance:
     """
 
     def blurred_input(x_t: Image, step: int, base_pred: Prediction) -> Image:
-        alpha_bar, kernel_size = context.schedule.alpha_bar(step), settings.kernel_size
-        x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), settings.clip_x0)
-        x0_blurred = gaussian_blur(x0_hat, effective_kernel_size(kernel_size, min(x_t.shape[-2:])), settings.blur_sigma)
+        alpha_bar = context.schedule.alpha_bar(step)
+        _, x0_blurred = blur_x0_hat(x_t, base_pred.eps, alpha_bar, settings)
         return add_noise(x0_blurred, base_pred.eps, alpha_bar)
 
     def term(

@@ -1,7 +1,9 @@
 """Self-attention guidance: Algorithm 1 of Hong et al. 2023."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,10 +11,24 @@ from torch.nn import functional as F
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.process import add_noise, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
 from sagl.guidance.masks import build_mask
-from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
+from sagl.settings.guidance import BlurGuidance, SelfAttentionGuidance, effective_kernel_size
 from sagl.shapes import AlphaBar, AttentionSite, Image, Mask
+
+
+class DegradedStep(NamedTuple):
+    """Tensors of Algorithm 1 before the second evaluation."""
+
+    x0_hat: Image
+    x0_blurred: Image
+    mask: Mask
+    x_t_degraded: Image
+
+
+Degrade = Callable[[Image, int, Condition, Prediction], DegradedStep]
+"""(x_t, step, condition, base prediction with the attention of `attention_sites`) -> the degraded step."""
 
 
 def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guidance:
@@ -20,29 +36,49 @@ def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guid
 
     A guided step costs one more network evaluation. The term's `extras` hold the mask.
     """
-    sites, schedule = [AttentionSite(name, settings.heads) for name in settings.sites], context.schedule
-    mask_of = build_mask(settings, sites)
-
-    def degraded_input(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> tuple[Image, Mask]:
-        alpha_bar = schedule.alpha_bar(step)
-        x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), settings.clip_x0)
-        mask = mask_of(x0_hat, step, condition, base_pred.attention)
-        kernel_size = effective_kernel_size(settings.kernel_size, min(x_t.shape[-2:]))
-        x0_blurred = gaussian_blur(x0_hat, kernel_size, settings.blur_sigma)
-        return degrade_input(x0_hat, x0_blurred, mask, base_pred.eps, alpha_bar), mask
+    degrade = build_degrade(settings, context.schedule)
 
     def term(
         predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
     ) -> GuidanceTerm:
-        # a function, so that its tensors are freed before the second evaluation
-        x_t_degraded, mask = degraded_input(x_t, step, condition, base_pred)
+        mask, x_t_degraded = degrade(x_t, step, condition, base_pred)[2:]  # frees the others before the evaluation
         degraded_pred = predict(x_t_degraded, step, replace(condition, degraded=True))
         return replace(extrapolate(degraded_pred, base_pred, settings.scale), extras={"mask": mask})
 
     def prepare_condition(condition: Condition) -> Condition:
-        return replace(condition, attention_sites=(*condition.attention_sites, *sites))
+        return replace(condition, attention_sites=condition.attention_sites + attention_sites(settings))
 
     return Guidance(term=term, prepare_condition=prepare_condition)
+
+
+def attention_sites(settings: SelfAttentionGuidance) -> tuple[AttentionSite, ...]:
+    """Return the sites whose attention makes the mask."""
+    return tuple(AttentionSite(name, settings.heads) for name in settings.sites)
+
+
+def build_degrade(settings: SelfAttentionGuidance, schedule: Schedule) -> Degrade:
+    """Return the function that degrades x_t as Algorithm 1 does before the second evaluation.
+
+    Raises:
+        UserError: the DINO network cannot be loaded.
+    """
+    mask_of = build_mask(settings, attention_sites(settings))
+
+    def degrade(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> DegradedStep:
+        alpha_bar = schedule.alpha_bar(step)
+        x0_hat, x0_blurred = blur_x0_hat(x_t, base_pred.eps, alpha_bar, settings)
+        mask = mask_of(x0_hat, step, condition, base_pred.attention)
+        x_t_degraded = degrade_input(x0_hat, x0_blurred, mask, base_pred.eps, alpha_bar)
+        return DegradedStep(x0_hat, x0_blurred, mask, x_t_degraded)
+
+    return degrade
+
+
+def blur_x0_hat(x_t: Image, eps: Image, alpha_bar: AlphaBar, settings: BlurGuidance) -> tuple[Image, Image]:
+    """Return x0_hat, clipped if the settings say so, and the same blurred: -> 2 x (B, C, H, W)."""
+    x0_hat = maybe_clip(x0_hat_from_eps(x_t, eps, alpha_bar), settings.clip_x0)
+    kernel_size = effective_kernel_size(settings.kernel_size, min(x_t.shape[-2:]))
+    return x0_hat, gaussian_blur(x0_hat, kernel_size, settings.blur_sigma)
 
 
 def blend(x_0: Image, x0_blurred: Image, mask: Mask) -> Image:
