@@ -13,7 +13,7 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import add_noise
 from sagl.guidance.masks import average_sites
 from sagl.guidance.sag import attention_sites, blend, build_degrade
-from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import id_batches
 from sagl.shapes import Image, ImageUint8
@@ -25,14 +25,17 @@ NUM_SHOWN = 8
 """Samples in a figure."""
 
 
-@torch.inference_mode()
 def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
     """Sample the request's images with these guidances: -> (N, C, H, W) on the CPU."""
-    base, samples = request.pipeline, request.samples
-    pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
-    batches = []
+    base = request.pipeline  # the guided one is built outside of inference mode: classifier guidance needs gradients
+    return _sample(request, build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances))
+
+
+@torch.inference_mode()
+def _sample(request: AnalysisRequest, pipeline: SamplingPipeline) -> ImageUint8:
+    samples, batches = request.samples, []
     for batch in id_batches(samples):
-        labels = make_labels(samples, batch, base.network)
+        labels = make_labels(samples, batch, pipeline.network)
         steps = pipeline.sample_progressive(samples.seed, batch, labels)
         images, _ = run_to_end(request.progress.track_steps(steps, pipeline.schedule.num_steps))
         batches.append(to_uint8(images).cpu())
