@@ -15,6 +15,9 @@ from sagl.shapes import AttentionSite, ImageUint8
 from sagl.utils.images import to_uint8
 from sagl.utils.progress import ProgressReporter
 
+NUM_RESAMPLES = 1000
+"""Bootstrap resamples of the samples, for the intervals of analyses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRecord:

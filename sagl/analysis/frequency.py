@@ -6,16 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagl.analysis.collect import last_sites, record_attention
+from sagl.analysis.collect import NUM_RESAMPLES, last_sites, record_attention
 from sagl.analysis.figures import figure
 from sagl.analysis.masks import threshold_mask
 from sagl.analysis.registry import AnalysisRequest
 from sagl.errors import require
+from sagl.metrics.bootstrap import interval
 from sagl.shapes import Image, Mask
 from sagl.utils.images import to_float
-
-NUM_RESAMPLES = 1000
-"""Draws of the bootstrap over images."""
 
 
 def patch_magnitudes(images: Image, tokens: int) -> Tensor:
@@ -80,11 +78,13 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
         for ax, (side, site) in zip(axes[0], sites.items(), strict=False):
             masked, unmasked = mean_magnitudes(patch_magnitudes(images, side), threshold_mask(record.mean_maps[site]))
             complete = ~(masked.isnan() | unmasked.isnan()).any(dim=(1, 2))
+            require(bool(complete.any()), f"`analysis` frequency needs samples with a mask, and at {site} it is empty.")
             masked, unmasked = masked[complete], unmasked[complete]
             frequencies, masked_profile = radial_profile(masked)
             unmasked_profile = radial_profile(unmasked)[1]
             for label, profile in (("masked", masked_profile), ("unmasked", unmasked_profile)):
                 ax.plot(frequencies.numpy(), profile.mean(dim=0).numpy(), marker="o", label=label)
+            means = torch.stack([masked_profile.mean(dim=1), unmasked_profile.mean(dim=1)], dim=1)
             size = images.shape[-1] // side
             ax.set(title=f"{site}: patches of {size}×{size}", xlabel="frequency (cycles per pixel)", xlim=(0, 0.8))
             ax.set_ylim(bottom=0)
@@ -94,7 +94,7 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
                 "cycles_per_pixel": frequencies.tolist(),
                 "masked": masked_profile.mean(dim=0).tolist(),
                 "unmasked": unmasked_profile.mean(dim=0).tolist(),
-                "ratio": _ratio_interval(masked_profile.mean(dim=1), unmasked_profile.mean(dim=1)),
+                "ratio": [round(value, 4) for value in interval(means, _ratio_of_means, num_resamples=NUM_RESAMPLES)],
             }
             if difference is None:
                 difference = 100 * (masked.mean(dim=0) / unmasked.mean(dim=0) - 1)
@@ -105,12 +105,9 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
     return numbers
 
 
-def _ratio_interval(masked: Tensor, unmasked: Tensor) -> list[float]:
-    """Return the ratio of the means and its 95 % interval: 2 x (N,) -> [ratio, low, high]."""
-    draws = np.random.default_rng(0).integers(len(masked), size=(NUM_RESAMPLES, len(masked)))
-    a, b = masked.numpy(), unmasked.numpy()
-    low, high = np.percentile(a[draws].mean(axis=1) / b[draws].mean(axis=1), [2.5, 97.5])
-    return [round(float(value), 4) for value in (a.mean() / b.mean(), low, high)]
+def _ratio_of_means(pairs: Tensor) -> float:
+    masked, unmasked = pairs.mean(dim=0).tolist()
+    return float(masked / unmasked)
 
 
 def _draw_surface(fig: Any, axes: Any, difference: Tensor) -> None:  # noqa: ANN401 (matplotlib's objects)

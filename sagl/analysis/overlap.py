@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sagl.analysis.collect import last_sites, record_attention
+from sagl.analysis.collect import NUM_RESAMPLES, last_sites, record_attention
 from sagl.analysis.figures import figure, show_image
 from sagl.analysis.masks import (
     enlarge,
@@ -17,6 +16,7 @@ from sagl.analysis.masks import (
     threshold_mask,
 )
 from sagl.analysis.registry import AnalysisRequest
+from sagl.metrics.bootstrap import interval
 from sagl.shapes import ImageUint8, Mask
 
 NUM_SHOWN = 8
@@ -31,8 +31,8 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
     Attention is averaged over heads and steps, and masks the tokens above 1. Samples without an object are left out.
 
     Returns:
-        The number of samples with an object, and by resolution the mean intersection over union of attention masks, of
-        random masks, and of their difference with its 95 % interval over samples.
+        The number of samples with an object; by resolution, if there are any, the mean intersection over union of
+        attention masks, of random masks, and of their difference with its 95 % interval over samples.
     """
     sites = last_sites(request.pipeline.network.settings)
     record = record_attention(request.pipeline, request.samples, list(sites.values()), (), request.progress)
@@ -45,14 +45,16 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
         tokens = threshold_mask(record.mean_maps[site])
         attention = enlarge(tokens, size)
         rows[f"{site}, {side}×{side}"] = attention
-        pair = [attention, enlarge(random_mask_like(tokens, samples.seed), size)]
-        own, chance = (intersection_over_union(mask, objects)[has_object] for mask in pair)
-        numbers[f"{side}x{side}"] = {
-            "site": site,
-            "attention": round(float(own.mean()), 4),
-            "random": round(float(chance.mean()), 4),
-            "difference": _mean_interval(own - chance),
-        }
+        if has_object.any():
+            masks = [attention, enlarge(random_mask_like(tokens, samples.seed), size)]
+            own, chance = (intersection_over_union(mask, objects)[has_object] for mask in masks)
+            difference = interval(own - chance, lambda values: float(values.mean()), num_resamples=NUM_RESAMPLES)
+            numbers[f"{side}x{side}"] = {
+                "site": site,
+                "attention": round(float(own.mean()), 4),
+                "random": round(float(chance.mean()), 4),
+                "difference": [round(value, 4) for value in difference],
+            }
     _draw(request.figure, record.images, rows)
     return {"object_masks": request.object_masks, "num_with_object": int(has_object.sum()), "iou": numbers}
 
@@ -88,12 +90,6 @@ def mask_rcnn(images: ImageUint8) -> Mask:
         objects = found["masks"][found["scores"] >= MIN_SCORE]
         masks.append((objects > MIN_SCORE).any(dim=0))
     return torch.stack(masks)
-
-
-def _mean_interval(values: Tensor) -> list[float]:
-    """Return the mean and its 95 % interval by the normal distribution: (N,) -> [mean, low, high]."""
-    mean, error = float(values.mean()), 1.96 * float(values.std()) / max(1, len(values)) ** 0.5
-    return [round(number, 4) for number in (mean, mean - error, mean + error)]
 
 
 def _draw(path: Path, images: ImageUint8, rows: dict[str, Mask]) -> None:
