@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from sagl.analysis.collect import AttentionRecord, last_sites, record_attention
 from sagl.analysis.figures import figure, show_image, tint
 from sagl.analysis.masks import enlarge, mass_mask
@@ -32,12 +34,13 @@ def analyze_attention(request: AnalysisRequest) -> dict[str, Any]:
                 title = f"{site}\n{side}×{side}" if row == 0 else ""
                 shown = show_image(axes[row, column], maps[site][0, row], title, vmin=0, vmax=3, cmap="viridis")
         fig.colorbar(shown, ax=axes, label="attention received (mean 1)", shrink=0.6)
+    fractions = {site: (values > 1).float().mean(dim=(0, 2, 3)).tolist() for site, values in maps.items()}
+    names = [f"step {step}" for step in record.steps]
     return {
-        "steps": list(record.steps),
         "fraction_above_mean": {
-            site: [round(float((values[:, k] > 1).float().mean()), 4) for k in range(len(steps))]
-            for site, values in maps.items()
-        },
+            site: {name: round(value, 4) for name, value in zip(names, values, strict=True)}
+            for site, values in fractions.items()
+        }
     }
 
 
@@ -57,17 +60,21 @@ def analyze_heads(request: AnalysisRequest) -> dict[str, Any]:
             _draw_heads(axes[row], record, site, f"{site}, {side}×{side}")
     areas = {}
     for site in sites.values():
-        heads = record.mean_maps[site]
-        with_average = [*heads.unbind(dim=1), heads.mean(dim=1)]
-        areas[site] = [round(float(mass_mask(values, MASS).float().mean()), 4) for values in with_average]
-    return {"mass": MASS, "areas_by_head_and_average": areas}
+        maps = _with_average(record.mean_maps[site], dim=1)
+        areas[site] = {name: round(float(mass_mask(v, MASS).float().mean()), 4) for name, v in maps.items()}
+    return {"mass": MASS, "area": areas}
+
+
+def _with_average(heads: Tensor, dim: int) -> dict[str, Tensor]:
+    """Return the maps of all heads, and their average, by name."""
+    return {f"head {k + 1}": values for k, values in enumerate(heads.unbind(dim))} | {"average": heads.mean(dim)}
 
 
 def _draw_heads(axes: Any, record: AttentionRecord, site: str, label: str) -> None:  # noqa: ANN401 (matplotlib's axes)
     image, heads = record.images[0], record.mean_maps[site][0]
     show_image(axes[0], image, "sample")
     axes[0].set_ylabel(label)
-    columns = {f"head {k + 1}": values for k, values in enumerate(heads)} | {"average": heads.mean(dim=0)}
+    columns = _with_average(heads, dim=0)
     for ax, (title, values) in zip(axes[1:], columns.items(), strict=False):
         mask = enlarge(mass_mask(values, MASS)[None, None], image.shape[-1])[0, 0]
         show_image(ax, tint(image, mask), title)

@@ -1,6 +1,6 @@
 """Attention and images of unguided samples, from which the analyses of the paper's figures are computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.process import x0_hat_from_eps
+from sagl.metrics.bootstrap import interval
 from sagl.sampling.pipeline import SamplingPipeline, make_labels
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import RunSettings, id_batches
@@ -17,6 +18,12 @@ from sagl.utils.progress import ProgressReporter
 
 NUM_RESAMPLES = 1000
 """Bootstrap resamples of the samples, for the intervals of analyses."""
+
+
+def named_interval(values: Tensor, metric: Callable[[Tensor], float]) -> dict[str, float]:
+    """Return the metric of all samples with its 95 % interval: (N, D) -> estimate, low, high."""
+    estimate = interval(values, metric, num_resamples=NUM_RESAMPLES)
+    return {name: round(value, 4) for name, value in estimate._asdict().items()}
 
 
 @dataclass(frozen=True, kw_only=True)

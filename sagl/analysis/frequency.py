@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagl.analysis.collect import NUM_RESAMPLES, last_sites, record_attention
+from sagl.analysis.collect import last_sites, named_interval, record_attention
 from sagl.analysis.figures import figure
 from sagl.analysis.masks import threshold_mask
 from sagl.analysis.registry import AnalysisRequest
 from sagl.errors import require
-from sagl.metrics.bootstrap import interval
 from sagl.shapes import Image, Mask
 from sagl.utils.images import to_float
 
@@ -87,14 +86,14 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
             means = torch.stack([masked_profile.mean(dim=1), unmasked_profile.mean(dim=1)], dim=1)
             size = images.shape[-1] // side
             ax.set(title=f"{site}: patches of {size}×{size}", xlabel="frequency (cycles per pixel)", xlim=(0, 0.8))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.1 * ax.dataLim.y1)
             numbers[site] = {
                 "patch_size": size,
                 "num_images": int(complete.sum()),
                 "cycles_per_pixel": frequencies.tolist(),
                 "masked": masked_profile.mean(dim=0).tolist(),
                 "unmasked": unmasked_profile.mean(dim=0).tolist(),
-                "ratio": [round(value, 4) for value in interval(means, _ratio_of_means, num_resamples=NUM_RESAMPLES)],
+                "ratio": named_interval(means, _ratio_of_means),
             }
             if difference is None:
                 difference = 100 * (masked.mean(dim=0) / unmasked.mean(dim=0) - 1)

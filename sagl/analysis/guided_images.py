@@ -129,16 +129,17 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         "ε′": weak.eps,
     }
     difference = base.eps - weak.eps
-    with figure(request.figure, 1, len(pictures) + 3, (2, 2.2)) as (_, axes):
+    with figure(request.figure, 2, (len(pictures) + 3) // 2, (2.2, 2.4)) as (_, grid):
+        axes = grid.ravel()
         if sites:
             attention = average_sites([base.attention[site] for site in sites], sag.head)[row, 0].float().cpu()
-            show_image(axes[0, 0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
+            show_image(axes[0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
         else:
-            axes[0, 0].set_visible(False)
-        show_image(axes[0, 1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
-        for ax, (title, image) in zip(axes[0, 2:], pictures.items(), strict=False):
+            axes[0].set_visible(False)
+        show_image(axes[1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
+        for ax, (title, image) in zip(axes[2:], pictures.items(), strict=False):
             show_image(ax, _displayed(image[row]), title)
-        show_image(axes[0, -1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
+        show_image(axes[-1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
     return {
         "step": shown,
         "timestep": int(schedule.timestep(shown, 1, torch.device("cpu"))),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sagl.analysis.collect import NUM_RESAMPLES, last_sites, record_attention
+from sagl.analysis.collect import last_sites, named_interval, record_attention
 from sagl.analysis.figures import figure, show_image
 from sagl.analysis.masks import (
     enlarge,
@@ -16,7 +16,6 @@ from sagl.analysis.masks import (
     threshold_mask,
 )
 from sagl.analysis.registry import AnalysisRequest
-from sagl.metrics.bootstrap import interval
 from sagl.shapes import ImageUint8, Mask
 
 NUM_SHOWN = 8
@@ -48,12 +47,11 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
         if has_object.any():
             masks = [attention, enlarge(random_mask_like(tokens, samples.seed), size)]
             own, chance = (intersection_over_union(mask, objects)[has_object] for mask in masks)
-            difference = interval(own - chance, lambda values: float(values.mean()), num_resamples=NUM_RESAMPLES)
             numbers[f"{side}x{side}"] = {
                 "site": site,
                 "attention": round(float(own.mean()), 4),
                 "random": round(float(chance.mean()), 4),
-                "difference": [round(value, 4) for value in difference],
+                "difference": named_interval(own - chance, lambda values: float(values.mean())),
             }
     _draw(request.figure, record.images, rows)
     return {"object_masks": request.object_masks, "num_with_object": int(has_object.sum()), "iou": numbers}

@@ -47,21 +47,42 @@ class Row:
 class Section:
     """Rows under a heading."""
 
-    title: str
+    title: str = ""
     note: str = ""
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture of a table."""
+
+    caption: str = ""
+    path: Path
+    """The file, relative to the folder of the report."""
+    png: bytes
+    scale: float = 1.0
+    """Displayed size of its pixels on a wide page."""
+
+    @property
+    def width(self) -> int:
+        """Displayed width in pixels on a wide page."""
+        return round(self.scale * int.from_bytes(self.png[16:20], "big"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """Sections with common columns."""
+    """Sections with common columns; without columns they are not shown."""
 
     title: str
     columns: tuple[str, ...]
     """Headings of all columns but that of the row names."""
     sections: tuple[Section, ...]
     note: str = ""
+    """Text above the rows; its paragraphs are separated by empty lines."""
     right_aligned: bool = False
+    figures: tuple[Figure, ...] = ()
+    commands: str = ""
+    """Lines of a shell that make the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +118,6 @@ class ImageGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A picture with a title."""
-
-    title: str
-    path: Path
-    """The file, relative to the folder of the report."""
-    png: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """Tables and images of some runs."""
 
@@ -118,7 +129,6 @@ class Report:
     """Settings that all runs share, in one line."""
     images: ImageGrid | None = None
     plot: Plot | None = None
-    figures: tuple[Figure, ...] = ()
     command: str = "compare"
     """Subcommand that made the report."""
 
@@ -170,19 +180,20 @@ def render_markdown(report: Report) -> str:
     """Return the report as Markdown, with links to its figures."""
     parts = [f"# {report.title}", *report.warnings]
     for table in report.tables:
-        parts += [f"## {table.title}", table.note] if table.note else [f"## {table.title}"]
-        rows = [["", *table.columns], ["---"] * (1 + len(table.columns))]
-        for section in table.sections:
-            rows += [[_markdown_cell(cell) for cell in (row.name, *row.cells)] for row in section.rows]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    parts += [f"## {figure.title}\n\n![{figure.title}]({figure.path.as_posix()})" for figure in report.figures]
+        parts += [f"## {table.title}", *([table.note] if table.note else [])]
+        parts += [f"![{figure.caption or table.title}]({figure.path.as_posix()})" for figure in table.figures]
+        if table.columns:
+            rows = [["", *table.columns], ["---"] * (1 + len(table.columns))]
+            for section in table.sections:
+                rows += [[_markdown_cell(cell) for cell in (row.name, *row.cells)] for row in section.rows]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts += [f"```bash\n{table.commands}\n```"] if table.commands else []
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_cell(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.best else cell.text
-    note = f"<br>`{cell.note}`" if cell.note.startswith("sagl ") else f"<br>{cell.note}" if cell.note else ""
-    return (text + note).replace("|", "\\|")
+    return (f"{text}<br>{cell.note}" if cell.note else text).replace("|", "\\|")
 
 
 # ------------------------------------------------------------------------------------------------ terminal

@@ -1,7 +1,7 @@
 """The report of all tables and figures that were reproduced into a folder: its pages as Markdown and HTML."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.report import Cell, Figure, Report, Row, Section, Table, render_html, render_markdown
 from sagl.evaluation.reproduction import ReproductionRow
 from sagl.evaluation.results import EvaluationResult, read_results
+from sagl.metrics.bootstrap import Interval
 from sagl.utils.files import atomic_file
 
 RUNS, ANALYSES = "runs", "analyses"
@@ -23,6 +24,8 @@ METRICS = {
     "precision": "precision",
     "recall": "recall",
 }
+FIGURE_SCALE = 96 / 150
+"""Displayed size of a pixel of an analysis, whose figures have 150 per inch."""
 LOWER_IS_BETTER = ("fid", "fd", "sfid")
 
 
@@ -73,7 +76,7 @@ def write_report(folder: Path) -> list[Path]:
     items = {name: item for name, item in paper_items().items() if (folder / f"{name}.json").is_file()}
     if not items:
         raise UserError(f"`output` must hold reproduced tables or figures, and {folder} holds none.")
-    tables, figures = [], []
+    tables = []
     for name, item in items.items():
         try:
             stored = [StoredRow(**row) for row in json.loads((folder / f"{name}.json").read_text())]
@@ -82,7 +85,6 @@ def write_report(folder: Path) -> list[Path]:
                 f"`output` has a damaged file {folder / name}.json. Delete it, and reproduce it again."
             ) from error
         tables.append(_analysis_table(folder, item, stored) if item.analysis else _table(folder, item, stored))
-        figures += _figures(folder, item, stored)
     report = Report(
         title="Tables and figures of the paper, reproduced",
         warnings=(
@@ -90,7 +92,6 @@ def write_report(folder: Path) -> list[Path]:
             "only the direction of a difference can be compared, not its size.",
         ),
         tables=tuple(tables),
-        figures=tuple(figures),
         command="reproduce",
     )
     pages = {folder / "index.html": render_html(report), folder / "README.md": render_markdown(report)}
@@ -108,11 +109,31 @@ def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
     for row, result in zip(rows, results, strict=True):
         paper = tuple(Cell(text=_number(row.paper_values.get(name))) for name in paper_metrics)
         own = tuple(_own_cell(result, name) for name in own_metrics)
-        table_rows.append(Row(name=Cell(text=row.name, note=row.obstacle or row.command), cells=(*paper, *own)))
+        table_rows.append(Row(name=Cell(text=row.name, note=row.obstacle), cells=(*paper, *own)))
     columns = tuple(f"paper: {METRICS[name]}" for name in paper_metrics) + tuple(METRICS[name] for name in own_metrics)
-    note = " ".join([f"The paper: {item.claim}", *_verdict(rows, results), *_translation(rows), *_evaluated(results)])
-    section = Section(title=item.heading, rows=tuple(table_rows))
-    return Table(title=f"{item.heading}: {item.title}", columns=columns, sections=(section,), note=note)
+    facts = [*_verdict(rows, results), *([] if columns else _obstacles(rows))]
+    return _assemble(folder, item, rows, columns, table_rows, (facts, [*_translation(rows), *_evaluated(results)]))
+
+
+def _assemble(
+    folder: Path,
+    item: PaperItem,
+    rows: Sequence[StoredRow],
+    columns: Sequence[str],
+    table_rows: Sequence[Row],
+    paragraphs: Sequence[Sequence[str]],
+) -> Table:
+    """Return the table with the paper's claim, further paragraphs of sentences, figures and commands."""
+    made = [row for row in rows if row.command]
+    return Table(
+        title=f"{item.heading}: {item.title}",
+        columns=tuple(columns),
+        sections=(Section(rows=tuple(table_rows)),),
+        note="\n\n".join([f"The paper: {item.claim}", *(" ".join(sentences) for sentences in paragraphs if sentences)]),
+        right_aligned=True,
+        figures=tuple(_figures(folder, item, made)),
+        commands="\n".join(f"# {row.name}\n{row.command}" for row in made),
+    )
 
 
 def _last_result(folder: Path) -> EvaluationResult | None:
@@ -129,7 +150,9 @@ def _own_cell(result: EvaluationResult | None, name: str) -> Cell:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _verdict(rows: Sequence[StoredRow], results: Sequence[EvaluationResult | None]) -> list[str]:
@@ -157,38 +180,64 @@ def _evaluated(results: Sequence[EvaluationResult | None]) -> list[str]:
     return [f"Evaluated: {'; '.join(sorted(described))}."] if described else []
 
 
+def _obstacles(rows: Sequence[StoredRow]) -> list[str]:
+    """Return a sentence on every row that could not be made."""
+    return [f"{row.name}: {row.obstacle}" for row in rows if row.obstacle]
+
+
 def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
-    lines: list[tuple[str, str]] = []
+    own, paper = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
     for row in rows:
         path = folder / row.folder / f"{item.analysis}.json"
-        numbers = json.loads(path.read_text())["numbers"] if row.folder and path.is_file() else {}
-        lines += _flatten(numbers)
-        lines += [(f"paper: {name}", _number(value)) for name, value in row.paper_values.items()]
-    table_rows = [Row(name=Cell(text=name), cells=(Cell(text=value),)) for name, value in lines]
-    note = " ".join([f"The paper: {item.claim}", *(row.obstacle or row.command for row in rows), *_translation(rows)])
-    section = Section(title=item.heading, rows=tuple(table_rows))
-    return Table(title=f"{item.heading}: {item.title}", columns=("value",), sections=(section,), note=note)
+        own |= _leaves(json.loads(path.read_text())["numbers"]) if row.folder and path.is_file() else {}
+        for name, value in row.paper_values.items():
+            group, _, column = name.rpartition(" ")
+            paper.setdefault(group, {})[column] = value
+    facts = [f"{_words(name)}: {_leaf_cell(value).text}" for name, value in own.pop("", {}).items()]
+    columns, paper_columns = (list(dict.fromkeys(c for g in groups.values() for c in g)) for groups in (own, paper))
+    table_rows = [
+        Row(
+            name=Cell(text=_words(name)),
+            cells=(
+                *(Cell(text=_number(paper.get(name, {}).get(column))) for column in paper_columns),
+                *(_leaf_cell(own.get(name, {}).get(column)) for column in columns),
+            ),
+        )
+        for name in dict.fromkeys((*own, *paper))
+    ]
+    here = [f"Here: {', '.join(facts)}."] if facts else []
+    headings = [*(f"paper: {_words(column)}" for column in paper_columns), *map(_words, columns)]
+    return _assemble(folder, item, rows, headings, table_rows, ([*here, *_obstacles(rows)], _translation(rows)))
 
 
-def _flatten(numbers: Any, prefix: str = "") -> list[tuple[str, str]]:  # noqa: ANN401 (any JSON value)
-    """Return the leaves of nested mappings with their full names; lists of numbers are one leaf."""
-    if isinstance(numbers, dict):
-        return [leaf for key, value in numbers.items() for leaf in _flatten(value, f"{prefix}{key} ")]
-    values = numbers if isinstance(numbers, list) else [numbers]
-    return [(prefix.strip(), ", ".join(_number(v) if isinstance(v, float) else str(v) for v in values))]
+def _leaves(numbers: Mapping[str, Any], name: str = "") -> dict[str, dict[str, Any]]:
+    """Return the numbers of nested mappings by the full name of their mapping; lists are left to the figure."""
+    nested = {key: value for key, value in numbers.items() if isinstance(value, dict) and not _is_interval(value)}
+    leaves = {key: value for key, value in numbers.items() if key not in nested and not isinstance(value, list)}
+    groups = {name: leaves} if leaves else {}
+    for key, value in nested.items():
+        groups |= _leaves(value, f"{name} {key}".strip())
+    return groups
 
 
-def _figures(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> list[Figure]:
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _is_interval(value: Any) -> bool:  # noqa: ANN401 (any JSON value)
+    return isinstance(value, dict) and tuple(value) == Interval._fields
+
+
+def _leaf_cell(value: Any) -> Cell:  # noqa: ANN401 (any JSON value)
+    if _is_interval(value):
+        return Cell(text=_number(value["estimate"]), note=f"{_number(value['low'])} … {_number(value['high'])}")
+    return Cell(text=value if isinstance(value, str) else _number(value))
+
+
+def _figures(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Iterator[Figure]:
     name = f"{item.analysis}.png" if item.analysis else "grid.png" if item.shows_samples else None
-    paths = [folder / row.folder / name for row in rows if name and row.folder]
-    return (
-        [
-            Figure(
-                title=f"{item.heading}: {item.title}, {row.name}", path=path.relative_to(folder), png=path.read_bytes()
-            )
-            for row, path in zip([row for row in rows if row.folder], paths, strict=True)
-            if path.is_file()
-        ]
-        if name
-        else []
-    )
+    for row in rows:
+        if name and (path := folder / row.folder / name).is_file():
+            caption = row.name if item.shows_samples else ""
+            scale = 1.0 if item.shows_samples else FIGURE_SCALE
+            yield Figure(caption=caption, path=path.relative_to(folder), png=path.read_bytes(), scale=scale)

@@ -23,7 +23,7 @@ def test_the_overlap_with_the_whole_image_is_the_area_of_the_mask_as_by_chance(o
     (values,) = numbers["iou"].values()
     assert numbers["num_with_object"] == 2
     assert 0 < values["attention"] == values["random"] < 1
-    assert values["difference"] == [0, 0, 0]
+    assert values["difference"] == {"estimate": 0, "low": 0, "high": 0}
 
 
 def test_samples_without_an_object_are_left_out(overlap):

@@ -44,6 +44,8 @@ def test_tables_and_figures_are_reproduced_once_and_reported_together(reproduce,
         assert item.claim in text
     assert "5.67" in text  # the paper's FID at threshold 0.7
     assert page.count("data:image/png;base64,") == text.count("![") == 3
+    sections = text.split("\n## ")[1:]
+    assert [section.count("![") for section in sections] == [1, 0, 0, 2]
     for name in re.findall(r"runs/(run_\w+)/grid\.png", text):
         assert tmp_path / "r" / "runs" / name in runs
     rows = json.loads((tmp_path / "r" / "table6.json").read_text())
