@@ -19,7 +19,7 @@ from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, writ
 from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata, settings_from_metadata
-from sagl.models.zoo import BUNDLED_CLASSIFIERS
+from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.utils.distributed import has_peers, num_processes
@@ -76,6 +76,8 @@ def main(arguments: list[str]) -> None:
         _print_plan(chosen, plans)
         if args.item == "table7":
             return
+        if args.reference is None and any(not (item.analysis or item.shows_samples) for item in chosen):
+            default_reference(args.model)  # refuses networks without one before anything is sampled
     with lock_folder(folder):
         for item in chosen:
             _reproduce(item, plans[item.name], args, folder)

@@ -88,6 +88,7 @@ def test_table7_prints_the_settings_of_every_row_and_writes_nothing(tmp_path, ca
         (("table11",), ("item", "table11", "table10")),
         (("report",), ("--output", "none")),
         (("table5", "--num_samples", "1"), ("--num_samples", "1")),
+        (("table5",), ("--reference",)),
         (("table5", "--sampler", "euler"), ("--sampler", "euler")),
         (("table5", "--model", "nothing"), ("--model", "nothing")),
     ],
