@@ -90,17 +90,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factorize(covariance: Tensor) -> Tensor:
-    """Return lower triangular R with R Rᵀ = C: the Cholesky factor, or by eigenvalues if C is singular."""
+    """Return R with R Rᵀ = C: the lower triangular Cholesky factor, or (D, rank) by eigenvalues if C is singular."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return factor
     eigenvalues, vectors = torch.linalg.eigh(covariance)
-    root = vectors * _zero_small_eigenvalues(eigenvalues).sqrt()
-    return torch.linalg.qr(root.T).R.T
+    eigenvalues = _zero_small_eigenvalues(eigenvalues)  # in ascending order
+    rank = max(1, int(eigenvalues.count_nonzero()))
+    return vectors[:, -rank:] * eigenvalues[-rank:].sqrt()
 
 
 def _congruence(factor: Tensor, covariance: Tensor) -> Tensor:
-    """Return the lower triangle of Rᵀ C R for lower triangular R; products with its zeros are skipped."""
+    """Return the lower triangle of Rᵀ C R; products with the zeros of a triangular R are skipped."""
+    if factor.shape != covariance.shape:
+        return factor.T @ covariance @ factor
     result = torch.empty_like(covariance)
     for columns in _blocks(len(factor)):
         result[:, columns] = covariance[:, columns.start :] @ factor[columns.start :, columns]
