@@ -113,10 +113,12 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         model.get("diffusion"),
         flags.weights or sampling.get("weights") or "ema",
     )
-    set_recommended_defaults(p, recommended_settings(network["model"], network["checkpoint"]))
+    recommended = recommended_settings(network["model"], network["checkpoint"])
+    set_recommended_defaults(p, recommended)
     known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
     _set_defaults(p, known, f"`config` {config_names}: ")
-    flags = p.parse(arguments)
+    if recommended or known:
+        flags = p.parse(arguments)
     guidances = {
         name: _default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
         for name, entry in GUIDANCES.items()
@@ -298,6 +300,8 @@ def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any]) -> None:
 
 def _set_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
     """Check settings and make them the parser's defaults; messages begin with `source`."""
+    if not values:
+        return
     try:
         for group in _groups():
             value = values.get(group, {})
