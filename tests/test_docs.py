@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sagl.commands.subcommands import SUBCOMMANDS
-from tests.helpers.processes import run_command
+from tests.helpers.processes import run_program
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -30,7 +30,7 @@ def run_sagl(folder, *arguments):
     if "--trainer.devices" in arguments:  # Lightning starts the other processes with the command line of this one
         run_process(folder, "-m", "sagl.cli", *arguments)
     else:
-        code, output = run_command(arguments, folder, folder / "output.txt")
+        code, output = run_program(arguments, folder, folder / "output.txt")
         assert code == 0, (arguments, output)
 
 

@@ -1,15 +1,16 @@
 """The page on extending sagl, executed: a guidance method and a sampler, each by one file and one line."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import run_program
 
 ROOT = Path(__file__).parent.parent
 GUIDANCE_PAGE, SAMPLER_PAGE = (ROOT / "docs" / "extending.md").read_text().split("# Add a sampler")
@@ -18,6 +19,10 @@ SHORT = {"sample": ["--num_samples", "2", "--batch_size", "2", "--respacing", "2
 
 def block(page, language):
     return re.search(rf"```{language}\n(.*?)```", page, flags=re.S)[1]
+
+
+def import_from(folder):
+    sys.path.insert(0, folder)
 
 
 def add_entry(file, head, entry):
@@ -40,11 +45,11 @@ def extended(tmp_path_factory):
     add_entry(package / "settings" / "sampling.py", "SAMPLERS = {", block(SAMPLER_PAGE, "text"))
 
     def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
-        line = [sys.executable, "-m", "sagl.cli", *arguments]
-        result = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        log = folder / "output.txt"
+        log.unlink(missing_ok=True)
+        code, output = run_program(arguments, folder, log, prepare=partial(import_from, str(folder)))
+        assert code == 0, output
+        return output
 
     run.folder = folder
     return run

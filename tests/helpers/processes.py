@@ -1,74 +1,72 @@
-"""Processes of the command line, forked from a server that has imported the libraries, but nothing of sagl.
+"""Processes of modules that are programs, forked from a server that has imported the libraries, but nothing of sagl.
 
 They save the seconds in which a new interpreter imports PyTorch and Lightning.
 """
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
-from importlib import import_module
+
+import torch
 
 LIBRARIES = ["lightning.pytorch", "lightning.pytorch.cli", "torchvision", "torch._dynamo", "torch.utils.tensorboard"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(LIBRARIES)
 
 
-class Command:
-    """A command of sagl in a process of its own, with the methods of `subprocess.Popen` that tests need.
+class Process:
+    """`python -m MODULE ARGUMENTS`, by default sagl, with the methods of `subprocess.Popen` that tests need.
 
     Args:
         folder: its working directory.
         log: file to which its output is appended.
         arguments: the command line.
         variables: variables of the environment in addition to those of this process.
-        package: folder of another copy of sagl.
-        prepare: function that is called before the command, in its process.
+        module: the program.
+        prepare: function that is called before the program, in its process.
     """
 
-    def __init__(self, arguments, folder, log, variables=None, package=None, prepare=None):
+    def __init__(self, arguments, folder, log, variables=None, module="sagl.cli", prepare=None):
         environment = {**os.environ, **(variables or {})}
         arguments = [str(argument) for argument in arguments]
-        self._process = CONTEXT.Process(target=_run, args=(arguments, folder, log, environment, package, prepare))
+        self._process = CONTEXT.Process(target=_run, args=(module, arguments, folder, log, environment, prepare))
         self._process.start()
         self.pid = self._process.pid
-
-    @property
-    def returncode(self):
-        return self._process.exitcode
 
     def poll(self):
         return self._process.exitcode
 
     def wait(self, timeout=None):
         self._process.join(timeout)
-        assert self.returncode is not None, "timeout"
-        return self.returncode
+        assert self.poll() is not None, "timeout"
+        return self.poll()
 
     def send_signal(self, number):
         if self.poll() is None:
             os.kill(self.pid, number)
 
 
-def run_command(arguments, folder, log, **options):
-    """Run a command; return its exit code and its output."""
-    command = Command(arguments, folder, log, **options)
+def run_program(arguments, folder, log, **options):
+    """Run a program to its end; return its exit code and its output."""
+    process = Process(arguments, folder, log, **options)
     try:
-        return command.wait(240), log.read_text()
+        return process.wait(240), log.read_text()
     finally:
-        command.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
 
 
-def _run(arguments, folder, log, environment, package, prepare):
+def _run(module, arguments, folder, log, environment, prepare):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if package:
-        sys.path.insert(0, str(package))
-    sys.argv = ["sagl", *arguments]
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    sys.argv = [module, *arguments]
     if prepare:
         prepare()
-    sys.exit(import_module("sagl.cli").main(arguments))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
