@@ -1,14 +1,20 @@
 """Fixtures of all tests."""
 
 import signal
+from functools import cache
 
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
 
 from tests.helpers.commands import Fit
 from tests.helpers.networks import small_unet
 
 torch.set_num_threads(1)  # networks this small lose by a second thread, and one thread always adds in one order
+
+# hundreds of parsers are built in one process, and most of the time goes into the source of the settings' classes
+read_docstrings = cache(lambda cls, read=AttributeDocstrings.get_attr_docs: read(AttributeDocstrings(), cls))
+AttributeDocstrings.get_attr_docs = lambda _, cls: read_docstrings(cls)
 
 # nohup and background shells start processes with these ignored, and the children of the tests would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
