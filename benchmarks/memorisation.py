@@ -3,17 +3,23 @@
     sagl sample --num_samples 500 --output samples
     python benchmarks/memorisation.py samples --train fashion_mnist_train --test fashion_mnist_test --output nearest.png
 
-The picture shows generated images; below each the nearest training image in pixels, and the nearest in features. The
+The picture shows generated images; below each the nearest training image in pixels, and the nearest in features, as captions say. The
 table compares distances to the nearest training image with those of test images, which the network has not seen: of a
 network that does not copy, half of the images are closer than the median of the test images, and 5 % are closer than
 their 5th percentile. More are closer also if the images are simpler than the test images, or of fewer kinds.
 """
 
 import argparse
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -26,7 +32,9 @@ from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file
 from sagl.utils.images import image_grid, save_png, to_rgb
 
-NUM_SHOWN = 32
+NUM_SHOWN, COLUMNS = 32, 8
+FONT_SIZE, GAP = 14, 8
+"""Of the captions, in pixels."""
 ROWS_PER_CHUNK = 100
 PERCENTILE = 5
 
@@ -68,6 +76,21 @@ def read_images(name: str, count: int | None, argument: str) -> ImageUint8:
     return to_rgb(images.read(0, len(images) if count is None else min(count, len(images))))
 
 
+def with_captions(rows: Mapping[str, ImageUint8]) -> ImageUint8:
+    """Arrange images in a grid, with the caption of every row at its left: R rows of (N, C, H, W) -> (3, H', W')."""
+    grid = image_grid(list(rows.values()), COLUMNS)
+    num_rows = len(rows) * math.ceil(len(next(iter(rows.values()))) / COLUMNS)
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = 2 * GAP + math.ceil(max(map(font.getlength, rows)))
+    picture = PILImage.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
+    picture.paste(PILImage.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    for k, caption in zip(range(num_rows), cycle(rows), strict=False):
+        middle = (k + 0.5) * grid.shape[1] / num_rows
+        draw.text((GAP, middle), caption, fill="black", font=font, anchor="lm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def main() -> None:
     """Print the table and write the picture."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,18 +106,19 @@ def main() -> None:
     images, train = read_images(a.images, None, "images"), read_images(a.train, a.num_train, "train")
     test, extract = read_images(a.test, a.num_test, "test"), get_extractor(a.extractor)(torch.device("cpu"))
     print(f"{len(images)} images, {len(train)} training images, {len(test)} test images.")
-    rows = [images[:NUM_SHOWN]]
+    rows = {"generated": images[:NUM_SHOWN]}
     print("| distance | median | median of test images | closer than that | closer than their 5th percentile |")
     print("|---|---|---|---|---|")
-    for name, embed in (("pixels", pixels), (a.extractor, lambda batch: extract_features(batch, extract).pooled)):
+    embeddings = {"pixels": pixels, a.extractor: lambda batch: extract_features(batch, extract).pooled}
+    for name, embed in embeddings.items():
         train_points = embed(train)
         (distances, indices), (of_test, _) = (nearest(embed(part), train_points) for part in (images, test))
         bounds = float(of_test.median()), float(of_test.quantile(PERCENTILE / 100))
         shares = " | ".join(str(share_below(distances, bound)) for bound in bounds)
         print(f"| {name} | {float(distances.median()):.2f} | {bounds[0]:.2f} | {shares} |", flush=True)
-        rows.append(train[indices[:NUM_SHOWN]])
+        rows[f"nearest in {name}"] = train[indices[:NUM_SHOWN]]
     with atomic_file(a.output) as partial:
-        save_png(image_grid(rows), partial)
+        save_png(with_captions(rows), partial)
 
 
 if __name__ == "__main__":

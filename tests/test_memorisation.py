@@ -36,7 +36,12 @@ def test_copies_of_training_images_are_closer_than_all_test_images(tmp_path, mon
     assert [row.count("100.0% (") for row in rows] == [2, 2]
     assert [row.split(" | ")[1] for row in rows] == ["0.00", "0.00"]
     with Image.open(tmp_path / "nearest.png") as picture:
-        assert np.array_equal(np.array(picture), image_grid([images[:32]] * 3).permute(1, 2, 0))
+        pixels, grid = np.array(picture), image_grid([images[:32]] * 3, 8).permute(1, 2, 0)
+    margin = pixels.shape[1] - grid.shape[1]
+    assert np.array_equal(pixels[:, margin:], grid)
+    rows = np.split(pixels[1:-1, :margin], 12)
+    assert all(row.min() < 100 for row in rows)
+    assert not np.array_equal(rows[0], rows[1])
 
 
 def test_sharpness_is_that_of_its_formulas():
