@@ -3,7 +3,7 @@
     sagl sample --num_samples 500 --output samples
     python benchmarks/memorisation.py samples --train fashion_mnist_train --test fashion_mnist_test --output nearest.png
 
-The picture shows generated images; below each the nearest training image in pixels, and the nearest in features, as captions say. The
+The picture shows generated images; below each the nearest training image in pixels, and the nearest in features. The
 table compares distances to the nearest training image with those of test images, which the network has not seen: of a
 network that does not copy, half of the images are closer than the median of the test images, and 5 % are closer than
 their 5th percentile. More are closer also if the images are simpler than the test images, or of fewer kinds.
@@ -109,8 +109,7 @@ def main() -> None:
     rows = {"generated": images[:NUM_SHOWN]}
     print("| distance | median | median of test images | closer than that | closer than their 5th percentile |")
     print("|---|---|---|---|---|")
-    embeddings = {"pixels": pixels, a.extractor: lambda batch: extract_features(batch, extract).pooled}
-    for name, embed in embeddings.items():
+    for name, embed in (("pixels", pixels), (a.extractor, lambda batch: extract_features(batch, extract).pooled)):
         train_points = embed(train)
         (distances, indices), (of_test, _) = (nearest(embed(part), train_points) for part in (images, test))
         bounds = float(of_test.median()), float(of_test.quantile(PERCENTILE / 100))

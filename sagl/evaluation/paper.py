@@ -31,6 +31,8 @@ class PaperRow:
     """Number of images."""
     steps: int
     """Number of sampling steps, evenly spaced."""
+    first_id: int = 0
+    """Id of the first image."""
     guidances: Mapping[str, Mapping[str, Any]]
     """Settings by guidance method; a method that is missing is off."""
     values: Mapping[str, float]
@@ -77,7 +79,7 @@ def _parse(name: str, content: Mapping[str, Any]) -> PaperItem:
     )
     rows = []
     for group in content["groups"]:
-        common = {key: group[key] for key in ("model", "images", "steps")}
+        common = {key: group[key] for key in ("model", "images", "steps", "first_id") if key in group}
         for row in group["rows"]:
             guidances = {key: {**group.get(key, {}), **row.get(key, {})} for key in GUIDANCES}
             values = {str(key): value for key, value in row["numbers"].items()}

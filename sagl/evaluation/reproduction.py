@@ -91,6 +91,8 @@ class _Translator:
         images = min(self.row.images, self.target.num_samples or self.row.images)
         respacing = self.target.respacing or str(self.row.steps)
         self.options += ["--num_samples", str(images), "--sampler", self.target.sampler, "--respacing", respacing]
+        if self.row.first_id:
+            self.options += ["--first_id", str(self.row.first_id)]
         if images != self.row.images:
             self.changes.append(f"{images} images (paper: {self.row.images})")
         if respacing != str(self.row.steps) or self.target.sampler != "ddpm":

@@ -84,6 +84,12 @@ def test_rows_of_several_tables_with_equal_options_share_a_run():
     assert rows("table5", ON_GARMENTS)["threshold 1.0"].run_name == rows("table9", ON_GARMENTS)["sigma 3"].run_name
 
 
+def test_figure_10_shows_another_sample_than_figure_9():
+    (ninth,), (tenth,) = (rows(name).values() for name in ("figure9", "figure10"))
+    assert tenth.options != ninth.options
+    assert options_of(tenth)["--first_id"] == "1"
+
+
 def test_every_table_and_figure_of_the_paper_has_a_config():
     assert list(paper_items()) == [f"table{k}" for k in (1, 2, 3, 4, 5, 6, 8, 9, 10)] + [
         f"figure{k}" for k in range(1, 14)
