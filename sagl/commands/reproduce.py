@@ -93,6 +93,7 @@ def _target(args: Namespace) -> Target:
         sampler=args.sampler,
         respacing=args.respacing,
         dino_checkpoint=args.dino_checkpoint,
+        object_masks=args.object_masks,
     )
     if model is None:
         return target
@@ -141,8 +142,7 @@ def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, fo
 def _words(item: PaperItem, row: ReproductionRow, args: Namespace) -> list[str]:
     """Return the command line of a row without its output."""
     if item.analysis:
-        objects = ["--object_masks", args.object_masks] if item.analysis == "overlap" else []
-        return ["analyze", item.analysis, *row.options, *objects]
+        return ["analyze", item.analysis, *row.options]
     return ["sample", *row.options, *_devices(args)]
 
 

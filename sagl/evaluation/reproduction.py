@@ -29,6 +29,8 @@ class Target:
     """Guidance methods that the network's weight file recommends, which a row without them switches off."""
     dino_checkpoint: str | None = None
     """File of DINO weights for its masks."""
+    object_masks: str = "silhouette"
+    """Object masks of the analysis overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class _Translator:
 
     row: PaperRow
     target: Target
-    is_analysis: bool
+    analysis: str | None
     options: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
 
@@ -70,6 +72,8 @@ class _Translator:
             self._add_sampler()
             for name, settings in self.row.guidances.items():
                 self._add_guidance(name, settings)
+            if self.analysis == "overlap" and self.target.object_masks != Target.object_masks:
+                self.options += ["--object_masks", self.target.object_masks]
         except LookupError as error:
             return ReproductionRow(row=self.row, obstacle=str(error.args[0]))
         return ReproductionRow(row=self.row, options=tuple(self.options), translation=tuple(self.changes))
@@ -106,7 +110,7 @@ class _Translator:
         self.options += [f"--{name}.scale", f"{scale:g}"]
         if name == "classifier" and scale:
             self.options += ["--classifier.checkpoint", self._classifier()]
-        if name == "sag" and (scale or self.is_analysis):
+        if name == "sag" and (scale or self.analysis):
             self.options += ["--sag.interval", "[0,1]"]
             for setting, value in sorted(self._translate_sag(values).items()):
                 self.options += [f"--sag.{setting}", str(value)]
@@ -175,4 +179,4 @@ def _last_by_side(part: str, network: UNetSettings) -> dict[int, str]:
 
 def plan_reproduction(item: PaperItem, target: Target) -> list[ReproductionRow]:
     """Return the rows of a table or figure as commands. Rows that become equal on the target are all kept."""
-    return [_Translator(row, target, item.analysis is not None).translate() for row in item.rows]
+    return [_Translator(row, target, item.analysis).translate() for row in item.rows]

@@ -84,6 +84,14 @@ def test_rows_of_several_tables_with_equal_options_share_a_run():
     assert rows("table5", ON_GARMENTS)["threshold 1.0"].run_name == rows("table9", ON_GARMENTS)["sigma 3"].run_name
 
 
+def test_other_object_masks_are_another_analysis():
+    (silhouette,), (masks,) = (rows("table1", Target(object_masks=m)).values() for m in ("silhouette", "masks"))
+    assert options_of(masks)["--object_masks"] == "masks"
+    assert silhouette.run_name != masks.run_name
+    (heads,) = rows("figure9", Target(object_masks="masks")).values()
+    assert "--object_masks" not in heads.options
+
+
 def test_figure_10_shows_another_sample_than_figure_9():
     (ninth,), (tenth,) = (rows(name).values() for name in ("figure9", "figure10"))
     assert tenth.options != ninth.options
