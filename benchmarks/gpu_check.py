@@ -5,12 +5,14 @@
     python benchmarks/gpu_check.py --device cpu --small   # the same code on small networks, without a GPU
 
 Every result is a line that begins with PASS, FAIL, INFO or SKIP; the last lines repeat the failures and what could not
-be checked on this machine. No network connection is needed. Each section is a process of its own.
+be checked on this machine. No network connection is needed. Each section is a process of its own; with --device cpu
+--small, all are one process, and commands of one process run in it.
 """
 
 import argparse
 import contextlib
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -18,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # where sagl is not installed
 
 from benchmarks import gpu_measures  # noqa: E402
-from benchmarks.gpu_machine import Machine, popen  # noqa: E402
+from benchmarks.gpu_machine import Machine, Result, popen  # noqa: E402
+from sagl import cli  # noqa: E402
 
 LIMIT_SECONDS = 900
 """Longest time of a section."""
@@ -43,6 +47,19 @@ GUIDANCES: dict[str, tuple[object, ...]] = {
     "DDIM with eta": ("--eta", 0.5),
     "compared, with a strip": (*SAG, "--compare", "--exports", "strip"),
 }
+
+
+class MachineOfOneProcess(Machine):
+    """A machine whose commands run in this process if they need neither several nor other variables."""
+
+    def run(self, *arguments: object, limit: int = 300, **variables: str) -> Result:
+        devices = [value for flag, value in pairwise(arguments) if flag == "--trainer.devices"]
+        if variables or devices[-1:] not in ([], [1]):
+            return super().run(*arguments, limit=limit, **variables)
+        start_time = time.monotonic()
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = cli.main([str(argument) for argument in arguments])
+        return Result(code, out.getvalue(), err.getvalue(), time.monotonic() - start_time)
 
 
 def environment(machine: Machine) -> None:
@@ -101,7 +118,7 @@ def digest(machine: Machine, name: str) -> str:
 
 def repeat(machine: Machine) -> None:
     """Compare the bytes of equal commands, for one process and several."""
-    for name, flags in (("SAG", SAG), ("classifier", ("--classifier.scale", 2))):
+    for name, flags in (("SAG", SAG), ("classifier", ("--classifier.scale", 2)))[: 1 if machine.small else None]:
         processes = [1, 1, *([min(machine.num_processes, 2)] if machine.num_processes > 1 else [])]
         results = [machine.sample(f"{name}{k}", *flags, devices=n) for k, n in enumerate(processes)]
         machine.check(all(result.code == 0 for result in results), f"{name} with {processes} processes", results[-1])
@@ -224,13 +241,12 @@ SECTIONS: Mapping[str, Callable[[Machine], None]] = {
 }
 
 
-def run_section(name: str, flags: list[str]) -> list[str]:
-    """Run a section in a process, print its lines, and return them."""
-    command = [sys.executable, __file__, name, "--here", *flags]
-    print(f"=== {name}", flush=True)
+def run_sections(names: Sequence[str], flags: list[str]) -> list[str]:
+    """Run sections in a process, print their lines, and return them."""
+    command = [sys.executable, __file__, *names, "--here", *flags]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        timer = threading.Timer(LIMIT_SECONDS, process.kill)
+        timer = threading.Timer(LIMIT_SECONDS * len(names), process.kill)
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -238,7 +254,7 @@ def run_section(name: str, flags: list[str]) -> list[str]:
             lines.append(line.rstrip())
         timer.cancel()
     if process.returncode:
-        lines.append(f"FAIL {name}: it ended with code {process.returncode}")
+        lines.append(f"FAIL {', '.join(names)}: the process ended with code {process.returncode}")
         print(lines[-1], flush=True)
     return lines
 
@@ -252,15 +268,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Folder for runs; by default a temporary one.")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    one_process = arguments.small and arguments.device == "cpu"
     if arguments.here:
-        machine = Machine(torch.device(arguments.device), arguments.small, arguments.folder)
+        kind = MachineOfOneProcess if one_process else Machine
+        machine = kind(torch.device(arguments.device), arguments.small, arguments.folder)
         for name in arguments.sections:
+            print(f"=== {name}", flush=True)
             SECTIONS[name](machine)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         flags = ["--device", arguments.device, "--folder", str(folder), *(["--small"] if arguments.small else [])]
-        lines = [line for name in arguments.sections for line in run_section(name, flags)]
+        processes = [arguments.sections] if one_process else [[name] for name in arguments.sections]
+        lines = [line for names in processes for line in run_sections(names, flags)]
     results = {kind: [line for line in lines if line.startswith(f"{kind} ")] for kind in ("PASS", "FAIL", "SKIP")}
     print("=== summary:", ", ".join(f"{len(found)} {kind}" for kind, found in results.items()))
     print("\n".join(results["SKIP"] + results["FAIL"]))
