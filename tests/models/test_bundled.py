@@ -15,7 +15,7 @@ from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.utils.files import cache_folder
 from sagl.utils.images import to_float, to_uint8
 
-NUM_IMAGES = 100
+NUM_IMAGES = 50
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def garments() -> PaddedFashionMNIST:
 
 @pytest.fixture(scope="module")
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images as recommended, ten of each class, and their labels."""
+    """Images as recommended, five of each class, and their labels."""
     file = read_checkpoint(BUNDLED["fashion_mnist"])
     chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
     recipe = build_pipeline(
