@@ -61,7 +61,7 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
     """Return the best candidate as a config for `sagl sample`, with the report as a comment."""
     config = tuning.run.config
     network: dict[str, Any] = {"model": {"network": config.model}} if config.model else {}
-    if config.checkpoint not in (None, *BUNDLED.values()):
+    if config.checkpoint is not None and config.checkpoint not in BUNDLED.values():
         network |= {"checkpoint": str(config.checkpoint.resolve()), "weights": config.weights}
     settings = network | {"labels": config.samples.labels} | result.best.setting.values
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
