@@ -18,7 +18,8 @@ def free(monkeypatch):
 
 @pytest.mark.parametrize("scale", [0, 1])
 def test_the_automatic_batch_size_on_a_gpu_counts_the_classifier_that_guides(scale, free):
-    flags = ["--num_samples", "500", "--trainer.precision", "32-true", "--classifier.scale", str(scale)]
+    flags = ["--model", "fashion_mnist", "--num_samples", "500", "--trainer.precision", "32-true"]
+    flags += ["--classifier.scale", str(scale)]
     network, _ = get_unet_settings("fashion_mnist")
     (weights, each), classifier = estimate_memory(network, torch.float32), (0, 0)
     if scale:
