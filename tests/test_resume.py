@@ -14,7 +14,7 @@ from tests.helpers.commands import (
     write_folder_config,
 )
 
-STEPS, ACCUMULATED = 100, 2
+STEPS, ACCUMULATED = 60, 2
 
 
 @pytest.fixture(scope="module")
