@@ -106,6 +106,7 @@ class SAGPreviews(Callback):
             self._print_cost(trainer, pipelines)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log a grid of guided images and their metrics, as far as the settings ask for them."""
         if trainer.sanity_checking or not (self.settings.num_samples or self.settings.num_metric_samples):
             return
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
