@@ -7,7 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxp
 	--no-loadscope-reorder
 
 # make bench    speed beside the public code: make bench ADM=../guided-diffusion SAG=../Self-Attention-Guidance
-.PHONY: install sample test test-all check lint types bench fix clean
+# make docs     the documentation site in build/site
+.PHONY: install sample test test-all check lint types bench docs fix clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,10 @@ check: lint types test-all
 bench: install
 	$(BIN)/python benchmarks/speed.py $(if $(ADM),--reference-adm $(ADM)) $(if $(SAG),--reference-sag $(SAG)) \
 		--report benchmarks/reports/here.md
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Show it: $(BIN)/python -m http.server --directory build/site"
 
 fix: install
 	$(BIN)/ruff format .
