@@ -18,10 +18,10 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import UserError, require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.guidance.registry import GUIDANCES
-from sagl.metrics.bootstrap import Interval, paired_difference, resample
+from sagl.metrics.bootstrap import Interval, paired_difference, resampled_rows
 from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import FrechetReference, statistics
-from sagl.metrics.precision_recall import NUM_NEIGHBORS, precision_recall
+from sagl.metrics.precision_recall import NUM_NEIGHBORS, knn_radii, precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.sampling.batch import check_finite, collect_nfe
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
@@ -208,9 +208,11 @@ class Comparison:
     """Comparison of settings over equal ids by their distances from a reference."""
 
     def __init__(self, reference: Reference, *, num_resamples: int = 200, seed: int = 0) -> None:
-        """Factorise the reference's covariance; `num_resamples` and `seed` are those of the paired bootstrap."""
+        """Prepare the reference; `num_resamples` and `seed` are those of the paired bootstrap."""
         self._frechet = FrechetReference(reference.statistics.pooled)
-        self._real = reference.statistics.features
+        real = reference.statistics.features
+        self._real = real if real is not None and len(real) > NUM_NEIGHBORS else None
+        self._real_radii = None if self._real is None else knn_radii(self._real)
         self._num_resamples, self._seed = num_resamples, seed
 
     def distance(self, pooled: Tensor) -> float:
@@ -220,12 +222,13 @@ class Comparison:
     def measure(self, features: Features) -> Measurement:
         """Compute all metrics of a setting."""
         pooled, values = features.pooled, {"fd": self.distance(features.pooled)}
-        if self._real is not None and min(len(self._real), len(pooled)) > NUM_NEIGHBORS:
-            values |= precision_recall(pooled, self._real)._asdict()
+        if self._real is not None and len(pooled) > NUM_NEIGHBORS:
+            values |= precision_recall(pooled, self._real, real_radii=self._real_radii)._asdict()
+        resamples = resampled_rows(len(pooled), self._num_resamples, self._seed)
         return Measurement(
             setting=features.setting,
             nfe=features.nfe,
             num_samples=len(pooled),
             values=values,
-            resamples=resample(pooled, self.distance, num_resamples=self._num_resamples, seed=self._seed),
+            resamples=self._frechet.of_resamples(pooled, resamples),
         )

@@ -1,6 +1,6 @@
 """Bootstrap confidence intervals of metrics of features (Efron 1979)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,7 @@ class Interval(NamedTuple):
 def interval(
     features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """Return `metric(features)` with its bootstrap interval.
-
-    The Fréchet distance is biased: a resample holds fewer distinct samples and so has a larger distance. The
-    resampled values are therefore shifted so that their mean is the estimate.
+    """Return `metric(features)` with its bootstrap interval; see `shifted_interval`.
 
     Args:
         features: (N, D).
@@ -32,7 +29,19 @@ def interval(
         num_resamples: number of resamples of N rows with replacement.
         seed: random seed of the resamples.
     """
-    estimate, values = metric(features), resample(features, metric, num_resamples=num_resamples, seed=seed)
+    return shifted_interval(metric(features), resample(features, metric, num_resamples=num_resamples, seed=seed))
+
+
+def shifted_interval(estimate: float, values: Tensor) -> Interval:
+    """Return the interval of an estimate from its values in resamples.
+
+    The Fréchet distance is biased: a resample holds fewer distinct samples and so has a larger distance. The values
+    are therefore shifted so that their mean is the estimate.
+
+    Args:
+        estimate: the metric of all samples.
+        values: (num_resamples,) the metric of each resample.
+    """
     return Interval(estimate, *_quantiles(values - values.mean() + estimate))
 
 
@@ -53,13 +62,19 @@ def paired_interval(
 
 
 def resample(features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int, seed: int) -> Tensor:
-    """Return the metric of resamples with replacement, (num_resamples,) float64.
+    """Return the metric of resamples with replacement, (num_resamples,) float64."""
+    values = [metric(features[rows]) for rows in resampled_rows(len(features), num_resamples, seed)]
+    return torch.tensor(values, dtype=torch.float64)
 
-    The rows of a resample depend on the seed and the number of rows alone: sets of equal size are resampled in pairs.
+
+def resampled_rows(num_rows: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """Yield the row numbers (num_rows,) of each resample with replacement.
+
+    They depend on the arguments alone: sets of equal size are resampled in pairs.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(features), (len(features),), generator=generator) for _ in range(num_resamples))
-    return torch.tensor([metric(features[index]) for index in rows], dtype=torch.float64)
+    for _ in range(num_resamples):
+        yield torch.randint(num_rows, (num_rows,), generator=generator)
 
 
 def paired_difference(estimate: float, first: Tensor, second: Tensor) -> Interval:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from sagl.errors import require
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.bootstrap import interval
+from sagl.metrics.bootstrap import resampled_rows, shifted_interval
 from sagl.metrics.checks import require_comparable
-from sagl.metrics.frechet import FrechetReference, statistics
+from sagl.metrics.frechet import FrechetReference
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
 from sagl.metrics.kid import kernel_distance
 from sagl.metrics.precision_recall import precision_recall
@@ -59,10 +59,9 @@ def compute_metrics(
             fake.features, real.features, num_subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
         )
     if fake.features is not None and s.bootstrap:
-        _, *bounds = interval(
-            fake.features, lambda rows: distance(statistics(rows)), num_resamples=s.bootstrap, seed=s.seed
-        )
-        intervals[fid] = (bounds[0], bounds[1])
+        resamples = resampled_rows(len(fake.features), s.bootstrap, s.seed)
+        bounds = shifted_interval(values[fid], distance.of_resamples(fake.features, resamples))
+        intervals[fid] = (bounds.low, bounds.high)
     for name, value in values.items():
         require(
             math.isfinite(value),

@@ -1,5 +1,6 @@
 """Fréchet distance between Gaussians fitted to features (Heusel et al. 2017), in float64."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,34 @@ class FrechetReference:
         trace_root = _zero_small_eigenvalues(eigenvalues).sqrt().sum()
         distance = (mean - other.mean).square().sum() + covariance.trace() + other.covariance.trace() - 2 * trace_root
         return max(0.0, float(distance))
+
+    def of_resamples(self, features: Tensor, resamples: Iterable[Tensor]) -> Tensor:
+        """Compute the distances of resamples of features without their covariances.
+
+        With the centered features X of a resample, Rᵀ C_b R is Pᵀ P / (N - 1) for P = X R, and P Pᵀ has the same
+        nonzero eigenvalues. All resamples share the products with R, and a row that is drawn w times counts as one row
+        times √w, so that the matrices are as small as the number of different rows, or as the rank of R.
+
+        Args:
+            features: (N, D).
+            resamples: row numbers (N,) of each resample.
+
+        Returns:
+            The distance of each resample, as `self(statistics(features[rows]))` gives it, (num_resamples,) float64.
+        """
+        mean, trace, num_rows = self.reference.mean, self.reference.covariance.trace(), len(features)
+        x = features.double() - mean
+        projected, squares, distances = x @ self._factor, x.square().sum(dim=1), list[Tensor]()
+        for rows in resamples:
+            counts = torch.bincount(rows, minlength=num_rows).double()
+            shift = counts @ x / num_rows
+            other_trace = (counts @ squares - num_rows * shift.square().sum()) / (num_rows - 1)
+            p = (projected - counts @ projected / num_rows)[counts > 0] * counts[counts > 0, None].sqrt()
+            products = p @ p.T if len(p) < p.shape[1] else p.T @ p
+            eigenvalues = torch.from_numpy(np.linalg.eigvalsh(products.numpy())) / (num_rows - 1)
+            trace_root = _zero_small_eigenvalues(eigenvalues).sqrt().sum()
+            distances.append(shift.square().sum() + trace + other_trace - 2 * trace_root)
+        return torch.stack(distances).clamp(min=0) if distances else x.new_zeros(0)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

@@ -26,14 +26,19 @@ class PrecisionRecall(NamedTuple):
     """Fraction of the real samples inside the manifold of the generated samples."""
 
 
-def precision_recall(fake: Tensor, real: Tensor, *, num_neighbors: int = NUM_NEIGHBORS) -> PrecisionRecall:
+def precision_recall(
+    fake: Tensor, real: Tensor, *, num_neighbors: int = NUM_NEIGHBORS, real_radii: Tensor | None = None
+) -> PrecisionRecall:
     """Compute precision and recall: (N, D), (M, D) float32 features, N and M above `num_neighbors`.
+
+    `real_radii` may be the `knn_radii` of the real features, for several sets of samples.
 
     The manifold of a set is the union of balls around its samples, each with the distance to the sample's k-th nearest
     neighbour as its radius. The result is that of float64 distances: float32 decides only where its error bound
     allows. The public ADM evaluator uses float16 where it fits and may differ in the third decimal.
     """
-    fake_radii, real_radii = knn_radii(fake, num_neighbors), knn_radii(real, num_neighbors)
+    fake_radii = knn_radii(fake, num_neighbors)
+    real_radii = knn_radii(real, num_neighbors) if real_radii is None else real_radii
     center = real.mean(dim=0)
     fake_covered, real_covered = (torch.zeros(len(points), dtype=torch.bool) for points in (fake, real))
     for rows, approx, error in _distances(fake - center, real - center):

@@ -91,7 +91,7 @@ def test_metrics_and_differences_are_those_of_the_metrics_package():
     distance = frechet_distance(statistics(real), statistics(second))
     assert measurements[1].values == {"fd": pytest.approx(distance), **precision_recall(second, real)._asdict()}
     expected = paired_interval(first, second, comparison.distance, num_resamples=20, seed=3)
-    assert measurements[1].difference(measurements[0]) == expected
+    assert measurements[1].difference(measurements[0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

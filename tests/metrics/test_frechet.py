@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from sagl.metrics.frechet import CovarianceAccumulator, Statistics, frechet_distance, statistics
+from sagl.metrics.frechet import CovarianceAccumulator, FrechetReference, Statistics, frechet_distance, statistics
 
 
 def gaussian(mean, covariance):
@@ -120,3 +120,14 @@ def test_the_distance_grows_with_that_of_the_means():
     distances = [frechet_distance(a, statistics(features(100, 12, 1, shift=shift))) for shift in (0, 0.1, 0.5, 2)]
     assert distances == sorted(distances)
     assert distances[-1] - distances[0] == pytest.approx(12 * 4, rel=0.3)
+
+
+@pytest.mark.parametrize("num_real", [30, 200])
+@pytest.mark.parametrize("num_rows", [20, 120])
+def test_the_distances_of_resamples_are_those_of_their_statistics(num_real, num_rows):
+    reference = FrechetReference(statistics(features(num_real, 50, 0)))  # 30 features have a singular covariance
+    rows, generator = features(num_rows, 50, 1, shift=0.5), torch.Generator().manual_seed(2)
+    resamples = [torch.randint(num_rows, (num_rows,), generator=generator) for _ in range(3)]
+    expected = [reference(statistics(rows[index])) for index in resamples]
+    assert reference.of_resamples(rows, resamples).tolist() == pytest.approx(expected, rel=1e-7)
+    assert reference.of_resamples(rows, []).shape == (0,)
