@@ -8,7 +8,7 @@ from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.sampling.run import SamplingRun
-from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.utils.distributed import select_device
 from sagl.utils.environment import disable_malloc_trim, set_threads
 from sagl.utils.files import require_writable
@@ -42,8 +42,9 @@ def main(arguments: list[str]) -> None:
     set_threads()
     require_writable(config.output)
     figure = config.output / f"{flags.analysis}.png"
-    run, sag = SamplingRun.without_folder(config), config.guidances["sag"]
+    run, sag, classifier = SamplingRun.without_folder(config), config.guidances["sag"], config.guidances["classifier"]
     assert isinstance(sag, SelfAttentionGuidance)
+    assert isinstance(classifier, ClassifierGuidance)
     sag.check_network(run.network)
     with (
         lock_file(figure),
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
             figure=figure,
             progress=progress,
             object_masks=flags.object_masks,
-            classifier=BUNDLED_CLASSIFIERS.get(config.model or ""),
+            classifier=classifier.checkpoint or BUNDLED_CLASSIFIERS.get(config.model or ""),
         )
         command = shlex.join(["sagl", "analyze", *arguments])
         numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})

@@ -1,6 +1,7 @@
 """The report of all tables and figures that were reproduced into a folder: its pages as Markdown and HTML."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,13 +157,18 @@ def _number(value: float | None) -> str:
 
 
 def _verdict(rows: Sequence[StoredRow], results: Sequence[EvaluationResult | None]) -> list[str]:
-    """Return a sentence on the rows with the lowest Fréchet distance, here and in the paper."""
+    """Return a sentence per network of the paper on the rows with the lowest Fréchet distance, here and there."""
     own = {row.name: _distance(result.values) for row, result in zip(rows, results, strict=True) if result}
-    paper = {row.name: row.paper_values["fid"] for row in rows if "fid" in row.paper_values and row.name in own}
-    if len(paper) < 2:
-        return []
-    best, best_in_paper = min(own, key=own.__getitem__), min(paper, key=paper.__getitem__)
-    return [f"Lowest distance here: {best} ({own[best]:.2f}); in the paper, of these rows: {best_in_paper}."]
+    paper = defaultdict[str, dict[str, float]](dict)
+    for row in rows:
+        if "fid" in row.paper_values and row.name in own:
+            paper[row.paper_model][row.name] = row.paper_values["fid"]
+    return [
+        f"Lowest distance here: {(best := min(fids, key=own.__getitem__))} ({own[best]:.2f}); in the paper, of these "
+        f"rows: {min(fids, key=fids.__getitem__)}."
+        for fids in paper.values()
+        if len(fids) > 1
+    ]
 
 
 def _distance(values: Mapping[str, float]) -> float:
