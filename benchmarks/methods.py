@@ -37,6 +37,11 @@ EDITS = {"scale": ("0.5", "1", "2"), "site": ("middle", "last")}
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "SAG": {"sag.scale": SCALES},
     "SAG, off the unsharp mask": {"sag.scale": SCALES, "sag.shape": ("off_unsharp",)},
+    "SAG, off the unsharp mask, every second step": {
+        "sag.scale": SCALES,
+        "sag.shape": ("off_unsharp",),
+        "sag.renew_every": ("2",),
+    },
     "SAG, every second step": {"sag.scale": SCALES, "sag.renew_every": ("2",)},
     "SAG, every fourth step": {"sag.scale": SCALES, "sag.renew_every": ("4",)},
     "SAG, first half": {"sag.scale": SCALES, "sag.interval": ("[0,0.5]",)},
