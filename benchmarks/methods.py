@@ -11,6 +11,7 @@ kept in the output folder: an interrupted study continues. Writes methods.json, 
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,18 +167,30 @@ def format_table(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plot_front(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the distance over the cost: a line through plain sampling, and a point per method."""
+    """Draw the distance over the cost: a line through plain sampling, and a point per method.
+
+    Methods of equal cost stand side by side, the interval of each one's difference from unguided sampling around it.
+    """
     plain = [(row["nfe"], row["fd"]) for row in _plain_rows(results)]
-    with figure(path, size=(9, 6)) as (_, axes):
+    spacing = (plain[-1][0] - plain[0][0]) / 30
+    by_cost = Counter(result["guided"]["nfe"] for result in results.values())
+    placed = Counter[float]()
+    with figure(path, size=(12, 6)) as (_, axes):
         ax = axes[0, 0]
         ax.plot(*zip(*plain, strict=True), color="black", marker="o", label="plain sampling")
         for number, (name, result) in enumerate(results.items()):
-            row, marker = result["guided"], "osD^vP*X"[number // 10]
-            estimate, low, high = row["from_unguided"]
+            row, marker = result["guided"], "sD^vP*X"[number // 10]
+            cost, (estimate, low, high) = row["nfe"], row["from_unguided"]
+            x = cost + spacing * (placed[cost] - (by_cost[cost] - 1) / 2)
+            placed[cost] += 1
             error = [[max(0.0, estimate - low)], [max(0.0, high - estimate)]]
-            ax.errorbar(row["nfe"], row["fd"], yerr=error, fmt=marker, color=f"C{number % 10}", label=name, capsize=3)
+            ax.errorbar(x, row["fd"], yerr=error, fmt=marker, color=f"C{number % 10}", label=name, capsize=3)
         count = next(iter(results.values()))["guided"]["num_samples"]
-        ax.set(xlabel="network evaluations per image", ylabel=f"Fréchet distance of {count:,} images")
+        ax.set(
+            xlabel="network evaluations per image (methods of equal cost side by side)",
+            ylabel=f"Fréchet distance of {count:,} images",
+            xticks=[cost for cost, _ in plain],
+        )
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
