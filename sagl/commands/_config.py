@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
 from sagl.models.zoo import (
     BUNDLED,
-    BUNDLED_CLASSIFIERS,
     BUNDLED_REFERENCES,
     DEFAULT_MODEL,
     RELEASED,
     UNET_NAMES,
     get_unet_settings,
     name_from_filename,
+    with_default_classifier,
 )
 from sagl.sampling.run import EXPORTS, SampleConfig
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
-from sagl.settings.guidance import TERM_OPTIONS, ClassifierGuidance, GuidanceSettings
+from sagl.settings.guidance import TERM_OPTIONS
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings
 from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
@@ -120,7 +119,7 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
     if recommended or known:
         flags = p.parse(arguments)
     guidances = {
-        name: _default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
+        name: with_default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
         for name, entry in GUIDANCES.items()
     }
     return SampleConfig(
@@ -135,13 +134,6 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         progress=flags.progress,
         dry_run=flags.get("dry_run", False),
     )
-
-
-def _default_classifier(guidance: GuidanceSettings, model: str | None) -> GuidanceSettings:
-    """Let the bundled classifier guide the bundled network, unless another one is set."""
-    if isinstance(guidance, ClassifierGuidance) and guidance.scale and model in BUNDLED_CLASSIFIERS:
-        return replace(guidance, checkpoint=guidance.checkpoint or BUNDLED_CLASSIFIERS[model])
-    return guidance
 
 
 # ------------------------------------------------------------------------------------------------------ network

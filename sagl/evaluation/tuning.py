@@ -16,6 +16,7 @@ from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.reference import load_reference
 from sagl.evaluation.study import Comparison, Measurement, Setting, Study
 from sagl.guidance.registry import GUIDANCES
+from sagl.models.zoo import with_default_classifier
 from sagl.sampling.run import SamplingRun
 from sagl.settings.compatibility import check_labels
 from sagl.settings.evaluation import ExtractionSettings, MetricSettings
@@ -176,7 +177,7 @@ def make_candidates(run: SamplingRun, space: Space, max_candidates: int) -> list
         guidances = dict(config.guidances)
         for name, value in zip(space, values, strict=True):
             group, _, field = name.partition(".")
-            guidances[group] = replace(guidances[group], **{field: value})
+            guidances[group] = with_default_classifier(replace(guidances[group], **{field: value}), config.model)
         candidates.append(replace(own, guidances=guidances))
     for candidate in candidates:
         check_labels(config.samples, run.network, candidate.guidances)

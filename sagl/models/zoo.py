@@ -10,6 +10,7 @@ from pathlib import Path
 from sagl.errors import UserError, require, suggest
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 
 DEFAULT_MODEL = "emoji"
@@ -201,3 +202,10 @@ def _require_name(name: str, names: tuple[str, ...], argument: str = "model") ->
     longer = [other for other in names if name and other.startswith(name.lower())]
     hint = f" Did you mean {' or '.join(longer)}?" if longer else suggest(name.lower(), names)
     raise UserError(f"`{argument}` must be one of {', '.join(names)}; got {name!r}.{hint}")
+
+
+def with_default_classifier(guidance: GuidanceSettings, model: str | None) -> GuidanceSettings:
+    """Let the bundled classifier guide the bundled network `model` if classifier guidance is on and names none."""
+    if isinstance(guidance, ClassifierGuidance) and guidance.scale and model in BUNDLED_CLASSIFIERS:
+        return replace(guidance, checkpoint=guidance.checkpoint or BUNDLED_CLASSIFIERS[model])
+    return guidance

@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from sagl.commands._config import parse_sample_config
+from sagl.commands.tune import tune_parser
 from sagl.evaluation.study import Study
+from sagl.evaluation.tuning import make_candidates
 from sagl.models.checkpoints import write_checkpoint
+from sagl.sampling.run import SamplingRun
 from tests.helpers.commands import exit_code
 from tests.helpers.extractors import use_fast_extractors, write_npz
 from tests.helpers.networks import grey_weights
@@ -126,3 +129,10 @@ def test_a_search_that_cannot_be_done_is_refused_in_one_line(flags, parts, tmp_p
     assert error.count("\n") == 1
     assert [part for part in parts if part not in error] == []
     assert not (tmp_path / "a").exists()
+
+
+def test_the_bundled_classifier_guides_candidates_that_name_none():
+    config = parse_sample_config(["--model", "fashion_mnist", "--labels", "balanced"], tune_parser())
+    run = SamplingRun.without_folder(config)
+    *_, candidate = make_candidates(run, {"classifier.scale": (1.0,)}, 10)
+    assert candidate.guidances["classifier"].checkpoint == "fashion_mnist_classifier"
