@@ -1,0 +1,95 @@
+"""Every command and every Python block of the documentation is valid: real parsers read the one, imports of the other resolve."""
+
+import ast
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from sagl.commands._parser import from_namespace, parse_interval_arg
+from sagl.commands.compare import _folders_first
+from sagl.commands.fit import rename_network_flags, resolve_config_names, trains_classifier, training_parser
+from sagl.commands.subcommands import SUBCOMMANDS
+from sagl.errors import UserError
+from sagl.guidance.registry import GUIDANCES
+from sagl.settings.sampling import RunSettings, SamplerSettings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+ADDED_BY_THE_PAGE = ("--icg.scale", "--sampler plms")
+"""Flags and values of the methods that docs/extending.md adds; tests/test_extending.py runs these commands."""
+
+
+def commands(page):
+    """Yield the complete commands of a page, in blocks and in the text, without `sagl`."""
+    text = page.read_text()
+    blocks = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for line in (*blocks.splitlines(), *inline):
+        match = re.match(r"(?:(?:srun|torchrun)\b.*? )?(?:sagl|-m sagl\.cli|sagl\.cli) (.*)", line.strip())
+        is_usage = match and re.search(r"…|\[-|[A-Z]+ \[|\bCOMMAND\b|_OR_", match[1])  # the form of a command, not one
+        if match and not is_usage and not any(flag in line for flag in ADDED_BY_THE_PAGE):
+            yield match[1]
+
+
+def parse(command):
+    """Parse a command as it would be, and check the values of settings; open no file but configs."""
+    verb, *arguments = shlex.split(command, comments=True)
+    if not arguments or "--help" in arguments or "--help_all" in arguments:
+        assert verb in SUBCOMMANDS
+    elif verb in ("fit", "validate", "test"):
+        arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
+        has_config = "--config" in arguments
+        arguments += [] if has_config else ["--model.network", "emoji"]  # a run's own config has it
+        training_parser(verb, classifier=trains_classifier(arguments), full=has_config).parse(arguments)
+    else:
+        parser = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")()
+        flags = parser.parse(_folders_first(arguments) if verb == "compare" else arguments)
+        if verb in ("sample", "tune", "analyze"):
+            from_namespace(RunSettings, flags)
+            from_namespace(SamplerSettings, flags)
+            for name, entry in GUIDANCES.items():
+                from_namespace(entry.settings_class, flags[name], f"{name}.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_is_valid(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    errors = []
+    for command in dict.fromkeys(commands(page)):
+        try:
+            parse(command)
+        except (UserError, KeyError, AssertionError) as error:
+            errors.append((command, str(error)))
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    "command", ["sample --sag.scal 1", "sample --respacing 0 --sampler dim", "fit --config emoji --data.rot a"]
+)
+def test_an_invalid_command_would_be_found(command):
+    with pytest.raises(UserError):
+        parse(command)
+
+
+def test_most_pages_have_commands():
+    assert sum(len(list(commands(page))) for page in PAGES) > 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_scripts_exist(page):
+    scripts = set(re.findall(r"\bpython (\w\S*\.py)", page.read_text()))
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_compile_and_their_imports_resolve(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+            elif isinstance(node, ast.Import):
+                assert [import_module(alias.name) for alias in node.names]
