@@ -1,4 +1,4 @@
-"""Every command and every Python block of the documentation is valid: real parsers read the one, imports of the other resolve."""
+"""Every command of the documentation is valid for its real parser, and the imports of every Python block resolve."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from sagl.commands._parser import from_namespace, parse_interval_arg
 from sagl.commands.compare import _folders_first
-from sagl.commands.fit import rename_network_flags, resolve_config_names, trains_classifier, training_parser
+from sagl.commands.fit import rename_network_flags, resolve_config_names, training_parser, trains_classifier
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
