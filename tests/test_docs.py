@@ -54,6 +54,7 @@ SHORTER = {
     "sample": ["--num_samples", "4", "--batch_size", "2", "--respacing", "2", "--progress", "off"],
     "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"],
     "validate": ["--data.num_validation", "32"],
+    "push": ["--output", "hub"],
     "test": ["--data.num_validation", "9968"],
     "statistics": ["--num_samples", "100"],
     "analyze": ["--num_samples", "2", "--respacing", "2"],

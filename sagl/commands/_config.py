@@ -9,6 +9,7 @@ from typing import Any
 from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
+from sagl.models.hub_files import download_from_hub, is_hub_name
 from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
 from sagl.models.zoo import (
     BUNDLED,
@@ -62,7 +63,9 @@ def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     shared = f"Every guidance method has the flags {', '.join(TERM_OPTIONS)} of --{first}."
     p = Parser(command, description, f"{epilog}\n\n{shared}".strip())
     add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
-    p.add_argument("--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}.")
+    p.add_argument(
+        "--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}; or hf:OWNER/NAME."
+    )
     p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
     p.add_argument("--weights", type=str, default=None, help="Weights of a .ckpt: ema (default), ema:DECAY or raw.")
     p.add_argument(
@@ -147,6 +150,9 @@ def resolve_network(
     Raises:
         UserError: the name or file does not exist, or only settings or only weights are given.
     """
+    if isinstance(model, str) and is_hub_name(model):
+        require(checkpoint is None, f"`checkpoint` must be left out for {model}, got {checkpoint}.")
+        model, checkpoint = None, str(download_from_hub(model))
     path = None if checkpoint is None else Path(checkpoint)
     require(path is None or path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
     require(path is None or os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")

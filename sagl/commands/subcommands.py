@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "analyze": ("sagl.commands.analyze", "figures of the paper's analyses: attention, frequency, overlap, …"),
     "reproduce": ("sagl.commands.reproduce", "tables and figures of the paper, and their report"),
     "convert": ("sagl.commands.convert", "convert a network to safetensors or diffusers"),
+    "push": ("sagl.commands.push", "upload a network to the Hugging Face Hub, with a model card"),
     "doctor": ("sagl.commands.doctor", "report the machine, libraries and data"),
     "completion": ("sagl.commands.completion", "print the completion script of a shell"),
     "export": ("sagl.commands.export", "write a grid, images or an npz file from a run's shards"),

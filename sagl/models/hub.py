@@ -1,13 +1,21 @@
-"""UNets on the Hugging Face Hub. Needs the extra `hub`; no other module of sagl imports this one."""
+"""UNets on the Hugging Face Hub. Needs the extra `hub`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import NetworkWeights, build_network, check_state_dict, read_state_dict
+from sagl.models.checkpoints import (
+    NetworkWeights,
+    build_network,
+    check_state_dict,
+    read_state_dict,
+    write_checkpoint,
+)
+from sagl.models.hub_files import WEIGHT_FILE
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 
@@ -19,18 +27,34 @@ CARD = """---
 An ADM network (Dhariwal & Nichol 2021) for {{ settings.image_size }}x{{ settings.image_size }} images with
 {{ "%.1f" | format(millions) }} million parameters, {{ settings.num_classes or "no" }} classes, and OpenAI's parameter
 names. It can be sampled with self-attention guidance (Hong et al. 2023).
-
+{% if has_grid %}
+![Images of this network](grid.png)
+{% endif %}
+```bash
+sagl sample --model hf:{{ repo_id | default('OWNER/NAME') }}
+```
 ```python
 from sagl.models.hub import HubUNet
 
 checkpoint = HubUNet.from_pretrained("{{ repo_id | default('OWNER/NAME') }}").checkpoint
 ```
 
+{% if metrics -%}
+## Metrics
+| metric | value (95 % interval) | images, reference, features |
+|---|---|---|
+{% for row in metrics -%}
+| {{ row.name }} | {{ row.value }} | {{ row.of }} |
+{% endfor %}
+{% endif -%}
+{% for title, values in tables.items() if values -%}
+## {{ title }}
 | setting | value |
 |---|---|
-{% for name, value in settings.items() -%}
+{% for name, value in values.items() -%}
 | `{{ name }}` | {{ value }} |
 {% endfor %}
+{% endfor -%}
 Please add: training data, intended use, quality of the images.
 """
 
@@ -98,8 +122,42 @@ class HubUNet(
         """Upload weights, settings and model card; return the address of the commit."""
         return super().push_to_hub(repo_id, **{"model_card_kwargs": {"repo_id": repo_id}, **kwargs})
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:  # noqa: ANN401
-        """Return the model card."""
-        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
-        settings = asdict(self.settings) | asdict(self.diffusion)
-        return super().generate_model_card(*args, settings=settings, millions=millions, **kwargs)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_checkpoint(self.checkpoint, save_directory / WEIGHT_FILE)
+
+    def generate_model_card(
+        self,
+        *,
+        licence: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ModelCard:
+        """Return the model card.
+
+        Args:
+            licence: identifier of the licence of the weights.
+            sampling: settings of the run that the card shows.
+            **kwargs: further variables of the template: `repo_id`, `has_grid`, `metrics`.
+        """
+        info = self._hub_mixin_info.model_card_data.to_dict()
+        tables = {
+            "Sampling": sampling,
+            "Recommended sampling": flat_names(self.recommended),
+            "Network": asdict(self.settings) | asdict(self.diffusion),
+        }
+        return ModelCard.from_template(
+            ModelCardData(**{**info, **({"license": licence} if licence else {})}),
+            template_str=CARD,
+            settings=self.settings,
+            millions=sum(parameter.numel() for parameter in self.parameters()) / 1e6,
+            tables=tables,
+            **kwargs,
+        )
+
+
+def flat_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of groups by full names: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sagl.errors import UserError, require
 from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, read_checkpoint
+from sagl.models.hub_files import download_from_hub, is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
@@ -15,14 +16,14 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkWeights:
     """Load the weights and settings of a network.
 
     Args:
-        name_or_file: A pretrained network (`fashion_mnist`, `lsun_cat`), or a .safetensors, .ckpt or .pt file. The
-            file name of a released network identifies its settings.
+        name_or_file: A pretrained network (`fashion_mnist`, `lsun_cat`), one of the Hub (`hf:OWNER/NAME`), or a
+            .safetensors, .ckpt or .pt file. The file name of a released network identifies its settings.
         weights: Weights of a training checkpoint: ema, ema:DECAY or raw.
 
     Raises:
         UserError: There is no such name or file, the download fails, or the file is not a network.
     """
-    path = Path(name_or_file)
+    path = download_from_hub(str(name_or_file), "checkpoint") if is_hub_name(name_or_file) else Path(name_or_file)
     if path.is_file():
         if (name := name_from_filename(path)) is None:
             return read_checkpoint(path, weights)

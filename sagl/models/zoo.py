@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sagl.errors import UserError, require, suggest
+from sagl.models.hub_files import download_from_hub, is_hub_name
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
@@ -157,10 +158,11 @@ def get_settings(name: str) -> tuple[NetworkSettings, DiffusionSettings]:
     """Return the settings of a pretrained UNet or classifier and of its diffusion process.
 
     Raises:
-        UserError: The name is unknown.
+        UserError: The name is unknown, or the network cannot be had from the Hub.
     """
-    if name in BUNDLED:
-        return settings_from_metadata(read_metadata(BUNDLED[name]), BUNDLED[name])
+    if name in BUNDLED or is_hub_name(name):
+        path = BUNDLED[name] if name in BUNDLED else download_from_hub(name)
+        return settings_from_metadata(read_metadata(path), path)
     entry = get_entry(name)
     return entry.settings, entry.diffusion
 
@@ -175,8 +177,10 @@ def get_unet_settings(name: str) -> tuple[UNetSettings, DiffusionSettings]:
         name not in CLASSIFIER_NAMES,
         f"`model` must be a diffusion model, but {name} is a classifier, which goes into `classifier.checkpoint`.",
     )
-    _require_name(name, UNET_NAMES)
+    if not is_hub_name(name):
+        _require_name(name, UNET_NAMES)
     settings, diffusion = get_settings(name)
+    require(isinstance(settings, UNetSettings), f"`model` must be a diffusion model, but {name} is a classifier.")
     assert isinstance(settings, UNetSettings)
     return settings, diffusion
 

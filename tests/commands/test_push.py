@@ -1,0 +1,126 @@
+"""`sagl push` and `--model hf:…`, against a server with the Hub's interface on this machine."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from sagl.models.checkpoints import read_checkpoint, write_checkpoint
+from tests.helpers.commands import exit_code
+from tests.helpers.hub_server import TOKEN, hub_server
+from tests.helpers.networks import grey_weights
+
+SHORT = ["--num_samples", "2", "--batch_size", "2", "--respacing", "2", "--progress", "off"]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with hub_server() as (address, repositories):
+        yield address, repositories
+
+
+@pytest.fixture
+def run(hub, tmp_path, monkeypatch, capfd):
+    """A function that runs a command with an account of the server, or without; returns exit code and output."""
+
+    def run(*arguments, token=TOKEN, address=hub[0]):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        code = exit_code(*arguments)
+        output = capfd.readouterr()
+        return code, output.err if code else output.out
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path):
+    write_checkpoint(grey_weights(recommended={"respacing": "5", "sag": {"scale": 0.2}}), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.mark.slow
+def test_a_pushed_run_samples_the_same_images_by_its_name(hub, run, weights, tmp_path):
+    sag = ["--sag.scale", "0.5", "--sag.site", "middle"]
+    assert run("sample", "--checkpoint", "tiny.safetensors", *sag, *SHORT, "--output", "local")[0] == 0
+    code, output = run("push", "local", "me/tiny", "--licence", "mit")
+    assert (code, "hf:me/tiny" in output) == (0, True)
+    files = hub[1]["me/tiny"]
+    assert {"model.safetensors", "config.json", "README.md", "grid.png"} <= files.keys()
+    card = files["README.md"].decode()
+    for part in ("license: mit", "hf:me/tiny", "| `sag.scale` | 0.5 |", "| `respacing` | 2 |", "grid.png"):
+        assert part in card
+    assert str(tmp_path) not in card
+    assert run("sample", "--model", "hf:me/tiny", *sag, *SHORT, "--output", "remote")[0] == 0
+    images = [sorted((tmp_path / name / "images").iterdir()) for name in ("local", "remote")]
+    assert [path.read_bytes() for path in images[0]] == [path.read_bytes() for path in images[1]]
+
+
+def test_a_network_of_the_hub_is_converted_and_stays_in_the_cache(hub, run, weights, tmp_path):
+    assert run("push", "tiny.safetensors", "me/cached", "--licence", "mit")[0] == 0
+    assert run("convert", "hf:me/cached", "again.safetensors")[0] == 0
+    original, again = read_checkpoint(weights), read_checkpoint(tmp_path / "again.safetensors")
+    assert asdict(original.model_settings) == asdict(again.model_settings)
+    assert again.recommended == original.recommended
+    code, output = run("convert", "hf:me/cached", "offline.safetensors", address="http://127.0.0.1:9")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        (["sample", "--model", "hf:me/none"], {}, ["me/none", "--model", "does not exist"]),
+        (["sample", "--model", "hf:private/net"], {"token": ""}, ["private/net", "HF_TOKEN"]),
+        (["sample", "--model", "hf:me/tiny"], {"address": "http://127.0.0.1:9"}, ["me/tiny", "network"]),
+        (["sample", "--model", "hf:tiny"], {}, ["OWNER/NAME", "'tiny'"]),
+        (["push", "tiny.safetensors", "me/tiny", "--licence", "mit"], {"token": ""}, ["me/tiny", "HF_TOKEN"]),
+        (["push", "tiny.safetensors", "me/tiny"], {}, ["licence"]),
+        (["push", "none.safetensors", "me/tiny", "--licence", "mit"], {}, ["none.safetensors"]),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_one_line(hub, run, weights, arguments, options, words):
+    hub[1]["private/net"] = {}
+    code, output = run(*arguments, **options)
+    assert code == 2, output
+    assert len(output.strip().splitlines()) == 1, output
+    assert [word for word in words if word not in output] == []
+
+
+def test_a_repository_without_a_network_is_refused(hub, run):
+    hub[1]["me/empty"] = {"README.md": b"hello"}
+    code, output = run("sample", "--model", "hf:me/empty")
+    assert (code, "model.safetensors" in output) == (2, True), output
+
+
+def test_the_card_has_the_metrics_of_an_evaluated_run_without_paths(tmp_path):
+    from sagl.commands.push import metrics
+    from sagl.evaluation.results import EvaluationResult, save_result
+
+    result = EvaluationResult(
+        extractor="effnet_lite0_64",
+        reference="/home/someone/flowers_test",
+        num_samples=1000,
+        values={"fd": 12.345},
+        intervals={"fd": (11.0, 13.0)},
+    )
+    save_result(tmp_path, result)
+    (row,) = metrics(tmp_path)
+    assert row["value"] == "12.35 (11.00 … 13.00)" or row["value"] == "12.34 (11.00 … 13.00)"
+    assert row["of"] == "1,000 images, flowers_test, effnet_lite0_64"
+
+
+def test_files_can_be_written_without_an_upload(run, weights, tmp_path):
+    (tmp_path / "previews").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "grid.png")
+    code, output = run("push", "tiny.safetensors", "me/local", "--licence", "mit", "--output", "files", token="")
+    assert code == 0, output
+    config = json.loads((tmp_path / "files" / "config.json").read_text())
+    assert config["settings"]["image_size"] == 8
