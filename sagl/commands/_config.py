@@ -152,7 +152,7 @@ def resolve_network(
     """
     if isinstance(model, str) and is_hub_name(model):
         require(checkpoint is None, f"`checkpoint` must be left out for {model}, got {checkpoint}.")
-        model, checkpoint = None, str(download_from_hub(model))
+        checkpoint, model = str(download_from_hub(model)), None
     path = None if checkpoint is None else Path(checkpoint)
     require(path is None or path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
     require(path is None or os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")

@@ -39,8 +39,12 @@ def download_from_hub(name: str, argument: str = "model") -> Path:
         from huggingface_hub import hf_hub_download
 
         folder = cache_folder() / "hub" / (f"{repository}@{revision}" if revision else repository)
-        options = {"revision": revision or None, "local_dir": folder, "local_files_only": not is_reachable()}
-        path = Path(hf_hub_download(repository, WEIGHT_FILE, **options))
+        offline = not is_reachable()
+        path = Path(
+            hf_hub_download(
+                repository, WEIGHT_FILE, revision=revision or None, local_dir=folder, local_files_only=offline
+            )
+        )
     require(
         bool(read_metadata(path)),
         f"`{argument}` must be a network that sagl push uploaded, and {name} has none: its {WEIGHT_FILE} holds no "
@@ -81,6 +85,7 @@ def hub_errors(repository: str, argument: str) -> Iterator[None]:
         from huggingface_hub import errors
     except ImportError as error:
         raise UserError(f"`{argument}` {repository} needs huggingface_hub: pip install 'sagl[hub]'.") from error
+    http_error: type[Exception] = getattr(errors, "HTTPError", OSError)  # of the client that the library uses
     start = f"`{argument}` must be a repository that you may use, and {repository}"
     try:
         yield
@@ -100,7 +105,7 @@ def hub_errors(repository: str, argument: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         hint = LOGIN if status in (401, 403) else "Try again later."
         raise UserError(f"{start} was refused with status {status}: {first_line(error)} {hint}") from error
-    except (errors.HTTPError, OSError) as error:
+    except (http_error, OSError) as error:
         raise UserError(f"{start} cannot be reached: {first_line(error)} Check the network.") from error
 
 
