@@ -8,11 +8,12 @@ import torch
 import yaml
 
 from sagl.commands._config import parse_sample_config
-from sagl.commands.fit import training_parser, trains_classifier
+from sagl.commands.fit import resolve_config_names, training_kind, training_parser
 from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
-from sagl.models.checkpoints import meta_state_dict
+from sagl.models.checkpoints import build_network, meta_state_dict, read_checkpoint
+from sagl.models.direction_head import is_same_network
 from sagl.models.zoo import BUNDLED, RELEASED, get_unet_settings
 from sagl.settings.compatibility import check_second_network
 from sagl.settings.diffusion import DiffusionSettings
@@ -28,6 +29,7 @@ PAPER = {
 }
 """Table 7: scale, site, blur_sigma."""
 FASHION_MNIST = ("fashion_mnist", "fashion_mnist_classifier")
+HEAD = "distil_direction"
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
@@ -42,16 +44,16 @@ def restored_environment(monkeypatch, tmp_path):
 def instantiate(file, tmp_path):
     """Instantiate everything that a configuration describes, with the network on the meta device."""
     arguments = ["--config", str(file), "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
-    parser = training_parser("fit", classifier=trains_classifier(arguments), full=True)
+    parser = training_parser("fit", kind=training_kind(arguments), full=True)
     with torch.device("meta"):
         return prepare_fit(parser, parser.parse(arguments))
 
 
 def test_there_are_configs_of_the_papers_networks_and_of_small_images():
-    assert {file.stem for file in FILES} == {*FASHION_MNIST, "emoji", "my_images", *PAPER}
+    assert {file.stem for file in FILES} == {*FASHION_MNIST, "emoji", "my_images", HEAD, *PAPER}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != HEAD], ids=lambda file: file.stem)
 def test_a_configuration_is_instantiated_as_written(file, tmp_path):
     config, run = yaml.safe_load(file.read_text()), instantiate(file, tmp_path)
     settings = run.module.network.settings
@@ -71,6 +73,17 @@ def test_a_configuration_is_instantiated_as_written(file, tmp_path):
     optimizer, max_steps = run.module.settings.optimizer, run.trainer.max_steps
     assert max_steps == -1 or max_steps > optimizer.warmup_steps + optimizer.decay_steps
     assert max(optimizer.lr_multiplier(step, max_steps) for step in range(0, 10_000, 50)) == 1
+
+
+def test_the_head_of_the_configuration_is_for_the_guidance_that_the_bundled_network_recommends(tmp_path):
+    arguments = ["--config", HEAD, "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    arguments = resolve_config_names(arguments)
+    parser = training_parser("fit", kind=training_kind(arguments), full=True)
+    run = prepare_fit(parser, parser.parse(arguments))
+    recommended = parse_sample_config(["--model", "emoji"]).guidances["sag"]
+    assert run.module.hparams["recommended"] == {"sag": recommended.weak_prediction}
+    assert is_same_network(run.module.network.settings.network_rms, build_network(read_checkpoint(BUNDLED["emoji"])))
+    assert list(tmp_path.iterdir()) == []
 
 
 def check_output_shape(network):
@@ -134,7 +147,7 @@ def test_the_classifier_configuration_has_the_process_of_the_bundled_network_and
 
 
 def test_a_misspelt_name_in_a_configuration_is_refused(tmp_path):
-    config = yaml.safe_load(FILES[0].read_text())
+    config = yaml.safe_load(FILES[0].with_name("emoji.yaml").read_text())
     config["model"]["network"]["num_chanels"] = 32
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="num_chanels"):

@@ -44,7 +44,15 @@ MODEL_GROUPS = {
     "blur_aware": BlurAwareSettings,
 }
 """Groups of settings below `model`."""
-MODEL_KEYS = {*MODEL_GROUPS, "label_dropout", "use_checkpoint", "freeze", "max_nonfinite_batches", "seed"}
+MODEL_KEYS = {
+    *MODEL_GROUPS,
+    "direction_head",
+    "label_dropout",
+    "use_checkpoint",
+    "freeze",
+    "max_nonfinite_batches",
+    "seed",
+}
 
 
 def sample_parser() -> Parser:
@@ -60,7 +68,7 @@ def sample_parser() -> Parser:
 def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     """Build a parser with the options of `SampleConfig` that all commands have which sample from a network."""
     first, *others = GUIDANCES
-    shared = f"Every guidance method has the flags {', '.join(TERM_OPTIONS)} of --{first}."
+    shared = f"Every guidance method has these flags of --{first}:\n{', '.join(TERM_OPTIONS)}."
     p = Parser(command, description, f"{epilog}\n\n{shared}".strip())
     add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
     p.add_argument(

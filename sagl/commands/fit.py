@@ -3,21 +3,24 @@
 import re
 from argparse import SUPPRESS
 from itertools import pairwise
+from typing import Literal
 
 from sagl.commands._parser import Parser, parse_interval_arg
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
+from sagl.settings.direction_head import HeadTrainingSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import (
     CheckpointSettings,
     ClassifierTrainingSettings,
     DiffusionTrainingSettings,
     PreviewSettings,
+    TrainingSettings,
 )
 from sagl.utils.config_files import packaged_config, read_config
 
 DESCRIPTIONS = {
-    "fit": "Train a diffusion model or a classifier. Everything is written into one folder; --resume continues there.",
+    "fit": "Train a diffusion model, classifier or direction head. All goes into one folder; --resume continues there.",
     "validate": "Print the loss by range of timesteps, and bits/dim, on validation images. Nothing is written.",
     "test": "Print the loss by range of timesteps, and bits/dim, on test images. Nothing is written.",
 }
@@ -55,12 +58,21 @@ SHORT_HELP = {
 """Prefixes of the options that --help shows."""
 
 
-def training_parser(command: str, *, classifier: bool = False, full: bool = False) -> Parser:
+Kind = Literal["network", "classifier", "direction_head"]
+"""What is trained; the key below `model` that describes it."""
+TRAINING_SETTINGS: dict[Kind, type[TrainingSettings]] = {
+    "network": DiffusionTrainingSettings,
+    "classifier": ClassifierTrainingSettings,
+    "direction_head": HeadTrainingSettings,
+}
+
+
+def training_parser(command: str, *, kind: Kind = "network", full: bool = False) -> Parser:
     """Build the parser of `fit`, `validate` or `test`.
 
     Args:
         command: the subcommand.
-        classifier: whether a classifier is trained, and not a diffusion model.
+        kind: what is trained.
         full: add `data` and `trainer`, for which Lightning is imported, and show all options in the help.
     """
     p = Parser(command, DESCRIPTIONS[command], EPILOGS[command])
@@ -76,16 +88,18 @@ def training_parser(command: str, *, classifier: bool = False, full: bool = Fals
     global_batch = "Images per optimiser step of all processes, by accumulation."
     p.add_argument("--global_batch_size", type=int | None, default=None, metavar="N", help=global_batch)
     p.add_settings(CheckpointSettings)
-    p.add_settings(ClassifierTrainingSettings if classifier else DiffusionTrainingSettings, "model")
-    if not classifier:
+    p.add_settings(TRAINING_SETTINGS[kind], "model")
+    if kind == "network":
         p.add_settings(PreviewSettings, "preview")
         p.add_settings(SamplerSettings)
+    if kind != "classifier":
         for name, entry in GUIDANCES.items():
             p.add_settings(entry.settings_class, name)
     if full:
         from lightning.pytorch import LightningDataModule, Trainer
 
-        p.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
+        if kind != "direction_head":  # it learns from chains of its network
+            p.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
         p.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False)
         p.set_defaults({"trainer.enable_model_summary": False})
         return p
@@ -118,17 +132,21 @@ def rename_network_flags(arguments: list[str]) -> list[str]:
     return [re.sub(r"^--model\.(network|classifier)\.use_checkpoint\b", "--model.use_checkpoint", a) for a in arguments]
 
 
-def trains_classifier(arguments: list[str]) -> bool:
-    """Return whether a command line, or one of its configs, has settings of `model.classifier`.
+def training_kind(arguments: list[str]) -> Kind:
+    """Return what a command line, or one of its configs, describes below `model`.
 
     Raises:
         UserError: a config cannot be read.
     """
     configs = [read_config(argument) for before, argument in pairwise(["", *arguments]) if before == "--config"]
     models = [config.get("model") for config in configs]
-    return any(argument.startswith("--model.classifier") for argument in arguments) or any(
-        isinstance(model, dict) and "classifier" in model for model in models
-    )
+    for kind in TRAINING_SETTINGS:
+        if kind != "network" and (
+            any(argument.startswith(f"--model.{kind}") for argument in arguments)
+            or any(isinstance(model, dict) and kind in model for model in models)
+        ):
+            return kind
+    return "network"
 
 
 def run_command(command: str, arguments: list[str]) -> None:
@@ -141,10 +159,14 @@ def run_command(command: str, arguments: list[str]) -> None:
         print(training_parser(command).format_help())
         return
     arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
-    classifier = trains_classifier(arguments)
-    parser = training_parser(command, classifier=classifier, full=True)
-    if classifier:
-        _refuse_diffusion_options(arguments, parser)
+    kind = training_kind(arguments)
+    parser = training_parser(command, kind=kind, full=True)
+    require(
+        kind != "direction_head" or command == "fit",
+        f"`model.direction_head` is for sagl fit, which validates on held-out chains, got sagl {command}.",
+    )
+    if kind != "network":
+        _refuse_diffusion_options(arguments, parser, kind)
     if "--help_all" in arguments:
         print(parser.format_help())
         return
@@ -153,11 +175,11 @@ def run_command(command: str, arguments: list[str]) -> None:
     run(command, parser, parser.parse(arguments))
 
 
-def _refuse_diffusion_options(arguments: list[str], classifier_parser: Parser) -> None:
-    """Refuse the options that only the parser for diffusion models has, such as --sag.scale, with the reason."""
-    options = training_parser("fit")._option_string_actions.keys() - classifier_parser._option_string_actions.keys()
+def _refuse_diffusion_options(arguments: list[str], parser: Parser, kind: Kind) -> None:
+    """Refuse the options that only the parser for diffusion models has, such as --preview.scales, with the reason."""
+    options = training_parser("fit")._option_string_actions.keys() - parser._option_string_actions.keys()
     flags = [flag for argument in arguments if (flag := argument.partition("=")[0]) in options]
-    require(not flags, f"{', '.join(flags)} must be left out for a classifier (`model.classifier`).")
+    require(not flags, f"{', '.join(flags)} must be left out for `model.{kind}`.")
 
 
 def main(arguments: list[str]) -> None:

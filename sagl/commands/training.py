@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagl.callbacks.checkpointing import BestCheckpoints, ResumableCheckpoint, SaveConfig
@@ -22,8 +22,11 @@ from sagl.models.checkpoints import load_training_checkpoint
 from sagl.models.transfer import load_initial_weights
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
+from sagl.modules.direction_head_module import DirectionHeadModule
+from sagl.settings.direction_head import HeadTrainingSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import CheckpointSettings, ClassifierTrainingSettings
+from sagl.training.direction_head import build_head_module
 from sagl.training.resume import check_same_parameters, report_changes
 from sagl.training.trainer import build_trainer, fit_plugins, num_accumulated, trainer_errors
 from sagl.utils.distributed import exit_when_parent_dies, global_rank
@@ -46,8 +49,8 @@ class TrainingSetup(NamedTuple):
     """Arguments for `fit`, `validate` or `test` of the trainer."""
 
     trainer: Trainer
-    module: DiffusionModule | ClassifierModule
-    data: LightningDataModule
+    module: DiffusionModule | ClassifierModule | DirectionHeadModule
+    data: LightningDataModule | None
     resume_from: Path | None = None
 
 
@@ -76,6 +79,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
                 fit(parser, config)
             return
         trainer, module, data, _ = prepare_evaluation(parser, config)
+        assert not isinstance(module, DirectionHeadModule)
         load_initial_weights(module.network, config.checkpoint, config.weights)
         with refuse_out_of_memory(*MEMORY_HINT):
             (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
@@ -89,7 +93,7 @@ def fit(parser: Parser, config: Namespace) -> None:
         Interrupted: a stop signal ended the training after a save.
     """
     trainer, module, data, resume_from = prepare_fit(parser, config)
-    if config.checkpoint and resume_from is None:
+    if config.checkpoint and resume_from is None and not isinstance(module, DirectionHeadModule):
         load_initial_weights(module.network, config.checkpoint, config.weights)
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
     with (
@@ -122,7 +126,7 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
         check_same_parameters(saved, module.hparams)
         report_changes(output / "config.yaml", text)
     module.hparams["ema_decay"] = config.ema_decay
-    module.hparams["recommended"] = _sampling_settings(init) if isinstance(module, DiffusionModule) else {}
+    module.hparams["recommended"] = _recommended_settings(init, module)
     options = init.trainer.as_dict()
     callbacks = _fit_callbacks(init, output, isinstance(module, DiffusionModule))
     if not options["fast_dev_run"]:
@@ -132,8 +136,9 @@ def prepare_fit(parser: Parser, config: Namespace) -> TrainingSetup:
         options["logger"] = not options["fast_dev_run"] and TensorBoardLogger(output, name="logs", version="")
     trainer = build_trainer({**options, "default_root_dir": str(output)}, callbacks)
     if init.global_batch_size is not None:
-        trainer.accumulate_grad_batches = num_accumulated(init.global_batch_size, init.data.batch_size, trainer)
-    return TrainingSetup(trainer, module, init.data, last if resumed else None)
+        batch_size = init.data.batch_size if "data" in init else init.model.direction_head.batch_size
+        trainer.accumulate_grad_batches = num_accumulated(init.global_batch_size, batch_size, trainer)
+    return TrainingSetup(trainer, module, init.get("data"), last if resumed else None)
 
 
 def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Callback]:
@@ -172,13 +177,23 @@ def prepare_evaluation(parser: Parser, config: Namespace) -> TrainingSetup:
     return TrainingSetup(trainer, module, init.data)
 
 
-def _build_module(init: Namespace) -> DiffusionModule | ClassifierModule:
+def _build_module(init: Namespace) -> DiffusionModule | ClassifierModule | DirectionHeadModule:
+    if isinstance(init.model, HeadTrainingSettings):
+        return build_head_module(init.model, init[init.model.direction_head.method], init.checkpoint, init.weights)
     is_classifier = isinstance(init.model, ClassifierTrainingSettings)
     return ClassifierModule(init.model) if is_classifier else DiffusionModule(init.model)
 
 
-def _sampling_settings(init: Namespace) -> dict[str, Any]:
-    """Return the sampling settings of the configuration, which checkpoints recommend; no method's default settings."""
+def _recommended_settings(init: Namespace, module: LightningModule) -> dict[str, Any]:
+    """Return the sampling settings that checkpoints recommend: those of the configuration that are no defaults.
+
+    A direction head recommends the settings of its method that it was made for.
+    """
+    if isinstance(module, ClassifierModule):
+        return {}
+    if isinstance(module, DirectionHeadModule):
+        method = init.model.direction_head.method
+        return {method: init[method].weak_prediction}
     sampler = {name: init[name] for name in field_names(SamplerSettings)}
     changed = {name: init[name] for name, entry in GUIDANCES.items() if init[name] != entry.settings_class()}
     return sampler | {name: asdict(settings) for name, settings in changed.items()}

@@ -29,6 +29,8 @@ class Condition:
     """(B, E): noise that is added to the timestep embedding, in units of its standard deviation."""
     degraded: bool = False
     """True if x_t was degraded; passed to networks with an embedding for it, see `has_degraded_embedding`."""
+    features: bool = False
+    """True if the last feature map is returned."""
     samples: SampleKeys | None = None
     """Seed and ids of the samples, for guidance methods that draw random numbers."""
 
@@ -61,6 +63,8 @@ class Prediction:
     """Network evaluations per sample."""
     attention: Mapping[AttentionSite, TokenMap] = field(default_factory=dict)
     """Attention received at the condition's sites."""
+    features: Tensor | None = None
+    """(B, F, H, W) input of the network's last convolution, if the condition requests it."""
     terms: Mapping[str, GuidanceTerm] = field(default_factory=dict)
     """Terms of the guidance methods by name."""
 
@@ -80,11 +84,15 @@ class NetworkOutput(Protocol):
     def attention(self) -> Mapping[AttentionSite, TokenMap]:
         """Attention received at the requested sites."""
 
+    @property
+    def features(self) -> Tensor | None:
+        """(B, F, H, W) input of the last convolution; read only if it was requested."""
+
 
 class EpsNetwork(Protocol):
     """Any network that predicts eps from (x_t, timestep, labels) and can return attention.
 
-    It gets a condition's `attention_edits` and `timestep_noise` too, if there are any.
+    It gets a condition's `attention_edits`, `timestep_noise` and `features` too, if there are any.
     """
 
     def __call__(
@@ -115,10 +123,13 @@ def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) 
             kwargs["timestep_noise"] = condition.timestep_noise
         if condition.degraded and has_degraded_embedding(network):
             kwargs["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
+        if condition.features:
+            kwargs["features"] = True
         output = network(x_t, timesteps, condition.labels, **kwargs)
         eps, log_variance = split_eps_and_variance(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
         # clone: a view would keep the variance channels alive during further evaluations of a guidance
-        return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention)
+        features = output.features if condition.features else None
+        return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention, features=features)
 
     return predict
 

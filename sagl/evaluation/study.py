@@ -24,6 +24,7 @@ from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.metrics.precision_recall import NUM_NEIGHBORS, knn_radii, precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.sampling.batch import check_finite, collect_nfe
+from sagl.sampling.heads import head_digests
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import GuidanceSettings
@@ -50,8 +51,11 @@ class Setting:
     def values(self) -> dict[str, Any]:
         """Everything that determines an image, as JSON values; guidance of scale 0 determines nothing."""
         active = {name: asdict(guidance) for name, guidance in self.guidances.items() if guidance.scale}
-        values: dict[str, Any] = json.loads(json.dumps({**asdict(self.sampler), **active}))
-        return values
+        for values in active.values():
+            if values["direction_head"] is None:  # features of studies before there were heads are found again
+                del values["direction_head"]
+        result: dict[str, Any] = json.loads(json.dumps({**asdict(self.sampler), **active}))
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +114,9 @@ class Study:
         """
         key = str(setting.values)
         if key not in self._pipelines:
-            network, diffusion = self.pipeline.network, self.pipeline.diffusion
-            self._pipelines = {key: build_pipeline(network, diffusion, setting.sampler, setting.guidances)}
+            base, sampler, guidances = self.pipeline, setting.sampler, setting.guidances
+            pipeline = build_pipeline(base.network, base.diffusion, sampler, guidances, checkpoint=base.checkpoint)
+            self._pipelines = {key: pipeline}
         return self._pipelines[key]
 
     def missing(self, settings: Sequence[Setting], ids: range) -> list[tuple[Setting, list[int]]]:
@@ -179,7 +184,10 @@ class Study:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
 
     def _path(self, setting: Setting, batch: list[int]) -> Path:
-        return self.folder / json_sha256({**self.identity, **setting.values})[:16] / f"{batch[0]}.npz"
+        identity = {**self.identity, **setting.values}
+        if heads := head_digests(setting.guidances, self.pipeline.checkpoint):
+            identity["direction_heads"] = heads
+        return self.folder / json_sha256(identity)[:16] / f"{batch[0]}.npz"
 
 
 # ------------------------------------------------------------------------------------------------- metrics

@@ -14,8 +14,9 @@ from torch import Tensor
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
-from sagl.shapes import AttentionEdit, Image, Timestep
+from sagl.shapes import AttentionEdit, Image, Mask, Timestep
 
 NoisyClassifier = Callable[[Image, Timestep], Tensor]
 """A classifier of noisy images: ((B, C, H, W), (B,) timesteps) -> logits (B, classes)."""
@@ -35,6 +36,8 @@ class GuidanceContext:
     """Load another network: (name or file, weights of a .ckpt), with the device and precision of `network`."""
     load_classifier: Callable[[str], NoisyClassifier]
     """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
+    load_head: Callable[[GuidanceSettings], "Head"]
+    """Load the direction head of a method, with the device and precision of `network`."""
 
 
 def identity(condition: Condition) -> Condition:
@@ -49,6 +52,11 @@ def always(step: int) -> bool:
 
 Term = Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTerm]
 """(predict, x_t, step, condition, base prediction) -> the term to add to the base prediction."""
+
+MaskOfStep = Callable[[Image, int, Condition, Prediction], Mask]
+"""(x_t, step, condition, base prediction) -> the mask."""
+Head = Callable[[Tensor, Tensor, Timestep], Image]
+"""A direction head: (images of `guidance.direction_head`, features, timesteps) -> eps - eps of the weak prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,8 @@ class Guidance:
     """Function (step) -> whether a guided step evaluates the term; other guided steps cost nothing."""
     extra_nfe: int = 1
     """Network evaluations of a guided step besides the base prediction."""
+    mask: MaskOfStep | None = None
+    """Function that computes the mask of a step without a further evaluation; None for a method without masks."""
     start_chain: Callable[[], Term] | None = None
     """Function that returns the term of a new chain, in place of `term`, for a term that remembers earlier steps."""
 
@@ -80,13 +90,14 @@ def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) ->
         active = {name: guidance for name, guidance in guidances.items() if guidance.is_active(step)}
         base_condition = reduce(lambda c, guidance: guidance.prepare_condition(c), active.values(), condition)
         base_pred = predict(x_t, step, base_condition)
-        bare_condition = replace(condition, attention_sites=())  # further evaluations return no attention
+        bare_condition = replace(condition, attention_sites=(), features=False)  # for further evaluations
         terms = {name: g.term(predict, x_t, step, bare_condition, base_pred) for name, g in active.items()}
         eps, score, nfe = base_pred.eps, base_pred.score, base_pred.nfe
         for term in terms.values():
             eps, score, nfe = eps + term.eps, score + term.score, nfe + term.nfe
         attention = {site: base_pred.attention[site] for site in condition.attention_sites}
-        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, attention=attention)
+        features = base_pred.features if condition.features else None
+        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, attention=attention, features=features)
 
     return predict_guided if guidances else predict
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from sagl.errors import require
 from sagl.guidance.base import Guidance, GuidanceContext, limit_to_interval
+from sagl.guidance.direction_head import use_head
 from sagl.guidance.policies import renew_every, stop_on_agreement
 from sagl.guidance.registry import GUIDANCES
 from sagl.guidance.shaping import shape_guidance
@@ -32,10 +33,12 @@ def add_options(guidance: Guidance, settings: GuidanceSettings, context: Guidanc
     """
     schedule = context.schedule
     guidance = limit_to_interval(guidance, settings.interval, schedule.num_steps)
+    if settings.direction_head is not None:
+        guidance = use_head(guidance, settings, context)
     if settings.stop_below:
         guidance = stop_on_agreement(guidance, settings, schedule)
     if settings.shape != "none" or settings.max_norm is not None:
         guidance = shape_guidance(guidance, settings, schedule)
-    if settings.renew_every > 1:
+    if settings.renew_every > 1 and settings.direction_head is None:  # a head serves the steps between itself
         guidance = renew_every(guidance, settings.renew_every, schedule.num_steps)
     return guidance

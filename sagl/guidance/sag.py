@@ -48,7 +48,10 @@ def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guid
     def prepare_condition(condition: Condition) -> Condition:
         return replace(condition, attention_sites=condition.attention_sites + attention_sites(settings))
 
-    return Guidance(term=term, prepare_condition=prepare_condition)
+    def mask(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> Mask:
+        return degrade(x_t, step, condition, base_pred).mask
+
+    return Guidance(term=term, prepare_condition=prepare_condition, mask=mask)
 
 
 def attention_sites(settings: SelfAttentionGuidance) -> tuple[AttentionSite, ...]:

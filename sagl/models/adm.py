@@ -36,6 +36,8 @@ class UNetOutput(NamedTuple):
     """(B, C or 2C, H, W) float32: eps, followed by the variance channels if the network learns the variance."""
     attention: Mapping[AttentionSite, TokenMap]
     """Attention received at each requested site, (B, head, H, W), mean 1."""
+    features: Tensor | None = None
+    """(B, num_channels, H, W): input of the last convolution, if it was requested."""
 
 
 class ResBlock(nn.Module):
@@ -197,6 +199,7 @@ class UNet(Encoder):
         attention_edits: Sequence[tuple[str, AttentionEdit]] = (),
         timestep_noise: Tensor | None = None,
         degraded: Tensor | None = None,
+        features: bool = False,
     ) -> UNetOutput:
         """Predict eps, and the variance if it is learned.
 
@@ -208,6 +211,7 @@ class UNet(Encoder):
             attention_edits: names of blocks with functions that compute their heads in place of eq. 14.
             timestep_noise: (B, E), added to the timestep embedding in units of its standard deviation.
             degraded: (B,) bool, which samples of x were degraded; ignored without `degraded_embedding`.
+            features: whether the input of the last convolution is returned.
 
         Raises:
             UserError: a site has no attention; or labels are missing and the network has no null label.
@@ -232,7 +236,9 @@ class UNet(Encoder):
         for block in self.output_blocks:
             h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites, attention_edits)
             attention_maps |= maps
-        return UNetOutput(at_least_float32(self.out(h)), attention_maps)
+        norm, activation, conv = self.out
+        h = activation(norm(h))
+        return UNetOutput(at_least_float32(conv(h)), attention_maps, h if features else None)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         s = self.settings

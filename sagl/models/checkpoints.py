@@ -23,6 +23,7 @@ from torch import Tensor
 from sagl.errors import UserError, require
 from sagl.models.adm import Classifier, UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
+from sagl.models.direction_head import DirectionHead
 from sagl.models.metadata import (
     DIGEST_KEY,
     METADATA_KEY,
@@ -34,7 +35,7 @@ from sagl.models.metadata import (
     settings_from_metadata,
 )
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import NetworkSettings, UNetSettings
+from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 from sagl.settings.sampling import WeightPrecision
 from sagl.utils.archives import check_archive
 from sagl.utils.files import atomic_file
@@ -308,7 +309,7 @@ def build_network(checkpoint: NetworkWeights) -> UNet:
         UserError: The checkpoint is a classifier, or names or shapes do not match its settings.
     """
     network = _build(checkpoint)
-    require(isinstance(network, UNet), "`checkpoint` must be a diffusion model, but it is a classifier.")
+    require(isinstance(network, UNet), "`checkpoint` must be a diffusion model, but it is a classifier or a head.")
     assert isinstance(network, UNet)
     return network
 
@@ -321,10 +322,23 @@ def build_classifier(checkpoint: NetworkWeights) -> Classifier:
     """
     network = _build(checkpoint)
     require(
-        isinstance(network, Classifier), "`classifier.checkpoint` must be a classifier, but it is a diffusion model."
+        isinstance(network, Classifier),
+        "`classifier.checkpoint` must be a classifier, but it is a diffusion model or head.",
     )
     assert isinstance(network, Classifier)
     return network
+
+
+def build_head(checkpoint: NetworkWeights) -> DirectionHead:
+    """Build the direction head in evaluation mode and float32.
+
+    Raises:
+        UserError: The checkpoint is another network, or names or shapes do not match its settings.
+    """
+    head = _build(checkpoint)
+    require(isinstance(head, DirectionHead), "`direction_head` must be a direction head, but it is another network.")
+    assert isinstance(head, DirectionHead)
+    return head
 
 
 def meta_state_dict(settings: NetworkSettings) -> dict[str, Tensor]:
@@ -363,13 +377,15 @@ def cast_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.
     return network
 
 
-def _meta_model(settings: NetworkSettings) -> UNet | Classifier:
+def _meta_model(settings: NetworkSettings) -> UNet | Classifier | DirectionHead:
     """Return the network without storage."""
     with torch.device("meta"):
-        return UNet(settings) if isinstance(settings, UNetSettings) else Classifier(settings)
+        if isinstance(settings, UNetSettings):
+            return UNet(settings)
+        return Classifier(settings) if isinstance(settings, ClassifierSettings) else DirectionHead(settings)
 
 
-def _build(checkpoint: NetworkWeights) -> UNet | Classifier:
+def _build(checkpoint: NetworkWeights) -> UNet | Classifier | DirectionHead:
     network = _meta_model(checkpoint.model_settings)
     check_state_dict(network.state_dict(), checkpoint.state_dict)
     state_dict = {name: tensor.float() for name, tensor in checkpoint.state_dict.items()}

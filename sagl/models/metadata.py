@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
+from sagl.settings.network import ClassifierSettings, HeadSettings, NetworkSettings, UNetSettings
 
 Settings = TypeVar("Settings")
 
@@ -21,7 +21,11 @@ METADATA_KEY = "sagl"
 """Key of the JSON metadata in the header of a safetensors file."""
 DIGEST_KEY = "sha256"
 """Key of the digest of metadata and weights, as a safetensors file has no checksum of its own."""
-SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {"network": UNetSettings, "classifier": ClassifierSettings}
+SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {
+    "network": UNetSettings,
+    "classifier": ClassifierSettings,
+    "direction_head": HeadSettings,
+}
 """Keys of the network settings in the metadata; a file has one of them."""
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library on the header of a file."""

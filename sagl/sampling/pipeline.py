@@ -24,6 +24,7 @@ from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.zoo import get_classifier_settings
+from sagl.sampling.heads import load_head
 from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
@@ -44,6 +45,8 @@ class SamplingPipeline:
     diffusion: DiffusionSettings
     sampler_settings: SamplerSettings
     guidances: Mapping[str, Guidance] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    """Weight file of the network, beside which direction heads may lie."""
 
     def sample_progressive(
         self, seed: int, ids: Sequence[int], labels: Labels | None, attention_sites: Sequence[AttentionSite] = ()
@@ -60,7 +63,7 @@ class SamplingPipeline:
             samples=SampleKeys(seed, ids),
         )
         options = {"eta": s.eta} if s.eta else {}  # only DDIM has it
-        return self._sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
+        return self.sampler(self.predictor, x_T, condition, self.schedule, noise, clip_x0=s.clip_x0, **options)
 
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
@@ -110,15 +113,16 @@ class SamplingPipeline:
             return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
 
         pixel = torch.zeros(1, 1, 1, 1)
-        steps = self._sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
+        steps = self.sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
         return int(sum(prediction.nfe for _, _, prediction in steps))
 
     def cost(self, nfe: float) -> dict[str, float]:
-        """Return the cost of a sample with `nfe` network evaluations as recorded in run.json; without classifiers."""
+        """Return the cost of a sample with `nfe` network evaluations for run.json, without classifiers and heads."""
         return {"nfe": nfe, "flops": nfe * flops_per_evaluation(self.network.settings)}
 
     @property
-    def _sampler(self) -> Callable[..., Trajectory]:
+    def sampler(self) -> Callable[..., Trajectory]:
+        """The function that runs a chain, such as `sagl.samplers.ddim.ddim`."""
         sampler: Callable[..., Trajectory] = resolve_name(SAMPLERS[self.sampler_settings.sampler])
         return sampler
 
@@ -134,6 +138,7 @@ def build_pipeline(
     sampler_settings: SamplerSettings,
     guidances: Mapping[str, GuidanceSettings] | None = None,
     load_classifier: Callable[[str], NoisyClassifier] | None = None,
+    checkpoint: Path | None = None,
 ) -> SamplingPipeline:
     """Check settings against the network and build the pipeline.
 
@@ -143,6 +148,7 @@ def build_pipeline(
         sampler_settings: sampler and respacing.
         guidances: settings of guidance methods by their names in `GUIDANCES`; those of scale 0 are left out.
         load_classifier: loads the classifier of classifier guidance by name or file; by default `sagl.load` does.
+        checkpoint: weight file of the network, for `direction_head` auto.
 
     Raises:
         UserError: settings that do not fit the network, or a classifier that cannot be loaded or does not fit.
@@ -156,6 +162,7 @@ def build_pipeline(
         schedule=make_schedule(diffusion, sampler_settings.respacing),
         load_network=lambda name, weights: _load_weak_network(name, weights, network, diffusion),
         load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
+        load_head=lambda settings: load_head(settings, network, checkpoint),
     )
     return SamplingPipeline(
         network=network,
@@ -163,6 +170,7 @@ def build_pipeline(
         diffusion=diffusion,
         sampler_settings=sampler_settings,
         guidances=build_guidances(guidances, context),
+        checkpoint=checkpoint,
     )
 
 

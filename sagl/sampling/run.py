@@ -157,6 +157,8 @@ class SamplingRun:
         settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
         if config.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
+        if heads := _head_digests(config, checkpoint):
+            settings["direction_heads"] = heads
         check_same_run(config.output, settings)
         config = choose_batch_size(config, network, metadata)
         metadata = {
@@ -235,7 +237,9 @@ class SamplingRun:
         network = cast_weights(build_network(checkpoint), config.devices.precision, device)
         if config.devices.compile:
             network.compile(dynamic=False)  # all batches have the same size
-        return build_pipeline(network, checkpoint.diffusion, config.sampler, config.guidances)
+        return build_pipeline(
+            network, checkpoint.diffusion, config.sampler, config.guidances, checkpoint=self.checkpoint
+        )
 
     def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> float:
         """Sample the batch that contains these ids, write theirs as a shard, and return the evaluations per sample.
@@ -358,6 +362,14 @@ def _sha256(path: Path) -> str:
     from sagl.utils.digest_cache import cached_sha256
 
     return cached_sha256(path) if path.is_relative_to(cache_folder()) else sha256(path)
+
+
+def _head_digests(config: SampleConfig, checkpoint: Path) -> dict[str, str]:
+    if all(guidance.direction_head is None for guidance in config.guidances.values()):
+        return {}
+    from sagl.sampling.heads import head_digests
+
+    return head_digests(config.guidances, checkpoint)
 
 
 def _check_respacing(respacing: str, diffusion: DiffusionSettings) -> None:

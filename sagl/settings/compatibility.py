@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sagl.errors import require
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
-from sagl.settings.network import NetworkSettings, UNetSettings
+from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
 
 
@@ -28,7 +28,7 @@ def check_compatible(
 
 def check_second_network(
     parameter: str,
-    second: NetworkSettings,
+    second: UNetSettings | ClassifierSettings,
     second_diffusion: DiffusionSettings,
     network: UNetSettings,
     diffusion: DiffusionSettings,

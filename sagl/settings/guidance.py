@@ -1,7 +1,7 @@
 """Settings of the guidance methods. Each method is one group of settings; `scale` 0 switches it off."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sagl.errors import require, require_choices, require_finite
 from sagl.settings.network import UNetSettings
@@ -9,7 +9,7 @@ from sagl.settings.network import UNetSettings
 DEFAULT_KERNEL_SIZE = 31
 """Side of the blur kernel in the paper (table 9)."""
 
-TERM_OPTIONS = ("renew_every", "stop_below", "max_norm", "shape", "shape_weight", "shape_sigma")
+TERM_OPTIONS = ("direction_head", "renew_every", "stop_below", "max_norm", "shape", "shape_weight", "shape_sigma")
 """Settings of every method that the help of a command describes once."""
 
 
@@ -21,13 +21,18 @@ class GuidanceSettings:
     """Name of the group of settings: the method's key in `sagl.guidance.registry.GUIDANCES`."""
     needs_labels: ClassVar[bool] = False
     """True if every sample must have a class label."""
+    has_weak_prediction: ClassVar[bool] = True
+    """True if the term is scale · (eps - eps of a weak prediction of the same step), which a head can learn."""
 
     scale: float = 0.0
     """Guidance scale, the paper's s; 0 is off and costs nothing."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guided part of the sampling steps, in fractions from the noisiest step (0) to the cleanest (1)."""
+    direction_head: str | None = None
+    """Direction head in place of the second evaluation: a file, or auto for WEIGHTS_METHOD_head.safetensors."""
     renew_every: int = 1
-    """Evaluate the term in every k-th guided step; the steps between add the last one again, at no cost."""
+    """Evaluate the term in every k-th guided step; the steps between add the last one again, or the direction_head's,
+    at no cost. With a head, 1 is never."""
     stop_below: float = 0.0
     """End a sample's guidance when weak and base x0_hat differ by less than this fraction of x0_hat; 0: never."""
     max_norm: float | None = None
@@ -53,6 +58,18 @@ class GuidanceSettings:
         for name in ("max_norm", "shape_sigma"):
             value = getattr(self, name)
             require(value is None or value > 0, f"`{self.group}.{name}` must be above 0 or null, got {value}.")
+
+        require(
+            self.direction_head is None or self.has_weak_prediction,
+            f"`{self.group}.direction_head` must be null for a method without weak prediction, got a head.",
+        )
+        require(self.direction_head != "", f"`{self.group}.direction_head` must be a file, auto or null, got ''.")
+
+    @property
+    def weak_prediction(self) -> dict[str, Any]:
+        """Settings that determine the weak prediction, by name: all but those that every method has."""
+        shared = GuidanceSettings.__dataclass_fields__
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in shared}
 
     def check_network(self, network: UNetSettings) -> None:
         """Raise a `UserError` if the method cannot guide this network. Called if the scale is not 0."""
@@ -177,6 +194,7 @@ class ClassifierGuidance(GuidanceSettings):
 
     group = "classifier"
     needs_labels = True
+    has_weak_prediction = False
 
     scale: float = 0.0
     """Guidance scale, the factor on grad log p(y | x_t); 0 is off and costs nothing."""
@@ -279,6 +297,7 @@ class HistoryGuidance(GuidanceSettings):
     """Guidance by the history of the chain (Self-Guidance, Momentum Guidance, HiGS), at no network evaluation."""
 
     group = "history"
+    has_weak_prediction = False
 
     decay: float = 0.0
     """Decay per step of the average of earlier predictions, which is the weak one; 0: the previous step alone."""
@@ -295,6 +314,7 @@ class EpsScaling(GuidanceSettings):
     """Epsilon scaling (ADM-ES; Ning et al. 2024): eps divided by 1 + scale + slope · step, at no network evaluation."""
 
     group = "eps_scaling"
+    has_weak_prediction = False
 
     scale: float = 0.0
     """Excess of the divisor over 1 in the cleanest step, such as 0.005; 0 is off and costs nothing."""

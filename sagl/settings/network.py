@@ -213,5 +213,42 @@ class ClassifierSettings(EncoderSettings):
         )
 
 
-NetworkSettings = UNetSettings | ClassifierSettings
-"""Settings of either kind of network."""
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """Shape of a direction head, and the network that it belongs to."""
+
+    method: str
+    """Guidance method whose direction is predicted."""
+    in_channels: int
+    """Channels of an image."""
+    feature_channels: int
+    """Channels of the network's last feature map."""
+    has_mask: bool
+    """Whether the method has a mask, which is among the inputs."""
+    num_timesteps: int
+    """Timesteps of the diffusion process."""
+    width: int
+    """Channels of the hidden convolutions."""
+    depth: int
+    """Number of hidden convolutions."""
+    network_rms: tuple[float, ...]
+    """Root mean square of each of the network's tensors, in the order of their names."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network_rms", tuple(self.network_rms))  # JSON has lists
+        for name in ("in_channels", "feature_channels", "num_timesteps", "width", "depth"):
+            require_range(name, getattr(self, name), 1, MAX_WIDTH)
+
+    @property
+    def num_images(self) -> int:
+        """Number of image inputs: x_t, x0_hat and high-pass; with a mask also the masked high-pass."""
+        return 4 if self.has_mask else 3
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image inputs and of the mask, if there is one."""
+        return self.num_images * self.in_channels + self.has_mask
+
+
+NetworkSettings = UNetSettings | ClassifierSettings | HeadSettings
+"""Settings of any kind of network."""

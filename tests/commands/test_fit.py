@@ -7,7 +7,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sagl.commands.fit import training_parser, trains_classifier
+from sagl.commands.fit import training_kind, training_parser
 from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
@@ -319,15 +319,17 @@ def test_the_full_help_has_the_options_of_the_short_one_and_of_lightning():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], False),
-        (["--config", "fashion_mnist", "--sag.scale", "0.1"], False),
-        (["--config", "lsun_cat", "--classifier.scale=1"], False),
-        (["--config", "fashion_mnist_classifier"], True),
-        (["--model.classifier=imagenet64_classifier"], True),
+        ([], "network"),
+        (["--config", "fashion_mnist", "--sag.scale", "0.1"], "network"),
+        (["--config", "lsun_cat", "--classifier.scale=1"], "network"),
+        (["--config", "fashion_mnist_classifier"], "classifier"),
+        (["--model.classifier=imagenet64_classifier"], "classifier"),
+        (["--config", "distil_direction"], "direction_head"),
+        (["--model.direction_head.method", "pag"], "direction_head"),
     ],
 )
-def test_a_command_line_trains_a_classifier_exactly_if_it_or_its_config_describes_one(arguments, expected):
-    assert trains_classifier(arguments) == expected
+def test_what_is_trained_follows_from_the_command_line_or_its_config(arguments, expected):
+    assert training_kind(arguments) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- LSUN
@@ -355,4 +357,4 @@ def test_every_config_of_a_training_is_checked(tmp_path):
     for name, text in {"a.yaml": "model: {classifier: {}}", "b.yaml": "seed: 1\nseed: 2"}.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="seed"):
-        trains_classifier(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+        training_kind(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])

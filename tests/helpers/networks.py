@@ -53,9 +53,9 @@ class StableUNet(UNet):
     """Predicts eps near x_t, as a trained network does at high noise; random weights alone amplify rounding errors."""
 
     def forward(self, x, timesteps, labels=None, **options):
-        out, attention = super().forward(x, timesteps, labels, **options)
-        near = torch.cat([x, torch.zeros_like(out[:, x.shape[1] :])], dim=1)
-        return UNetOutput(near + 0.1 * out, attention)
+        output = super().forward(x, timesteps, labels, **options)
+        near = torch.cat([x, torch.zeros_like(output.out[:, x.shape[1] :])], dim=1)
+        return output._replace(out=near + 0.1 * output.out)
 
 
 def stable_unet(**changes):

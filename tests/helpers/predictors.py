@@ -49,7 +49,7 @@ def forbidden_noise(step):
 NO_CONDITION = Condition()
 
 
-def guidances_of(schedule, *, classifier_network=None, network=None, weak_network=None, **settings):
+def guidances_of(schedule, *, classifier_network=None, network=None, weak_network=None, head=None, **settings):
     """Return the guidances of settings by group, such as sag={"scale": 0.5}."""
     context = GuidanceContext(
         network=network,
@@ -58,5 +58,6 @@ def guidances_of(schedule, *, classifier_network=None, network=None, weak_networ
         schedule=schedule,
         load_network=lambda name, weights: weak_network,
         load_classifier=lambda name: classifier_network,
+        load_head=lambda settings: head,
     )
     return build_guidances({name: GUIDANCES[name].settings_class(**s) for name, s in settings.items()}, context)

@@ -1,0 +1,162 @@
+"""Training data of direction heads: the steps of chains of the guided sampler.
+
+Every guided step evaluates the network for x_t and for the weak prediction, which is an input of the head and its
+target. A round is a number of whole chains. It is a function of its seed and number alone, so that a training needs no
+stored chains to resume.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
+from sagl.guidance.direction_head import head_inputs
+from sagl.models.direction_head import NUM_LEVELS
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
+from sagl.settings.direction_head import DirectionHeadOptions
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.sampling import SamplerSettings
+from sagl.shapes import Image, Labels, Timestep
+
+FIRST_ID, FIRST_VALIDATION_ID = 2**31, 2**30
+"""Ids of the first chains of training and validation, far from those of samples."""
+GROUPS_KEY = 5
+"""Last word of the seeds that draw the samplers, steps, scales and labels of groups."""
+
+
+HIGH_PASS_IMAGES = {False: 1, True: 2}
+"""Number of high-pass images among the inputs, by whether the method has a mask."""
+
+
+class Pairs(NamedTuple):
+    """Inputs of a head, and what it is to predict: N steps of chains."""
+
+    images: Tensor
+    """(N, image_channels, H, W)."""
+    features: Tensor
+    """(N, F, H, W) float16."""
+    timesteps: Timestep
+    direction: Image
+    """(N, C, H, W): eps - eps of the weak prediction."""
+
+    def select(self, rows: Tensor) -> "Pairs":
+        """Return the pairs of some rows."""
+        return Pairs(*(tensor[rows] for tensor in self))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["Pairs"]) -> "Pairs":
+        """Concatenate pairs; autocast would refuse features in float16."""
+        columns = list(zip(*parts, strict=True))
+        with torch.autocast(columns[0][0].device.type, enabled=False):
+            return cls(*(torch.cat(tensors) for tensors in columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionPairs:
+    """Source of the pairs of a network and a method."""
+
+    pipeline: SamplingPipeline
+    """The network, on its device."""
+    guidance: GuidanceSettings
+    """Settings of the method; options that do not change its weak prediction are not used."""
+    options: DirectionHeadOptions
+    seed: int
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "DirectionPairs":
+        """Return itself: a copy of a module in training shares the frozen network."""
+        return self
+
+    def to(self, device: torch.device) -> None:
+        """Move the network."""
+        self.pipeline.network.to(device)
+
+    def training_round(self, index: int, rank: int = 0, world_size: int = 1) -> Pairs:
+        """Sample the chains of a round that are this rank's."""
+        return self._sample(FIRST_ID, index, range(rank, self.options.num_groups, world_size))
+
+    def validation_pairs(self, rank: int = 0, world_size: int = 1) -> Pairs:
+        """Sample the held-out chains that are this rank's."""
+        return self._sample(FIRST_VALIDATION_ID, 0, range(rank, self.options.num_validation_groups, world_size))
+
+    def levels(self) -> Tensor:
+        """Return the root mean squares of direction, high-pass and masked high-pass by timestep.
+
+        They are those of one group of ancestral chains without labels, as far as the network allows that.
+
+        Returns:
+            (2 or 3, NUM_LEVELS), at evenly spaced timesteps, the cleanest first.
+        """
+        options = replace(self.options, null_fraction=1.0, samplers=("ddpm",), num_steps=(NUM_LEVELS, NUM_LEVELS))
+        pairs = replace(self, options=options)._sample(FIRST_ID, 0, range(1))
+        channels = self.pipeline.network.settings.in_channels
+        _, _, *high_pass = (part for part in pairs.images.split(channels, dim=1) if part.shape[1] == channels)
+        high_pass = high_pass[: HIGH_PASS_IMAGES[self.has_mask]]
+        by_step = torch.stack([pairs.direction, *high_pass]).unflatten(1, (NUM_LEVELS, -1)).flip(1)
+        return by_step.square().mean(dim=(2, 3, 4, 5)).sqrt().clamp(min=1e-6)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the method has a mask."""
+        return self._guided(SamplerSettings()).guidances[self.guidance.group].mask is not None
+
+    def _guided(self, sampler: SamplerSettings) -> SamplingPipeline:
+        """Return the pipeline with the method at scale 1 in every step."""
+        method = type(self.guidance)(scale=1.0, **self.guidance.weak_prediction)
+        return build_pipeline(self.pipeline.network, self.pipeline.diffusion, sampler, {method.group: method})
+
+    @torch.no_grad()
+    def _sample(self, first_id: int, index: int, groups: range) -> Pairs:
+        return Pairs.concatenate(self._sample_group(first_id, index, group) for group in groups)
+
+    def _sample_group(self, first_id: int, index: int, group: int) -> Pairs:
+        """Sample the chains of one group: of one sampler and number of steps, with scales and labels of their own."""
+        o, network = self.options, self.pipeline.network
+        start = first_id + (index * max(o.num_groups, o.num_validation_groups) + group) * o.group_size
+        ids = range(start, start + o.group_size)
+        rng, device = np.random.default_rng([self.seed, start, GROUPS_KEY]), next(network.parameters()).device
+        sampler = o.samplers[rng.integers(len(o.samplers))]
+        respacing = str(rng.integers(o.num_steps[0], o.num_steps[1] + 1))
+        pipeline = self._guided(SamplerSettings(sampler=sampler, respacing=respacing))
+        scales = torch.from_numpy(rng.uniform(*o.scales, o.group_size)).float()[:, None, None, None].to(device)
+        labels = self._draw_labels(rng)
+        condition = Condition(labels=None if labels is None else labels.to(device), samples=SampleKeys(self.seed, ids))
+        x_T = initial_noise(self.seed, ids, pipeline.image_shape).to(device)
+        noise = step_noise(self.seed, ids, pipeline.image_shape, device)
+        pairs: list[Pairs] = []
+        predict = self._recording_predictor(pipeline, scales, pairs)
+        for _ in pipeline.sampler(predict, x_T, condition, pipeline.schedule, noise):
+            pass
+        return Pairs.concatenate(pairs)
+
+    def _recording_predictor(self, pipeline: SamplingPipeline, scales: Tensor, pairs: list[Pairs]) -> NoisePredictor:
+        """Return the guided predictor of a group, which appends the pairs of each step to `pairs`."""
+        schedule, guidance = pipeline.schedule, pipeline.guidances[self.guidance.group]
+        predict = make_predictor(pipeline.network, schedule, pipeline.diffusion.variance)
+        inputs_of = head_inputs(guidance.mask, self.guidance, schedule)
+
+        def record(x_t: Image, step: int, condition: Condition) -> Prediction:
+            base_pred = predict(x_t, step, replace(guidance.prepare_condition(condition), features=True))
+            direction = guidance.term(predict, x_t, step, condition, base_pred).eps
+            assert isinstance(direction, Tensor)
+            assert base_pred.features is not None
+            timesteps = schedule.timestep(step, len(x_t), x_t.device)
+            images = inputs_of(x_t, step, condition, base_pred)
+            pairs.append(Pairs(images, base_pred.features.half(), timesteps, direction))
+            return replace(base_pred, eps=base_pred.eps + scales * direction)
+
+        return record
+
+    def _draw_labels(self, rng: np.random.Generator) -> Labels | None:
+        """Draw a label for every chain of a group; the null label has the number behind the classes."""
+        s, size = self.pipeline.network.settings, self.options.group_size
+        if s.num_classes is None:
+            return None
+        labels = torch.from_numpy(rng.integers(s.num_classes, size=size))
+        is_null = torch.from_numpy(rng.random(size) < self.options.null_fraction)
+        may_be_null = s.null_label and not self.guidance.needs_labels
+        return torch.where(is_null, s.num_classes, labels) if may_be_null else labels

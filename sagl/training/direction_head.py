@@ -1,0 +1,53 @@
+"""Construction of the training of a direction head from a network and the settings of a guidance method."""
+
+from sagl.errors import require
+from sagl.guidance.registry import GUIDANCES
+from sagl.models.checkpoints import build_network
+from sagl.models.direction_head import network_rms
+from sagl.models.loading import load
+from sagl.modules.direction_head_module import DirectionHeadModule
+from sagl.sampling.direction_pairs import DirectionPairs
+from sagl.sampling.pipeline import build_pipeline
+from sagl.settings.compatibility import check_compatible
+from sagl.settings.direction_head import HeadTrainingSettings
+from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.network import HeadSettings
+from sagl.settings.sampling import SamplerSettings
+
+
+def build_head_module(
+    settings: HeadTrainingSettings, guidance: GuidanceSettings, checkpoint: str | None, weights: str
+) -> DirectionHeadModule:
+    """Load the frozen network and build the module.
+
+    Args:
+        settings: settings of the training.
+        guidance: settings of the method `direction_head.method`.
+        checkpoint: name or file of the network.
+        weights: weights of a training checkpoint.
+
+    Raises:
+        UserError: there is no network, the method has no weak prediction, or it does not fit the network.
+    """
+    require(checkpoint is not None, "`checkpoint` must be the network that the head belongs to, got none.")
+    assert checkpoint is not None
+    options, name = settings.direction_head, guidance.group
+    heads = [method for method, entry in GUIDANCES.items() if entry.settings_class.has_weak_prediction]
+    require(name in heads, f"`model.direction_head.method` must be one of {', '.join(heads)}, got {name}.")
+    file = load(checkpoint, weights)
+    network = build_network(file)
+    method = type(guidance)(scale=1.0, **guidance.weak_prediction)
+    check_compatible(network.settings, file.diffusion, {name: method})
+    pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
+    source = DirectionPairs(pipeline=pipeline, guidance=method, options=options, seed=settings.seed)
+    head = HeadSettings(
+        method=name,
+        in_channels=network.settings.in_channels,
+        feature_channels=network.settings.widths[0],
+        has_mask=source.has_mask,
+        num_timesteps=file.diffusion.num_timesteps,
+        width=options.width,
+        depth=options.depth,
+        network_rms=network_rms(network),
+    )
+    return DirectionHeadModule(settings, head, file.diffusion, source)

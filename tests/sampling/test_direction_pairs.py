@@ -1,0 +1,73 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sagl.diffusion.predictor import Condition, make_predictor
+from sagl.diffusion.schedule import make_schedule
+from sagl.models.direction_head import NUM_LEVELS
+from sagl.sampling.direction_pairs import DirectionPairs
+from sagl.sampling.pipeline import build_pipeline
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.direction_head import DirectionHeadOptions
+from sagl.settings.guidance import PerturbedAttentionGuidance
+from sagl.settings.sampling import SamplerSettings
+from tests.helpers.heads import SAG
+from tests.helpers.networks import count_calls, grey_unet
+from tests.helpers.predictors import guidances_of
+
+NETWORK = grey_unet()
+OPTIONS = DirectionHeadOptions(num_groups=3, group_size=2, num_steps=(3, 5), num_validation_groups=1, null_fraction=1.0)
+
+
+def source(network=NETWORK, guidance=SAG, **changes):
+    pipeline = build_pipeline(network, DiffusionSettings(), SamplerSettings())
+    return DirectionPairs(pipeline=pipeline, guidance=guidance, options=replace(OPTIONS, **changes), seed=0)
+
+
+def test_a_pair_is_the_difference_of_both_predictions_for_an_x_t_of_a_guided_chain():
+    pairs = source().training_round(0)
+    schedule = make_schedule(DiffusionSettings())
+    predict = make_predictor(NETWORK, schedule, "learned_range")
+    (guidance,) = guidances_of(
+        schedule, network=NETWORK, sag={"scale": 1.0, "site": "output.0", "blur_sigma": 1.0}
+    ).values()
+    for row in range(0, len(pairs.timesteps), 5):
+        x_t, step = pairs.images[row : row + 1, :1], int(pairs.timesteps[row])
+        with torch.no_grad():
+            base = predict(x_t, step, replace(guidance.prepare_condition(Condition()), features=True))
+            term = guidance.term(predict, x_t, step, Condition(), base)
+        torch.testing.assert_close(pairs.direction[row : row + 1], term.eps, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(pairs.features[row : row + 1].float(), base.features, rtol=1e-3, atol=1e-2)
+
+
+def test_chains_without_scale_are_those_of_unguided_sampling_and_others_are_not():
+    chains = {"samplers": ("ddim",), "num_steps": (4, 4), "num_groups": 1}
+    plain = source(scales=(0.0, 0.0), **chains).training_round(0).images[:, :1]
+    guided = source(scales=(1.0, 1.0), **chains).training_round(0).images[:, :1]
+    assert torch.equal(guided[:2], plain[:2])
+    assert not torch.allclose(guided[2:], plain[2:])
+
+
+def test_every_step_of_a_round_costs_two_evaluations_of_a_group():
+    network = grey_unet()
+    calls = count_calls(network)
+    pairs = source(network).training_round(0)
+    assert len(calls) == 2 * len(pairs.timesteps) / OPTIONS.group_size
+
+
+def test_a_round_depends_on_its_number_alone_and_ranks_share_its_groups():
+    whole = source().training_round(1)
+    parts = [source().training_round(1, rank, 2) for rank in range(2)]
+    assert sum(len(part.timesteps) for part in parts) == len(whole.timesteps)
+    assert torch.equal(parts[0].images[: OPTIONS.group_size], whole.images[: OPTIONS.group_size])
+    others = source().training_round(2), source().validation_pairs()
+    assert all(not torch.equal(other.images[:2, :1], whole.images[:2, :1]) for other in others)
+
+
+@pytest.mark.parametrize("guidance", [SAG, PerturbedAttentionGuidance()])
+def test_sizes_are_measured_by_timestep(guidance):
+    levels = source(guidance=guidance).levels()
+    assert levels.shape == (3 if guidance is SAG else 2, NUM_LEVELS)
+    assert (levels > 0).all()
+    assert levels[1, 0] > levels[1, -1]  # the high-pass in units of eps grows as the noise falls

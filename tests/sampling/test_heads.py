@@ -1,0 +1,109 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sagl.models.checkpoints import cast_weights
+from sagl.sampling.heads import head_digests, head_path, load_head
+from sagl.sampling.pipeline import build_pipeline
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import PerturbedAttentionGuidance
+from sagl.settings.sampling import SamplerSettings
+from sagl.utils.files import sha256
+from tests.helpers.errors import refused
+from tests.helpers.heads import SAG, random_head, write_head
+from tests.helpers.networks import count_calls, grey_unet, write_grey_classifier
+
+CHAIN = SamplerSettings(sampler="ddim", respacing="6")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a head of a network that would be net.safetensors."""
+    path = tmp_path_factory.mktemp("heads")
+    write_head(path / "net_sag_head.safetensors")
+    return path
+
+
+def sag(folder, **changes):
+    return replace(SAG, **{"scale": 0.5, "direction_head": str(folder / "net_sag_head.safetensors"), **changes})
+
+
+def sample(settings, network=None, checkpoint=None):
+    """Two images, and the network evaluations that they took."""
+    network = network or grey_unet()
+    calls = count_calls(network)
+    pipeline = build_pipeline(network, DiffusionSettings(), CHAIN, {"sag": settings}, checkpoint=checkpoint)
+    with torch.inference_mode():
+        return pipeline.sample(0, [0, 1], None)[0], len(calls)
+
+
+def test_a_head_of_these_settings_guides_at_one_evaluation_a_step(folder):
+    images, calls = sample(sag(folder))
+    real, real_calls = sample(SAG.__class__(**{**SAG.weak_prediction, "scale": 0.5}))
+    assert (calls, real_calls) == (6, 12)
+    assert images.isfinite().all()
+    assert not torch.equal(images, real)
+
+
+def test_auto_is_the_head_beside_the_weight_file(folder):
+    by_name, _ = sample(sag(folder, direction_head="auto"), checkpoint=folder / "net.safetensors")
+    assert torch.equal(by_name, sample(sag(folder))[0])
+    with refused("`sag.direction_head`", "other_sag_head.safetensors"):
+        head_path(sag(folder, direction_head="auto"), folder / "other.safetensors")
+    with refused("`sag.direction_head`", "auto"):
+        head_path(sag(folder, direction_head="auto"), None)
+
+
+def test_scale_0_gives_the_unguided_images_and_loads_no_head(folder):
+    unguided, _ = sample(replace(SAG, scale=0.0))
+    images, calls = sample(sag(folder, scale=0.0, direction_head="missing.safetensors"))
+    assert torch.equal(images, unguided)
+    assert calls == 6
+
+
+def test_a_head_of_zeros_gives_the_unguided_images(tmp_path):
+    head = random_head()
+    for layer in (head.out, head.gains):
+        for parameter in layer.parameters():
+            parameter.zero_()
+    images, _ = sample(sag(tmp_path, direction_head=str(write_head(tmp_path / "zero.safetensors", head))))
+    assert torch.equal(images, sample(replace(SAG, scale=0.0))[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_head_has_the_precision_of_its_network(folder, precision):
+    network = cast_weights(grey_unet(), precision, torch.device("cpu"))
+    head = load_head(sag(folder), network, None)
+    assert head.out.weight.dtype == next(network.parameters()).dtype
+    assert head.levels.dtype == torch.float32
+    images, _ = sample(sag(folder), network)
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("site", "output.1"), ("blur_sigma", 2.0), ("mask", "global"), ("head", 0)]
+)
+def test_a_head_for_other_settings_is_refused(folder, name, value):
+    with refused("`sag.direction_head`", f"sag.{name}", value):
+        load_head(sag(folder, **{name: value}), grey_unet(), None)
+
+
+def test_a_head_of_another_method_or_network_and_other_files_are_refused(folder, tmp_path):
+    path = str(folder / "net_sag_head.safetensors")
+    with refused("`pag.direction_head`", "sag"):
+        load_head(PerturbedAttentionGuidance(scale=1.0, direction_head=path), grey_unet(), None)
+    with refused("`sag.direction_head`", "another network"):
+        load_head(sag(folder), grey_unet(num_res_blocks=2), None)
+    with refused("`sag.direction_head`", "missing"):
+        load_head(sag(folder, direction_head="missing"), grey_unet(), None)
+    classifier = write_grey_classifier(tmp_path / "classifier.safetensors")
+    with refused("`sag.direction_head`", "classifier.safetensors"):
+        load_head(sag(folder, direction_head=str(classifier)), grey_unet(), None)
+
+
+def test_the_heads_in_use_have_digests(folder):
+    path = folder / "net_sag_head.safetensors"
+    assert head_digests({"sag": sag(folder)}, None) == {"sag": sha256(path)}
+    assert head_digests({"sag": sag(folder, scale=0.0)}, None) == head_digests({"sag": SAG}, None) == {}
