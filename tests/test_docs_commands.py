@@ -10,7 +10,7 @@ import pytest
 
 from sagl.commands._parser import from_namespace, parse_interval_arg
 from sagl.commands.compare import _folders_first
-from sagl.commands.fit import rename_network_flags, resolve_config_names, training_parser, trains_classifier
+from sagl.commands.fit import rename_network_flags, resolve_config_names, training_kind, training_parser
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
@@ -43,7 +43,7 @@ def parse(command):
         arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
         has_config = "--config" in arguments
         arguments += [] if has_config else ["--model.network", "emoji"]  # a run's own config has it
-        training_parser(verb, classifier=trains_classifier(arguments), full=has_config).parse(arguments)
+        training_parser(verb, kind=training_kind(arguments), full=has_config).parse(arguments)
     else:
         parser = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")()
         flags = parser.parse(_folders_first(arguments) if verb == "compare" else arguments)
