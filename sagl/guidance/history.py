@@ -20,7 +20,8 @@ def build_history(settings: HistoryGuidance, context: GuidanceContext) -> Guidan
     - d > 0 of eps: Momentum Guidance (Liao et al. 2026, arXiv 2602.20360, algorithm 1: s is alpha, d is beta). It
       averages the velocity of a flow, which is eps for the ODE of a diffusion model in the variable x_t / √ᾱ_t.
     - d > 0 of x0_hat: the average of HiGS (Sadat et al. 2025, arXiv 2509.22300: d is 1 - alpha), without its
-      high-pass filter, projection and schedule of weights.
+      high-pass filter, projection and schedule of weights. x0_hat is clipped to [-1, 1]: at high noise it is eps times
+      a large factor, and errors of the first steps would remain in the average.
 
     Steps outside of the interval are not remembered. The first step has no history, and no term.
     """
@@ -33,7 +34,7 @@ def build_history(settings: HistoryGuidance, context: GuidanceContext) -> Guidan
         ) -> GuidanceTerm:
             nonlocal average
             alpha_bar, eps, weak = context.schedule.alpha_bar(step), base_pred.eps, average
-            current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar)
+            current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar).clamp(-1, 1)
             average = current if weak is None else torch.lerp(weak, current, 1 - settings.decay)
             if weak is None:
                 return GuidanceTerm()

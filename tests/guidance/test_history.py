@@ -34,7 +34,7 @@ def test_the_weak_prediction_is_the_average_of_the_earlier_ones(average, decay):
     actual = [p.eps for p in predictions(scale=1.5, decay=decay, average=average)]
     torch.testing.assert_close(actual[0], base[0], rtol=0, atol=0)
     for k in range(1, 6):
-        step, earlier = 5 - k, base[:k] if average == "eps" else [x0_hat(5 - j, base[j]) for j in range(k)]
+        step, earlier = 5 - k, base[:k] if average == "eps" else [x0_hat(5 - j, base[j]).clamp(-1, 1) for j in range(k)]
         weights = [decay ** (k - 1), *((1 - decay) * decay ** (k - 1 - j) for j in range(1, k))]
         weak = sum(w * p for w, p in zip(weights, earlier, strict=True))
         if average == "eps":
