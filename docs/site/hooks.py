@@ -33,7 +33,11 @@ REPLACED = {"<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>", '<mi mathvariant="script
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """List the pages of the API reference in the navigation."""
+    """Add the pages of the API reference to the navigation, and pages of docs/ that it does not list to the guides."""
+    assert config.nav is not None
+    listed = re.findall(r"\w+\.md", str(config.nav))
+    guides = next(section["Guides"] for section in config.nav if "Guides" in section)
+    guides += sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in listed)
     _replace_folder(config.nav, "reference/api/", [f"reference/api/{name}.md" for name in reference.api_modules()])
 
 
