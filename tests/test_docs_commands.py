@@ -42,7 +42,7 @@ def parse(command):
     elif verb in ("fit", "validate", "test"):
         arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
         has_config = "--config" in arguments
-        arguments += [] if has_config else ["--model.network", "emoji"]  # a run's own config has it
+        arguments += [] if has_config or "--model.network" in arguments else ["--model.network", "emoji"]  # of a run
         training_parser(verb, kind=training_kind(arguments), full=has_config).parse(arguments)
     else:
         parser = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")()

@@ -15,6 +15,7 @@ SMALL = {
     '"ddim20"': '"ddim2"',
     "300), (": "40), (",
     "200))": "20))",
+    "--num_samples 16": "--num_samples 4",
 }
 """Changes of the cells for a quick run."""
 
