@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sagl.models.checkpoints import cast_weights
+from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
+from sagl.models.zoo import BUNDLED
 from sagl.sampling.heads import head_digests, head_path, load_head
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import PerturbedAttentionGuidance
+from sagl.settings.guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.files import sha256
 from tests.helpers.errors import refused
@@ -101,6 +102,12 @@ def test_a_head_of_another_method_or_network_and_other_files_are_refused(folder,
     classifier = write_grey_classifier(tmp_path / "classifier.safetensors")
     with refused("`sag.direction_head`", "classifier.safetensors"):
         load_head(sag(folder, direction_head=str(classifier)), grey_unet(), None)
+
+
+def test_the_bundled_network_has_a_head_for_the_guidance_that_it_recommends():
+    file = read_checkpoint(BUNDLED["emoji"])
+    settings = SelfAttentionGuidance(**file.recommended["sag"], direction_head="auto")
+    assert load_head(settings, build_network(file), BUNDLED["emoji"]).out.weight.any()
 
 
 def test_the_heads_in_use_have_digests(folder):
