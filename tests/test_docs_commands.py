@@ -88,8 +88,5 @@ def test_named_scripts_exist(page):
 def test_python_blocks_compile_and_their_imports_resolve(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                module = import_module(node.module)
-                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-            elif isinstance(node, ast.Import):
-                assert [import_module(alias.name) for alias in node.names]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(ast.unparse(node), {})
