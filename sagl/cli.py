@@ -1,7 +1,6 @@
 """The `sagl` command: a table of subcommands, whose modules are imported when they run."""
 
 import os
-import re
 import signal
 import sys
 from difflib import get_close_matches
@@ -72,10 +71,9 @@ def run_command(command: str, arguments: list[str]) -> int:
 
 
 def with_flags(message: str, command: str, module: ModuleType) -> str:
-    """Replace names of parameters in backticks by their flags: `sag.scale` -> --sag.scale. Other names remain."""
+    """Replace the names of parameters in a message by the flags of a command."""
     make_parser = getattr(module, f"{command}_parser", None)
-    flags = make_parser().options if make_parser else []
-    return re.sub(r"`([\w.]+)`", lambda match: f"--{match[1]}" if f"--{match[1]}" in flags else match[0], message)
+    return make_parser().with_flags(message) if make_parser else message
 
 
 def print_error(command: str, message: str) -> None:

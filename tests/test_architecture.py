@@ -13,7 +13,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"training"},
+    {"training", "playground"},
     {"callbacks", "evaluation", "analysis"},
     {"modules", "sampling"},
     {"guidance", "samplers", "metrics", "data", "models"},

@@ -109,7 +109,7 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
     p = parser or sample_parser()
     flags = p.parse(arguments)
     for name in ("config", "model", "checkpoint", "output"):
-        require(flags[name] not in ("", [""]), f"`{name}` must not be empty.")
+        require(flags.get(name) not in ("", [""]), f"`{name}` must not be empty.")
     config, config_names = read_configs(flags.config), ", ".join(flags.config or ())
     model, sampling = model_settings(config), sampling_settings(config)
     require(
@@ -135,7 +135,7 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
     }
     return SampleConfig(
         **network,
-        output=Path(flags.output),
+        output=Path(flags.get("output", "samples")),
         compare=flags.get("compare", False),
         exports=tuple(name.strip() for name in flags.get("exports", "").strip("[]").split(",") if name.strip()),
         samples=from_namespace(RunSettings, flags),

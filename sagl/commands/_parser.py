@@ -92,6 +92,16 @@ class Parser(ArgumentParser):
         """Flags that the help shows."""
         return [option for option, action in self._option_string_actions.items() if action.help != SUPPRESS]
 
+    @property
+    def help_texts(self) -> dict[str, str]:
+        """Help texts of the flags by name."""
+        return {name.removeprefix("--"): action.help or "" for name, action in self._option_string_actions.items()}
+
+    def with_flags(self, message: str) -> str:
+        """Replace names of parameters in backticks by flags: `sag.scale` -> --sag.scale. Other names remain."""
+        flags = self.options
+        return re.sub(r"`([\w.]+)`", lambda match: f"--{match[1]}" if f"--{match[1]}" in flags else match[0], message)
+
     def add_settings(self, cls: type, group: str | None = None, repeated: Iterable[str] = ()) -> None:
         """Add the fields of a settings class as flags, as `--group.field` if a group is given.
 

@@ -2,6 +2,7 @@
 
 SUBCOMMANDS = {
     "sample": ("sagl.commands.sample", "sample images from a diffusion model, with or without guidance"),
+    "playground": ("sagl.commands.playground", "try guidance on a page in the browser"),
     "fit": ("sagl.commands.fit", "train a diffusion model or a classifier"),
     "validate": ("sagl.commands.validate", "loss and bits/dim of a network on validation images"),
     "test": ("sagl.commands.test", "loss and bits/dim of a network on test images"),

@@ -1,9 +1,9 @@
 """Sampling of one batch to PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sagl.errors import require
 from sagl.sampling.pipeline import SamplingPipeline, Trajectory, make_labels, run_to_end
@@ -12,6 +12,76 @@ from sagl.settings.sampling import RunSettings
 from sagl.shapes import Image, ImageUint8
 from sagl.utils.images import to_rgb, to_uint8
 from sagl.utils.progress import ProgressReporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchImages:
+    """Images of one pipeline for consecutive ids of a batch, as PNG files."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    """Classes; -1 for none."""
+    images: Sequence[bytes]
+    masks: Sequence[bytes] | None
+    """Mask frequencies; None if no step had a mask."""
+    nfe: float
+    """Network evaluations of each sample."""
+
+
+def sample_images(
+    pipeline: SamplingPipeline,
+    samples: RunSettings,
+    ids: Sequence[int],
+    track_steps: Callable[[Trajectory, int], Trajectory],
+) -> BatchImages:
+    """Sample the batch that contains `ids`, and return the images of these ids.
+
+    The batch is computed at full size, whichever ids are needed, so that an image never depends on them.
+
+    Args:
+        pipeline: the pipeline.
+        samples: seed, labels and batch size.
+        ids: consecutive ids of one batch.
+        track_steps: function (steps, number of steps) that yields the steps, and shows them.
+
+    Raises:
+        UserError: an image is not finite.
+    """
+    batch_ids = full_batch(samples, ids)
+    start = ids[0] - batch_ids[0]
+    part, nfe = slice(start, start + len(ids)), list[float]()
+    with torch.inference_mode():
+        labels = make_labels(samples, batch_ids, pipeline.network)
+        steps = collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
+        images, mask_frequency = run_to_end(track_steps(steps, pipeline.schedule.num_steps))
+        check_finite(images)
+    masks = None if mask_frequency is None else (mask_frequency * 255).round().to(torch.uint8)
+    return BatchImages(
+        ids=ids,
+        labels=[-1] * len(ids) if labels is None else labels[part].tolist(),
+        images=encode_pngs(to_uint8(images[part])),
+        masks=None if masks is None else encode_pngs(masks[part]),
+        nfe=sum(nfe),
+    )
+
+
+def full_batch(samples: RunSettings, ids: Sequence[int]) -> list[int]:
+    """Return all ids of the batch that contains `ids`."""
+    size = samples.effective_batch_size
+    first = ids[0] - ids[0] % size
+    return list(range(first, first + size))
+
+
+def make_samples(seed: int, batch: BatchImages, unguided: BatchImages | None = None) -> list[Sample]:
+    """Return the samples of a batch; with unguided images, these and the masks are rows of each sample too."""
+    rows = {} if unguided is None else {"unguided": unguided.images}
+    rows[SAMPLES] = batch.images
+    if unguided is not None and batch.masks is not None:
+        rows["masks"] = batch.masks
+    return [
+        Sample(id=i, label=label, seed=seed, pngs={name: row[k] for name, row in rows.items()})
+        for k, (i, label) in enumerate(zip(batch.ids, batch.labels, strict=True))
+    ]
 
 
 def sample_batch(
@@ -24,46 +94,14 @@ def sample_batch(
 ) -> tuple[list[Sample], float]:
     """Sample the batch that contains `ids`: return the samples of these ids, and the network evaluations of each.
 
-    The batch is computed at full size, whichever ids are needed, so that an image never depends on them.
-
-    Args:
-        pipeline: the pipeline.
-        samples: seed, labels and batch size.
-        ids: consecutive ids of one batch.
-        progress: shows the steps.
-        compare: whether to add the unguided images and the mask frequencies.
+    With `compare`, the samples have the unguided images and the mask frequencies too.
 
     Raises:
         UserError: an image is not finite.
     """
-    size = samples.effective_batch_size
-    start = ids[0] % size
-    batch_ids = list(range(ids[0] - start, ids[0] - start + size))
-    rows: dict[str, ImageUint8] = {}
-    with torch.inference_mode():
-        labels = make_labels(samples, batch_ids, pipeline.network)
-
-        def sample(pipeline: SamplingPipeline) -> tuple[Image, Tensor | None, float]:
-            nfe: list[float] = []
-            steps = collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
-            images, mask_frequency = run_to_end(progress.track_steps(steps, pipeline.schedule.num_steps))
-            check_finite(images)
-            return images, mask_frequency, sum(nfe)
-
-        if compare:
-            rows["unguided"] = to_uint8(sample(pipeline.unguided)[0])
-        images, mask_frequency, nfe = sample(pipeline)
-        rows[SAMPLES] = to_uint8(images)
-        if compare and mask_frequency is not None:
-            rows["masks"] = (mask_frequency * 255).round().to(torch.uint8)
-    classes = [-1] * size if labels is None else labels.tolist()
-    part = slice(start, start + len(ids))
-    pngs = {name: _encode_pngs(row[part]) for name, row in rows.items()}
-    result = [
-        Sample(id=i, label=label, seed=samples.seed, pngs={name: row[k] for name, row in pngs.items()})
-        for k, (i, label) in enumerate(zip(ids, classes[part], strict=True))
-    ]
-    return result, nfe
+    unguided = sample_images(pipeline.unguided, samples, ids, progress.track_steps) if compare else None
+    batch = sample_images(pipeline, samples, ids, progress.track_steps)
+    return make_samples(samples.seed, batch, unguided), batch.nfe
 
 
 def collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
@@ -86,5 +124,6 @@ def check_finite(images: Image) -> None:
     )
 
 
-def _encode_pngs(images: ImageUint8) -> list[bytes]:
+def encode_pngs(images: ImageUint8) -> list[bytes]:
+    """Encode images as PNG files: (B, C, H, W), gray or RGB."""
     return [encode_png(image) for image in to_rgb(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()]

@@ -17,6 +17,7 @@ from sagl.errors import require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.choices import choose_batch_size, choose_precision
 from sagl.sampling.run_folder import (
+    Sample,
     check_same_run,
     count_images,
     is_run,
@@ -46,6 +47,7 @@ from sagl.utils.run_lock import lock_folder
 if TYPE_CHECKING:
     import torch
 
+    from sagl.models.adm import UNet
     from sagl.models.checkpoints import NetworkWeights
     from sagl.sampling.pipeline import SamplingPipeline
 
@@ -225,8 +227,20 @@ class SamplingRun:
         Raises:
             UserError: the weights cannot be read, or do not fit the settings.
         """
-        from sagl.models.checkpoints import build_network, cast_weights
         from sagl.sampling.pipeline import build_pipeline
+
+        network, diffusion = self.load_network(device)
+        return build_pipeline(
+            network, diffusion, self.config.sampler, self.config.guidances, checkpoint=self.checkpoint
+        )
+
+    def load_network(self, device: "torch.device") -> "tuple[UNet, DiffusionSettings]":
+        """Load the network in its precision, and the diffusion process that it was trained for.
+
+        Raises:
+            UserError: the weights cannot be read.
+        """
+        from sagl.models.checkpoints import build_network, cast_weights
 
         config = self.config
         disable_tf32()
@@ -237,9 +251,7 @@ class SamplingRun:
         network = cast_weights(build_network(checkpoint), config.devices.precision, device)
         if config.devices.compile:
             network.compile(dynamic=False)  # all batches have the same size
-        return build_pipeline(
-            network, checkpoint.diffusion, config.sampler, config.guidances, checkpoint=self.checkpoint
-        )
+        return network, checkpoint.diffusion
 
     def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> float:
         """Sample the batch that contains these ids, write theirs as a shard, and return the evaluations per sample.
@@ -250,10 +262,18 @@ class SamplingRun:
         from sagl.sampling.batch import sample_batch
 
         samples, nfe = sample_batch(pipeline, self.config.samples, ids, progress, compare=self.config.compare)
+        self.write_samples(pipeline, samples)
+        return nfe
+
+    def write_samples(self, pipeline: "SamplingPipeline", samples: Sequence[Sample]) -> None:
+        """Write the samples of a batch as a shard.
+
+        Raises:
+            UserError: the shard cannot be written.
+        """
         if not is_run(self.folder):  # a run that never gets an image leaves no folder behind
             write_run_json(self.folder, self.metadata | pipeline.cost(pipeline.nfe))
         write_shard(self.folder, samples)
-        return nfe
 
     def record_batch(self, pipeline: "SamplingPipeline", nfe: float, seconds: float) -> None:
         """Record the cost of a batch in run.json, and delete superseded shards; for rank 0.

@@ -1,0 +1,71 @@
+"""`sagl playground`: a page on which guidance can be tried."""
+
+from sagl.commands._config import network_parser, parse_sample_config, sample_parser
+from sagl.commands._parser import Parser, field_names
+from sagl.errors import UserError, require_range
+from sagl.models.zoo import DEFAULT_MODEL
+from sagl.playground.controls import QUICK, CommandLine, Form, to_text
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.environment import disable_malloc_trim, set_threads
+
+NETWORK = ("config", "model", "checkpoint", "weights")
+DEVICES = ("batch_size", *(f"trainer.{name}" for name in field_names(DeviceSettings)))
+
+
+def playground_parser() -> Parser:
+    p = network_parser("playground", "Open a page on which guidance can be tried, with the settings of sagl sample.")
+    p.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen at; 0.0.0.0: from other machines.")
+    p.add_argument("--port", type=int, default=7860, help="Port to listen at; 0: a free one.")
+    p.add_argument("--allow_files", action="store_true", help="Open files whose paths are entered on the page.")
+    return p
+
+
+def main(arguments: list[str]) -> None:
+    """Run `sagl playground [--port N] [options of sagl sample]`.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
+    parser = playground_parser()
+    flags = parser.parse(arguments)
+    require_range("port", flags.port, 0, 65535)
+    form = make_form(arguments)
+    form.request(form.network, form.start_values(form.network))
+    try:
+        from sagl.playground.server import listen, make_server
+        from sagl.playground.session import Playground
+    except ModuleNotFoundError as error:
+        raise UserError(f"`playground` needs {error.name}: pip install 'sagl[demo]'") from error
+    disable_malloc_trim()
+    set_threads()
+    listener = listen(flags.host, flags.port)
+    host, port = listener.getsockname()[:2]
+    print(f"Open http://{host}:{port} in a browser. Ctrl-C ends the page.", flush=True)
+    make_server(Playground(form)).run(sockets=[listener])
+
+
+def make_form(arguments: list[str]) -> Form:
+    """Return the controls of the page with the values of a command line.
+
+    Raises:
+        UserError: the command line is refused.
+    """
+    parser, sample = playground_parser(), sample_parser()
+    flags, defaults = parser.parse(arguments), parser.parse([])
+
+    def given(names: tuple[str, ...]) -> list[str]:
+        return [part for name in names if flags[name] != defaults[name] for part in _flags(name, flags[name])]
+
+    return Form(
+        command_line=CommandLine(parse=parse_sample_config, help_texts=sample.help_texts, with_flags=sample.with_flags),
+        network=flags.checkpoint or flags.model or ",".join(flags.config or [DEFAULT_MODEL]),
+        network_arguments=given(NETWORK),
+        device_arguments=given(DEVICES),
+        start=parse_sample_config([*QUICK, *arguments], parser),
+        allow_files=flags.allow_files,
+    )
+
+
+def _flags(name: str, value: object) -> list[str]:
+    """Return a flag with its value; one of a list has every value in a flag of its own."""
+    return [part for item in (value if isinstance(value, list) else [value]) for part in (f"--{name}", to_text(item))]

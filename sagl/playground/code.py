@@ -1,0 +1,81 @@
+"""The command line and the Python lines that make a row of the page."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+
+from sagl.models.zoo import BUNDLED
+from sagl.sampling.run import SamplingRun
+from sagl.utils.distributed import select_device
+
+TEMPLATE = """\
+from pathlib import Path
+
+import torch
+{imports}
+from sagl.models.checkpoints import cast_weights
+from sagl.sampling.pipeline import make_labels
+from sagl.settings.sampling import RunSettings, id_batches
+from sagl.utils.images import save_png, to_rgb, to_uint8
+{setup}
+checkpoint = {load}
+network = cast_weights(build_network(checkpoint), {precision!r}, torch.device({device!r}))
+sampler = {sampler}
+guidances = {guidances}
+pipeline = build_pipeline(network, checkpoint.diffusion, sampler, guidances)
+samples = {samples}
+for ids in id_batches(samples):
+    labels = make_labels(samples, ids, network)
+    with torch.inference_mode():
+        images, mask_frequency = pipeline.sample(samples.seed, ids, labels)
+    for sample_id, image in zip(ids, to_rgb(to_uint8(images)).cpu(), strict=True):
+        save_png(image, Path(f"{{sample_id:06d}}.png"))
+"""
+
+
+def command_text(arguments: Sequence[str], *, compare: bool) -> str:
+    """Return the command of `sagl sample` with these arguments."""
+    return shlex.join(["sagl", "sample", *arguments, *(["--compare"] if compare else [])])
+
+
+def python_text(run: SamplingRun) -> str:
+    """Return a program that writes the images of a run as PNG files named by their ids."""
+    config, device = run.config, select_device(run.config.devices).type
+    guidances = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
+    classes = [type(guidance).__name__ for guidance in guidances.values()]
+    imports = ["from sagl import SamplerSettings, build_network, build_pipeline, load"]
+    imports += [f"from sagl.settings.guidance import {', '.join(sorted(classes))}"] if classes else []
+    load = f"load({str(run.checkpoint)!r}, {config.weights!r})"
+    if config.model is not None and config.checkpoint in (None, BUNDLED.get(config.model)):
+        load = f"load({config.model!r})"
+    elif config.network is not None:
+        imports[0] = imports[0].removesuffix(", load")
+        imports += ["from sagl.models.checkpoints import read_checkpoint"]
+        imports += [
+            "from sagl.settings.diffusion import DiffusionSettings",
+            "from sagl.settings.network import UNetSettings",
+        ]
+        settings = f"{config.network!r}, {config.diffusion!r}"
+        load = f"read_checkpoint(Path({str(run.checkpoint)!r}), {config.weights!r}, {settings})"
+    setup = "from sagl.utils.environment import disable_tf32\n\ndisable_tf32()" if device == "cuda" else ""
+    return TEMPLATE.format(
+        imports="\n".join(imports),
+        setup=setup,
+        load=load,
+        precision=config.devices.precision,
+        device=device,
+        sampler=constructor(config.sampler),
+        guidances="{" + ", ".join(f"{name!r}: {constructor(guidance)}" for name, guidance in guidances.items()) + "}",
+        samples=constructor(config.samples),
+    )
+
+
+def constructor(settings: object) -> str:
+    """Return the call that builds settings, with the fields that differ from their defaults."""
+    cls = type(settings)
+    values = {
+        item.name: getattr(settings, item.name)
+        for item in fields(cls)  # type: ignore[arg-type]
+        if item.default is MISSING or getattr(settings, item.name) != item.default
+    }
+    return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"

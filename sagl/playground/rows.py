@@ -1,0 +1,175 @@
+"""Rows of images on the page: sampled in a thread, shown step by step, and kept for the next request."""
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from threading import Event, Thread
+
+from sagl.models.adm import UNet
+from sagl.playground.steps import StepRecord, record_steps
+from sagl.sampling.batch import BatchImages, encode_pngs, sample_images
+from sagl.sampling.exports import evenly_spaced_steps
+from sagl.sampling.pipeline import SamplingPipeline, Trajectory, build_pipeline
+from sagl.sampling.run import SampleConfig, SamplingRun
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.utils.distributed import select_device
+from sagl.utils.files import file_version
+from sagl.utils.images import to_uint8
+
+MAX_STEPS = 25
+"""Steps of a chain that are kept for the page; of longer chains, evenly spaced ones."""
+MAX_ROWS = 16
+"""Number of the last rows that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A row while it is sampled."""
+
+    images: Sequence[bytes]
+    """PNG files: the finished samples, and x0_hat of the current batch."""
+    steps_done: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Images of equal settings, and the steps that made them."""
+
+    run: SamplingRun
+    key: str
+    """Text that is equal for rows of equal settings and weights."""
+    pipeline: SamplingPipeline
+    batches: Sequence[BatchImages]
+    chains: Sequence[Sequence[StepRecord]]
+    """Steps of each batch."""
+    seconds: Sequence[float]
+    """Duration of each batch."""
+
+    @property
+    def images(self) -> list[bytes]:
+        """PNG files."""
+        return [png for batch in self.batches for png in batch.images]
+
+    @property
+    def masks(self) -> list[bytes]:
+        """PNG files of the mask frequencies; empty without masks."""
+        return [png for batch in self.batches for png in batch.masks or ()]
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the samples."""
+        return [i for batch in self.batches for i in batch.ids]
+
+    @property
+    def labels(self) -> list[int]:
+        """Classes; -1 for none."""
+        return [label for batch in self.batches for label in batch.labels]
+
+    @property
+    def nfe(self) -> float:
+        """Network evaluations per sample."""
+        return sum(batch.nfe for batch in self.batches) / len(self.batches)
+
+    def find(self, sample_id: int) -> tuple[Sequence[StepRecord], int]:
+        """Return the chain of a sample, and its position in the batch."""
+        for batch, chain in zip(self.batches, self.chains, strict=True):
+            if sample_id in batch.ids:
+                return chain, batch.ids.index(sample_id)
+        raise KeyError(sample_id)
+
+
+class RowSampler:
+    """Samples rows, one at a time; keeps the last network and the last rows."""
+
+    def __init__(self) -> None:
+        self._network: tuple[str, UNet, DiffusionSettings] | None = None
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+
+    def sample(self, config: SampleConfig) -> Iterator[Frame | Row]:
+        """Yield frames while a row is sampled, and the row at last; at once if it was sampled before.
+
+        A thread samples. If the iterator is closed, the thread ends after its current step.
+
+        Raises:
+            UserError: the request cannot be met.
+        """
+        active = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
+        run = SamplingRun.without_folder(replace(config, guidances=active, compare=False))
+        key = _row_key(run)
+        if key in self._rows:
+            self._rows.move_to_end(key)
+            yield self._rows[key]
+            return
+        updates: SimpleQueue[Frame | Row | BaseException] = SimpleQueue()
+        stop = Event()
+        thread = Thread(target=self._sample, args=(run, updates.put, stop), daemon=True)
+        thread.start()
+        try:
+            while not isinstance(update := updates.get(), Row):
+                if isinstance(update, BaseException):
+                    raise update
+                yield update
+        finally:
+            stop.set()
+            thread.join()
+        self._rows[key] = update
+        if len(self._rows) > MAX_ROWS:
+            self._rows.popitem(last=False)
+        yield update
+
+    def _sample(self, run: SamplingRun, put: Callable[[Frame | Row | BaseException], None], stop: Event) -> None:
+        try:
+            network, diffusion = self._load(run)
+            pipeline = build_pipeline(network, diffusion, run.config.sampler, run.config.guidances)
+            put(_sample_row(run, pipeline, put, stop))
+        except BaseException as error:  # it belongs to the thread that waits for the row
+            put(error)
+
+    def _load(self, run: SamplingRun) -> tuple[UNet, DiffusionSettings]:
+        """Return the network of a run; only the last one is kept."""
+        key = f"{file_version(run.checkpoint)!r} {run.config.weights} {run.config.network} {run.config.devices}"
+        if self._network is None or self._network[0] != key:
+            self._network = None  # frees its memory first
+            self._network = (key, *run.load_network(select_device(run.config.devices)))
+        return self._network[1:]
+
+
+def _sample_row(run: SamplingRun, pipeline: SamplingPipeline, put: Callable[[Frame], None], stop: Event) -> Row:
+    """Sample all batches of a row; pass a frame to `put` after every step.
+
+    Raises:
+        InterruptedError: `stop` is set.
+    """
+    batches: list[BatchImages] = []
+    chains: list[list[StepRecord]] = []
+    seconds: list[float] = []
+    samples, num_batches = run.config.samples, len(run.config.batches)
+
+    def track_steps(steps: Trajectory, num_steps: int) -> Trajectory:
+        ids, finished = run.config.batches[len(batches)], [png for batch in batches for png in batch.images]
+        kept = evenly_spaced_steps(num_steps, MAX_STEPS)
+        records = record_steps(pipeline, samples, ids, run.config.guidances, steps)
+        for done, (record, step) in enumerate(records, start=len(batches) * num_steps + 1):
+            if stop.is_set():
+                raise InterruptedError
+            chains[-1] += [record] if record.step in kept else []
+            images = [*finished, *encode_pngs(to_uint8(record.x0_hat.float()))]
+            put(Frame(images=images, steps_done=done, num_steps=num_batches * num_steps))
+            yield step
+
+    for ids in run.config.batches:
+        start = time.monotonic()
+        chains.append([])
+        batches.append(sample_images(pipeline, samples, ids, track_steps))
+        seconds.append(time.monotonic() - start)
+    return Row(run=run, key=_row_key(run), pipeline=pipeline, batches=batches, chains=chains, seconds=seconds)
+
+
+def _row_key(run: SamplingRun) -> str:
+    samples = run.config.samples
+    settings = [run.config.image_settings, samples.num_samples, samples.batch_size, repr(run.config.network)]
+    return json.dumps([repr(file_version(run.checkpoint)), *settings], sort_keys=True)

@@ -1,0 +1,72 @@
+"""Web server of the page. It loads nothing from other hosts, and sends nothing to them."""
+
+import os
+import socket
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.middleware.base import RequestResponseEndpoint
+
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before the import of gradio
+
+import gradio as gr
+import uvicorn
+
+from sagl.errors import UserError
+from sagl.playground.html import CSS
+from sagl.playground.page import Page
+from sagl.playground.session import Playground
+
+SOURCES = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+"""Content security policy: browsers refuse requests to other hosts."""
+FONT = ("system-ui", "sans-serif")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 stands for a free one.
+
+    Raises:
+        UserError: another program has the port, or the machine does not have the address.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"`host` and `port` must be free, got {host} and {port}: {reason}. Set another `port`."
+        ) from error
+
+
+def make_app(playground: Playground) -> FastAPI:
+    """Build the web application: the page, and the run folders at /runs/KEY.zip."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/runs/{key}.zip")
+    def download(key: str) -> Response:
+        if key not in playground.downloads:
+            return PlainTextResponse("These images are not kept any more. Sample again.", status_code=404)
+        return Response(playground.downloads[key].zip(), media_type="application/zip")
+
+    @app.middleware("http")
+    async def add_policy(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = SOURCES
+        return response
+
+    theme = gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"), primary_hue="blue").set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+    )
+    blocks = Page(playground).blocks.queue(api_open=False)
+    gr.mount_gradio_app(
+        app, blocks, path="/", css=CSS, theme=theme, ssr_mode=False, enable_monitoring=False, footer_links=[]
+    )
+    return app
+
+
+def make_server(playground: Playground) -> uvicorn.Server:
+    """Return the web server; `run(sockets=[listener])` serves the page until the process is interrupted."""
+    return uvicorn.Server(uvicorn.Config(make_app(playground), log_level="warning", timeout_graceful_shutdown=1))
