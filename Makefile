@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 
+# make playground  a page in the browser on which guidance can be tried
 # make bench    speed beside the public code: make bench ADM=../guided-diffusion SAG=../Self-Attention-Guidance
 # make docs     the documentation site in build/site
-.PHONY: install sample test test-all check lint types bench docs fix clean
+.PHONY: install sample playground test test-all check lint types bench docs fix clean
 
 install: $(VENV)/installed
 
@@ -20,6 +21,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 sample: install
 	$(BIN)/sagl sample --compare --num_samples 8 --batch_size 8 --output samples
+
+playground: install
+	$(BIN)/sagl playground
 
 test: install
 	$(PYTEST) -m "not slow"

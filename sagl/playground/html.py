@@ -75,7 +75,7 @@ def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:
             captions = [
                 f"{i}" if label < 0 else f"{i}, class {label}" for i, label in zip(row.ids, row.labels, strict=True)
             ]
-            note = f"{row.nfe:g} network evaluations per image, {sum(row.seconds):.1f} s"
+            note = f"{row.nfe:g} evaluations per image, {sum(row.seconds):.1f} s"
         elif isinstance(row, Frame):
             note = f"step {row.steps_done} of {row.num_steps}"
         parts.append(
@@ -85,7 +85,7 @@ def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:
             masks = torch.stack([torch.from_numpy(decode_png(png)[..., 0].copy()) for png in row.masks])[:, None]
             colored = encode_pngs(colorize_masks(masks.float() / 255))
             parts.append(
-                pictures(f"Mask of {title}", "brighter: masked in more steps", [figure(png, "mask") for png in colored])
+                pictures(f"Mask of {title}", "brighter: in more steps", [figure(png, "mask") for png in colored])
             )
     return "".join(parts)
 

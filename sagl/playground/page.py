@@ -1,5 +1,6 @@
 """The page of `sagl playground`: settings on the left, images of equal seeds on the right."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ SCALE_MAXIMA = {"cfg": 8.0, "classifier": 10.0, "eps_scaling": 0.05}
 """Largest scales of the sliders; those of other methods end at 2."""
 QUEUE = {"concurrency_id": "network", "concurrency_limit": 1}
 """Events that use the network run one at a time, in the order of arrival."""
+FRAME_SECONDS = 0.15
+"""Least time between two frames: a browser that is behind would show a cancelled request for a while."""
 SESSION_SECONDS = 3600
 """Time after which the images of a session are forgotten."""
 
@@ -112,7 +115,7 @@ class Page:
         with gr.Row(elem_classes="buttons"):
             self.sample_button = gr.Button("Sample", variant="primary", min_width=40, elem_id="sample")
             self.cancel_button = gr.Button("Cancel", min_width=40, elem_id="cancel")
-            self.keep_button = gr.Button("Keep as A", min_width=40, elem_id="keep")
+            self.keep_button = gr.Button("Keep A", min_width=40, elem_id="keep")
             self.drop_button = gr.Button("Drop A", min_width=40, elem_id="drop")
         self.status = gr.HTML(show_status("Ready."), elem_id="status")
         self.pictures = gr.HTML(elem_id="rows")
@@ -163,8 +166,8 @@ class Page:
             list(self.panels.values()),
             **hidden,
         )
-        cancelled = show_status("Cancelled.")
-        self.cancel_button.click(lambda: cancelled, None, self.status, cancels=[sampling, *more], queue=False, **hidden)
+        cancel = self.cancel_button.click(None, cancels=[sampling, *more])
+        cancel.then(lambda: show_status("Cancelled."), None, self.status, queue=False, **hidden)
 
     def _values(self, methods: list[str], values: tuple[Value, ...]) -> dict[str, Value]:
         """Return the values by name; methods that are not chosen have scale 0."""
@@ -176,9 +179,13 @@ class Page:
     ) -> Iterator[dict[Any, Any]]:
         try:
             named = self._values(methods, values)
+            last_frame = 0.0
             for comparison in self.playground.compare(network, named, kept):
-                yield self._progress(comparison)
-            yield self._progress(comparison) | self._result(comparison)
+                if comparison.is_finished:
+                    yield self._progress(comparison) | self._result(comparison)
+                elif time.monotonic() - last_frame > FRAME_SECONDS:
+                    last_frame = time.monotonic()
+                    yield self._progress(comparison)
         except UserError as error:
             yield {self.status: show_status(self.playground.message(error), refused=True)}
 
