@@ -1,10 +1,13 @@
 """`sagl playground`: a page on which guidance can be tried."""
 
+import socket
+
 from sagl.commands._config import network_parser, parse_sample_config, sample_parser
 from sagl.commands._parser import Parser, field_names
 from sagl.errors import UserError, require_range
 from sagl.models.zoo import DEFAULT_MODEL
 from sagl.playground.controls import QUICK, CommandLine, Form, to_text
+from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.environment import disable_malloc_trim, set_threads
 
@@ -30,18 +33,34 @@ def main(arguments: list[str]) -> None:
     flags = parser.parse(arguments)
     require_range("port", flags.port, 0, 65535)
     form = make_form(arguments)
-    form.request(form.network, form.start_values(form.network))
+    SamplingRun.without_folder(form.request(form.network, form.start_values(form.network)).config)
+    listener = listen(flags.host, flags.port)
     try:
-        from sagl.playground.server import listen, make_server
+        from sagl.playground.server import make_server
         from sagl.playground.session import Playground
     except ModuleNotFoundError as error:
         raise UserError(f"`playground` needs {error.name}: pip install 'sagl[demo]'") from error
     disable_malloc_trim()
     set_threads()
-    listener = listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
     print(f"Open http://{host}:{port} in a browser. Ctrl-C ends the page.", flush=True)
     make_server(Playground(form)).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 stands for a free one.
+
+    Raises:
+        UserError: another program has the port, or the machine does not have the address.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"`host` and `port` must be free, got {host} and {port}: {reason}. Set another `port`."
+        ) from error
 
 
 def make_form(arguments: list[str]) -> Form:

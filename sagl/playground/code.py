@@ -22,7 +22,7 @@ checkpoint = {load}
 network = cast_weights(build_network(checkpoint), {precision!r}, torch.device({device!r}))
 sampler = {sampler}
 guidances = {guidances}
-pipeline = build_pipeline(network, checkpoint.diffusion, sampler, guidances)
+pipeline = build_pipeline(network, checkpoint.diffusion, sampler, guidances{checkpoint})
 samples = {samples}
 for ids in id_batches(samples):
     labels = make_labels(samples, ids, network)
@@ -42,6 +42,7 @@ def python_text(run: SamplingRun) -> str:
     """Return a program that writes the images of a run as PNG files named by their ids."""
     config, device = run.config, select_device(run.config.devices).type
     guidances = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
+    has_heads = any(guidance.direction_head for guidance in guidances.values())
     classes = [type(guidance).__name__ for guidance in guidances.values()]
     imports = ["from sagl import SamplerSettings, build_network, build_pipeline, load"]
     imports += [f"from sagl.settings.guidance import {', '.join(sorted(classes))}"] if classes else []
@@ -67,6 +68,7 @@ def python_text(run: SamplingRun) -> str:
         sampler=constructor(config.sampler),
         guidances="{" + ", ".join(f"{name!r}: {constructor(guidance)}" for name, guidance in guidances.items()) + "}",
         samples=constructor(config.samples),
+        checkpoint=f", checkpoint=Path({str(run.checkpoint)!r})" if has_heads else "",
     )
 
 

@@ -147,7 +147,7 @@ class Form:
             return
         start = self.start_values(self.network) if any(map(_is_file, values)) else {}
         for name, value in values.items():
-            known = value in (None, "", start.get(name), *UNET_NAMES, *CLASSIFIER_NAMES)
+            known = value in (None, "", "auto", start.get(name), *UNET_NAMES, *CLASSIFIER_NAMES)
             require(
                 known or not _is_file(name),
                 f"`{name}` must be the name of a pretrained network, got {value!r}. This page opens no files: start "
@@ -188,7 +188,7 @@ def _to_value(value: object) -> Value:
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith("checkpoint")
+    return name.endswith(("checkpoint", "direction_head"))
 
 
 def _kind(hint: Any) -> tuple[Literal["choice", "checkbox", "integer", "number", "text"], tuple[str, ...]]:  # noqa: ANN401

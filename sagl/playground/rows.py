@@ -124,7 +124,8 @@ class RowSampler:
     def _sample(self, run: SamplingRun, put: Callable[[Frame | Row | BaseException], None], stop: Event) -> None:
         try:
             network, diffusion = self._load(run)
-            pipeline = build_pipeline(network, diffusion, run.config.sampler, run.config.guidances)
+            config = run.config
+            pipeline = build_pipeline(network, diffusion, config.sampler, config.guidances, checkpoint=run.checkpoint)
             put(_sample_row(run, pipeline, put, stop))
         except BaseException as error:  # it belongs to the thread that waits for the row
             put(error)

@@ -1,7 +1,6 @@
 """Web server of the page. It loads nothing from other hosts, and sends nothing to them."""
 
 import os
-import socket
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -12,7 +11,6 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 import gradio as gr
 import uvicorn
 
-from sagl.errors import UserError
 from sagl.playground.html import CSS
 from sagl.playground.page import Page
 from sagl.playground.session import Playground
@@ -20,22 +18,6 @@ from sagl.playground.session import Playground
 SOURCES = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 """Content security policy: browsers refuse requests to other hosts."""
 FONT = ("system-ui", "sans-serif")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 stands for a free one.
-
-    Raises:
-        UserError: another program has the port, or the machine does not have the address.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"`host` and `port` must be free, got {host} and {port}: {reason}. Set another `port`."
-        ) from error
 
 
 def make_app(playground: Playground) -> FastAPI:

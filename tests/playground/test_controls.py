@@ -84,7 +84,7 @@ def test_the_page_samples_a_bounded_number_of_images(playground):
         compare(playground, num_samples=1000)
 
 
-@pytest.mark.parametrize("name", ["autoguidance.checkpoint", "classifier.checkpoint", "sag.dino_checkpoint"])
+@pytest.mark.parametrize("name", ["autoguidance.checkpoint", "classifier.checkpoint", "sag.direction_head"])
 def test_paths_are_refused(playground, tmp_path, name):
     with pytest.raises(UserError, match=rf"`{name}`.*allow_files"):
         compare(playground, **{name: str(tmp_path / "other.safetensors")})
