@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
+from sagl.errors import require
 from sagl.guidance.direction_head import head_inputs
 from sagl.models.direction_head import NUM_LEVELS
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
@@ -111,6 +112,7 @@ class DirectionPairs:
 
     @torch.no_grad()
     def _sample(self, first_id: int, index: int, groups: range) -> Pairs:
+        require(len(groups) > 0, "`direction_head` must have at least as many groups of chains as processes.")
         return Pairs.concatenate(self._sample_group(first_id, index, group) for group in groups)
 
     def _sample_group(self, first_id: int, index: int, group: int) -> Pairs:

@@ -29,7 +29,7 @@ GUIDED += ["--batch_size", 2, "--trainer.precision", "32-true"]
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("head")
     network = write_grey_unet(folder / "net.safetensors")
-    options = {**OPTIONS, "num_validation_groups": 1}
+    options = {**OPTIONS, "num_validation_groups": 2}
     content = {"checkpoint": str(network), "model": {"direction_head": options}, "sag": SAG, "trainer": TRAINER}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**content, "ema_decay": 0.5}))
