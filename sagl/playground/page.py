@@ -150,7 +150,7 @@ class Page:
         show = {"fn": self._show_step, "inputs": view, "outputs": [self.step], **QUEUE, **hidden}
         sampling.then(**show)
         gr.on(
-            [self.position.change, self.row.input, self.sample_id.input, self.site.input],
+            [self.position.input, self.row.input, self.sample_id.input, self.site.input],
             trigger_mode="always_last",
             **show,
         )
@@ -178,20 +178,17 @@ class Page:
         self, network: str, methods: list[str], kept: dict[str, Value] | None, *values: Value
     ) -> Iterator[dict[Any, Any]]:
         try:
-            named = self._values(methods, values)
-            last_frame = 0.0
+            named, last_frame = self._values(methods, values), 0.0
+            yield {self.status: show_status("Sampling …")}  # frames leave it alone: one may arrive after Cancel
             for comparison in self.playground.compare(network, named, kept):
+                pictures = {self.pictures: show_rows(comparison.rows)}
                 if comparison.is_finished:
-                    yield self._progress(comparison) | self._result(comparison)
+                    yield pictures | self._result(comparison)
                 elif time.monotonic() - last_frame > FRAME_SECONDS:
                     last_frame = time.monotonic()
-                    yield self._progress(comparison)
+                    yield pictures
         except UserError as error:
             yield {self.status: show_status(self.playground.message(error), refused=True)}
-
-    def _progress(self, comparison: Comparison) -> dict[Any, Any]:
-        status = "Done." if comparison.is_finished else "Sampling …"
-        return {self.status: show_status(status), self.pictures: show_rows(comparison.rows)}
 
     def _result(self, comparison: Comparison) -> dict[Any, Any]:
         rows, names = comparison.finished_rows, list(comparison.requests)
@@ -201,6 +198,7 @@ class Page:
         site = getattr(sag, "site", sites[-1]).split(",")[0]
         keys = self.playground.offer(comparison)
         return {
+            self.status: show_status("Done."),
             self.shown: comparison,
             self.command: _join(names, [comparison.command(name) for name in names]),
             self.python: _join(names, [comparison.python(name) for name in names]),

@@ -58,6 +58,7 @@ def open_page(browser, site):
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(site)
         wait_for_status(page, "Done")
+        page.locator("#step img").first.wait_for()  # the event that follows the last frame
         return page
 
     yield open_page
