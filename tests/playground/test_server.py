@@ -1,22 +1,27 @@
 """The page in a browser: Debian's chromium, without a window."""
 
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.networks import write_grey_unet
 from tests.helpers.playground import SAG, SETTINGS
-from tests.helpers.processes import Process
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +30,13 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("playground")
     log = folder / "log.txt"
     network = write_grey_unet(folder / "tiny.safetensors")
-    process = Process(["playground", "--port=0", f"--checkpoint={network}", *SETTINGS, *SAG], folder, log)
+    command = [sys.executable, "-u", "-m", "sagl", "playground", "--port=0", f"--checkpoint={network}", *SETTINGS, *SAG]
+    with log.open(
+        "w"
+    ) as output:  # a new process: SIGTERM does not always end one that is forked from a server of forks
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
-    while not (log.exists() and (address := re.search(r"http://127[.]0[.]0[.]1:\d+", log.read_text()))):
+    while not (address := re.search(r"http://127[.]0[.]0[.]1:\d+", log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)
