@@ -59,7 +59,7 @@ SHORT_HELP = {
 
 
 Kind = Literal["network", "classifier", "direction_head"]
-"""What is trained; the key below `model` that describes it."""
+"""Kind of network that a training trains: the key below `model` that holds its settings."""
 TRAINING_SETTINGS: dict[Kind, type[TrainingSettings]] = {
     "network": DiffusionTrainingSettings,
     "classifier": ClassifierTrainingSettings,

@@ -41,7 +41,7 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """What the page uses of the parser of `sagl sample`."""
+    """The parts of the parser of `sagl sample` that the page uses."""
 
     parse: Callable[[list[str]], SampleConfig]
     """Resolve the arguments."""
@@ -74,7 +74,7 @@ class Form:
     start: SampleConfig
     """Settings at the start."""
     allow_files: bool = False
-    """Whether values from the browser may be paths."""
+    """Accept paths of this machine from the browser."""
     _defaults: dict[str, SampleConfig] = field(default_factory=dict)
 
     @property

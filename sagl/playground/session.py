@@ -1,4 +1,4 @@
-"""What happens on the page: rows of one request, and what is shown, copied and downloaded of them."""
+"""Requests of the page: each samples rows of images, and gives its command, Python lines and run folder."""
 
 import hashlib
 from collections import OrderedDict

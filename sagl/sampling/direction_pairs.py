@@ -102,7 +102,7 @@ class DirectionPairs:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the method has a mask."""
+        """True if the method has a mask, as SAG has."""
         return self._guided(SamplerSettings()).guidances[self.guidance.group].mask is not None
 
     def _guided(self, sampler: SamplerSettings) -> SamplingPipeline:

@@ -224,7 +224,7 @@ class HeadSettings:
     feature_channels: int
     """Channels of the network's last feature map."""
     has_mask: bool
-    """Whether the method has a mask, which is among the inputs."""
+    """True if the method has a mask, which is then among the inputs."""
     num_timesteps: int
     """Timesteps of the diffusion process."""
     width: int
