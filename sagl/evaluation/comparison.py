@@ -8,6 +8,7 @@ from sagl.evaluation.paper import PaperRow, matching_rows
 from sagl.evaluation.report import Cell, ImageGrid, Report, Row, Section, Table, join_with_and, printable
 from sagl.evaluation.results import EvaluationResult
 from sagl.evaluation.runs import RunSummary, image_sizes
+from sagl.metrics.bootstrap import Interval
 from sagl.settings.evaluation import INCEPTION
 
 ABSENT = "–"
@@ -145,26 +146,26 @@ def _format_seconds(run: RunSummary) -> str:
 
 
 def metric_sections(runs: Sequence[RunSummary]) -> list[Section]:
-    """Return a section for each set of conditions, with a row for each metric and its settings."""
-    sections: dict[Conditions, dict[MetricKey, dict[int, Cell]]] = {}
+    """Return a section for each set of conditions, with a row for each metric and its settings.
+
+    A metric with bootstrap resamples has a second row: its difference from the first run that has them.
+    """
+    sections: dict[Conditions, dict[MetricKey, dict[int, EvaluationResult]]] = {}
     notes: dict[Conditions, dict[str, None]] = {}
-    values: dict[tuple[Conditions, MetricKey], dict[int, float]] = {}
     for index, run in enumerate(runs):
         for result in run.results:
             conditions = _conditions(result)
-            rows = sections.setdefault(conditions, {})
+            metrics = sections.setdefault(conditions, {})
             notes.setdefault(conditions, {}).update(dict.fromkeys(result.notes))
-            for name, value in result.values.items():
-                key = _metric_key(result, name)
-                rows.setdefault(key, {})[index] = Cell(text=format_value(name, value), note=_format_error(result, name))
-                values.setdefault((conditions, key), {})[index] = value
+            for name in result.values:
+                metrics.setdefault(_metric_key(result, name), {})[index] = result
     return [
         _metric_section(
             conditions,
-            [_metric_row(key, rows[key], values[conditions, key], len(runs)) for key in sorted(rows, key=_order)],
+            [row for key in sorted(metrics, key=_order) for row in _metric_rows(key, metrics[key], runs)],
             notes[conditions],
         )
-        for conditions, rows in sections.items()
+        for conditions, metrics in sections.items()
     ]
 
 
@@ -210,18 +211,34 @@ def _metric_section(conditions: Conditions, rows: Iterable[Row], notes: Iterable
     )
 
 
-def _metric_row(key: MetricKey, cells: Mapping[int, Cell], values: dict[int, float], num_runs: int) -> Row:
+def _metric_rows(key: MetricKey, results: Mapping[int, EvaluationResult], runs: Sequence[RunSummary]) -> list[Row]:
+    """Return the row of a metric and, if it was resampled, that of its differences."""
     name, settings = key
-    best = best_values(name, values)
+    best = best_values(name, {index: result.values[name] for index, result in results.items()})
     arrow = (" ↑" if METRICS[name].higher_is_better else " ↓") if name in METRICS else ""
     note = ", ".join(f"{printable(setting)} {value}" for setting, value in settings)
-    return Row(
-        name=Cell(text=printable(metric_name(name)) + arrow, note=note),
-        cells=tuple(
-            Cell(text=cells[k].text, note=cells[k].note, best=k in best) if k in cells else Cell(text=ABSENT)
-            for k in range(num_runs)
-        ),
-    )
+    cells = {
+        k: Cell(text=format_value(name, result.values[name]), note=_format_error(result, name), best=k in best)
+        for k, result in results.items()
+    }
+    rows = [_row(Cell(text=printable(metric_name(name)) + arrow, note=note), cells, len(runs))]
+    base = next((k for k in sorted(results) if name in results[k].resamples), None)
+    if base is not None:
+        differences = {k: result.difference(results[base], name) for k, result in results.items() if k != base}
+        if cells := {k: difference_cell(name, difference) for k, difference in differences.items() if difference}:
+            title = Cell(text=f"  minus that of {runs[base].name}", note="paired 95 % interval")
+            rows.append(_row(title, cells, len(runs)))
+    return rows
+
+
+def difference_cell(name: str, difference: Interval) -> Cell:
+    """Return the cell of a difference of a metric, with its interval as the note."""
+    text, low, high = (f"{'+' if value > 0 else ''}{format_value(name, value)}" for value in difference)
+    return Cell(text=text, note=f"{low} … {high}")
+
+
+def _row(name: Cell, cells: Mapping[int, Cell], num_runs: int) -> Row:
+    return Row(name=name, cells=tuple(cells.get(k, Cell(text=ABSENT)) for k in range(num_runs)))
 
 
 # --------------------------------------------------------------------------------------------------- paper

@@ -77,6 +77,7 @@ def evaluate(
         resize=resize,
         values=results.values,
         intervals=results.intervals,
+        resamples=results.resamples,
         stds=results.stds,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
         notes=(

@@ -38,6 +38,11 @@ class PaperRow:
     values: Mapping[str, float]
     """Printed values: of a table by metric, with Inception's features; empty if none are printed."""
 
+    @property
+    def is_unguided(self) -> bool:
+        """Whether no guidance method is on."""
+        return not _active(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperItem:

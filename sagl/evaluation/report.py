@@ -33,6 +33,8 @@ class Cell:
     """Secondary text."""
     best: bool = False
     """True for the best value of the row, which is marked."""
+    link: str = ""
+    """Address that the text links to on a page, relative to the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ def render_markdown(report: Report) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.best else cell.text
+    text = f"[{cell.text}]({cell.link})" if cell.link else f"**{cell.text}**" if cell.best else cell.text
     return (f"{text}<br>{cell.note}" if cell.note else text).replace("|", "\\|")
 
 

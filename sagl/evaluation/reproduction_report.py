@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sagl.errors import UserError
+from sagl.evaluation.comparison import difference_cell
 from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.report import Cell, Figure, Report, Row, Section, Table, render_html, render_markdown
 from sagl.evaluation.reproduction import ReproductionRow
 from sagl.evaluation.results import EvaluationResult, read_results
 from sagl.metrics.bootstrap import Interval
+from sagl.sampling.run_folder import RUN_JSON
 from sagl.utils.files import atomic_file
 
 RUNS, ANALYSES = "runs", "analyses"
@@ -27,7 +29,6 @@ METRICS = {
 }
 FIGURE_SCALE = 96 / 150
 """Displayed size of a pixel of an analysis, whose figures have 150 per inch."""
-LOWER_IS_BETTER = ("fid", "fd", "sfid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class StoredRow:
     """Command that makes the row; empty if it cannot be made."""
     folder: str
     """Folder of its images or of its figure, relative to that of the report."""
+    is_unguided: bool
+    """Whether the row has no guidance, so that others are compared with it."""
     translation: Sequence[str]
     obstacle: str
 
@@ -59,6 +62,7 @@ def store_item(folder: Path, item: PaperItem, rows: Sequence[ReproductionRow], c
             paper_values=row.row.values,
             command=command,
             folder="" if row.obstacle else f"{parts}/{row.run_name}",
+            is_unguided=row.row.is_unguided,
             translation=row.translation,
             obstacle=row.obstacle,
         )
@@ -103,17 +107,50 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
-    results = [_last_result(folder / row.folder) if row.folder else None for row in rows]
+    results = {row.name: result for row in rows if row.folder and (result := _last_result(folder / row.folder))}
     paper_metrics = [name for name in METRICS if any(name in row.paper_values for row in rows)]
-    own_metrics = [name for name in METRICS if any(result and name in result.values for result in results)]
+    own_metrics = [name for name in METRICS if any(name in result.values for result in results.values())]
+    differences = _differences_from_unguided(rows, results)
     table_rows = []
-    for row, result in zip(rows, results, strict=True):
+    for row in rows:
         paper = tuple(Cell(text=_number(row.paper_values.get(name))) for name in paper_metrics)
-        own = tuple(_own_cell(result, name) for name in own_metrics)
-        table_rows.append(Row(name=Cell(text=row.name, note=row.obstacle), cells=(*paper, *own)))
-    columns = tuple(f"paper: {METRICS[name]}" for name in paper_metrics) + tuple(METRICS[name] for name in own_metrics)
+        own = tuple(_own_cell(results.get(row.name), name) for name in own_metrics)
+        difference = (differences.get(row.name, Cell(text="")),) if differences else ()
+        link = f"{row.folder}/{RUN_JSON}" if row.folder and (folder / row.folder / RUN_JSON).is_file() else ""
+        name = Cell(text=row.name, note=row.obstacle, link=link)
+        table_rows.append(Row(name=name, cells=(*paper, *own, *difference)))
+    columns = [f"paper: {METRICS[name]}" for name in paper_metrics] + [METRICS[name] for name in own_metrics]
+    columns += ["distance minus unguided"] if differences else []
     facts = [*_verdict(rows, results), *([] if columns else _obstacles(rows))]
     return _assemble(folder, item, rows, columns, table_rows, (facts, [*_translation(rows), *_evaluated(results)]))
+
+
+def _differences_from_unguided(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> dict[str, Cell]:
+    """Return the difference of the Fréchet distance from the row without guidance of the same network of the paper."""
+    cells = {}
+    for network in _networks(rows, results):
+        base = next((results[row.name] for row in network if row.is_unguided), None)
+        for row in network:
+            if base and not row.is_unguided and (difference := _difference(results[row.name], base)):
+                cells[row.name] = difference_cell("fd", difference)
+    return cells
+
+
+def _networks(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> list[list[StoredRow]]:
+    """Return the evaluated rows of each network of the paper."""
+    networks = defaultdict[str, list[StoredRow]](list)
+    for row in rows:
+        if row.name in results:
+            networks[row.paper_model].append(row)
+    return list(networks.values())
+
+
+def _difference(result: EvaluationResult, base: EvaluationResult) -> Interval | None:
+    return result.difference(base, _distance_name(result))
+
+
+def _distance_name(result: EvaluationResult) -> str:
+    return next(name for name in ("fid", "fd") if name in result.values)
 
 
 def _assemble(
@@ -156,23 +193,25 @@ def _number(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def _verdict(rows: Sequence[StoredRow], results: Sequence[EvaluationResult | None]) -> list[str]:
-    """Return a sentence per network of the paper on the rows with the lowest Fréchet distance, here and there."""
-    own = {row.name: _distance(result.values) for row, result in zip(rows, results, strict=True) if result}
-    paper = defaultdict[str, dict[str, float]](dict)
-    for row in rows:
-        if "fid" in row.paper_values and row.name in own:
-            paper[row.paper_model][row.name] = row.paper_values["fid"]
-    return [
-        f"Lowest distance here: {(best := min(fids, key=own.__getitem__))} ({own[best]:.2f}); in the paper, of these "
-        f"rows: {min(fids, key=fids.__getitem__)}."
-        for fids in paper.values()
-        if len(fids) > 1
-    ]
+def _verdict(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> list[str]:
+    """Return sentences on the rows of each network of the paper.
 
-
-def _distance(values: Mapping[str, float]) -> float:
-    return next(values[name] for name in LOWER_IS_BETTER if name in values)
+    They name the row with the lowest Fréchet distance here and in the paper, and say how far the paper's is from the
+    others here.
+    """
+    sentences = []
+    for network in _networks(rows, results):
+        fids = {row.name: row.paper_values["fid"] for row in network if "fid" in row.paper_values}
+        if len(fids) < 2:
+            continue
+        own = {name: results[name].values[_distance_name(results[name])] for name in fids}
+        best, paper_best = min(own, key=own.__getitem__), min(fids, key=fids.__getitem__)
+        sentences.append(f"Lowest distance here: {best} ({own[best]:.2f}); in the paper, of these rows: {paper_best}.")
+        differences = {name: _difference(results[paper_best], results[name]) for name in fids if name != paper_best}
+        cells = {name: difference_cell("fd", difference) for name, difference in differences.items() if difference}
+        listed = ", ".join(f"{name} {cell.text} ({cell.note})" for name, cell in cells.items())
+        sentences += [f"Distance of {paper_best} here minus that of the others: {listed}."] if cells else []
+    return sentences
 
 
 def _translation(rows: Sequence[StoredRow]) -> list[str]:
@@ -181,8 +220,8 @@ def _translation(rows: Sequence[StoredRow]) -> list[str]:
     return [f"Translated: {'; '.join(changes)}."] if changes else []
 
 
-def _evaluated(results: Sequence[EvaluationResult | None]) -> list[str]:
-    described = {f"{r.num_samples} images against {r.reference}, features of {r.extractor}" for r in results if r}
+def _evaluated(results: Mapping[str, EvaluationResult]) -> list[str]:
+    described = {f"{r.num_samples} images against {r.reference}, features of {r.extractor}" for r in results.values()}
     return [f"Evaluated: {'; '.join(sorted(described))}."] if described else []
 
 
@@ -193,9 +232,13 @@ def _obstacles(rows: Sequence[StoredRow]) -> list[str]:
 
 def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
     own, paper = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
+    links = dict[str, str]()
     for row in rows:
         path = folder / row.folder / f"{item.analysis}.json"
-        own |= _leaves(json.loads(path.read_text())["numbers"]) if row.folder and path.is_file() else {}
+        if row.folder and path.is_file():
+            groups = _leaves(json.loads(path.read_text())["numbers"])
+            own |= groups
+            links |= dict.fromkeys(groups, f"{row.folder}/{path.name}")
         for name, value in row.paper_values.items():
             group, _, column = name.rpartition(" ")
             paper.setdefault(group, {})[column] = value
@@ -203,7 +246,7 @@ def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) ->
     columns, paper_columns = (list(dict.fromkeys(c for g in groups.values() for c in g)) for groups in (own, paper))
     table_rows = [
         Row(
-            name=Cell(text=_words(name)),
+            name=Cell(text=_words(name), link=links.get(name, "")),
             cells=(
                 *(Cell(text=_number(paper.get(name, {}).get(column))) for column in paper_columns),
                 *(_leaf_cell(own.get(name, {}).get(column)) for column in columns),

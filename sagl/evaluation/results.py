@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from sagl.errors import UserError
+from sagl.metrics.bootstrap import Interval, paired_difference
 from sagl.utils.files import atomic_file, json_sha256
 from sagl.utils.run_lock import lock_file
 
@@ -37,6 +40,8 @@ class EvaluationResult:
     """Values by metric: fid, sfid, fd, sfd, is, is_all, precision, recall, kid, kd."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals (low, high) of the metrics that have one."""
+    resamples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Values of these metrics in each bootstrap resample."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the metrics."""
     stds: Mapping[str, float] = field(default_factory=dict)
@@ -50,6 +55,19 @@ class EvaluationResult:
         """Return whether both were computed from the same references and settings."""
         names = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
         return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def difference(self, other: "EvaluationResult", name: str) -> Interval | None:
+        """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.
+
+        Both must have been resampled alike: as many images, resamples and the same seed. None if they were not.
+        """
+        keys = ("bootstrap", "seed")
+        if self.num_samples != other.num_samples or any(self.settings.get(k) != other.settings.get(k) for k in keys):
+            return None
+        first, second = (torch.tensor(r.resamples.get(name, ()), dtype=torch.float64) for r in (other, self))
+        if not len(first) or len(first) != len(second):
+            return None
+        return paired_difference(self.values[name] - other.values[name], first, second)
 
 
 def read_results(folder: Path) -> tuple[EvaluationResult, ...]:
@@ -96,6 +114,7 @@ def _parse(entry: Mapping[str, Any]) -> EvaluationResult:
         resize=_checked(str, entry.get("resize") or ""),
         values={name: _number(value) for name, value in entry["values"].items()},
         intervals={name: _interval(*bounds) for name, bounds in (entry.get("intervals") or {}).items()},
+        resamples={name: tuple(map(_number, of)) for name, of in (entry.get("resamples") or {}).items()},
         settings=dict((entry.get("settings") or {}).items()),
         stds={name: _number(value) for name, value in (entry.get("stds") or {}).items()},
         notes=tuple(_checked(str, note) for note in entry.get("notes") or ()),

@@ -23,6 +23,8 @@ class MetricResults:
     """fid, sfid, kid for Inception features, fd, sfd, kd for others; is, is_all, precision, recall."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals (low, high) of the metrics that have one."""
+    resamples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Values of these metrics in each bootstrap resample, for paired differences of two sets."""
     stds: Mapping[str, float] = field(default_factory=dict)
     """Standard deviation of KID over its subsets."""
 
@@ -48,7 +50,7 @@ def compute_metrics(
     require_comparable(fake, real, s.num_neighbors)
     fid, sfid, kid = ("fid", "sfid", "kid") if inception else ("fd", "sfd", "kd")
     distance = FrechetReference(real.pooled)
-    values, intervals, stds = {fid: distance(fake.pooled)}, {}, {}
+    values, intervals, resamples, stds = {fid: distance(fake.pooled)}, {}, {}, {}
     if fake.spatial is not None and real.spatial is not None:
         values[sfid] = FrechetReference(real.spatial)(fake.spatial)
     if fake.logits is not None:
@@ -59,13 +61,14 @@ def compute_metrics(
             fake.features, real.features, num_subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
         )
     if fake.features is not None and s.bootstrap:
-        resamples = resampled_rows(len(fake.features), s.bootstrap, s.seed)
-        bounds = shifted_interval(values[fid], distance.of_resamples(fake.features, resamples))
-        intervals[fid] = (bounds.low, bounds.high)
+        rows = resampled_rows(len(fake.features), s.bootstrap, s.seed)
+        distances = distance.of_resamples(fake.features, rows)
+        bounds = shifted_interval(values[fid], distances)
+        intervals[fid], resamples[fid] = (bounds.low, bounds.high), tuple(distances.tolist())
     for name, value in values.items():
         require(
             math.isfinite(value),
             f"`extractor` must give features and logits with finite metrics, and {name} is {value}: it overflows, or "
             "its weights are damaged.",
         )
-    return MetricResults(values=values, intervals=intervals, stds=stds)
+    return MetricResults(values=values, intervals=intervals, resamples=resamples, stds=stds)

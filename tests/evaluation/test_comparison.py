@@ -155,6 +155,22 @@ def test_values_of_the_same_conditions_share_a_row_with_the_best_one_marked():
     assert [(cell.text, cell.best) for cell in score.cells] == [("4.10", False), (ABSENT, False)]
 
 
+def test_a_metric_with_resamples_has_a_row_of_paired_differences_from_the_first_run_that_has_them():
+    resampled = [result({"fd": 12 + k}, resamples={"fd": (10.0 + 2 * k, 14.0)}) for k in range(2)]
+    runs = [
+        run(name="a", results=[result({"fd": 20})]),
+        *(run(name=n, results=[r]) for n, r in zip("bc", resampled, strict=True)),
+    ]
+    (section,) = metric_sections(runs)
+    _, difference = section.rows
+    assert "b" in difference.name.text
+    assert [(cell.text, cell.note) for cell in difference.cells] == [
+        (ABSENT, ""),
+        (ABSENT, ""),
+        ("+1.00", "+0.05 … +1.95"),
+    ]
+
+
 @pytest.mark.parametrize(
     "change",
     [

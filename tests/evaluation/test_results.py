@@ -2,9 +2,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sagl.errors import UserError
 from sagl.evaluation.results import RESULTS_FILE, EvaluationResult, read_results, save_result
+from sagl.metrics.accumulator import FeatureStatistics
+from sagl.metrics.bootstrap import paired_interval
+from sagl.metrics.compute import compute_metrics
+from sagl.metrics.frechet import FrechetReference, statistics
+from sagl.settings.evaluation import MetricSettings
 from tests.helpers.run_folders import json_result
 
 
@@ -59,6 +65,8 @@ def test_optional_fields_may_be_missing(missing, tmp_path):
         {"values": {"fd": 10**400}},
         {"intervals": {"fd": 12.0}},
         {"intervals": {"fd": [12.0]}},
+        {"resamples": {"fd": 12.0}},
+        {"resamples": {"fd": ["12.0"]}},
         {"settings": ["num_neighbors"]},
     ],
     ids=str,
@@ -91,3 +99,38 @@ def test_results_whose_values_were_changed_are_refused(tmp_path):
     path.write_text(path.read_text().replace("12.5", "11.5"))
     with pytest.raises(UserError, match=r"`run` .*evaluation\.json"):
         read_results(tmp_path)
+
+
+def test_the_difference_of_two_results_is_that_of_their_features_resampled_in_pairs():
+    generator = torch.Generator().manual_seed(0)
+    real, first, second = (scale * torch.randn(40, 3, generator=generator) for scale in (1, 0.8, 0.7))
+    reference, settings = FeatureStatistics(pooled=statistics(real)), MetricSettings(bootstrap=30, seed=2)
+    results = [
+        EvaluationResult(
+            extractor="tiny",
+            reference="r",
+            num_samples=40,
+            values=(metrics := compute_metrics(sample_statistics(features), reference, settings)).values,
+            resamples=metrics.resamples,
+            settings={"bootstrap": 30, "seed": 2},
+        )
+        for features in (first, second)
+    ]
+    distance = FrechetReference(statistics(real))
+    expected = paired_interval(first, second, lambda x: distance(statistics(x)), num_resamples=30, seed=2)
+    assert results[1].difference(results[0], "fd") == pytest.approx(expected, rel=1e-5)
+
+
+def sample_statistics(features):
+    return FeatureStatistics(pooled=statistics(features), features=features)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_samples": 8}, {"settings": {"bootstrap": 2, "seed": 1}}, {"resamples": {}}], ids=str
+)
+def test_results_that_were_not_resampled_alike_have_no_difference(change):
+    common = {"extractor": "tiny", "reference": "r", "num_samples": 9, "settings": {"bootstrap": 2, "seed": 0}}
+    first = EvaluationResult(**common, values={"fd": 1.0}, resamples={"fd": (0.5, 2.0)})
+    assert first.difference(first, "fd") == (0.0, 0.0, 0.0)
+    assert replace(first, **change).difference(first, "fd") is None
+    assert first.difference(replace(first, **change), "fd") is None

@@ -7,6 +7,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sagl.errors import UserError
 from sagl.metrics.accumulator import FeatureStatistics
+from sagl.metrics.bootstrap import resampled_rows
 from sagl.metrics.compute import compute_metrics
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.inception_score import inception_score, inception_score_in_chunks
@@ -63,6 +64,9 @@ def test_the_distance_has_an_interval_on_request():
     low, high = results.intervals["fd"]
     assert low < results.values["fd"] < high
     assert compute_metrics(fake(), real(), settings).intervals == results.intervals
+    rows = resampled_rows(len(FAKE), 50, settings.seed)
+    expected = [frechet_distance(statistics(FAKE[row]), statistics(REAL)) for row in rows]
+    assert results.resamples["fd"] == pytest.approx(expected, rel=1e-6)
 
 
 class Identity(torch.nn.Module):
