@@ -45,6 +45,11 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "SAG, every second step": {"sag.scale": SCALES, "sag.renew_every": ("2",)},
     "SAG, every fourth step": {"sag.scale": SCALES, "sag.renew_every": ("4",)},
+    "SAG, off the unsharp mask, shallow": {
+        "sag.scale": SCALES,
+        "sag.shape": ("off_unsharp",),
+        "sag.reuse_before": ("output.3",),
+    },
     "SAG, first half": {"sag.scale": SCALES, "sag.interval": ("[0,0.5]",)},
     "SAG, second half": {"sag.scale": SCALES, "sag.interval": ("[0.5,1]",)},
     "blur": {"blur.scale": SCALES, "blur.blur_sigma": ("2",)},

@@ -31,6 +31,10 @@ class Condition:
     """True if x_t was degraded; passed to networks with an embedding for it, see `has_degraded_embedding`."""
     features: bool = False
     """True if the last feature map is returned."""
+    block_inputs: tuple[str, ...] = ()
+    """Output blocks of the network whose input is returned."""
+    start: tuple[str, Tensor] | None = None
+    """Output block at which the evaluation starts, with its input from another evaluation."""
     samples: SampleKeys | None = None
     """Seed and ids of the samples, for guidance methods that draw random numbers."""
 
@@ -65,6 +69,8 @@ class Prediction:
     """Attention received at the condition's sites."""
     features: Tensor | None = None
     """(B, F, H, W) input of the network's last convolution, if the condition requests it."""
+    block_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Inputs of the output blocks that the condition requests."""
     terms: Mapping[str, GuidanceTerm] = field(default_factory=dict)
     """Terms of the guidance methods by name."""
 
@@ -88,11 +94,16 @@ class NetworkOutput(Protocol):
     def features(self) -> Tensor | None:
         """(B, F, H, W) input of the last convolution; read only if it was requested."""
 
+    @property
+    def block_inputs(self) -> Mapping[str, Tensor]:
+        """Inputs of the requested output blocks; read only if some were requested."""
+
 
 class EpsNetwork(Protocol):
     """Any network that predicts eps from (x_t, timestep, labels) and can return attention.
 
-    It gets a condition's `attention_edits`, `timestep_noise` and `features` too, if there are any.
+    It gets a condition's `attention_edits`, `timestep_noise`, `features`, `block_inputs` and `start` too, if there are
+    any.
     """
 
     def __call__(
@@ -125,11 +136,21 @@ def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) 
             kwargs["degraded"] = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
         if condition.features:
             kwargs["features"] = True
+        if condition.block_inputs:
+            kwargs["block_inputs"] = condition.block_inputs
+        if condition.start is not None:
+            kwargs["start"] = condition.start
         output = network(x_t, timesteps, condition.labels, **kwargs)
         eps, log_variance = split_eps_and_variance(output.out.to(x_t.dtype), x_t.shape[1], schedule, step, variance)
         # clone: a view would keep the variance channels alive during further evaluations of a guidance
         features = output.features if condition.features else None
-        return Prediction(eps=eps.clone(), log_variance=log_variance, attention=output.attention, features=features)
+        return Prediction(
+            eps=eps.clone(),
+            log_variance=log_variance,
+            attention=output.attention,
+            features=features,
+            block_inputs=output.block_inputs if condition.block_inputs else {},
+        )
 
     return predict
 

@@ -38,6 +38,8 @@ class GuidanceContext:
     """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
     load_head: Callable[[GuidanceSettings], "Head"]
     """Load the direction head of a method, with the device and precision of `network`."""
+    share_of_evaluation: Callable[[str], float]
+    """Share of the operations of an evaluation that starts at an output block."""
 
 
 def identity(condition: Condition) -> Condition:
@@ -71,7 +73,7 @@ class Guidance:
     """Function (step) -> whether the step is guided; other steps cost nothing."""
     is_renewed: Callable[[int], bool] = always
     """Function (step) -> whether a guided step evaluates the term; other guided steps cost nothing."""
-    extra_nfe: int = 1
+    extra_nfe: float = 1
     """Network evaluations of a guided step besides the base prediction."""
     mask: MaskOfStep | None = None
     """Function that computes the mask of a step without a further evaluation; None for a method without masks."""
@@ -90,14 +92,16 @@ def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) ->
         active = {name: guidance for name, guidance in guidances.items() if guidance.is_active(step)}
         base_condition = reduce(lambda c, guidance: guidance.prepare_condition(c), active.values(), condition)
         base_pred = predict(x_t, step, base_condition)
-        bare_condition = replace(condition, attention_sites=(), features=False)  # for further evaluations
+        bare_condition = replace(condition, attention_sites=(), features=False, block_inputs=())  # of the terms
         terms = {name: g.term(predict, x_t, step, bare_condition, base_pred) for name, g in active.items()}
         eps, score, nfe = base_pred.eps, base_pred.score, base_pred.nfe
         for term in terms.values():
             eps, score, nfe = eps + term.eps, score + term.score, nfe + term.nfe
         attention = {site: base_pred.attention[site] for site in condition.attention_sites}
         features = base_pred.features if condition.features else None
-        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, attention=attention, features=features)
+        inputs = {name: base_pred.block_inputs[name] for name in condition.block_inputs}
+        requested = {"attention": attention, "features": features, "block_inputs": inputs}
+        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, **requested)
 
     return predict_guided if guidances else predict
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sagl.errors import require
 from sagl.guidance.base import Guidance, GuidanceContext, limit_to_interval
 from sagl.guidance.direction_head import use_head
-from sagl.guidance.policies import renew_every, stop_on_agreement
+from sagl.guidance.policies import renew_every, reuse_deep_blocks, stop_on_agreement
 from sagl.guidance.registry import GUIDANCES
 from sagl.guidance.shaping import shape_guidance
 from sagl.settings.guidance import GuidanceSettings
@@ -35,6 +35,10 @@ def add_options(guidance: Guidance, settings: GuidanceSettings, context: Guidanc
     guidance = limit_to_interval(guidance, settings.interval, schedule.num_steps)
     if settings.direction_head is not None:
         guidance = use_head(guidance, settings, context)
+    if settings.reuse_before is not None:
+        guidance = reuse_deep_blocks(
+            guidance, settings.reuse_before, context.share_of_evaluation(settings.reuse_before)
+        )
     if settings.stop_below:
         guidance = stop_on_agreement(guidance, settings, schedule)
     if settings.shape != "none" or settings.max_norm is not None:

@@ -35,6 +35,34 @@ def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
     return replace(map_term(guidance, wrap), is_renewed=lambda step: step in renewed)
 
 
+def reuse_deep_blocks(guidance: Guidance, block: str, share: float) -> Guidance:
+    """Start the weak evaluation at an output block, whose input is that of the base evaluation of the same step.
+
+    Args:
+        guidance: a method whose weak prediction is one of the network itself.
+        block: the output block.
+        share: share of an evaluation's operations that remains.
+    """
+
+    def wrap(term: Term) -> Term:
+        def shallow_term(
+            predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
+        ) -> GuidanceTerm:
+            def predict_shallow(x_t: Image, step: int, condition: Condition) -> Prediction:
+                pred = predict(x_t, step, replace(condition, start=(block, base_pred.block_inputs[block])))
+                return replace(pred, nfe=share * pred.nfe)
+
+            return term(predict_shallow, x_t, step, condition, base_pred)
+
+        return shallow_term
+
+    def prepare_condition(condition: Condition) -> Condition:
+        prepared = guidance.prepare_condition(condition)
+        return replace(prepared, block_inputs=(*prepared.block_inputs, block))
+
+    return replace(map_term(guidance, wrap), prepare_condition=prepare_condition, extra_nfe=share * guidance.extra_nfe)
+
+
 def stop_on_agreement(guidance: Guidance, settings: GuidanceSettings, schedule: Schedule) -> Guidance:
     """End a sample's guidance after the first step whose two x0_hat differ by less than a part of x0_hat.
 

@@ -38,6 +38,8 @@ class UNetOutput(NamedTuple):
     """Attention received at each requested site, (B, head, H, W), mean 1."""
     features: Tensor | None = None
     """(B, num_channels, H, W): input of the last convolution, if it was requested."""
+    block_inputs: Mapping[str, Tensor] = {}
+    """Input of each requested output block before its skip connection is appended, (B, C, H, W)."""
 
 
 class ResBlock(nn.Module):
@@ -200,6 +202,8 @@ class UNet(Encoder):
         timestep_noise: Tensor | None = None,
         degraded: Tensor | None = None,
         features: bool = False,
+        block_inputs: Sequence[str] = (),
+        start: tuple[str, Tensor] | None = None,
     ) -> UNetOutput:
         """Predict eps, and the variance if it is learned.
 
@@ -212,12 +216,15 @@ class UNet(Encoder):
             timestep_noise: (B, E), added to the timestep embedding in units of its standard deviation.
             degraded: (B,) bool, which samples of x were degraded; ignored without `degraded_embedding`.
             features: whether the input of the last convolution is returned.
+            block_inputs: names of output blocks whose input is returned.
+            start: name of an output block, and its input as `block_inputs` returned it in another evaluation. Blocks
+                that only this input depends on are not computed (DeepCache, Ma et al. 2023, arXiv 2312.00858).
 
         Raises:
-            UserError: a site has no attention; or labels are missing and the network has no null label.
+            UserError: a site has no attention or is not computed; or labels are missing, and there is no null label.
         """
         for site in (*attention_sites, *((name,) for name, _ in attention_edits)):
-            self.settings.require_site(*site)
+            self.settings.require_site(*site, start=start and start[0])
         emb = self.embed(timesteps)
         if timestep_noise is not None:
             emb = emb + emb.std(dim=1, keepdim=True) * timestep_noise.to(emb.dtype)
@@ -227,18 +234,25 @@ class UNet(Encoder):
         h = self.first_features(x, emb)
         skips = [h]
         attention_maps: dict[AttentionSite, TokenMap] = {}
-        for block in self.input_blocks[1:]:
+        inputs: dict[str, Tensor] = {}
+        first = 0 if start is None else self.settings.output_blocks.index(start[0])
+        for block in self.input_blocks[1 : len(self.output_blocks) - first]:
             h, maps = block(h, emb, attention_sites, attention_edits)
             attention_maps |= maps
             skips.append(h)
-        h, maps = self.middle_block(h, emb, attention_sites, attention_edits)
-        attention_maps |= maps
-        for block in self.output_blocks:
+        if start is None:
+            h, maps = self.middle_block(h, emb, attention_sites, attention_edits)
+            attention_maps |= maps
+        else:
+            h = start[1]
+        for block in self.output_blocks[first:]:
+            if block.name in block_inputs:
+                inputs[block.name] = h
             h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites, attention_edits)
             attention_maps |= maps
         norm, activation, conv = self.out
         h = activation(norm(h))
-        return UNetOutput(at_least_float32(conv(h)), attention_maps, h if features else None)
+        return UNetOutput(at_least_float32(conv(h)), attention_maps, h if features else None, inputs)
 
     def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
         s = self.settings

@@ -102,10 +102,11 @@ class SamplingPipeline:
         return replace(self, guidances={})
 
     @property
-    def nfe(self) -> int:
+    def nfe(self) -> float:
         """Network evaluations per sample, counted by running the sampler on one pixel, without the network.
 
-        A guidance that may end early (`stop_below`) counts in full.
+        A guidance that may end early (`stop_below`) counts in full, an evaluation of a part of the network
+        (`reuse_before`) by its share of the operations.
         """
 
         def predict(x_t: Image, step: int, _: Condition) -> Prediction:
@@ -114,7 +115,7 @@ class SamplingPipeline:
 
         pixel = torch.zeros(1, 1, 1, 1)
         steps = self.sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
-        return int(sum(prediction.nfe for _, _, prediction in steps))
+        return sum(prediction.nfe for _, _, prediction in steps)
 
     def cost(self, nfe: float) -> dict[str, float]:
         """Return the cost of a sample with `nfe` network evaluations for run.json, without classifiers and heads."""
@@ -163,6 +164,9 @@ def build_pipeline(
         load_network=lambda name, weights: _load_weak_network(name, weights, network, diffusion),
         load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
         load_head=lambda settings: load_head(settings, network, checkpoint),
+        share_of_evaluation=lambda start: (
+            flops_per_evaluation(network.settings, start) / flops_per_evaluation(network.settings)
+        ),
     )
     return SamplingPipeline(
         network=network,

@@ -22,6 +22,8 @@ def check_compatible(
         "`variance` learned_range needs a network with learn_sigma: true. Set fixed_small or fixed_large.",
     )
     for guidance in guidances.values():
+        if guidance.scale and guidance.reuse_before is not None:
+            network.require_output_block(guidance.reuse_before, group=f"{guidance.group}.")
         if guidance.scale:
             guidance.check_network(network)
 

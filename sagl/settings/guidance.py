@@ -9,7 +9,16 @@ from sagl.settings.network import UNetSettings
 DEFAULT_KERNEL_SIZE = 31
 """Side of the blur kernel in the paper (table 9)."""
 
-TERM_OPTIONS = ("direction_head", "renew_every", "stop_below", "max_norm", "shape", "shape_weight", "shape_sigma")
+TERM_OPTIONS = (
+    "direction_head",
+    "renew_every",
+    "reuse_before",
+    "stop_below",
+    "max_norm",
+    "shape",
+    "shape_weight",
+    "shape_sigma",
+)
 """Settings of every method that the help of a command describes once."""
 
 
@@ -33,6 +42,9 @@ class GuidanceSettings:
     renew_every: int = 1
     """Evaluate the term in every k-th guided step; the steps between add the last one again, or the direction_head's,
     at no cost. With a head, 1 is never."""
+    reuse_before: str | None = None
+    """Output block, such as output.3, before which the weak evaluation reuses features of the base evaluation; it
+    costs less the later the block. null: nothing is reused."""
     stop_below: float = 0.0
     """End a sample's guidance when weak and base x0_hat differ by less than this fraction of x0_hat; 0: never."""
     max_norm: float | None = None
@@ -62,6 +74,10 @@ class GuidanceSettings:
         require(
             self.direction_head is None or self.has_weak_prediction,
             f"`{self.group}.direction_head` must be null for a method without weak prediction, got a head.",
+        )
+        require(
+            self.reuse_before is None or self.has_weak_prediction,
+            f"`{self.group}.reuse_before` must be null for a method without weak prediction, got {self.reuse_before}.",
         )
         require(self.direction_head != "", f"`{self.group}.direction_head` must be a file, auto or null, got ''.")
 
@@ -222,9 +238,9 @@ class AttentionEditSettings(GuidanceSettings):
         return [name.strip() for name in self.site.split(",")]
 
     def check_network(self, network: UNetSettings) -> None:
-        """Require attention at every site."""
+        """Require attention at every site, in a block that the weak evaluation computes."""
         for site in self.sites:
-            network.require_site(site, group=f"{self.group}.")
+            network.require_site(site, group=f"{self.group}.", start=self.reuse_before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +299,14 @@ class Autoguidance(GuidanceSettings):
     """Weaker network: the name of a released one or a file, such as an earlier checkpoint of the same training."""
     weights: str = "ema"
     """Weights of its training checkpoint (.ckpt): ema, ema:DECAY or raw."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.reuse_before is None,
+            f"`autoguidance.reuse_before` must be null, because the weaker network has other features, got "
+            f"{self.reuse_before}.",
+        )
 
     def check_network(self, network: UNetSettings) -> None:
         """Require a weaker network; `check_second_network` compares both once it is loaded."""

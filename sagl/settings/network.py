@@ -159,13 +159,31 @@ class UNetSettings(EncoderSettings):
             | {f"output.{k}": side for k, side in enumerate(outputs) if side in self.attention_resolutions}
         )
 
-    def require_site(self, name: str, heads: str = "layer", *, group: str = "") -> None:
+    @property
+    def output_blocks(self) -> list[str]:
+        """Names of the output blocks; as many input blocks carry their skip connections, in reverse order."""
+        return [f"output.{k}" for k in range(len(self.resolutions) * (self.num_res_blocks + 1))]
+
+    def require_output_block(self, name: str, *, group: str) -> None:
+        """Check that the weak evaluation can start at an output block, `reuse_before`.
+
+        Raises:
+            UserError: lists the output blocks.
+        """
+        require(
+            name in self.output_blocks,
+            f"`{group}reuse_before` must be an output block, {self.output_blocks[0]} … {self.output_blocks[-1]}, or "
+            f"null, got {name!r}.",
+        )
+
+    def require_site(self, name: str, heads: str = "layer", *, group: str = "", start: str | None = None) -> None:
         """Check that a block has attention, and that its channels can be split as `heads` says.
 
         Args:
             name: input.k, middle or output.k.
             heads: layer or sag_release.
             group: prefix of the parameters in the message, such as "sag.".
+            start: output block at which the evaluation starts, so that deeper blocks are not computed.
 
         Raises:
             UserError: lists the blocks that have attention, with their resolutions.
@@ -177,6 +195,17 @@ class UNetSettings(EncoderSettings):
             f"`{group}site` must be a block with attention: {listed}; got {name!r}. "
             "Output blocks are numbered from the coarsest resolution up.",
         )
+        if start is not None:
+            first, (part, _, index) = self.output_blocks.index(start), name.partition(".")
+            computed = {
+                "input": range(len(self.output_blocks) - first),
+                "output": range(first, len(self.output_blocks)),
+            }
+            require(
+                part in computed and int(index) in computed[part],
+                f"`{group}site` must be a block that an evaluation from {start} on computes, got {name}. Set "
+                f"`{group}reuse_before` to a deeper block or null.",
+            )
         width = dict(zip(self.resolutions, self.widths, strict=True))[sites[name]]
         require(
             heads == "layer" or width % self.num_heads == 0,

@@ -1,17 +1,27 @@
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
+from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.predictor import GuidanceTerm, Prediction
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import Guidance, extrapolate, limit_to_interval, with_guidance
 from sagl.guidance.policies import renew_every, stop_on_agreement
 from sagl.models.checkpoints import cast_weights
+from sagl.models.flops import flops_per_evaluation
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import (
+    Autoguidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    EpsScaling,
+    HistoryGuidance,
+    SelfAttentionGuidance,
+)
 from sagl.settings.sampling import SamplerSettings
 from tests.helpers.networks import count_calls, stable_unet
 from tests.helpers.predictors import NO_CONDITION, Recorder, linear_predictor
@@ -159,10 +169,34 @@ def test_nfe_counts_every_call_of_the_network(settings, nfe):
     assert all(torch.isfinite(x).all() for _, x, _ in steps)
 
 
+def test_a_weak_evaluation_that_reuses_deep_blocks_starts_at_the_base_evaluations_features_and_costs_its_share():
+    network = stable_unet()
+    whole, shallow = (pipeline_of(network, reuse_before=block) for block in (None, "output.2"))
+    share = flops_per_evaluation(network.settings, "output.2") / flops_per_evaluation(network.settings)
+    starts = []
+    with torch.inference_mode():
+        network.register_forward_pre_hook(lambda _, args, kwargs: starts.append(kwargs.get("start")), with_kwargs=True)
+        (_, x, pred), (_, _, second) = islice(shallow.sample_progressive(0, [0, 1], LABELS), 2)
+        (_, other, expected), *_ = whole.sample_progressive(0, [0, 1], LABELS)
+        x_T = initial_noise(0, [0, 1], (3, 16, 16))
+        timesteps = shallow.schedule.timestep(NUM_STEPS - 1, 2, x_T.device)
+        features = network(x_T, timesteps, LABELS, block_inputs=["output.2"]).block_inputs["output.2"]
+    assert 0 < share < 0.9
+    assert (pred.nfe, second.nfe) == (pytest.approx(2 + share),) * 2
+    assert shallow.nfe == pytest.approx(NUM_STEPS * (2 + share))
+    assert [start and start[0] for start in starts[:6]] == [None, "output.2", None] * 2  # base, sag, cfg
+    assert torch.equal(starts[1][1], features)
+    assert torch.equal(pred.terms["cfg"].eps, expected.terms["cfg"].eps)
+    assert torch.equal(pred.terms["sag"].extras["mask"], expected.terms["sag"].extras["mask"])
+    assert not torch.equal(x, other)
+
+
 @pytest.mark.parametrize("mask", ["attention", "random", "square", "global"])
 def test_masks_shapes_and_policies_work_with_a_network_in_bfloat16(mask):
     network = cast_weights(stable_unet(), "bf16-true", torch.device("cpu"))
-    pipeline = pipeline_of(network, mask=mask, shape="off_unsharp", max_norm=0.1, renew_every=2, stop_below=1e-9)
+    pipeline = pipeline_of(
+        network, mask=mask, shape="off_unsharp", max_norm=0.1, renew_every=2, stop_below=1e-9, reuse_before="output.2"
+    )
     with torch.inference_mode():
         x, mask_frequency = pipeline.sample(0, [0, 1], LABELS)
     assert x.dtype == torch.float32
@@ -179,6 +213,12 @@ def test_a_guidance_that_ends_takes_fewer_evaluations_than_nfe_and_masks_nothing
     assert [prediction.nfe for _, _, prediction in steps] == [3, 2, 2, 2, 2, 2, 2, 2]
     assert [bool(p.terms["sag"].extras["mask"].any()) for _, _, p in steps] == [True] + [False] * 7
     assert torch.equal(steps[-1][1], unguided)
+
+
+@pytest.mark.parametrize("settings", [ClassifierGuidance, HistoryGuidance, EpsScaling, Autoguidance])
+def test_blocks_are_reused_only_by_weak_evaluations_of_the_network_itself(settings):
+    with pytest.raises(UserError, match=r"`\w+\.reuse_before`.*output\.1"):
+        settings(reuse_before="output.1")
 
 
 @pytest.mark.parametrize("changes", [{"renew_every": 0}, {"stop_below": -0.1}, {"stop_below": float("nan")}], ids=str)

@@ -166,6 +166,24 @@ def test_requesting_attention_at_any_site_does_not_change_the_output(unet):
             torch.testing.assert_close(out, plain.out, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("start", ["output.0", "output.2", "output.3"])
+def test_an_evaluation_that_starts_at_a_block_has_the_rest_of_the_network_and_all_its_skip_connections(unet, start):
+    x, other, timesteps = images(), images(seed=1), torch.tensor([5, 600])
+    with torch.no_grad():
+        whole = unet(x, timesteps, block_inputs=[start])
+        assert torch.equal(unet(x, timesteps, start=(start, whole.block_inputs[start])).out, whole.out)
+        replaced = unet(other, timesteps, start=(start, whole.block_inputs[start])).out
+
+        def replace_input(_, args):  # the skip connection follows the block's own input
+            own = whole.block_inputs[start]
+            return torch.cat([own, args[0][:, own.shape[1] :]], dim=1), *args[1:]
+
+        block = unet.output_blocks[int(start.removeprefix("output."))]
+        with block.register_forward_pre_hook(replace_input):
+            assert torch.equal(replaced, unet(other, timesteps).out)
+        assert not torch.equal(replaced, whole.out)
+
+
 def test_a_site_without_attention_is_refused():
     with pytest.raises(UserError, match="`site`"):
         small_unet()(images(), torch.tensor([5, 600]), attention_sites=[AttentionSite("output.99")])

@@ -5,7 +5,12 @@ import pytest
 from sagl.models.zoo import UNET_NAMES, get_unet_settings
 from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+)
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import RunSettings
 from tests.helpers.errors import refused
@@ -57,6 +62,14 @@ def test_a_guidance_that_the_network_supports_is_allowed_and_one_of_scale_0_requ
         (NETWORK, FIXED, sag(site="output.0,output.99"), ("`sag.site`", "'output.99'")),
         (NETWORK, FIXED, sag(head=2), ("`sag.head`", "0 … 1", "got 2")),
         (NETWORK, FIXED, sag(head=-1), ("`sag.head`", "0 … 1", "got -1")),
+        (NETWORK, FIXED, sag(reuse_before="output.99"), ("`sag.reuse_before`", "output.0", "'output.99'")),
+        (NETWORK, FIXED, sag(reuse_before="middle"), ("`sag.reuse_before`", "'middle'")),
+        (
+            NETWORK,
+            FIXED,
+            {"pag": PerturbedAttentionGuidance(scale=1.0, reuse_before="output.1")},
+            ("`pag.site`", "middle"),
+        ),
         (NETWORK, FIXED, sag(mask="dino"), ("`sag.dino_checkpoint`", "got none")),
         (NETWORK, FIXED, sag(kernel_size=33), ("`sag.kernel_size`", "31", "33")),
         (NO_NULL, FIXED, cfg(0.1), ("`cfg.scale`", "null label")),
