@@ -136,6 +136,6 @@ def print_budget(tuning: "Tuning", study: "Study") -> None:
     rounds = ", ".join(f"{size} over {len(ids)}" for size, ids in tuning.rounds)
     print(
         f"{len(tuning.candidates)} candidates: {rounds} images; then a report over {len(tuning.report_ids)} others. At "
-        f"most {tuning.count_evaluations(study):,} network evaluations. Features in the folder are used again.",
+        f"most {tuning.count_evaluations(study):,.0f} network evaluations. Features in the folder are used again.",
         flush=True,
     )

@@ -106,7 +106,7 @@ class Tuning:
         num_resamples = self.settings.bootstrap
         return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)
 
-    def count_evaluations(self, study: Study) -> int:
+    def count_evaluations(self, study: Study) -> float:
         """Return the largest number of network evaluations that search and report can take."""
         nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
         num_steps = study.pipeline_for(self.candidates[0].unguided).nfe

@@ -100,8 +100,8 @@ def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) ->
         attention = {site: base_pred.attention[site] for site in condition.attention_sites}
         features = base_pred.features if condition.features else None
         inputs = {name: base_pred.block_inputs[name] for name in condition.block_inputs}
-        requested = {"attention": attention, "features": features, "block_inputs": inputs}
-        return replace(base_pred, eps=eps, score=score, nfe=nfe, terms=terms, **requested)
+        requested = replace(base_pred, attention=attention, features=features, block_inputs=inputs)
+        return replace(requested, eps=eps, score=score, nfe=nfe, terms=terms)
 
     return predict_guided if guidances else predict
 

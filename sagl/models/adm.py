@@ -245,9 +245,9 @@ class UNet(Encoder):
             attention_maps |= maps
         else:
             h = start[1]
-        for block in self.output_blocks[first:]:
-            if block.name in block_inputs:
-                inputs[block.name] = h
+        for block, name in zip(self.output_blocks[first:], self.settings.output_blocks[first:], strict=True):
+            if name in block_inputs:
+                inputs[name] = h
             h, maps = block(torch.cat([h, skips.pop()], dim=1), emb, attention_sites, attention_edits)
             attention_maps |= maps
         norm, activation, conv = self.out
