@@ -11,7 +11,6 @@ from sagl.sampling.run_folder import SAMPLES, Sample, encode_png
 from sagl.settings.sampling import RunSettings
 from sagl.shapes import Image, ImageUint8
 from sagl.utils.images import to_rgb, to_uint8
-from sagl.utils.progress import ProgressReporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,26 +81,6 @@ def make_samples(seed: int, batch: BatchImages, unguided: BatchImages | None = N
         Sample(id=i, label=label, seed=seed, pngs={name: row[k] for name, row in rows.items()})
         for k, (i, label) in enumerate(zip(batch.ids, batch.labels, strict=True))
     ]
-
-
-def sample_batch(
-    pipeline: SamplingPipeline,
-    samples: RunSettings,
-    ids: Sequence[int],
-    progress: ProgressReporter,
-    *,
-    compare: bool = False,
-) -> tuple[list[Sample], float]:
-    """Sample the batch that contains `ids`: return the samples of these ids, and the network evaluations of each.
-
-    With `compare`, the samples have the unguided images and the mask frequencies too.
-
-    Raises:
-        UserError: an image is not finite.
-    """
-    unguided = sample_images(pipeline.unguided, samples, ids, progress.track_steps) if compare else None
-    batch = sample_images(pipeline, samples, ids, progress.track_steps)
-    return make_samples(samples.seed, batch, unguided), batch.nfe
 
 
 def collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sagl
+from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
 from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.sampling.choices import choose_batch_size, choose_precision
@@ -34,6 +35,7 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
+from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import (
     disable_tf32,
@@ -259,11 +261,14 @@ class SamplingRun:
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
         """
-        from sagl.sampling.batch import sample_batch
+        from sagl.sampling.batch import make_samples, sample_images
 
-        samples, nfe = sample_batch(pipeline, self.config.samples, ids, progress, compare=self.config.compare)
-        self.write_samples(pipeline, samples)
-        return nfe
+        samples, unguided = self.config.samples, None
+        if self.config.compare:
+            unguided = sample_images(pipeline.unguided, samples, ids, progress.track_steps)
+        batch = sample_images(pipeline, samples, ids, progress.track_steps)
+        self.write_samples(pipeline, make_samples(samples.seed, batch, unguided))
+        return batch.nfe
 
     def write_samples(self, pipeline: "SamplingPipeline", samples: Sequence[Sample]) -> None:
         """Write the samples of a batch as a shard.
@@ -341,7 +346,7 @@ def _resolve_network(
     network, diffusion = _read_settings(config)
     check_compatible(network, diffusion, config.guidances)
     check_labels(config.samples, network, config.guidances)
-    _check_respacing(config.sampler.respacing, diffusion)
+    respaced_timesteps(config.sampler.respacing, diffusion.num_timesteps)  # refuses one that does not fit
     checkpoint = config.checkpoint or _download(config.model)
     return choose_precision(config, metadata), network, diffusion, checkpoint
 
@@ -379,8 +384,6 @@ def _download(model: str | None) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    from sagl.utils.digest_cache import cached_sha256
-
     return cached_sha256(path) if path.is_relative_to(cache_folder()) else sha256(path)
 
 
@@ -390,9 +393,3 @@ def _head_digests(config: SampleConfig, checkpoint: Path) -> dict[str, str]:
     from sagl.sampling.heads import head_digests
 
     return head_digests(config.guidances, checkpoint)
-
-
-def _check_respacing(respacing: str, diffusion: DiffusionSettings) -> None:
-    from sagl.diffusion.respacing import respaced_timesteps
-
-    respaced_timesteps(respacing, diffusion.num_timesteps)
