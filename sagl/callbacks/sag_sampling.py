@@ -31,34 +31,21 @@ Pipelines = Mapping[float, SamplingPipeline]
 """Sampling pipelines by guidance scale."""
 
 
-class PreviewMetrics:
-    """Metrics of one extractor over all processes; sums over the real images are cached by their pixels."""
-
-    def __init__(self, extractor: str, device: torch.device) -> None:
-        self._extract, self._name, self._device = get_extractor(extractor)(device), extractor, device
-        self._metrics: FeatureMetrics | None = None
-
-    def update_real(self, batches: Iterable[ImageUint8]) -> None:
-        """Accumulate features of the real images of this process once, or load the sums from the cache."""
-        if self._metrics is not None:
-            return
-        images = [batch.cpu() for batch in batches]
-        self._metrics = FeatureMetrics(self._extract, images[0][:1], self._device)
-        path = cache_folder() / "statistics" / f"preview-float32-{self._name}-{_fingerprint(images)}.npz"
-        if path.is_file():
-            with np.load(path) as arrays:
-                self._metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-            return
-        for batch in images:
-            self._metrics.update_real(batch)
-        state: dict[str, Any] = {name: value.cpu().numpy() for name, value in self._metrics.real_state.items()}
-        with cache_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, **state)
-
-    def compute(self, batches: Iterable[ImageUint8]) -> dict[str, float]:
-        """Compute `frechet` and, with class logits, `inception_score` of the generated images of all processes."""
-        assert self._metrics is not None, "update_real comes first"
-        return self._metrics.compute(batches)
+def preview_metrics(extractor: str, real_batches: Iterable[ImageUint8], device: torch.device) -> FeatureMetrics:
+    """Return metrics over all processes; the sums over the real images of this process are cached by their pixels."""
+    extract, images = get_extractor(extractor)(device), [batch.cpu() for batch in real_batches]
+    metrics = FeatureMetrics(extract, images[0][:1], device)
+    path = cache_folder() / "statistics" / f"preview-float32-{extractor}-{_fingerprint(images)}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        return metrics
+    for batch in images:
+        metrics.update_real(batch)
+    state: dict[str, Any] = {name: value.cpu().numpy() for name, value in metrics.real_state.items()}
+    with cache_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **state)
+    return metrics
 
 
 class SAGPreviews(Callback):
@@ -82,7 +69,7 @@ class SAGPreviews(Callback):
         """
         get_extractor(settings.extractor)
         self.folder, self.settings, self.sag = folder, settings, sag
-        self._metrics: PreviewMetrics | None = None
+        self._metrics: FeatureMetrics | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check scales and respacing against the network, and print what each validation will cost.
@@ -165,8 +152,8 @@ class SAGPreviews(Callback):
         self, trainer: Trainer, module: LightningModule, images: Mapping[float, Sequence[ImageUint8]]
     ) -> None:
         """Log the metrics of each scale's images. Extractors compute in float32, whatever the trainer's precision."""
-        self._metrics = self._metrics or PreviewMetrics(self.settings.extractor, module.device)
-        self._metrics.update_real(_validation_images(trainer))
+        if self._metrics is None:
+            self._metrics = preview_metrics(self.settings.extractor, _validation_images(trainer), module.device)
         for scale, batches in images.items():
             for name, value in self._metrics.compute(batches).items():
                 module.log(f"val/{name}_{scale:g}", value, sync_dist=True)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sagl.callbacks.ema import EMA
-from sagl.callbacks.sag_sampling import PreviewMetrics, SAGPreviews, log_image
+from sagl.callbacks.sag_sampling import SAGPreviews, log_image, preview_metrics
 from sagl.errors import UserError
 from sagl.metrics.extractors import EXTRACTORS
 from sagl.metrics.features import Features
@@ -170,25 +170,15 @@ def test_the_metrics_of_each_scale_are_those_of_its_images(tmp_path):
 
 
 def test_real_images_are_processed_once_for_all_runs_and_others_again():
-    fake = IMAGES.flip(2)
-
     def compute(real=IMAGES):
-        metrics = PreviewMetrics("effnet_lite0_64", torch.device("cpu"))
-        metrics.update_real(real.split(5))
-        metrics.update_real([real[:2]])  # ignored
         Extractor.num_images = 0
-        first = metrics.compute(fake.split(4))
-        metrics.compute([fake[:4] // 2])
-        assert metrics.compute(fake.split(4)) == first
-        return first
+        metrics = preview_metrics("effnet_lite0_64", real.split(5), torch.device("cpu"))
+        return Extractor.num_images, metrics.compute(IMAGES.flip(2).split(4))
 
     first = compute()
-    Extractor.num_images = 0
-    metrics = PreviewMetrics("effnet_lite0_64", torch.device("cpu"))
-    metrics.update_real(IMAGES.split(5))
-    assert Extractor.num_images == 1  # for the number of features
-    assert metrics.compute(fake.split(4)) == first
-    assert compute(real=IMAGES.flip(0)[1:]) != first
+    assert first[0] == 1 + len(IMAGES)  # one for the number of features
+    assert compute() == (1, first[1])
+    assert compute(real=IMAGES.flip(0)[1:])[1] != first[1]
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
