@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,29 @@ EMBEDDING = 64
 """Channels of the timestep embedding."""
 NUM_LEVELS = 50
 """Timesteps at which the sizes of direction and high-pass are stored, evenly spaced over the process."""
+
+
+class Pairs(NamedTuple):
+    """Inputs of a head, and what it is to predict: N steps of chains."""
+
+    images: Tensor
+    """(N, image_channels, H, W)."""
+    features: Tensor
+    """(N, F, H, W) float16."""
+    timesteps: Timestep
+    direction: Image
+    """(N, C, H, W): eps - eps of the weak prediction."""
+
+    def select(self, rows: Tensor) -> "Pairs":
+        """Return the pairs of some rows."""
+        return Pairs(*(tensor[rows] for tensor in self))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["Pairs"]) -> "Pairs":
+        """Concatenate pairs; autocast would refuse features in float16."""
+        columns = list(zip(*parts, strict=True))
+        with torch.autocast(columns[0][0].device.type, enabled=False):
+            return cls(*(torch.cat(tensors) for tensors in columns))
 
 
 class DirectionHead(nn.Module):

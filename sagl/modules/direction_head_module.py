@@ -8,29 +8,15 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.timestep_samplers import UniformTimesteps
-from sagl.models.direction_head import DirectionHead
+from sagl.models.direction_head import DirectionHead, Pairs
 from sagl.modules.training_module import Batch, TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import HeadTrainingSettings
 from sagl.settings.network import HeadSettings
-from sagl.shapes import Image, PerSample, Timestep
+from sagl.shapes import PerSample
 
 VALIDATION_BATCH = 256
 """Held-out steps that the head evaluates together."""
-
-
-class Pairs(Protocol):
-    """Inputs and targets of a head; see `sagl.sampling.direction_pairs.Pairs`."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def features(self) -> Tensor: ...
-    @property
-    def timesteps(self) -> Timestep: ...
-    @property
-    def direction(self) -> Image: ...
-    def select(self, rows: Tensor) -> "Pairs": ...
 
 
 class PairSource(Protocol):

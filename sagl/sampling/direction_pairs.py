@@ -5,9 +5,8 @@ target. A round is a number of whole chains. It is a function of its seed and nu
 stored chains to resume.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,44 +16,17 @@ from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
 from sagl.errors import require
 from sagl.guidance.direction_head import head_inputs
-from sagl.models.direction_head import NUM_LEVELS
+from sagl.models.direction_head import NUM_LEVELS, Pairs
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.settings.direction_head import DirectionHeadOptions
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SamplerSettings
-from sagl.shapes import Image, Labels, Timestep
+from sagl.shapes import Image, Labels
 
 FIRST_ID, FIRST_VALIDATION_ID = 2**31, 2**30
 """Ids of the first chains of training and validation, far from those of samples."""
 GROUPS_KEY = 5
 """Last word of the seeds that draw the samplers, steps, scales and labels of groups."""
-
-
-HIGH_PASS_IMAGES = {False: 1, True: 2}
-"""Number of high-pass images among the inputs, by whether the method has a mask."""
-
-
-class Pairs(NamedTuple):
-    """Inputs of a head, and what it is to predict: N steps of chains."""
-
-    images: Tensor
-    """(N, image_channels, H, W)."""
-    features: Tensor
-    """(N, F, H, W) float16."""
-    timesteps: Timestep
-    direction: Image
-    """(N, C, H, W): eps - eps of the weak prediction."""
-
-    def select(self, rows: Tensor) -> "Pairs":
-        """Return the pairs of some rows."""
-        return Pairs(*(tensor[rows] for tensor in self))
-
-    @classmethod
-    def concatenate(cls, parts: Iterable["Pairs"]) -> "Pairs":
-        """Concatenate pairs; autocast would refuse features in float16."""
-        columns = list(zip(*parts, strict=True))
-        with torch.autocast(columns[0][0].device.type, enabled=False):
-            return cls(*(torch.cat(tensors) for tensors in columns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +66,8 @@ class DirectionPairs:
         """
         options = replace(self.options, null_fraction=1.0, samplers=("ddpm",), num_steps=(NUM_LEVELS, NUM_LEVELS))
         pairs = replace(self, options=options)._sample(FIRST_ID, 0, range(1))
-        channels = self.pipeline.network.settings.in_channels
-        _, _, *high_pass = (part for part in pairs.images.split(channels, dim=1) if part.shape[1] == channels)
-        high_pass = high_pass[: HIGH_PASS_IMAGES[self.has_mask]]
+        images = pairs.images[:, :-1] if self.has_mask else pairs.images
+        _x_t, _x0_hat, *high_pass = images.split(self.pipeline.network.settings.in_channels, dim=1)
         by_step = torch.stack([pairs.direction, *high_pass]).unflatten(1, (NUM_LEVELS, -1)).flip(1)
         return by_step.square().mean(dim=(2, 3, 4, 5)).sqrt().clamp(min=1e-6)
 

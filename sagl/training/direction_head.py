@@ -8,7 +8,6 @@ from sagl.models.loading import load
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.sampling.direction_pairs import DirectionPairs
 from sagl.sampling.pipeline import build_pipeline
-from sagl.settings.compatibility import check_compatible
 from sagl.settings.direction_head import HeadTrainingSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import HeadSettings
@@ -36,10 +35,8 @@ def build_head_module(
     require(name in heads, f"`model.direction_head.method` must be one of {', '.join(heads)}, got {name}.")
     file = load(checkpoint, weights)
     network = build_network(file)
-    method = type(guidance)(scale=1.0, **guidance.weak_prediction)
-    check_compatible(network.settings, file.diffusion, {name: method})
     pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
-    source = DirectionPairs(pipeline=pipeline, guidance=method, options=options, seed=settings.seed)
+    source = DirectionPairs(pipeline=pipeline, guidance=guidance, options=options, seed=settings.seed)
     head = HeadSettings(
         method=name,
         in_channels=network.settings.in_channels,

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sagl.models.direction_head import Pairs
 from sagl.modules.direction_head_module import DirectionHeadModule
-from sagl.sampling.direction_pairs import Pairs
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import DirectionHeadOptions, HeadTrainingSettings
 from sagl.settings.training import OptimizerSettings
