@@ -13,13 +13,13 @@ from sagl.sampling.run_folder import (
     SAMPLES,
     count_images,
     decode_png,
-    flatten,
     get_samples,
     is_run,
     iter_samples,
     read_run_json,
     shared_ids,
 )
+from sagl.utils.config_files import flatten
 
 NUM_SAMPLES = 8
 """Default number of images of each run."""

@@ -18,6 +18,7 @@ from sagl.models.checkpoints import (
 from sagl.models.hub_files import WEIGHT_FILE
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
+from sagl.utils.config_files import flatten
 
 CARD = """---
 {{ card_data }}
@@ -142,7 +143,7 @@ class HubUNet(
         info = self._hub_mixin_info.model_card_data.to_dict()
         tables = {
             "Sampling": sampling,
-            "Recommended sampling": flat_names(self.recommended),
+            "Recommended sampling": flatten(self.recommended),
             "Network": asdict(self.settings) | asdict(self.diffusion),
         }
         return ModelCard.from_template(
@@ -153,11 +154,3 @@ class HubUNet(
             tables=tables,
             **kwargs,
         )
-
-
-def flat_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of groups by full names: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-    return flat

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from sagl.errors import UserError, require
+from sagl.utils.config_files import flatten
 from sagl.utils.files import atomic_file, is_partial, json_sha256
 from sagl.utils.run_lock import LOCK_NAME
 
@@ -276,14 +277,6 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
             f"`output` {folder} contains a run with {name} {old.get(name)!r}, got {new.get(name)!r}. "
             "Choose another folder, or delete this one.",
         )
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by full names, in their order: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
-    names: dict[str, Any] = {}
-    for name, value in settings.items():
-        names |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return names
 
 
 # --------------------------------------------------------------------------------------- missing and broken files

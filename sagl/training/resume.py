@@ -8,7 +8,7 @@ import yaml
 
 from sagl.errors import require
 from sagl.models.metadata import SETTINGS_CLASSES, TRAINING_ONLY
-from sagl.sampling.run_folder import flatten
+from sagl.utils.config_files import flatten
 from sagl.utils.distributed import global_rank
 
 START_SETTINGS = ("checkpoint", "weights")

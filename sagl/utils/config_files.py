@@ -1,4 +1,4 @@
-"""Reading of YAML configs: packaged ones by name, several merged in order, settings given twice refused."""
+"""YAML configs: packaged ones by name, several merged in order, settings given twice refused; names of nested ones."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -73,3 +73,11 @@ def packaged_config(name: str) -> Path:
         listed = ", ".join(packaged)
         raise UserError(f"`config` must be a .yaml file or one of {listed}, got {name}.{suggest(name, packaged)}")
     return path
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by full names, in their order: {"sag": {"scale": 1}} -> {"sag.scale": 1}."""
+    names: dict[str, Any] = {}
+    for name, value in settings.items():
+        names |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return names

@@ -14,7 +14,6 @@ from sagl.sampling.run_folder import (
     check_same_run,
     decode_png,
     encode_png,
-    flatten,
     get_samples,
     iter_samples,
     list_shards,
@@ -241,11 +240,6 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("other")
     with pytest.raises(UserError, match=r"`output`.*thesis\.tex"):
         check_same_run(tmp_path, SETTINGS)
-
-
-def test_flattened_settings_have_full_names_in_their_order():
-    nested = {"seed": 3, "sag": {"scale": 0.5, "mask": {"site": "middle"}}, "eta": 0}
-    assert list(flatten(nested).items()) == [("seed", 3), ("sag.scale", 0.5), ("sag.mask.site", "middle"), ("eta", 0)]
 
 
 def test_shared_ids_are_the_first_that_all_runs_contain(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
 from sagl.errors import UserError
-from sagl.utils.config_files import read_config, read_configs
+from sagl.utils.config_files import flatten, read_config, read_configs
 
 
 def write(folder, *texts):
@@ -51,3 +51,8 @@ def test_a_setting_that_a_config_has_twice_is_refused_by_its_full_name(text, nam
 def test_anchors_and_merge_keys_are_no_repetition(tmp_path):
     (path,) = write(tmp_path, "sag: &a {scale: 1}\nclassifier: {<<: *a, scale: 2}\ncfg: *a")
     assert read_config(path)["classifier"] == {"scale": 2}
+
+
+def test_flattened_settings_have_full_names_in_their_order():
+    nested = {"seed": 3, "sag": {"scale": 0.5, "mask": {"site": "middle"}}, "eta": 0}
+    assert list(flatten(nested).items()) == [("seed", 3), ("sag.scale", 0.5), ("sag.mask.site", "middle"), ("eta", 0)]
