@@ -1,7 +1,5 @@
-"""The command line and the Python lines that make a row of the page."""
+"""The Python lines that make a row of the page."""
 
-import shlex
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 from sagl.models.zoo import BUNDLED
@@ -31,11 +29,6 @@ for ids in id_batches(samples):
     for sample_id, image in zip(ids, to_rgb(to_uint8(images)).cpu(), strict=True):
         save_png(image, Path(f"{{sample_id:06d}}.png"))
 """
-
-
-def command_text(arguments: Sequence[str], *, compare: bool) -> str:
-    """Return the command of `sagl sample` with these arguments."""
-    return shlex.join(["sagl", "sample", *arguments, *(["--compare"] if compare else [])])
 
 
 def python_text(run: SamplingRun) -> str:

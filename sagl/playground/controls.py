@@ -18,6 +18,7 @@ from sagl.settings.sampling import RunSettings, SamplerSettings
 
 Value = str | float | bool | None
 """Value of a control; None is null."""
+Kind = Literal["choice", "checkbox", "integer", "number", "text"]
 MAX_IMAGES = 64
 """Largest number of images on the page."""
 QUICK = ("--num_samples=4", "--sampler=unipc", "--respacing=logsnr10", "--eta=0")
@@ -32,7 +33,7 @@ class Control:
 
     name: str
     """Name of the flag: seed, sag.scale."""
-    kind: Literal["choice", "checkbox", "integer", "number", "text"]
+    kind: Kind
     choices: tuple[str, ...] = ()
     """Values of a choice."""
     help: str
@@ -191,10 +192,10 @@ def _is_file(name: str) -> bool:
     return name.endswith(("checkpoint", "direction_head"))
 
 
-def _kind(hint: Any) -> tuple[Literal["choice", "checkbox", "integer", "number", "text"], tuple[str, ...]]:  # noqa: ANN401
+def _kind(hint: Any) -> tuple[Kind, tuple[str, ...]]:  # noqa: ANN401
     """Return the kind of control for a type, and the values of a choice."""
     types = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     if get_origin(types[0]) is Literal:
         return "choice", get_args(types[0])
-    kinds: dict[Any, Literal["checkbox", "integer", "number"]] = {bool: "checkbox", int: "integer", float: "number"}
+    kinds: dict[Any, Kind] = {bool: "checkbox", int: "integer", float: "number"}
     return kinds.get(types[0], "text"), ()

@@ -1,14 +1,15 @@
 """Requests of the page: each samples rows of images, and gives its command, Python lines and run folder."""
 
 import hashlib
+import shlex
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sagl.errors import UserError
-from sagl.playground.code import command_text, python_text
+from sagl.playground.code import python_text
 from sagl.playground.controls import SAMPLES, Form, Request, Value
-from sagl.playground.download import zip_run
+from sagl.playground.download import Download
 from sagl.playground.rows import Frame, Row, RowSampler
 
 UNGUIDED, KEPT, GUIDED = "Unguided", "A (kept)", "Guided"
@@ -39,25 +40,12 @@ class Comparison:
     def command(self, name: str) -> str:
         """Return the command line of a row."""
         request = self.requests[name]
-        return command_text(request.arguments, compare=is_guided(request))
+        compare = ["--compare"] if is_guided(request) else []
+        return shlex.join(["sagl", "sample", *request.arguments, *compare])
 
     def python(self, name: str) -> str:
         """Return the Python lines that make the images of a row."""
         return python_text(self.finished_rows[name].run)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Download:
-    """A run folder that can be made of rows."""
-
-    request: Request
-    command: str
-    row: Row
-    unguided: Row | None
-
-    def zip(self) -> bytes:
-        """Return the run folder as a zip file."""
-        return zip_run(self.request.config, self.command, self.row, self.unguided)
 
 
 class Playground:
@@ -101,7 +89,7 @@ class Playground:
             has_unguided = is_guided(request) and request.config.sampler == rows[UNGUIDED].run.config.sampler
             unguided = rows[UNGUIDED] if has_unguided else None
             key = keys[name] = hashlib.sha256(f"{rows[name].key} {command}".encode()).hexdigest()[:32]
-            self.downloads[key] = Download(request=request, command=command, row=rows[name], unguided=unguided)
+            self.downloads[key] = Download(config=request.config, command=command, row=rows[name], unguided=unguided)
         while len(self.downloads) > MAX_DOWNLOADS:
             self.downloads.popitem(last=False)
         return keys
