@@ -6,8 +6,9 @@ from torch import Tensor
 
 from sagl.analysis.collect import AttentionRecord, last_sites, record_attention
 from sagl.analysis.figures import figure, show_image, tint
-from sagl.analysis.masks import enlarge, mass_mask
+from sagl.analysis.masks import mass_mask
 from sagl.analysis.registry import AnalysisRequest
+from sagl.guidance.masks import enlarge
 from sagl.sampling.exports import evenly_spaced_steps
 
 NUM_STEPS_SHOWN = 6
@@ -76,7 +77,7 @@ def _draw_heads(axes: Any, record: AttentionRecord, site: str, label: str) -> No
     axes[0].set_ylabel(label)
     columns = _with_average(heads, dim=0)
     for ax, (title, values) in zip(axes[1:], columns.items(), strict=False):
-        mask = enlarge(mass_mask(values, MASS)[None, None], image.shape[-1])[0, 0]
+        mask = enlarge(mass_mask(values, MASS)[None, None], (image.shape[-2], image.shape[-1]))[0, 0]
         show_image(ax, tint(image, mask), title)
     for ax in axes[1 + len(columns) :]:
         ax.set_visible(False)

@@ -54,8 +54,8 @@ def record_attention(
     pipeline: SamplingPipeline,
     samples: RunSettings,
     sites: Sequence[str],
-    steps: Sequence[int] = (),
-    progress: ProgressReporter | None = None,
+    steps: Sequence[int],
+    progress: ProgressReporter,
 ) -> AttentionRecord:
     """Sample without guidance, and record the attention received at the sites.
 
@@ -73,8 +73,7 @@ def record_attention(
     records = []
     for batch in id_batches(samples):
         records.append(_record_batch(pipeline.unguided, samples, batch, sites, steps, progress))
-        if progress:
-            progress.update(len(records) * len(batch))
+        progress.update(len(records) * len(batch))
     first = samples.first_id % samples.effective_batch_size
     part = slice(first, first + samples.num_samples)
     return AttentionRecord(
@@ -93,7 +92,7 @@ def _record_batch(
     batch: Sequence[int],
     sites: Sequence[str],
     steps: Sequence[int],
-    progress: ProgressReporter | None,
+    progress: ProgressReporter,
 ) -> AttentionRecord:
     num_steps, labels = pipeline.schedule.num_steps, make_labels(samples, batch, pipeline.network)
     chain = pipeline.sample_progressive(samples.seed, batch, labels, [AttentionSite(site) for site in sites])
@@ -101,7 +100,7 @@ def _record_batch(
     totals: dict[str, Tensor] = {}
     maps: dict[str, list[Tensor]] = {site: [] for site in sites}
     estimates: list[ImageUint8] = []
-    for step, x_next, prediction in progress.track_steps(chain, num_steps) if progress else chain:
+    for step, x_next, prediction in progress.track_steps(chain, num_steps):
         attention = {site: prediction.attention[AttentionSite(site)].float().cpu() for site in sites}
         totals = {site: totals[site] + attention[site] for site in sites} if totals else attention
         if step in steps:

@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file
-
-if TYPE_CHECKING:
-    pass
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,

@@ -13,11 +13,11 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import add_noise
 from sagl.guidance.masks import average_sites
 from sagl.guidance.sag import attention_sites, blend, build_degrade
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import id_batches
-from sagl.shapes import Image, ImageUint8
-from sagl.utils.images import to_uint8
+from sagl.shapes import ImageUint8
+from sagl.utils.images import noise_to_uint8, to_uint8
 
 LARGE_SCALES = (1.0, 2.0, 4.0, 8.0)
 """Scales at which blur guidance and self-attention guidance are compared."""
@@ -27,18 +27,15 @@ NUM_SHOWN = 8
 
 def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
     """Sample the request's images with these guidances: -> (N, C, H, W) on the CPU."""
-    base = request.pipeline  # the guided one is built outside of inference mode: classifier guidance needs gradients
-    return _sample(request, build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances))
-
-
-@torch.inference_mode()
-def _sample(request: AnalysisRequest, pipeline: SamplingPipeline) -> ImageUint8:
-    samples, batches = request.samples, []
-    for batch in id_batches(samples):
-        labels = make_labels(samples, batch, pipeline.network)
-        steps = pipeline.sample_progressive(samples.seed, batch, labels)
-        images, _ = run_to_end(request.progress.track_steps(steps, pipeline.schedule.num_steps))
-        batches.append(to_uint8(images).cpu())
+    base, samples, batches = request.pipeline, request.samples, []
+    # outside of inference mode: classifier guidance needs gradients
+    pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
+    with torch.inference_mode():
+        for batch in id_batches(samples):
+            labels = make_labels(samples, batch, pipeline.network)
+            steps = pipeline.sample_progressive(samples.seed, batch, labels)
+            images, _ = run_to_end(request.progress.track_steps(steps, pipeline.schedule.num_steps))
+            batches.append(to_uint8(images).cpu())
     first = samples.first_id % samples.effective_batch_size
     return torch.cat(batches)[first : first + samples.num_samples]
 
@@ -138,7 +135,7 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
             axes[0].set_visible(False)
         show_image(axes[1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
         for ax, (title, image) in zip(axes[2:], pictures.items(), strict=False):
-            show_image(ax, _displayed(image[row]), title)
+            show_image(ax, noise_to_uint8(image[row]).cpu(), title)
         show_image(axes[-1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
     return {
         "step": shown,
@@ -146,8 +143,3 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         "masked_fraction": round(float(mask[row].float().mean()), 4),
         "relative_difference": round(float(difference[row].norm() / base.eps[row].norm()), 5),
     }
-
-
-def _displayed(image: Image) -> ImageUint8:
-    """Scale an image, of which noise exceeds [-1, 1], to its largest absolute value: (C, H, W) -> uint8."""
-    return to_uint8(image / image.abs().max().clamp_min(1)).cpu()

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
-from torch.nn import functional as F
 
 from sagl.errors import require
 from sagl.shapes import ImageUint8, Mask, TokenMap
@@ -15,9 +14,9 @@ SILHOUETTE_DISTANCE = 24
 """Grey levels by which a pixel of an object differs from the background in some channel."""
 
 
-def threshold_mask(attention: TokenMap, threshold: float = 1.0) -> Mask:
-    """Mark the tokens whose attention, averaged over heads, exceeds the threshold: (N, head, H, W) -> (N, 1, H, W)."""
-    return attention.mean(dim=1, keepdim=True) > threshold
+def threshold_mask(attention: TokenMap) -> Mask:
+    """Mark the tokens whose attention, averaged over heads, exceeds its mean, 1: (N, head, H, W) -> (N, 1, H, W)."""
+    return attention.mean(dim=1, keepdim=True) > 1
 
 
 def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
@@ -37,11 +36,6 @@ def random_mask_like(mask: Mask, seed: int) -> Mask:
     draw = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).flatten(1)
     ranks = draw.argsort(dim=1).argsort(dim=1)
     return (ranks < mask.flatten(1).sum(dim=1, keepdim=True)).view_as(mask)
-
-
-def enlarge(mask: Mask, size: int) -> Mask:
-    """Enlarge a mask of tokens to pixels by nearest neighbours: (N, 1, H, W) -> (N, 1, size, size)."""
-    return F.interpolate(mask.float(), size=(size, size), mode="nearest").bool()
 
 
 def intersection_over_union(a: Mask, b: Mask) -> Tensor:

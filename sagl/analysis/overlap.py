@@ -8,7 +8,6 @@ import torch
 from sagl.analysis.collect import last_sites, named_interval, record_attention
 from sagl.analysis.figures import figure, show_image
 from sagl.analysis.masks import (
-    enlarge,
     intersection_over_union,
     random_mask_like,
     read_masks,
@@ -16,6 +15,7 @@ from sagl.analysis.masks import (
     threshold_mask,
 )
 from sagl.analysis.registry import AnalysisRequest
+from sagl.guidance.masks import enlarge
 from sagl.shapes import ImageUint8, Mask
 
 NUM_SHOWN = 8
@@ -39,7 +39,7 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
     ids = list(range(samples.first_id, samples.first_id + samples.num_samples))
     objects = find_objects(record.images, ids, request.object_masks)
     has_object = objects.flatten(1).any(dim=1)
-    size, rows, numbers = record.images.shape[-1], {"objects": objects}, {}
+    size, rows, numbers = (record.images.shape[-2], record.images.shape[-1]), {"objects": objects}, {}
     for side, site in sites.items():
         tokens = threshold_mask(record.mean_maps[site])
         attention = enlarge(tokens, size)

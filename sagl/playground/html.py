@@ -12,8 +12,7 @@ from sagl.playground.steps import attention_received
 from sagl.sampling.batch import encode_pngs
 from sagl.sampling.exports import colorize_masks
 from sagl.sampling.run_folder import decode_png
-from sagl.shapes import Image
-from sagl.utils.images import to_uint8
+from sagl.utils.images import noise_to_uint8
 
 MAX_ATTENTION = 3.0
 """Attention received, whose mean is 1, that is drawn white."""
@@ -96,13 +95,13 @@ def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
     record = chain[min(position, len(chain) - 1)]
     timestep = int(row.pipeline.schedule.timestep(record.step, 1, torch.device("cpu")))
     parts = {
-        "xₜ": _displayed(record.x_t[k]),
-        "estimate of x₀": _displayed(record.x0_hat[k]),
-        "ε": _displayed(record.eps[k]),
+        "xₜ": noise_to_uint8(record.x_t[k])[None],
+        "estimate of x₀": noise_to_uint8(record.x0_hat[k])[None],
+        "ε": noise_to_uint8(record.eps[k])[None],
     }
     if record.weak_eps is not None:
         difference = (record.eps[k] - record.weak_eps[k]).float().abs().mean(dim=0)
-        parts["ε′ (weak)"] = _displayed(record.weak_eps[k])
+        parts["ε′ (weak)"] = noise_to_uint8(record.weak_eps[k])[None]
         parts["|ε − ε′|"] = colorize_masks((difference / difference.max().clamp_min(1e-6))[None, None])
     if record.mask is not None:
         parts["mask"] = colorize_masks(record.mask[k][None].float())
@@ -118,12 +117,6 @@ def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
 
 def _show_images(title: str, note: str, images: Mapping[str, Tensor]) -> str:
     return pictures(title, note, [figure(encode_pngs(image)[0], name, name) for name, image in images.items()])
-
-
-def _displayed(image: Image) -> Tensor:
-    """Scale an image, of which noise exceeds [-1, 1], to its largest value: (C, H, W) -> (1, C, H, W) uint8."""
-    image = image.float()
-    return to_uint8(image / image.abs().max().clamp_min(1))[None]
 
 
 def show_downloads(keys: Mapping[str, str]) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image as PILImage
-from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import pad
 
 from sagl.shapes import Image, ImageUint8
@@ -24,12 +23,18 @@ def to_uint8(images: Image) -> ImageUint8:
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
+def noise_to_uint8(image: Image) -> ImageUint8:
+    """Convert an image that may exceed [-1, 1], such as noise, scaled to its largest value: (C, H, W) -> uint8."""
+    image = image.float()
+    return to_uint8(image / image.abs().max().clamp_min(1))
+
+
 def to_rgb(images_uint8: ImageUint8) -> ImageUint8:
     """Repeat the channel of gray images three times: (B, 1, H, W) -> (B, 3, H, W). Others are returned unchanged."""
     return images_uint8.expand(-1, 3, -1, -1) if images_uint8.shape[1] == 1 else images_uint8
 
 
-def image_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding: int = 2) -> ImageUint8:
+def image_grid(rows: Sequence[ImageUint8], columns: int | None = None) -> ImageUint8:
     """Arrange images in a grid: R rows of (B, C, H, W) -> (3, H', W').
 
     Image i of every row is below image i of the row before. After `columns` images a new block of rows begins.
@@ -44,27 +49,18 @@ def image_grid(rows: Sequence[ImageUint8], columns: int | None = None, padding: 
             blocks.append(torch.cat([part, blank]))
     zoom = 2 if is_small else 1
     enlarged = torch.cat(blocks).repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    return _with_frames(enlarged, columns, padding)
+    return _with_frames(enlarged, columns)
 
 
-def _with_frames(images: ImageUint8, columns: int, padding: int) -> ImageUint8:
-    """Arrange images as torchvision's `make_grid` does; the import of torchvision takes two seconds."""
+def _with_frames(images: ImageUint8, columns: int) -> ImageUint8:
+    """Arrange images as torchvision's `make_grid` with padding 2; the import of torchvision takes two seconds."""
     if len(images) == 1:
         return images[0]
-    framed = pad(images, (padding, 0, padding, 0), value=255)
+    framed = pad(images, (2, 0, 2, 0), value=255)
     grid = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return pad(grid, (0, padding, 0, padding), value=255)
+    return pad(grid, (0, 2, 0, 2), value=255)
 
 
-def save_png(image: ImageUint8, path: Path, software: str | None = None) -> None:
-    """Write a PNG file; call it inside `atomic_file`.
-
-    Args:
-        image: (C, H, W) uint8.
-        path: the file.
-        software: the file's Software tag.
-    """
-    tags = PngInfo()
-    if software:
-        tags.add_text("Software", software)
-    PILImage.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG", pnginfo=tags)
+def save_png(image: ImageUint8, path: Path) -> None:
+    """Write a PNG file, (C, H, W) uint8; call it inside `atomic_file`."""
+    PILImage.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")

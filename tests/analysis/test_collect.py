@@ -7,6 +7,7 @@ from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.shapes import AttentionSite
 from sagl.utils.images import to_uint8
+from sagl.utils.progress import ProgressReporter
 from tests.helpers.networks import stable_unet
 
 SAMPLER = SamplerSettings(sampler="ddim", respacing="4")
@@ -21,7 +22,7 @@ def test_a_record_has_the_unguided_samples_and_the_attention_of_their_chain():
     guidance = {"sag": SelfAttentionGuidance(scale=2.0, site="output.1", blur_sigma=1.0)}
     pipeline = build_pipeline(network, DiffusionSettings(), SAMPLER, guidance)
     samples = RunSettings(num_samples=3, first_id=1, batch_size=2, labels="null")
-    record = record_attention(pipeline, samples, ["output.1"], [0, 3])
+    record = record_attention(pipeline, samples, ["output.1"], [0, 3], ProgressReporter(kind="off"))
     assert record.steps == [3, 0]
     assert record.step_maps["output.1"].shape == (3, 2, 4, 8, 8)
     with torch.inference_mode():

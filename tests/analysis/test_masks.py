@@ -3,7 +3,6 @@ import torch
 from PIL import Image
 
 from sagl.analysis.masks import (
-    enlarge,
     intersection_over_union,
     mass_mask,
     random_mask_like,
@@ -51,11 +50,6 @@ def test_a_silhouette_is_the_object_on_a_plain_background(background):
     expected = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     expected[0, 0, 2:5, 3:6] = True
     assert torch.equal(silhouettes(images), expected)
-
-
-def test_tokens_are_enlarged_to_squares_of_pixels():
-    mask = torch.tensor([[True, False], [False, True]])[None, None]
-    assert torch.equal(enlarge(mask, 4)[0, 0], mask[0, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
 def test_masks_of_a_folder_are_read_by_id_and_a_missing_or_wrong_one_is_refused(tmp_path):
