@@ -44,14 +44,7 @@ def ddim(
 ) -> Iterator[tuple[int, Image, Prediction]]:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
-    Args:
-        predict: the network, with or without guidance.
-        x: (B, C, H, W), x_T.
-        condition: condition of every evaluation.
-        schedule: the sampler's steps.
-        noise: noise of a step; not called at eta 0.
-        clip_x0: clip the guided x0_hat to [-1, 1].
-        eta: fraction of the ancestral noise, at least 0.
+    Arguments are those of `ddpm`. `eta`, at least 0, is the fraction of the ancestral noise; at 0, no noise is drawn.
     """
     for step in reversed(range(schedule.num_steps)):
         prediction = predict(x, step, condition)

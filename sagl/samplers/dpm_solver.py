@@ -35,13 +35,7 @@ def dpm_solver_pp_2m(
 ) -> Iterator[tuple[int, Image, Prediction]]:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
-    Args:
-        predict: the network, with or without guidance.
-        x: (B, C, H, W), x_T.
-        condition: condition of every evaluation.
-        schedule: the sampler's steps.
-        noise: not called.
-        clip_x0: clip every x0_hat to [-1, 1] before the extrapolation, not after it.
+    Arguments are those of `ddpm`. `noise` is not called. x0_hat is clipped before the extrapolation, not after it.
     """
     x0_hats: list[Image] = []  # at most the last two
     for step in reversed(range(schedule.num_steps)):

@@ -27,13 +27,7 @@ def heun(
     sigma / alpha instead. This fails on the cosine schedule, where sigma / alpha falls from 20,000 to 6 in the first of
     ten steps: errors of eps are multiplied by the difference.
 
-    Args:
-        predict: the network, with or without guidance; a step's second evaluation is at the next step.
-        x: (B, C, H, W), x_T.
-        condition: condition of every evaluation.
-        schedule: the sampler's steps.
-        noise: not called.
-        clip_x0: clip every x0_hat to [-1, 1].
+    Arguments are those of `ddpm`. `noise` is not called. A step's second evaluation is at the next step.
     """
     for step in reversed(range(schedule.num_steps)):
         prediction = predict(x, step, condition)

@@ -43,13 +43,7 @@ def unipc(
     The predictor UniP-2 with B(h) = e^h - 1 is DPM-Solver++(2M)'s step. The network is evaluated where it leads; the
     corrector then repeats the last step with this x0_hat, and the next step starts from there.
 
-    Args:
-        predict: the network, with or without guidance.
-        x: (B, C, H, W), x_T.
-        condition: condition of every evaluation.
-        schedule: the sampler's steps.
-        noise: not called.
-        clip_x0: clip every x0_hat to [-1, 1] before they are combined, not after it.
+    Arguments are those of `ddpm`. `noise` is not called. x0_hats are clipped before they are combined, not after it.
     """
     x_start = x
     x0_hats: list[Image] = []  # at most the last two
