@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from sagl.errors import require
-from sagl.metrics.bootstrap import paired_interval
+from sagl.metrics.bootstrap import paired_difference, resample
 from sagl.sampling.run_folder import SAMPLES, decode_png, iter_samples
 from sagl.shapes import Image
 from sagl.utils.images import to_float
@@ -53,8 +53,9 @@ def read_pairs(run: Path) -> tuple[Image, Image]:
 
 def relative_change(measure: Callable[[Image], Tensor], unguided: Image, guided: Image) -> str:
     """Return the change of a measure's mean over images, relative to the unguided images, with its 95 % interval."""
-    before, after = measure(unguided)[:, None], measure(guided)[:, None]
-    change = paired_interval(before, after, lambda rows: float(rows.mean()), num_resamples=2000)
+    before, after = measure(unguided), measure(guided)
+    values = (resample(part, lambda rows: float(rows.mean()), num_resamples=2000, seed=0) for part in (before, after))
+    change = paired_difference(float(after.mean() - before.mean()), *values)
     return "{:+.1%} ({:+.1%} … {:+.1%})".format(*(value / float(before.mean()) for value in change))
 
 

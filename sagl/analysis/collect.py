@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.process import x0_hat_from_eps
-from sagl.metrics.bootstrap import interval
+from sagl.metrics.bootstrap import resample, shifted_interval
 from sagl.sampling.pipeline import SamplingPipeline, make_labels
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import RunSettings, id_batches
@@ -22,8 +22,8 @@ NUM_RESAMPLES = 1000
 
 def named_interval(values: Tensor, metric: Callable[[Tensor], float]) -> dict[str, float]:
     """Return the metric of all samples with its 95 % interval: (N, D) -> estimate, low, high."""
-    estimate = interval(values, metric, num_resamples=NUM_RESAMPLES)
-    return {name: round(value, 4) for name, value in estimate._asdict().items()}
+    resamples = resample(values, metric, num_resamples=NUM_RESAMPLES, seed=0)
+    return {name: round(value, 4) for name, value in shifted_interval(metric(values), resamples)._asdict().items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,20 +18,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(
-    features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int = 200, seed: int = 0
-) -> Interval:
-    """Return `metric(features)` with its bootstrap interval; see `shifted_interval`.
-
-    Args:
-        features: (N, D).
-        metric: maps (N, D) features to a number.
-        num_resamples: number of resamples of N rows with replacement.
-        seed: random seed of the resamples.
-    """
-    return shifted_interval(metric(features), resample(features, metric, num_resamples=num_resamples, seed=seed))
-
-
 def shifted_interval(estimate: float, values: Tensor) -> Interval:
     """Return the interval of an estimate from its values in resamples.
 
@@ -45,24 +31,8 @@ def shifted_interval(estimate: float, values: Tensor) -> Interval:
     return Interval(estimate, *_quantiles(values - values.mean() + estimate))
 
 
-def paired_interval(
-    first: Tensor, second: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int = 200, seed: int = 0
-) -> Interval:
-    """Return `metric(second) - metric(first)` with its bootstrap interval; rows are resampled in pairs.
-
-    Args:
-        first: (N, D) features; row i belongs to sample i.
-        second: (N, D) features of the same samples made in another way.
-        metric: maps (N, D) features to a number, such as the Fréchet distance to a reference.
-        num_resamples: number of resamples of N pairs with replacement.
-        seed: random seed of the resamples.
-    """
-    values = (resample(features, metric, num_resamples=num_resamples, seed=seed) for features in (first, second))
-    return paired_difference(metric(second) - metric(first), *values)
-
-
 def resample(features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int, seed: int) -> Tensor:
-    """Return the metric of resamples with replacement, (num_resamples,) float64."""
+    """Return the metric of resamples of (N, D) features with replacement, (num_resamples,) float64."""
     values = [metric(features[rows]) for rows in resampled_rows(len(features), num_resamples, seed)]
     return torch.tensor(values, dtype=torch.float64)
 

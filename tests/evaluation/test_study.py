@@ -7,7 +7,7 @@ from sagl.evaluation import study as module
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.study import Comparison, Setting, Study
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.bootstrap import paired_interval
+from sagl.metrics.bootstrap import paired_difference, resample
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.precision_recall import precision_recall
 from sagl.metrics.statistics_file import Reference
@@ -90,7 +90,8 @@ def test_metrics_and_differences_are_those_of_the_metrics_package():
     measurements = [comparison.measure(part) for part in features]
     distance = frechet_distance(statistics(real), statistics(second))
     assert measurements[1].values == {"fd": pytest.approx(distance), **precision_recall(second, real)._asdict()}
-    expected = paired_interval(first, second, comparison.distance, num_resamples=20, seed=3)
+    resamples = (resample(part, comparison.distance, num_resamples=20, seed=3) for part in (first, second))
+    expected = paired_difference(distance - comparison.distance(first), *resamples)
     assert measurements[1].difference(measurements[0]) == pytest.approx(expected)
 
 
