@@ -146,19 +146,15 @@ def _fit_callbacks(init: Namespace, output: Path, has_previews: bool) -> list[Ca
 
     Those that write are left out of a trial with `trainer.fast_dev_run`.
     """
-    settings, folder, is_trial = (
-        from_namespace(CheckpointSettings, init),
-        output / "checkpoints",
-        init.trainer.fast_dev_run,
-    )
+    settings, is_trial = from_namespace(CheckpointSettings, init), init.trainer.fast_dev_run
     preview = replace(init.preview, num_samples=0) if has_previews and is_trial else init.get("preview")
     callbacks: list[Callback] = [SAGPreviews(output, preview, init.sag)] if has_previews else []
     callbacks += [EMA(settings), ExtraEMAs(settings)]
     if is_trial:
         return callbacks
     if has_previews and init.preview.keep_best:
-        callbacks.append(BestCheckpoints(folder, init.preview))
-    return [*callbacks, ResumableCheckpoint(folder / "last.ckpt", settings)]
+        callbacks.append(BestCheckpoints(output / "checkpoints", init.preview))
+    return [*callbacks, ResumableCheckpoint(output / "checkpoints" / "last.ckpt", settings)]
 
 
 def prepare_evaluation(parser: Parser, config: Namespace) -> TrainingSetup:

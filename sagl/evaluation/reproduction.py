@@ -160,7 +160,7 @@ def translate_site(site: str, source: UNetSettings, target: UNetSettings) -> str
         return site
     sides = {name: side for name, side in source.sites.items() if name.startswith(part)}
     ranks = sorted(set(sides.values()))
-    last = _last_by_side(part, target)
+    last = {side: name for name, side in target.sites.items() if name.startswith(part)}
     rank = ranks.index(sides[site])
     available = sorted(last)
     if rank in (0, len(ranks) - 1):
@@ -171,10 +171,6 @@ def translate_site(site: str, source: UNetSettings, target: UNetSettings) -> str
             f"intermediate one of {len(ranks)}."
         )
     return last[available[rank]]
-
-
-def _last_by_side(part: str, network: UNetSettings) -> dict[int, str]:
-    return {side: name for name, side in network.sites.items() if name.startswith(part)}
 
 
 def plan_reproduction(item: PaperItem, target: Target) -> list[ReproductionRow]:

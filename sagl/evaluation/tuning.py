@@ -61,11 +61,6 @@ class TuningResult:
     plain: Measurement
     """Unguided sampling with as many network evaluations as `best`."""
 
-    @property
-    def best_number(self) -> int:
-        """Number of the best candidate."""
-        return self.rounds[-1].ranking[0]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:

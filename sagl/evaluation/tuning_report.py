@@ -123,7 +123,7 @@ def build_report(tuning: Tuning, result: TuningResult) -> Report:
     )
 
 
-def measurement_row(name: str, row: Measurement, baseline: Measurement, note: str = "") -> Row:
+def measurement_row(name: str, row: Measurement, baseline: Measurement) -> Row:
     """Return the row of a measurement in a table with `COLUMNS`; `baseline` is unguided sampling over the same ids."""
     difference = row.difference(baseline) if row is not baseline else None
     fractions = (f"{row.values[key]:.3f}" if key in row.values else "" for key in ("precision", "recall"))
@@ -133,7 +133,7 @@ def measurement_row(name: str, row: Measurement, baseline: Measurement, note: st
         if difference
         else ["", ""]
     )
-    return Row(name=Cell(text=name, note=note), cells=tuple(Cell(text=text) for text in (*texts, *fractions)))
+    return Row(name=Cell(text=name), cells=tuple(Cell(text=text) for text in (*texts, *fractions)))
 
 
 def report_table(tuning: Tuning, result: TuningResult) -> Table:
@@ -190,7 +190,7 @@ def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:
     for number in last_rounds(result):
         points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in result.rounds if number in r.distances]
         name = describe_setting(tuning.candidates[number], tuning.space)
-        lines.append(Line(name=name, points=points, best=number == result.best_number))
+        lines.append(Line(name=name, points=points, best=number == result.rounds[-1].ranking[0]))
     later = [y for line in lines for x, y in line.points if x > len(result.rounds[0].ids)]
     values = [0.0, *(later or [y for line in lines for _, y in line.points])]
     margin = 0.08 * (max(values) - min(values)) or 1.0

@@ -32,11 +32,8 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
     Raises:
         UserError: the head cannot be loaded, or belongs to other settings or another network.
     """
-    head, inputs_of, schedule = (
-        context.load_head(settings),
-        head_inputs(guidance.mask, settings, context.schedule),
-        context.schedule,
-    )
+    head, schedule = context.load_head(settings), context.schedule
+    inputs_of = head_inputs(guidance.mask, settings, schedule)
     guided = [step for step in reversed(range(schedule.num_steps)) if guidance.is_active(step)]
     renewed = set(guided[:: settings.renew_every]) if settings.renew_every > 1 else set()
 
@@ -54,12 +51,7 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
     def prepare_condition(condition: Condition) -> Condition:
         return replace(guidance.prepare_condition(condition), features=True)
 
-    return replace(
-        guidance,
-        term=term,
-        prepare_condition=prepare_condition,
-        is_renewed=lambda step: step in renewed,
-    )
+    return replace(guidance, term=term, prepare_condition=prepare_condition, is_renewed=lambda step: step in renewed)
 
 
 def head_inputs(mask_of: MaskOfStep | None, settings: GuidanceSettings, schedule: Schedule) -> HeadInputs:
