@@ -10,30 +10,26 @@ import torch
 from sagl.analysis.figures import figure
 from sagl.analysis.guided_images import sample_guided
 from sagl.analysis.registry import AnalysisRequest
+from sagl.models.memory import MemoryTracker
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
-from sagl.utils.environment import peak_gigabytes
 
 
 def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
     """Measure seconds and memory of sampling without guidance and with each combination of SAG and a classifier.
 
-    The classifier is left out if the request has none. On a GPU the memory is the peak of each run; on a CPU it
-    is that of the process so far, which never falls.
+    The classifier is left out if the request has none. The memory is the peak of one batch in a further run:
+    on a GPU that of the allocator, on a CPU that of the tensors.
 
     Returns:
         By combination: network evaluations per image, seconds per image, ratio to no guidance, gigabytes.
     """
-    device = next(request.pipeline.network.parameters()).device
     sample_guided(request, {})  # the first run is slower
     numbers: dict[str, dict[str, float]] = {}
     for name, guidances in _combinations(request).items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         sample_guided(request, guidances)
         seconds = (time.perf_counter() - start) / request.samples.num_samples
-        memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_gigabytes()
         base = request.pipeline
         pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
         unguided = numbers.get("unguided", {}).get("seconds_per_image", seconds)
@@ -41,7 +37,7 @@ def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
             "evaluations": pipeline.nfe,
             "seconds_per_image": round(seconds, 4),
             "ratio": round(seconds / unguided, 3),
-            "gigabytes": round(memory, 3),
+            "gigabytes": round(_peak_bytes(request, guidances) / 1e9, 3),
         }
     with figure(request.figure, 1, 2, (4.5, 3.6)) as (_, axes):
         for ax, key, label in zip(axes[0], ("seconds_per_image", "gigabytes"), ("s per image", "GB"), strict=True):
@@ -49,6 +45,19 @@ def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
             ax.set_xlabel(label)
             ax.invert_yaxis()
     return numbers
+
+
+def _peak_bytes(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> int:
+    """Return the peak of the memory of one batch, the weights included."""
+    batch = replace(request, samples=replace(request.samples, num_samples=request.samples.effective_batch_size))
+    weights = list(request.pipeline.network.parameters())
+    if weights[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats(weights[0].device)
+        sample_guided(batch, guidances)
+        return torch.cuda.max_memory_allocated(weights[0].device)
+    with MemoryTracker() as tracker:
+        sample_guided(batch, guidances)
+    return tracker.peak + sum(weight.nbytes for weight in weights)
 
 
 def _combinations(request: AnalysisRequest) -> Mapping[str, Mapping[str, GuidanceSettings]]:

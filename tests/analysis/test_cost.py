@@ -12,3 +12,6 @@ def test_the_cost_is_that_of_every_combination_with_the_classifier(has_classifie
     guided = {"classifier": 2, "SAG + classifier": 4} if has_classifier else {}
     assert {name: row["evaluations"] for name, row in numbers.items()} == {"unguided": 2, "SAG": 4, **guided}
     assert all(row["seconds_per_image"] >= 0 for row in numbers.values())
+    assert all(row["gigabytes"] > 0 for row in numbers.values())
+    if has_classifier:  # whose gradients keep the features of all its layers
+        assert numbers["classifier"]["gigabytes"] > numbers["unguided"]["gigabytes"]
