@@ -7,7 +7,7 @@ import torch
 from sagl.errors import UserError
 from sagl.evaluation.results import RESULTS_FILE, EvaluationResult, read_results, save_result
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.bootstrap import paired_interval
+from sagl.metrics.bootstrap import paired_difference, resample
 from sagl.metrics.compute import compute_metrics
 from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.settings.evaluation import MetricSettings
@@ -116,8 +116,13 @@ def test_the_difference_of_two_results_is_that_of_their_features_resampled_in_pa
         )
         for features in (first, second)
     ]
-    distance = FrechetReference(statistics(real))
-    expected = paired_interval(first, second, lambda x: distance(statistics(x)), num_resamples=30, seed=2)
+    frechet = FrechetReference(statistics(real))
+
+    def distance(features):
+        return frechet(statistics(features))
+
+    resamples = [resample(features, distance, num_resamples=30, seed=2) for features in (first, second)]
+    expected = paired_difference(distance(second) - distance(first), *resamples)
     assert results[1].difference(results[0], "fd") == pytest.approx(expected, rel=1e-5)
 
 
