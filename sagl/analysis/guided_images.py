@@ -68,7 +68,7 @@ def analyze_blur(request: AnalysisRequest) -> dict[str, Any]:
         for name, settings in {"blur": everywhere, "SAG": sag}.items():
             images = rows[f"{name}, scale {scale:g}"] = sample_guided(request, {"sag": settings})
             numbers[f"{name} {scale:g}"] = {
-                "saturated": round(_saturated(images) - _saturated(unguided), 4),
+                "saturated_fraction_minus_unguided": round(_saturated(images) - _saturated(unguided), 4),
                 "mean_absolute_difference": round(float((images.float() - unguided.float()).abs().mean()), 3),
             }
     _draw_rows(request, rows)

@@ -114,15 +114,16 @@ def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
     table_rows = []
     for row in rows:
         paper = tuple(Cell(text=_number(row.paper_values.get(name))) for name in paper_metrics)
-        own = tuple(_own_cell(results.get(row.name), name) for name in own_metrics)
-        difference = (differences.get(row.name, Cell(text="")),) if differences else ()
+        own = [_own_cell(results.get(row.name), name) for name in own_metrics]
+        own[1:1] = [differences.get(row.name, Cell(text=""))] if differences else []
         link = f"{row.folder}/{RUN_JSON}" if row.folder and (folder / row.folder / RUN_JSON).is_file() else ""
         name = Cell(text=row.name, note=row.obstacle, link=link)
-        table_rows.append(Row(name=name, cells=(*paper, *own, *difference)))
-    columns = [f"paper: {METRICS[name]}" for name in paper_metrics] + [METRICS[name] for name in own_metrics]
-    columns += ["distance minus unguided"] if differences else []
-    facts = [*_verdict(rows, results), *([] if columns else _obstacles(rows))]
-    return _assemble(folder, item, rows, columns, table_rows, (facts, [*_translation(rows), *_evaluated(results)]))
+        table_rows.append(Row(name=name, cells=(*paper, *own)))
+    own_columns = [METRICS[name] for name in own_metrics]
+    own_columns[1:1] = ["minus unguided"] if differences else []  # beside the distance, the first metric
+    columns = [*(f"paper: {METRICS[name]}" for name in paper_metrics), *own_columns]
+    facts = _verdict(rows, results) or [[] if columns else _obstacles(rows)]
+    return _assemble(folder, item, rows, columns, table_rows, [*facts, [*_translation(rows), *_evaluated(results)]])
 
 
 def _differences_from_unguided(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> dict[str, Cell]:
@@ -193,25 +194,26 @@ def _number(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def _verdict(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> list[str]:
-    """Return sentences on the rows of each network of the paper.
+def _verdict(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> list[list[str]]:
+    """Return a paragraph of sentences on the rows of each network of the paper.
 
     They name the row with the lowest Fréchet distance here and in the paper, and say how far the paper's is from the
     others here.
     """
-    sentences = []
+    paragraphs = []
     for network in _networks(rows, results):
         fids = {row.name: row.paper_values["fid"] for row in network if "fid" in row.paper_values}
         if len(fids) < 2:
             continue
         own = {name: results[name].values[_distance_name(results[name])] for name in fids}
         best, paper_best = min(own, key=own.__getitem__), min(fids, key=fids.__getitem__)
-        sentences.append(f"Lowest distance here: {best} ({own[best]:.2f}); in the paper, of these rows: {paper_best}.")
+        sentences = [f"Lowest distance here: {best} ({own[best]:.2f}); in the paper, of these rows: {paper_best}."]
         differences = {name: _difference(results[paper_best], results[name]) for name in fids if name != paper_best}
         cells = {name: difference_cell("fd", difference) for name, difference in differences.items() if difference}
         listed = ", ".join(f"{name} {cell.text} ({cell.note})" for name, cell in cells.items())
         sentences += [f"Distance of {paper_best} here minus that of the others: {listed}."] if cells else []
-    return sentences
+        paragraphs.append(sentences)
+    return paragraphs
 
 
 def _translation(rows: Sequence[StoredRow]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ MAX_ELEMENTS = 2**31 - 1
 """Elements of a tensor that 32-bit indices, which some kernels of GPUs use, can count."""
 
 
+@lru_cache(maxsize=8)
 def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes of the weights, and the additional peak of one image's forward pass.
 
@@ -73,6 +75,7 @@ def estimate_memory(s: UNetSettings, dtype: torch.dtype) -> tuple[int, int]:
     return _weight_bytes(network) + first_pass.current, second_pass.peak
 
 
+@lru_cache(maxsize=8)
 def estimate_gradient_memory(s: ClassifierSettings, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes of a classifier's weights, and the peak of the gradient of one image, as guidance takes it."""
     with torch.device("meta"):
@@ -82,6 +85,7 @@ def estimate_gradient_memory(s: ClassifierSettings, dtype: torch.dtype) -> tuple
     return _weight_bytes(network), tracker.peak
 
 
+@lru_cache(maxsize=8)
 def max_batch_size(s: UNetSettings | ClassifierSettings) -> int:
     """Return the largest batch none of whose tensors has more than `MAX_ELEMENTS` elements."""
     with torch.device("meta"), torch.inference_mode():

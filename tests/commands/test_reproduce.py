@@ -52,6 +52,18 @@ def test_tables_and_figures_are_reproduced_once_and_reported_together(reproduce,
     assert [bool(row["obstacle"]) for row in rows] == [False, False, True, False]
 
 
+@pytest.mark.slow
+def test_every_table_and_figure_has_a_smoke_form(reproduce, tmp_path):
+    assert reproduce("all") == 0
+    for item in paper_items().values():
+        for row in json.loads((tmp_path / "r" / f"{item.name}.json").read_text()):
+            names = {path.name for path in (tmp_path / "r" / row["folder"]).iterdir()} if row["folder"] else set()
+            expected = (
+                f"{item.analysis}.json" if item.analysis else "grid.png" if item.shows_samples else "evaluation.json"
+            )
+            assert bool(row["obstacle"]) != (expected in names)
+
+
 def test_a_folder_that_another_command_holds_is_not_changed(reproduce, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sagl.utils.run_lock.LOCK_TIMEOUT_SECONDS", 0.2)
     with lock_folder(tmp_path / "r"):

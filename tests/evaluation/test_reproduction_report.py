@@ -1,5 +1,10 @@
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from sagl.evaluation.paper import paper_items
 from sagl.evaluation.reproduction import Target, plan_reproduction
@@ -7,6 +12,7 @@ from sagl.evaluation.reproduction_report import store_item, write_report
 from sagl.evaluation.results import EvaluationResult, save_result
 from sagl.sampling.run_folder import write_run_json
 
+REPORTS = Path(__file__).parents[2] / "docs" / "reproduction"
 UNGUIDED, LOW, BEST, HIGH = "unguided", "threshold 0.7", "threshold 1.0", "threshold 1.3"
 
 
@@ -40,5 +46,17 @@ def test_results_without_resamples_have_no_column_of_differences(tmp_path):
         folder.mkdir(parents=True)
         save_result(folder, EvaluationResult(extractor="tiny", reference="r", num_samples=9, values={"fd": 1.0}))
     write_report(tmp_path)
-    assert "minus" not in (tmp_path / "README.md").read_text()
+    assert "minus unguided" not in (tmp_path / "README.md").read_text()
     assert [row["is_unguided"] for row in json.loads((tmp_path / "table5.json").read_text())] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
+def test_a_report_of_the_documentation_is_that_of_its_stored_runs_and_leads_to_their_settings(name, tmp_path):
+    shutil.copytree(REPORTS / name, tmp_path / name)
+    write_report(tmp_path / name)
+    text = (tmp_path / name / "README.md").read_text()
+    assert text == (REPORTS / name / "README.md").read_text()
+    runs = [path for path in re.findall(r"\]\((\S+\.json)\)", text) if path.startswith("runs/")]
+    settings = [json.loads((REPORTS / name / path).read_text())["settings"] for path in runs]
+    assert len(settings) > 20
+    assert all(entry["seed"] == 0 and entry["respacing"] == "logsnr10" for entry in settings)
