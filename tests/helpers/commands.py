@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 
 from sagl import cli
+from tests.helpers.files import contents
 from tests.helpers.networks import GREY
 
 MODEL = {"network": {**GREY, "dropout": 0.1}, "optimizer": {"learning_rate": 1e-4}, "label_dropout": 0.2}
@@ -52,6 +53,22 @@ def exit_code(*arguments):
         return cli.main([str(argument) for argument in arguments])
     except SystemExit as end:
         return end.code
+
+
+def refusal(capture, folder, *arguments, names=()):
+    """Run a command that must be refused with one line that has these names, and change nothing below a folder.
+
+    Return the line. `capture` is pytest's capsys or capfd.
+    """
+    files, paths = contents(folder), sorted(folder.rglob("*"))
+    capture.readouterr()
+    assert exit_code(*arguments) == 2
+    output = capture.readouterr()
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"sagl {arguments[0]}: ")
+    assert [name for name in map(str, names) if name not in line] == []
+    assert (output.out, contents(folder), sorted(folder.rglob("*"))) == ("", files, paths)
+    return line
 
 
 class Fit:
