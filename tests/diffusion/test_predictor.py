@@ -1,9 +1,7 @@
-import dataclasses
-
 import pytest
 import torch
 
-from sagl.diffusion.predictor import Condition, Prediction, make_predictor, split_eps_and_variance
+from sagl.diffusion.predictor import Condition, make_predictor, split_eps_and_variance
 from sagl.diffusion.schedule import make_schedule
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.shapes import AttentionSite
@@ -62,9 +60,3 @@ def test_arithmetic_outside_a_half_precision_network_has_the_dtype_of_x_t():
 
     prediction = make_predictor(half, SCHEDULE, "learned_range")(images(), 5, NO_CONDITION)
     assert prediction.eps.dtype == prediction.log_variance.dtype == torch.float32
-
-
-@pytest.mark.parametrize("value", [Condition(), Prediction(eps=torch.zeros(1), log_variance=torch.zeros(1))])
-def test_conditions_and_predictions_are_frozen(value):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        value.nfe = 2

@@ -23,7 +23,7 @@ from sagl.settings.guidance import (
     SelfAttentionGuidance,
 )
 from sagl.settings.sampling import SamplerSettings
-from tests.helpers.networks import count_calls, stable_unet
+from tests.helpers.networks import stable_unet
 from tests.helpers.predictors import NO_CONDITION, Recorder, linear_predictor
 from tests.helpers.reference_values import generator
 
@@ -147,26 +147,6 @@ def pipeline_of(network, **settings):
     }
     sampler = SamplerSettings(sampler="ddim", respacing=f"ddim{NUM_STEPS}")
     return build_pipeline(network, DiffusionSettings(), sampler, guidances)
-
-
-@pytest.mark.parametrize(
-    ("settings", "nfe"),
-    [
-        ({}, [3] * 8),
-        ({"renew_every": 4}, [3, 2, 2, 2, 3, 2, 2, 2]),
-        ({"renew_every": 2, "interval": (0.25, 0.75)}, [2, 2, 3, 2, 3, 2, 2, 2]),
-        ({"renew_every": 3, "shape": "off_unsharp", "max_norm": 0.1, "mask": "random"}, [3, 2, 2, 3, 2, 2, 3, 2]),
-        ({"stop_below": 1e-9, "shape": "high_pass"}, [3] * 8),
-    ],
-)
-def test_nfe_counts_every_call_of_the_network(settings, nfe):
-    network = stable_unet()
-    calls, pipeline = count_calls(network), pipeline_of(network, **settings)
-    with torch.inference_mode():
-        steps = list(pipeline.sample_progressive(0, [0, 1], LABELS))
-    assert [prediction.nfe for _, _, prediction in steps] == nfe
-    assert pipeline.nfe == len(calls) == sum(nfe)
-    assert all(torch.isfinite(x).all() for _, x, _ in steps)
 
 
 def test_a_weak_evaluation_that_reuses_deep_blocks_starts_at_the_base_evaluations_features_and_costs_its_share():

@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 
 from sagl.errors import UserError
@@ -65,10 +63,3 @@ def test_a_kernel_size_is_used_or_refused_never_changed():
     assert effective_kernel_size(29, 15) == 29
     with pytest.raises(UserError, match=r"`sag\.kernel_size`.*29.*15x15.*31"):
         effective_kernel_size(31, 15)
-
-
-def test_settings_are_frozen_and_keyword_only():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SelfAttentionGuidance().scale = 1.0
-    with pytest.raises(TypeError, match="positional"):
-        SelfAttentionGuidance(0.5)
