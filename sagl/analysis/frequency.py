@@ -79,22 +79,9 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
             complete = ~(masked.isnan() | unmasked.isnan()).any(dim=(1, 2))
             require(bool(complete.any()), f"`analysis` frequency needs samples with a mask, and at {site} it is empty.")
             masked, unmasked = masked[complete], unmasked[complete]
-            frequencies, masked_profile = radial_profile(masked)
-            unmasked_profile = radial_profile(unmasked)[1]
-            for label, profile in (("masked", masked_profile), ("unmasked", unmasked_profile)):
-                ax.plot(frequencies.numpy(), profile.mean(dim=0).numpy(), marker="o", label=label)
-            means = torch.stack([masked_profile.mean(dim=1), unmasked_profile.mean(dim=1)], dim=1)
             size = images.shape[-1] // side
             ax.set(title=f"{site}: patches of {size}×{size}", xlabel="frequency (cycles per pixel)", xlim=(0, 0.8))
-            ax.set_ylim(0, 1.1 * ax.dataLim.y1)
-            numbers[site] = {
-                "patch_size": size,
-                "num_images": int(complete.sum()),
-                "cycles_per_pixel": frequencies.tolist(),
-                "masked": masked_profile.mean(dim=0).tolist(),
-                "unmasked": unmasked_profile.mean(dim=0).tolist(),
-                "ratio": named_interval(means, _ratio_of_means),
-            }
+            numbers[site] = {"patch_size": size, "num_images": len(masked), **_draw_profiles(ax, masked, unmasked)}
             if difference is None:
                 difference = 100 * (masked.mean(dim=0) / unmasked.mean(dim=0) - 1)
         axes[0, 0].set_ylabel("mean magnitude")
@@ -102,6 +89,22 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
         assert difference is not None
         _draw_surface(fig, axes[0, -1], difference)
     return numbers
+
+
+def _draw_profiles(ax: Any, masked: Tensor, unmasked: Tensor) -> dict[str, Any]:  # noqa: ANN401 (matplotlib's axes)
+    """Draw the mean spectra of masked and unmasked patches, 2 x (N, P, P); return them and the ratio of their means."""
+    frequencies, masked_profile = radial_profile(masked)
+    unmasked_profile = radial_profile(unmasked)[1]
+    for label, profile in (("masked", masked_profile), ("unmasked", unmasked_profile)):
+        ax.plot(frequencies.numpy(), profile.mean(dim=0).numpy(), marker="o", label=label)
+    ax.set_ylim(0, 1.1 * ax.dataLim.y1)
+    means = torch.stack([masked_profile.mean(dim=1), unmasked_profile.mean(dim=1)], dim=1)
+    return {
+        "cycles_per_pixel": frequencies.tolist(),
+        "masked": masked_profile.mean(dim=0).tolist(),
+        "unmasked": unmasked_profile.mean(dim=0).tolist(),
+        "ratio": named_interval(means, _ratio_of_means),
+    }
 
 
 def _ratio_of_means(pairs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -101,11 +102,10 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
     batch, shown = next(id_batches(samples)), schedule.num_steps // 2
     row = samples.first_id % samples.effective_batch_size
     labels = make_labels(samples, batch, network)
+    chain = islice(pipeline.sample_progressive(samples.seed, batch, labels), schedule.num_steps - 1 - shown)
     x_t = initial_noise(samples.seed, batch, pipeline.image_shape).to(device)
-    for step, x, _ in pipeline.sample_progressive(samples.seed, batch, labels):
-        if step == shown:
-            break
-        x_t = x
+    for _, x_t, _ in chain:  # noqa: B007 (the last x is the input of the step)
+        pass
     sites = attention_sites(sag)
     condition = Condition(
         labels=None if labels is None else labels.to(device),
@@ -125,21 +125,20 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
         "ε": base.eps,
         "ε′": weak.eps,
     }
-    difference = base.eps - weak.eps
+    difference = base.eps[row] - weak.eps[row]
+    attention = average_sites([base.attention[site] for site in sites], sag.head)[row, 0] if sites else None
     with figure(request.figure, 2, (len(pictures) + 3) // 2, (2.2, 2.4)) as (_, grid):
         axes = grid.ravel()
-        if sites:
-            attention = average_sites([base.attention[site] for site in sites], sag.head)[row, 0].float().cpu()
-            show_image(axes[0], attention, f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
-        else:
-            axes[0].set_visible(False)
+        axes[0].set_visible(attention is not None)
+        if attention is not None:
+            show_image(axes[0], attention.float().cpu(), f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
         show_image(axes[1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
         for ax, (title, image) in zip(axes[2:], pictures.items(), strict=False):
             show_image(ax, noise_to_uint8(image[row]).cpu(), title)
-        show_image(axes[-1], difference[row].abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
+        show_image(axes[-1], difference.abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
     return {
         "step": shown,
-        "timestep": int(schedule.timestep(shown, 1, torch.device("cpu"))),
+        "timestep": int(schedule.timesteps[shown]),
         "masked_fraction": round(float(mask[row].float().mean()), 4),
-        "relative_difference": round(float(difference[row].norm() / base.eps[row].norm()), 5),
+        "relative_difference": round(float(difference.norm() / base.eps[row].norm()), 5),
     }

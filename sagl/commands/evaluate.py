@@ -10,7 +10,7 @@ from sagl.commands._extraction import add_extraction_settings, extraction_settin
 from sagl.commands._parser import Parser, from_namespace
 from sagl.errors import require
 from sagl.evaluation.metric_display import format_result, print_result
-from sagl.evaluation.results import read_results, save_result
+from sagl.evaluation.results import EvaluationResult, read_results, save_result
 from sagl.sampling.run_folder import is_run
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.distributed import global_rank
@@ -71,14 +71,23 @@ def main(arguments: list[str]) -> None:
             devices=devices,
         )
         try:
-            if saves_result:
-                save_result(run, result)
-            if output is not None:
-                with atomic_file(output) as partial:
-                    text = format_result(result, output.suffix[1:])
-                    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+            save(result, run if saves_result else None, output)
         finally:  # numbers that cannot be saved are printed
             if args.format == "table":
                 print_result(result)
             else:
                 print(format_result(result, args.format), end="", flush=True)
+
+
+def save(result: EvaluationResult, run: Path | None, output: Path | None) -> None:
+    """Save a result in the folder of its run and in a file.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    if run is not None:
+        save_result(run, result)
+    if output is not None:
+        with atomic_file(output) as partial:
+            text = format_result(result, output.suffix[1:])
+            partial.write_text(text, encoding="utf-8", errors="surrogateescape")

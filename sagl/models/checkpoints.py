@@ -41,6 +41,7 @@ from sagl.utils.archives import check_archive
 from sagl.utils.files import atomic_file
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
+Built = TypeVar("Built", UNet, Classifier, DirectionHead)
 DTYPES: dict[WeightPrecision, torch.dtype] = {
     "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
@@ -308,10 +309,7 @@ def build_network(checkpoint: NetworkWeights) -> UNet:
     Raises:
         UserError: The checkpoint is a classifier, or names or shapes do not match its settings.
     """
-    network = _build(checkpoint)
-    require(isinstance(network, UNet), "`checkpoint` must be a diffusion model, but it is a classifier or a head.")
-    assert isinstance(network, UNet)
-    return network
+    return _build(checkpoint, UNet, "`checkpoint` must be a diffusion model, but it is a classifier or a head.")
 
 
 def build_classifier(checkpoint: NetworkWeights) -> Classifier:
@@ -320,13 +318,8 @@ def build_classifier(checkpoint: NetworkWeights) -> Classifier:
     Raises:
         UserError: The checkpoint is a diffusion model, or names or shapes do not match its settings.
     """
-    network = _build(checkpoint)
-    require(
-        isinstance(network, Classifier),
-        "`classifier.checkpoint` must be a classifier, but it is a diffusion model or head.",
-    )
-    assert isinstance(network, Classifier)
-    return network
+    message = "`classifier.checkpoint` must be a classifier, but it is a diffusion model or head."
+    return _build(checkpoint, Classifier, message)
 
 
 def build_head(checkpoint: NetworkWeights) -> DirectionHead:
@@ -335,10 +328,8 @@ def build_head(checkpoint: NetworkWeights) -> DirectionHead:
     Raises:
         UserError: The checkpoint is another network, or names or shapes do not match its settings.
     """
-    head = _build(checkpoint)
-    require(isinstance(head, DirectionHead), "`direction_head` must be a direction head, but it is another network.")
-    assert isinstance(head, DirectionHead)
-    return head
+    message = "`direction_head` must be a direction head, but it is another network."
+    return _build(checkpoint, DirectionHead, message)
 
 
 def meta_state_dict(settings: NetworkSettings) -> dict[str, Tensor]:
@@ -385,8 +376,11 @@ def _meta_model(settings: NetworkSettings) -> UNet | Classifier | DirectionHead:
         return Classifier(settings) if isinstance(settings, ClassifierSettings) else DirectionHead(settings)
 
 
-def _build(checkpoint: NetworkWeights) -> UNet | Classifier | DirectionHead:
+def _build(checkpoint: NetworkWeights, kind: type[Built], message: str) -> Built:
+    """Build a network; refuse one that is not of this kind with the message."""
     network = _meta_model(checkpoint.model_settings)
+    if not isinstance(network, kind):
+        raise UserError(message)
     check_state_dict(network.state_dict(), checkpoint.state_dict)
     state_dict = {name: tensor.float() for name, tensor in checkpoint.state_dict.items()}
     network.load_state_dict(state_dict, assign=True)

@@ -93,7 +93,7 @@ def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
     """Return the pictures of one step of a sample: of the chain, and the attention received at a block by head."""
     chain, k = row.find(sample_id)
     record = chain[min(position, len(chain) - 1)]
-    timestep = int(row.pipeline.schedule.timestep(record.step, 1, torch.device("cpu")))
+    timestep = int(row.pipeline.schedule.timesteps[record.step])
     parts = {
         "xₜ": noise_to_uint8(record.x_t[k])[None],
         "estimate of x₀": noise_to_uint8(record.x0_hat[k])[None],
