@@ -24,7 +24,12 @@ from sagl.utils.progress import ProgressReporter
 
 CHUNK = 1 << 20
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
-MAX_PAUSE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
+"""Longest silence of the server."""
+ATTEMPTS = 5
+"""Number of failures in a row, without a new byte, after which to give up."""
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
+"""The pause after a failure is doubled at each further one."""
 
 OnProgress = Callable[[int, int | None], None]
 """Receives the number of bytes so far and in total; None if the server does not say."""
@@ -36,9 +41,6 @@ def download(
     *,
     check: Callable[[Path], None],
     licence: str = "",
-    timeout_seconds: float = 30,
-    attempts: int = 5,
-    pause_seconds: float = 1,
     folder_argument: str = "SAGL_CACHE",
 ) -> Path:
     """Download a file to `target` unless it exists; show source and progress on stderr.
@@ -48,9 +50,6 @@ def download(
         target: Path of the file; its folder is created.
         check: Called with the complete file before it gets its name; raises UserError for a wrong file.
         licence: Licence to show.
-        timeout_seconds: Longest silence of the server.
-        attempts: Number of failures in a row, without a new byte, after which to give up.
-        pause_seconds: Pause after the first failure, doubled at each further one.
         folder_argument: Name of the parameter or variable that sets the folder, for messages.
 
     Raises:
@@ -66,7 +65,7 @@ def download(
                 return target
             print(f"Downloading {url}{licence and f' ({licence} licence)'} to {target}", file=sys.stderr, flush=True)
             with ProgressReporter(target.name, unit="bytes") as progress:
-                partial = _fetch(url, target, timeout_seconds, attempts, pause_seconds, progress.update)
+                partial = _fetch(url, target, progress.update)
             _check(partial, check)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -108,26 +107,24 @@ class _Redirects(request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(
-    url: str, target: Path, timeout: float, attempts: int, pause_seconds: float, on_progress: OnProgress
-) -> Path:
+def _fetch(url: str, target: Path, on_progress: OnProgress) -> Path:
     """Request the missing bytes until the partial file is complete, and return its path."""
     failures, num_bytes = 0, _partial_size(target)
     while True:
         try:
-            return _request(url, target, timeout, on_progress)
+            return _request(url, target, on_progress)
         except _DownloadError as error:
             offline = failures == 0 and type(error.__cause__) is URLError
             failures = 1 if _partial_size(target) > num_bytes else failures + 1
             num_bytes = max(num_bytes, _partial_size(target))
-            if offline or not error.transient or failures >= attempts:
+            if offline or not error.transient or failures >= ATTEMPTS:
                 raise
-        time.sleep(min(MAX_PAUSE_SECONDS, pause_seconds * 2 ** (failures - 1)))
+        time.sleep(min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (failures - 1)))
 
 
-def _request(url: str, target: Path, timeout: float, on_progress: OnProgress) -> Path:
+def _request(url: str, target: Path, on_progress: OnProgress) -> Path:
     """Request the missing bytes once, append them to the partial file, and return its path."""
-    with _open(url, timeout) as response:
+    with _open(url) as response:
         if response.status != 200:
             raise _DownloadError(f"the server answered with status {response.status} instead of the whole file")
         length, etag = response.length, response.headers.get("ETag", "")
@@ -141,7 +138,7 @@ def _request(url: str, target: Path, timeout: float, on_progress: OnProgress) ->
         if done == 0:
             _append(response, partial, 0, length, on_progress)
     if length is not None and 0 < done < length:
-        with _open(url, timeout, {"Range": f"bytes={done}-", "If-Range": str(validator)}) as response:
+        with _open(url, {"Range": f"bytes={done}-", "If-Range": str(validator)}) as response:
             if response.headers.get("Content-Range") != f"bytes {done}-{length - 1}/{length}":
                 partial.unlink()
                 raise _DownloadError("the server cannot resume the download, or the file has changed", transient=True)
@@ -149,11 +146,11 @@ def _request(url: str, target: Path, timeout: float, on_progress: OnProgress) ->
     return partial
 
 
-def _open(url: str, timeout: float, headers: dict[str, str] | None = None) -> HTTPResponse:
+def _open(url: str, headers: dict[str, str] | None = None) -> HTTPResponse:
     headers = {"User-Agent": "sagl", "Accept-Encoding": "identity", **(headers or {})}
     with _network_errors():
         response: HTTPResponse = request.build_opener(_Redirects).open(
-            request.Request(url, headers=headers), None, timeout
+            request.Request(url, headers=headers), None, TIMEOUT_SECONDS
         )
     kind, encoding = response.headers.get_content_type(), response.headers.get("Content-Encoding", "identity")
     if kind == "text/html" or encoding != "identity":

@@ -96,10 +96,11 @@ def target(tmp_path):
 
 
 @pytest.fixture
-def fetch(server, target):
-    def fetch(**options):
-        options = {"check": lambda path: None, "pause_seconds": 0.001, "timeout_seconds": 5, **options}
-        return download(options.pop("url", server.url), target, **options).read_bytes()
+def fetch(server, target, monkeypatch):
+    def fetch(url=server.url, attempts=5, pause=0.001, timeout=5, check=lambda path: None, **options):
+        for name, value in (("ATTEMPTS", attempts), ("FIRST_PAUSE_SECONDS", pause), ("TIMEOUT_SECONDS", timeout)):
+            monkeypatch.setattr(f"sagl.utils.download.{name}", value)
+        return download(url, target, check=check, **options).read_bytes()
 
     return fetch
 
@@ -152,7 +153,7 @@ def test_a_file_that_fails_its_check_is_deleted_and_downloaded_anew(fetch, serve
 def test_of_two_processes_one_downloads_and_the_other_waits_for_it(server, target):
     server.responses = [Response(cut=1000, stall=True)]
     source = "import sys; from pathlib import Path; from sagl.utils.download import download; "
-    source += f"download({server.url!r}, Path({str(target)!r}), check=lambda path: None, pause_seconds=0.001)"
+    source += f"download({server.url!r}, Path({str(target)!r}), check=lambda path: None)"
     start = {"args": [sys.executable, "-c", source], "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(**start) as first:
         assert server.requested.wait(30)
@@ -170,7 +171,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits_for_it(server, targe
 def test_after_an_interruption_the_missing_bytes_are_requested(validators, stall, fetch, server):
     server.default = Response(validators=validators)
     server.responses = [Response(cut=100_000, validators=validators, stall=stall)]
-    assert fetch(timeout_seconds=0.1 if stall else 5) == BODY
+    assert fetch(timeout=0.1 if stall else 5) == BODY
     assert server.requests[-1] == "bytes=100000-"
 
 
@@ -221,7 +222,7 @@ def test_pauses_double_until_new_bytes_arrive(fetch, server, monkeypatch):
     pauses = []
     monkeypatch.setattr("sagl.utils.download.time.sleep", pauses.append)
     server.responses = [*[Response(status=503)] * 3, Response(cut=1000), Response(status=500)]
-    fetch(pause_seconds=1)
+    fetch(pause=1)
     assert pauses == [1, 2, 4, 1, 2]
 
 
