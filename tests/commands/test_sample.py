@@ -148,9 +148,7 @@ def test_a_run_that_is_complete_is_reported_and_not_changed(num_samples, compare
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--seed", "3"], ["seed 2, got 3"]),
         (["--eta", "0.5", "--num_samples", "3"], ["eta 0.0, got 0.5"]),
-        (["--labels", "0,1"], ["labels 'random', got '0,1'"]),
         (["--sag.threshold", "2"], ["sag.threshold 1.0, got 2.0"]),
         (["--trainer.precision", "bf16-true"], ["precision '32-true', got 'bf16-true'"]),
         (["--batch_size", "3"], ["batch_size", "4", "got 3"]),
