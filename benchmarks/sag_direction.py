@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise
-from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import x0_hat_from_eps
 from sagl.guidance.sag import gaussian_blur
 from sagl.guidance.shaping import project
 from sagl.models.checkpoints import build_network
@@ -46,7 +46,7 @@ def directions(pipeline: SamplingPipeline, seed: int, ids: list[int], labels: Te
     x = initial_noise(seed, ids, (s.in_channels, s.image_size, s.image_size))
     for step, x_next, prediction in pipeline.sample_progressive(seed, ids, labels):
         term, alpha_bar = prediction.terms["sag"], pipeline.schedule.alpha_bar(step)
-        x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), True)
+        x0_hat = x0_hat_from_eps(x, prediction.eps, alpha_bar, clip=True)
         yield step, torch.as_tensor(term.eps) / SCALE, (x0_hat, term.extras["mask"])
         x = x_next
 

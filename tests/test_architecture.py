@@ -127,7 +127,7 @@ def test_an_import_from_a_higher_or_equal_layer_is_detected(module, source):
     ("module", "source"),
     [
         ("sagl.samplers.ddim", "from .ddpm import ddpm"),
-        ("sagl.samplers.ddim", "from sagl.diffusion.process import maybe_clip"),
+        ("sagl.samplers.ddim", "from sagl.diffusion.process import add_noise"),
         ("sagl.sampling.pipeline", "from sagl.guidance.sag import build_sag\nfrom sagl.samplers.ddim import ddim"),
         ("sagl.cli", "TABLE = {'fit': 'sagl.commands.fit'}"),
         ("sagl.commands.fit", "import torch\nfrom sagl import __version__ as v, sampling"),

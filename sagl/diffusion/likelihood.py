@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, NoisePredictor, split_eps_and_variance
-from sagl.diffusion.process import add_noise, cast_like, maybe_clip, posterior_mean, x0_hat_from_eps
+from sagl.diffusion.process import add_noise, cast_like, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.settings.diffusion import Variance
 from sagl.shapes import Image, PerSample, Timestep
@@ -22,7 +22,7 @@ def vlb_term(
 ) -> PerSample:
     """Compute one term of the bound: the KL of the reverse step or, at step 0, the decoder's likelihood."""
     alpha_bar, alpha_bar_prev = schedule.alpha_bar(steps), schedule.alpha_bar(steps - 1)
-    x0_hat = maybe_clip(x0_hat_from_eps(x_t, eps, alpha_bar), clip_x0)
+    x0_hat = x0_hat_from_eps(x_t, eps, alpha_bar, clip=clip_x0)
     mean = posterior_mean(x0_hat, x_t, alpha_bar, alpha_bar_prev)
     true_mean = posterior_mean(x_0, x_t, alpha_bar, alpha_bar_prev)
     true_log_variance = cast_like(schedule.log_posterior_variance(steps), x_0)

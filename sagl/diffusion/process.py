@@ -13,9 +13,10 @@ def add_noise(x_0: Image, noise: Image, alpha_bar: AlphaBar) -> Image:
     return cast_like(alpha_bar.sqrt(), x_0) * x_0 + cast_like((1 - alpha_bar).sqrt(), x_0) * noise
 
 
-def x0_hat_from_eps(x_t: Image, eps: Image, alpha_bar: AlphaBar) -> Image:
-    """Eq. 8: x0_hat = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar). Not clipped."""
-    return cast_like(alpha_bar.rsqrt(), x_t) * x_t - cast_like((1 / alpha_bar - 1).sqrt(), x_t) * eps
+def x0_hat_from_eps(x_t: Image, eps: Image, alpha_bar: AlphaBar, *, clip: bool = False) -> Image:
+    """Eq. 8: x0_hat = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); `clip` limits it to [-1, 1] as images are."""
+    x0_hat = cast_like(alpha_bar.rsqrt(), x_t) * x_t - cast_like((1 / alpha_bar - 1).sqrt(), x_t) * eps
+    return x0_hat.clamp(-1, 1) if clip else x0_hat
 
 
 def eps_from_x0_hat(x_t: Image, x0_hat: Image, alpha_bar: AlphaBar) -> Image:
@@ -35,11 +36,6 @@ def interpolate_log_variance(fraction: Image, log_posterior_variance: AlphaBar, 
     """Interpolate log variance from the posterior's (-1) to beta (+1) (Nichol & Dhariwal 2021, eq. 15)."""
     frac = (fraction + 1) / 2
     return frac * cast_like(log_beta, frac) + (1 - frac) * cast_like(log_posterior_variance, frac)
-
-
-def maybe_clip(x0_hat: Image, clip_x0: bool) -> Image:
-    """Clip x0_hat to the range of images, [-1, 1], if `clip_x0` is set."""
-    return x0_hat.clamp(-1, 1) if clip_x0 else x0_hat
 
 
 def cast_like(coefficient: Tensor, image: Image) -> Tensor:

@@ -34,7 +34,7 @@ def build_history(settings: HistoryGuidance, context: GuidanceContext) -> Guidan
         ) -> GuidanceTerm:
             nonlocal average
             alpha_bar, eps, weak = context.schedule.alpha_bar(step), base_pred.eps, average
-            current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar).clamp(-1, 1)
+            current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar, clip=True)
             average = current if weak is None else torch.lerp(weak, current, 1 - settings.decay)
             if weak is None:
                 return GuidanceTerm()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, Term, map_term
 from sagl.guidance.shaping import rms, x0_shift
@@ -85,7 +85,7 @@ def stop_on_agreement(guidance: Guidance, settings: GuidanceSettings, schedule: 
             alpha_bar = schedule.alpha_bar(step)
             shift = x0_shift(last, alpha_bar)
             if isinstance(shift, Tensor):
-                x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), True)
+                x0_hat = x0_hat_from_eps(x_t, base_pred.eps, alpha_bar, clip=True)
                 agrees = rms(shift) < settings.stop_below * abs(settings.scale) * rms(x0_hat)
                 has_ended = agrees if has_ended is None else has_ended | agrees
             return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.diffusion.process import add_noise, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
 from sagl.guidance.masks import build_mask
@@ -79,7 +79,7 @@ def build_degrade(settings: SelfAttentionGuidance, schedule: Schedule) -> Degrad
 
 def blur_x0_hat(x_t: Image, eps: Image, alpha_bar: AlphaBar, settings: BlurGuidance) -> tuple[Image, Image]:
     """Return x0_hat, clipped if the settings say so, and the same blurred: -> 2 x (B, C, H, W)."""
-    x0_hat = maybe_clip(x0_hat_from_eps(x_t, eps, alpha_bar), settings.clip_x0)
+    x0_hat = x0_hat_from_eps(x_t, eps, alpha_bar, clip=settings.clip_x0)
     kernel_size = effective_kernel_size(settings.kernel_size, min(x_t.shape[-2:]))
     return x0_hat, gaussian_blur(x0_hat, kernel_size, settings.blur_sigma)
 

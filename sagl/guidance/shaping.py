@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Prediction
-from sagl.diffusion.process import cast_like, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import cast_like, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, Term, map_term
 from sagl.guidance.sag import gaussian_blur
@@ -38,7 +38,7 @@ def shape_guidance(guidance: Guidance, settings: GuidanceSettings, schedule: Sch
         ) -> GuidanceTerm:
             result, alpha_bar = term(predict, x_t, step, condition, base_pred), schedule.alpha_bar(step)
             factor, mask = norm_factor(result, settings, alpha_bar), result.extras.get("mask", 1.0)
-            x0_hat = maybe_clip(x0_hat_from_eps(x_t, base_pred.eps, alpha_bar), True)
+            x0_hat = x0_hat_from_eps(x_t, base_pred.eps, alpha_bar, clip=True)
 
             def shape(direction: Image | float) -> Image | float:
                 if not isinstance(direction, Tensor):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.predictor import Condition, Prediction, make_predictor
-from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import x0_hat_from_eps
 from sagl.sampling.batch import full_batch
 from sagl.sampling.pipeline import SamplingPipeline, Trajectory
 from sagl.settings.guidance import GuidanceSettings
@@ -51,7 +51,7 @@ def record_steps(
 
     for step, x, prediction in steps:
         x_t = x_t.to(x)
-        x0_hat = maybe_clip(x0_hat_from_eps(x_t, prediction.eps, pipeline.schedule.alpha_bar(step)), True)
+        x0_hat = x0_hat_from_eps(x_t, prediction.eps, pipeline.schedule.alpha_bar(step), clip=True)
         terms = {name: term.eps for name, term in prediction.terms.items() if isinstance(term.eps, Tensor)}
         eps = prediction.eps - sum(terms.values()) if terms else prediction.eps
         differences = [term / guidances[name].scale for name, term in terms.items()]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagl.diffusion.noise import StepNoise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
-from sagl.diffusion.process import cast_like, eps_from_x0_hat, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import cast_like, eps_from_x0_hat, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
 
@@ -24,7 +24,7 @@ def ddim_step(
     eps is derived again from the clipped x0_hat. The score shifts it (eq. 9); x0_hat is not clipped after that.
     """
     alpha_bar, alpha_bar_prev = schedule.alpha_bar(step), schedule.alpha_bar(step - 1)
-    x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
+    x0_hat = x0_hat_from_eps(x, prediction.eps, alpha_bar, clip=clip_x0)
     eps = eps_from_x0_hat(x, x0_hat, alpha_bar) - cast_like((1 - alpha_bar).sqrt(), x) * prediction.score
     x0_hat = x0_hat_from_eps(x, eps, alpha_bar)
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()

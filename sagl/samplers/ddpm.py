@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagl.diffusion.noise import StepNoise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
-from sagl.diffusion.process import maybe_clip, posterior_mean, x0_hat_from_eps
+from sagl.diffusion.process import posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
 
@@ -17,7 +17,7 @@ def ddpm_step(
     Step 0 adds no noise.
     """
     alpha_bar, alpha_bar_prev = schedule.alpha_bar(step), schedule.alpha_bar(step - 1)
-    x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
+    x0_hat = x0_hat_from_eps(x, prediction.eps, alpha_bar, clip=clip_x0)
     mean = posterior_mean(x0_hat, x, alpha_bar, alpha_bar_prev) + prediction.log_variance.exp() * prediction.score
     return mean + (0.5 * prediction.log_variance).exp() * noise(step) if step else mean
 

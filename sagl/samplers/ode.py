@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.predictor import Prediction
-from sagl.diffusion.process import cast_like, maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import cast_like, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
 
@@ -16,7 +16,7 @@ from sagl.shapes import Image
 def guided_x0_hat(x: Image, prediction: Prediction, schedule: Schedule, step: int, *, clip_x0: bool) -> Image:
     """Return x0_hat, clipped and then shifted by the score, which is eq. 9 in terms of x0_hat; not clipped again."""
     alpha_bar = schedule.alpha_bar(step)
-    x0_hat = maybe_clip(x0_hat_from_eps(x, prediction.eps, alpha_bar), clip_x0)
+    x0_hat = x0_hat_from_eps(x, prediction.eps, alpha_bar, clip=clip_x0)
     return x0_hat + cast_like((1 - alpha_bar) / alpha_bar.sqrt(), x) * prediction.score
 
 

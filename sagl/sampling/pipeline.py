@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sagl.diffusion.noise import SampleKeys, StepNoise, initial_noise, random_labels, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
-from sagl.diffusion.process import maybe_clip, x0_hat_from_eps
+from sagl.diffusion.process import x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, with_guidance
@@ -253,7 +253,7 @@ def x0_predictions(
     """
     x = initial_noise(seed, ids, pipeline.image_shape)
     for step, x_next, prediction in pipeline.sample_progressive(seed, ids, labels):
-        x0_hat = maybe_clip(x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step)), True)
+        x0_hat = x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step), clip=True)
         yield step, x0_hat, next(_masks(prediction), None)
         x = x_next
 

@@ -6,7 +6,6 @@ from sagl.diffusion.process import (
     add_noise,
     eps_from_x0_hat,
     interpolate_log_variance,
-    maybe_clip,
     posterior_mean,
     x0_hat_from_eps,
 )
@@ -64,10 +63,10 @@ def test_learned_variance_goes_from_the_posteriors_to_beta_in_log_space():
     torch.testing.assert_close(actual, torch.tensor([-4.0, -3.5, -3.0, -2.0]))
 
 
-def test_the_clip_limits_images_if_it_is_on():
-    x = torch.tensor([-3.0, -0.5, 0.5, 3.0])
-    assert maybe_clip(x, True).tolist() == [-1.0, -0.5, 0.5, 1.0]
-    assert maybe_clip(x, False) is x
+def test_x0_hat_is_clipped_on_request():
+    x_t, eps, bar = torch.tensor([-1.5, -0.25, 0.25, 1.5]), torch.zeros(4), torch.tensor(0.25, dtype=torch.float64)
+    assert x0_hat_from_eps(x_t, eps, bar).tolist() == [-3.0, -0.5, 0.5, 3.0]
+    assert x0_hat_from_eps(x_t, eps, bar, clip=True).tolist() == [-1.0, -0.5, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
