@@ -1,6 +1,6 @@
 """Noise predictors: one network evaluation as a function of (x_t, step, condition)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,6 +77,8 @@ class Prediction:
 
 NoisePredictor = Callable[[Image, int, Condition], Prediction]
 """(x_t, step, condition) -> prediction. A guided predictor has the same signature."""
+Trajectory = Iterator[tuple[int, Image, Prediction]]
+"""What a sampler yields: (step, x after the step, the step's prediction), the noisiest step first."""
 
 
 class NetworkOutput(Protocol):

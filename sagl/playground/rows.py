@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event, Thread
 
+from sagl.diffusion.predictor import Trajectory
 from sagl.models.adm import UNet
 from sagl.playground.steps import StepRecord, record_steps
 from sagl.sampling.batch import BatchImages, encode_pngs, sample_images
 from sagl.sampling.exports import evenly_spaced_steps
-from sagl.sampling.pipeline import SamplingPipeline, Trajectory, build_pipeline
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.utils.distributed import select_device

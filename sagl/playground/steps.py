@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.noise import initial_noise
-from sagl.diffusion.predictor import Condition, Prediction, make_predictor
+from sagl.diffusion.predictor import Condition, Prediction, Trajectory, make_predictor
 from sagl.diffusion.process import x0_hat_from_eps
 from sagl.sampling.batch import full_batch
-from sagl.sampling.pipeline import SamplingPipeline, Trajectory
+from sagl.sampling.pipeline import SamplingPipeline
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import RunSettings
 from sagl.shapes import AttentionSite, Image, Mask

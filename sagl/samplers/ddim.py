@@ -1,9 +1,7 @@
 """DDIM (Song et al. 2021) for any eta, with ADM's clip and classifier score."""
 
-from collections.abc import Iterator
-
 from sagl.diffusion.noise import StepNoise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, Trajectory
 from sagl.diffusion.process import cast_like, eps_from_x0_hat, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
@@ -41,7 +39,7 @@ def ddim(
     *,
     clip_x0: bool = True,
     eta: float = 0.0,
-) -> Iterator[tuple[int, Image, Prediction]]:
+) -> Trajectory:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
     Arguments are those of `ddpm`. `eta`, at least 0, is the fraction of the ancestral noise; at 0, no noise is drawn.

@@ -1,9 +1,7 @@
 """Ancestral sampling (Ho et al. 2020, algorithm 2), with ADM's clip and classifier score."""
 
-from collections.abc import Iterator
-
 from sagl.diffusion.noise import StepNoise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, Trajectory
 from sagl.diffusion.process import posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.shapes import Image
@@ -30,7 +28,7 @@ def ddpm(
     noise: StepNoise,
     *,
     clip_x0: bool = True,
-) -> Iterator[tuple[int, Image, Prediction]]:
+) -> Trajectory:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
     Args:

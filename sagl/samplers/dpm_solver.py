@@ -1,9 +1,9 @@
 """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one evaluation per step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sagl.diffusion.noise import StepNoise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, Trajectory
 from sagl.diffusion.process import cast_like
 from sagl.diffusion.schedule import Schedule
 from sagl.samplers.ode import guided_x0_hat, ode_step, step_length
@@ -32,7 +32,7 @@ def dpm_solver_pp_2m(
     noise: StepNoise,
     *,
     clip_x0: bool = True,
-) -> Iterator[tuple[int, Image, Prediction]]:
+) -> Trajectory:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
     Arguments are those of `ddpm`. `noise` is not called. x0_hat is clipped before the extrapolation, not after it.

@@ -1,10 +1,9 @@
 """Heun's method for the probability-flow ODE: second order, two evaluations per step but the last."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from sagl.diffusion.noise import StepNoise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, Trajectory
 from sagl.diffusion.process import cast_like
 from sagl.diffusion.schedule import Schedule
 from sagl.samplers.ode import guided_x0_hat, mean_position, ode_step, step_length
@@ -19,7 +18,7 @@ def heun(
     noise: StepNoise,
     *,
     clip_x0: bool = True,
-) -> Iterator[tuple[int, Image, Prediction]]:
+) -> Trajectory:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
     A step is taken with x0_hat, and again with x0_hat linear in lambda between both ends of the step (Hochbruck &

@@ -1,9 +1,9 @@
 """UniPC (Zhao et al. 2023, arXiv 2302.04867) with second-order predictor and corrector, one evaluation per step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sagl.diffusion.noise import StepNoise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction
+from sagl.diffusion.predictor import Condition, NoisePredictor, Trajectory
 from sagl.diffusion.process import cast_like
 from sagl.diffusion.schedule import Schedule
 from sagl.samplers.dpm_solver import dpm_solver_step
@@ -37,7 +37,7 @@ def unipc(
     noise: StepNoise,
     *,
     clip_x0: bool = True,
-) -> Iterator[tuple[int, Image, Prediction]]:
+) -> Trajectory:
     """Sample from x_T: yields (step, x after the step, the step's prediction), the noisiest step first.
 
     The predictor UniP-2 with B(h) = e^h - 1 is DPM-Solver++(2M)'s step. The network is evaluated where it leads; the

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sagl.diffusion.predictor import Trajectory
 from sagl.errors import require
-from sagl.sampling.pipeline import SamplingPipeline, Trajectory, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, make_labels, run_to_end
 from sagl.sampling.run_folder import SAMPLES, Sample, encode_png
 from sagl.settings.sampling import RunSettings
 from sagl.shapes import Image, ImageUint8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagl.diffusion.noise import SampleKeys, StepNoise, initial_noise, random_labels, step_noise
-from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
+from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, Trajectory, make_predictor
 from sagl.diffusion.process import x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.errors import UserError
@@ -31,9 +31,6 @@ from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings
 from sagl.shapes import AttentionSite, Image, Labels, Mask
 from sagl.utils.prefetch import pin, prefetch, to_device
-
-Trajectory = Iterator[tuple[int, Image, Prediction]]
-"""(step, x after the step, the step's prediction), the noisiest step first."""
 
 
 @dataclass(frozen=True, kw_only=True)
