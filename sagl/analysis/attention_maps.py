@@ -25,7 +25,7 @@ def analyze_attention(request: AnalysisRequest) -> dict[str, Any]:
     """
     sites = request.pipeline.network.settings.sites
     steps = evenly_spaced_steps(request.pipeline.schedule.num_steps, NUM_STEPS_SHOWN)
-    record = record_attention(request.pipeline, request.samples, list(sites), steps, request.progress)
+    record = record_attention(request, list(sites), steps)
     maps = {site: record.step_maps[site].mean(dim=2) for site in sites}  # over heads: (N, step, H, W)
     with figure(request.figure, len(steps), len(sites) + 1, (1.6, 1.75)) as (fig, axes):
         for row, step in enumerate(record.steps):
@@ -54,7 +54,7 @@ def analyze_heads(request: AnalysisRequest) -> dict[str, Any]:
         The mean area of the masks by site: of each head, and of the average over heads.
     """
     sites = last_sites(request.pipeline.network.settings)
-    record = record_attention(request.pipeline, request.samples, list(sites.values()), (), request.progress)
+    record = record_attention(request, list(sites.values()))
     num_heads = max(record.mean_maps[site].shape[1] for site in sites.values())
     with figure(request.figure, len(sites), num_heads + 2, (2, 2.1)) as (_, axes):
         for row, (side, site) in enumerate(sites.items()):

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sagl.analysis.registry import AnalysisRequest
 from sagl.diffusion.noise import initial_noise
 from sagl.diffusion.process import x0_hat_from_eps
 from sagl.metrics.bootstrap import resample, shifted_interval
-from sagl.sampling.pipeline import SamplingPipeline, make_labels
+from sagl.sampling.pipeline import make_labels
 from sagl.settings.network import UNetSettings
-from sagl.settings.sampling import RunSettings, id_batches
+from sagl.settings.sampling import id_batches
 from sagl.shapes import AttentionSite, ImageUint8
 from sagl.utils.images import to_uint8
-from sagl.utils.progress import ProgressReporter
 
 NUM_RESAMPLES = 1000
 """Bootstrap resamples of the samples, for the intervals of analyses."""
@@ -50,30 +50,17 @@ def last_sites(network: UNetSettings) -> dict[int, str]:
     return dict(sorted(last.items()))
 
 
-def record_attention(
-    pipeline: SamplingPipeline,
-    samples: RunSettings,
-    sites: Sequence[str],
-    steps: Sequence[int],
-    progress: ProgressReporter,
-) -> AttentionRecord:
-    """Sample without guidance, and record the attention received at the sites.
-
-    Args:
-        pipeline: the pipeline; its guidance is left out.
-        samples: number, ids, seed, labels and batch size of the samples.
-        sites: blocks with attention.
-        steps: steps whose maps and estimates are kept.
-        progress: shows the steps.
+def record_attention(request: AnalysisRequest, sites: Sequence[str], steps: Sequence[int] = ()) -> AttentionRecord:
+    """Sample without guidance, and record the attention received at the sites; keep maps and estimates at `steps`.
 
     Raises:
         UserError: a site has no attention.
     """
-    steps = sorted(steps, reverse=True)
+    samples, steps = request.samples, sorted(steps, reverse=True)
     records = []
     for batch in id_batches(samples):
-        records.append(_record_batch(pipeline.unguided, samples, batch, sites, steps, progress))
-        progress.update(len(records) * len(batch))
+        records.append(_record_batch(request, batch, sites, steps))
+        request.progress.update(len(records) * len(batch))
     first = samples.first_id % samples.effective_batch_size
     part = slice(first, first + samples.num_samples)
     return AttentionRecord(
@@ -87,20 +74,16 @@ def record_attention(
 
 @torch.inference_mode()
 def _record_batch(
-    pipeline: SamplingPipeline,
-    samples: RunSettings,
-    batch: Sequence[int],
-    sites: Sequence[str],
-    steps: Sequence[int],
-    progress: ProgressReporter,
+    request: AnalysisRequest, batch: Sequence[int], sites: Sequence[str], steps: Sequence[int]
 ) -> AttentionRecord:
+    pipeline, samples = request.pipeline.unguided, request.samples
     num_steps, labels = pipeline.schedule.num_steps, make_labels(samples, batch, pipeline.network)
     chain = pipeline.sample_progressive(samples.seed, batch, labels, [AttentionSite(site) for site in sites])
     x = initial_noise(samples.seed, batch, pipeline.image_shape)
     totals: dict[str, Tensor] = {}
     maps: dict[str, list[Tensor]] = {site: [] for site in sites}
     estimates: list[ImageUint8] = []
-    for step, x_next, prediction in progress.track_steps(chain, num_steps):
+    for step, x_next, prediction in request.progress.track_steps(chain, num_steps):
         attention = {site: prediction.attention[AttentionSite(site)].float().cpu() for site in sites}
         totals = {site: totals[site] + attention[site] for site in sites} if totals else attention
         if step in steps:

@@ -69,7 +69,7 @@ def analyze_frequency(request: AnalysisRequest) -> dict[str, Any]:
     require(
         bool(sites), f"`analysis` frequency needs attention below {network.image_size}x{network.image_size}, got none."
     )
-    record = record_attention(request.pipeline, request.samples, list(sites.values()), (), request.progress)
+    record = record_attention(request, list(sites.values()))
     images = to_float(record.images)
     numbers: dict[str, Any] = {}
     difference = None

@@ -34,7 +34,7 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
         attention masks, of random masks, and of their difference with its 95 % interval over samples.
     """
     sites = last_sites(request.pipeline.network.settings)
-    record = record_attention(request.pipeline, request.samples, list(sites.values()), (), request.progress)
+    record = record_attention(request, list(sites.values()))
     samples = request.samples
     ids = list(range(samples.first_id, samples.first_id + samples.num_samples))
     objects = find_objects(record.images, ids, request.object_masks)
