@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile \
+# one worker more than there are cores, because some tests wait for processes; at most four, for their memory
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))")
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile \
 	--no-loadscope-reorder
 
 # make playground  a page in the browser on which guidance can be tried
