@@ -1,15 +1,17 @@
 """Comparison of sampling runs: settings that differ, cost, metrics, and the paper's numbers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagl.evaluation.metric_display import METRICS, best_values, format_value, metric_name
 from sagl.evaluation.paper import PaperRow, matching_rows
 from sagl.evaluation.report import Cell, ImageGrid, Report, Row, Section, Table, join_with_and, printable
 from sagl.evaluation.results import EvaluationResult
 from sagl.evaluation.runs import RunSummary, image_sizes
-from sagl.metrics.bootstrap import Interval
 from sagl.settings.evaluation import INCEPTION
+
+if TYPE_CHECKING:
+    from sagl.metrics.bootstrap import Interval
 
 ABSENT = "–"
 SHA_DIGITS = 12
@@ -231,7 +233,7 @@ def _metric_rows(key: MetricKey, results: Mapping[int, EvaluationResult], runs: 
     return rows
 
 
-def difference_cell(name: str, difference: Interval) -> Cell:
+def difference_cell(name: str, difference: "Interval") -> Cell:
     """Return the cell of a difference of a metric, with its interval as the note."""
     text, low, high = (f"{'+' if value > 0 else ''}{format_value(name, value)}" for value in difference)
     return Cell(text=text, note=f"{low} … {high}")

@@ -5,14 +5,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sagl.errors import UserError
-from sagl.metrics.bootstrap import Interval, paired_difference
 from sagl.utils.files import atomic_file, json_sha256
 from sagl.utils.run_lock import lock_file
+
+if TYPE_CHECKING:
+    from sagl.metrics.bootstrap import Interval
 
 RESULTS_FILE = "evaluation.json"
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class EvaluationResult:
         names = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def difference(self, other: "EvaluationResult", name: str) -> Interval | None:
+    def difference(self, other: "EvaluationResult", name: str) -> "Interval | None":
         """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.
 
         Both must have been resampled alike: as many images, resamples and the same seed. None if they were not.
@@ -64,10 +64,15 @@ class EvaluationResult:
         keys = ("bootstrap", "seed")
         if self.num_samples != other.num_samples or any(self.settings.get(k) != other.settings.get(k) for k in keys):
             return None
-        first, second = (torch.tensor(r.resamples.get(name, ()), dtype=torch.float64) for r in (other, self))
-        if not len(first) or len(first) != len(second):
+        first, second = (r.resamples.get(name, ()) for r in (other, self))
+        if not first or len(first) != len(second):
             return None
-        return paired_difference(self.values[name] - other.values[name], first, second)
+        import torch  # takes seconds, and most comparisons do without
+
+        from sagl.metrics.bootstrap import paired_difference
+
+        resamples = (torch.tensor(values, dtype=torch.float64) for values in (first, second))
+        return paired_difference(self.values[name] - other.values[name], *resamples)
 
 
 def read_results(folder: Path) -> tuple[EvaluationResult, ...]:
