@@ -1,6 +1,7 @@
 """The exception for requests that cannot be met, and checks that raise it."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -26,6 +27,17 @@ def require(condition: bool, message: str) -> None:
 def require_range(name: str, value: int, smallest: int, largest: int) -> None:
     """Raise a `UserError` unless a parameter lies between two limits, both included."""
     require(smallest <= value <= largest, f"`{name}` must be in {smallest} … {largest}, got {value}.")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Raise a `UserError` unless numpy and torch both take a number as a seed."""
+    require(0 <= value < 2**63, f"`{name}` must be in 0 … 2⁶³ - 1, got {value!s:.60}.")
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that a text writes in ASCII digits; None for another text, and for more than 18 digits."""
+    digits = text.strip()
+    return int(digits) if re.fullmatch(r"[0-9]{1,18}", digits) else None
 
 
 def require_finite(settings: object, prefix: str = "") -> None:

@@ -1,13 +1,13 @@
 """Masks of attention and of objects, as the paper's analyses use them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
-from sagl.errors import require
+from sagl.data.transforms import decode_image
+from sagl.errors import UserError, require
 from sagl.shapes import ImageUint8, Mask, TokenMap
 
 SILHOUETTE_DISTANCE = 24
@@ -54,20 +54,23 @@ def silhouettes(images: ImageUint8) -> Mask:
     return ((images.float() - background).abs() > SILHOUETTE_DISTANCE).any(dim=1, keepdim=True)
 
 
-def read_masks(folder: Path, ids: list[int], size: int) -> Mask:
+def read_masks(folder: Path, ids: Sequence[int], size: int) -> Mask:
     """Read the object masks of samples, ID.png with six digits, of which pixels above 127 belong to an object.
 
     Returns:
         (N, 1, size, size).
 
     Raises:
-        UserError: a mask is missing, or has another size.
+        UserError: a mask is missing, damaged, or has another size.
     """
     masks = []
     for sample_id in ids:
         path = folder / f"{sample_id:06d}.png"
         require(path.is_file(), f"`object_masks` must hold a mask of every sample, and {path} is missing.")
-        with PILImage.open(path) as image:
-            require(image.size == (size, size), f"`object_masks` must be {size}x{size} pixels, and {path} is not.")
-            masks.append(torch.from_numpy(np.array(image.convert("L"))) > 127)
+        try:
+            pixels = decode_image(path.read_bytes(), 1)[..., 0]
+        except Exception as error:  # Pillow raises many types
+            raise UserError(f"`object_masks` must hold images, and {path} is damaged: {error}.") from error
+        require(pixels.shape == (size, size), f"`object_masks` must be {size}x{size} pixels, and {path} is not.")
+        masks.append(pixels > 127)
     return torch.stack(masks)[:, None]

@@ -1,5 +1,6 @@
 """Overlap of attention masks with object masks (table 1, figure 5)."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
         The number of samples with an object; by resolution, if there are any, the mean intersection over union of
         attention masks, of random masks, and of their difference with its 95 % interval over samples.
     """
-    sites = last_sites(request.pipeline.network.settings)
+    network, samples = request.pipeline.network.settings, request.samples
+    sites, ids = last_sites(network), range(samples.first_id, samples.first_id + samples.num_samples)
+    find_objects = object_finder(request.object_masks, ids, network.image_size)
     record = record_attention(request, list(sites.values()))
-    samples = request.samples
-    ids = list(range(samples.first_id, samples.first_id + samples.num_samples))
-    objects = find_objects(record.images, ids, request.object_masks)
+    objects = find_objects(record.images)
     has_object = objects.flatten(1).any(dim=1)
     size, rows, numbers = (record.images.shape[-2], record.images.shape[-1]), {"objects": objects}, {}
     for side, site in sites.items():
@@ -57,23 +58,24 @@ def analyze_overlap(request: AnalysisRequest) -> dict[str, Any]:
     return {"object_masks": request.object_masks, "num_with_object": int(has_object.sum()), "iou": numbers}
 
 
-def find_objects(images: ImageUint8, ids: list[int], source: str) -> Mask:
-    """Return the object masks of samples: (N, C, H, W) -> (N, 1, H, W).
+def object_finder(source: str, ids: Sequence[int], size: int) -> Callable[[ImageUint8], Mask]:
+    """Return the function that computes the object masks of samples: (N, C, H, W) -> (N, 1, H, W).
 
     Args:
-        images: the samples.
-        ids: their ids.
         source: silhouette, for objects on a background of one color; mask_rcnn, torchvision's network, whose weights
-            are downloaded; or a folder with a mask ID.png of every sample.
+            are downloaded; or a folder with a mask ID.png of every sample, which is read here.
+        ids: ids of the samples.
+        size: their side in pixels.
 
     Raises:
-        UserError: a mask of the folder is missing or has another size.
+        UserError: a mask of the folder is missing, damaged, or has another size.
     """
     if source == "silhouette":
-        return silhouettes(images)
+        return silhouettes
     if source == "mask_rcnn":
-        return mask_rcnn(images)
-    return read_masks(Path(source), ids, images.shape[-1])
+        return mask_rcnn
+    masks = read_masks(Path(source), ids, size)
+    return lambda images: masks
 
 
 @torch.inference_mode()

@@ -7,9 +7,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from sagl.errors import require
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings
-from sagl.utils.files import atomic_file
+from sagl.utils.files import write_text
 
 if TYPE_CHECKING:
     from sagl.sampling.pipeline import SamplingPipeline
@@ -30,7 +31,7 @@ class AnalysisRequest:
     """PNG file of the figure."""
     progress: "ProgressReporter"
     object_masks: str = "silhouette"
-    """Object masks of the analysis overlap; see `sagl.analysis.overlap.find_objects`."""
+    """Object masks of the analysis overlap; see `sagl.analysis.overlap.object_finder`."""
     classifier: str | None = None
     """Classifier of the analysis cost, by name or file."""
 
@@ -84,8 +85,20 @@ def run_analysis(name: str, request: AnalysisRequest, settings: Mapping[str, Any
     Raises:
         UserError: the network or the machine lacks something that it needs.
     """
+    check_object_masks(request.object_masks)
     numbers = ANALYSES[name].run(request)
     path = request.figure.with_suffix(".json")
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps({"analysis": name, "settings": settings, "numbers": numbers}, indent=1))
+    write_text(path, json.dumps({"analysis": name, "settings": settings, "numbers": numbers}, indent=1))
     return path
+
+
+def check_object_masks(source: str) -> None:
+    """Refuse a source of object masks that does not exist, before anything is sampled.
+
+    Raises:
+        UserError: it is neither the name of a method nor a folder.
+    """
+    require(
+        source in ("silhouette", "mask_rcnn") or Path(source).is_dir(),
+        f"`object_masks` must be silhouette, mask_rcnn or a folder of ID.png, got {source}.",
+    )

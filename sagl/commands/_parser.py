@@ -1,9 +1,11 @@
 """Parsers of the commands: settings classes as flags, a short help, and errors of one line."""
 
 import re
-from argparse import SUPPRESS
-from collections.abc import Callable, Iterable
+from argparse import SUPPRESS, Action
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -87,6 +89,11 @@ class Parser(ArgumentParser):
             self.error(str(error), error)
         return result
 
+    def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 (as the overridden method)
+        with float_errors():
+            result: Namespace = super().parse_object(*args, **kwargs)
+        return result
+
     @property
     def options(self) -> list[str]:
         """Flags that the help shows."""
@@ -119,11 +126,23 @@ class Parser(ArgumentParser):
         Raises:
             UserError: an option is unknown, a value has the wrong type, or a variable of a path is not set.
         """
-        values = self.parse_args(parse_interval_arg(arguments))
+        with float_errors():
+            values = self.parse_args(parse_interval_arg(arguments))
         for name, value in values.items():
             if isinstance(value, str | list | dict):
                 values[name] = expand_paths(value, name.replace(".init_args", ""))
         return values
+
+
+@contextmanager
+def float_errors() -> Iterator[None]:
+    """Convert the error of jsonargparse about an integer that no float can hold to a `UserError`."""
+    try:
+        yield
+    except OverflowError as error:
+        settings = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+        name = next((setting.dest for setting in settings if isinstance(setting, Action)), "config")
+        raise UserError(f"`{name}` must fit a float, got an integer of more than 300 digits.") from error
 
 
 def parse_interval_arg(arguments: Iterable[str]) -> list[str]:
@@ -203,7 +222,7 @@ def _allowed(name: str, expected: str) -> str:
         choices = (choice.strip(" '\"") for literal in literals for choice in literal.split(","))
         return "one of " + ", ".join(dict.fromkeys(choices))
     types = [TYPE_NAMES[word] for word in re.findall(r"'(\w+)'", expected) if word in TYPE_NAMES]
-    return " or ".join(dict.fromkeys(types)) or expected
+    return " or ".join(dict.fromkeys(types)) or expected.removeprefix("Expected ").replace("tuple", "list")
 
 
 _REWRITES: dict[str, Callable[..., str]] = {
@@ -213,6 +232,10 @@ _REWRITES: dict[str, Callable[..., str]] = {
     r"Does not validate .*? Subtypes: \[<class 'sagl\.settings\..+? Errors: - (.+?) - Expected": lambda names, error: (
         error
     ),
+    r"Parser key \"(.+?)\": .* Errors: - (`.+?) - Expected .*NestedArg": lambda names, name, error: f"{name}: {error}",
+    r"Parser key \"(.+?)\": .* Errors: - Problem with given class_path '(.+?)': (.+?) - Expected": (
+        lambda names, name, value, error: f"`{name}` must be a class that can be imported, got {value}: {error}."
+    ),
     r"NestedArg\(key='(.+?)'": (
         lambda names, name: f"there is no option with {name!r} on the command line: a --config can have it."
     ),
@@ -220,6 +243,7 @@ _REWRITES: dict[str, Callable[..., str]] = {
     r"unrecognized arguments: (\S+)": _unknown_option,
     r"Group '(.+?)' does not accept option '(.+?)'": _unknown_setting,
     r"Option '(.+?)' is not accepted": _unknown_setting,
+    r'Parser key "(.+?)": Exceeds the limit': lambda names, name: f"`{name}` must have at most 4300 digits.",
     r'Parser key "(.+?)": (.+?)\.? Got value:\s?(.*)$': _wrong_type,
     r'Parser key "(.+?)": Does not validate .*? Subtypes: \[(.+?)\] .*Given value:\s?(.*)$': _wrong_type,
     r"argument (\S+): ignored explicit argument (.+)$": (

@@ -8,7 +8,7 @@ from sagl.errors import require
 from sagl.evaluation.comparison import build_report
 from sagl.evaluation.report import has_generator_tag, print_report, render_html
 from sagl.evaluation.runs import NUM_SAMPLES, have_shared_ids, read_images, read_runs
-from sagl.utils.files import atomic_file
+from sagl.utils.files import write_text
 from sagl.utils.run_lock import lock_file
 
 VALUE_FLAGS = ("--output", "--num_samples")
@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> None:
         return
     images = read_images(runs, num_samples)
     report = build_report(runs, images, has_shared_ids=num_samples == 0 or have_shared_ids(runs))
-    with lock_file(output), atomic_file(output) as page:
-        page.write_text(render_html(report), encoding="utf-8")
+    with lock_file(output):
+        write_text(output, render_html(report))
     counts = f"{len(images.ids)} images of each run" if images else "no images"
     print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {counts}.")
 

@@ -89,6 +89,15 @@ def _check_target(target: Path) -> None:
 
 def _parse_json(text: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"`recommended` must be a JSON object, got {text!r:.60}.") from error
+        content = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`recommended` must be a JSON object with every name once, got {text!r:.60}.") from error
+    require(isinstance(content, dict), f"`recommended` must be a JSON object, got {text!r:.60}.")
+    return dict(content)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name is repeated")
+    return content

@@ -11,10 +11,14 @@ from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.hub_files import HUB_PREFIX, hub_errors, is_reachable, require_repository
 from sagl.sampling.run_folder import is_run, read_run_json
+from sagl.utils.config_files import flatten
 from sagl.utils.files import require_unused
 
 SAMPLING_SETTINGS = ("sampler", "respacing", "eta", "clip_x0", "labels", "seed", "precision")
 """Settings of a run that its model card shows, besides those of the guidance that is on."""
+
+FILE_SETTINGS = ("checkpoint", "direction_head")
+"""Ends of the names of settings that are paths."""
 
 
 def push_parser() -> Parser:
@@ -66,14 +70,14 @@ def write_files(args: Any, folder: Path) -> None:  # noqa: ANN401 (the parser's 
     from sagl.settings.network import UNetSettings
 
     source = Path(args.run)
-    metadata = read_run_json(source) if is_run(source) else {}
+    metadata = read_run_json(source, "run") if is_run(source) else {}
     weights = metadata.get("settings", {}).get("weights", args.weights)
     last = source / "checkpoints" / "last.ckpt"
     checkpoint = metadata.get("checkpoint") or (str(last) if last.is_file() else args.run)
     network = read_network(checkpoint, weights, metadata.get("model"))
     require(
         isinstance(network.model_settings, UNetSettings),
-        f"`run` must be a diffusion model, and {args.run} is a classifier.",
+        f"`run` must be a diffusion model, and {args.run} is a classifier or a head.",
     )
     folder.mkdir(parents=True, exist_ok=True)
     grid = find_grid(source)
@@ -97,14 +101,13 @@ def find_grid(run: Path) -> Path | None:
 
 def sampling_settings(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of sampler and guidance of a run, without paths."""
-    settings = metadata.get("settings", {})
+    settings = flatten(metadata.get("settings", {}))
     shown = {name: settings[name] for name in SAMPLING_SETTINGS if name in settings}
-    for name, entry in GUIDANCES.items():
-        values = settings.get(name) or {}
-        if values.get("scale"):
-            default = entry.settings_class()
-            changed = {key: value for key, value in values.items() if value != _as_json(getattr(default, key, None))}
-            shown |= {f"{name}.{key}": value for key, value in changed.items() if not key.endswith("checkpoint")}
+    for name, value in settings.items():
+        group, _, key = name.partition(".")
+        if group in GUIDANCES and settings.get(f"{group}.scale") and not key.endswith(FILE_SETTINGS):
+            default = GUIDANCES[group].settings_class()
+            shown |= {name: value} if value != _as_json(getattr(default, key, None)) else {}
     return shown
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from sagl.analysis.registry import check_object_masks
 from sagl.commands import analyze, evaluate, sample
 from sagl.commands._config import recommended_settings, resolve_network
 from sagl.commands._parser import Parser
@@ -18,8 +19,10 @@ from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduct
 from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
 from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
-from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.models.hub_files import is_hub_name
+from sagl.models.metadata import WEIGHT_SUFFIXES, read_metadata, settings_from_metadata
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
+from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_image_set
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.utils.distributed import has_peers, num_processes
@@ -86,7 +89,7 @@ def main(arguments: list[str]) -> None:
 
 def _target(args: Namespace) -> Target:
     model, num_samples = args.model, args.num_samples
-    SamplerSettings(sampler=args.sampler)  # refuses an unknown one
+    _check_settings(args)
     require(num_samples is None or num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
     target = Target(
         num_samples=num_samples,
@@ -97,11 +100,12 @@ def _target(args: Namespace) -> Target:
     )
     if model is None:
         return target
-    is_file = Path(model).suffix == ".safetensors"
+    is_file = Path(model).suffix in WEIGHT_SUFFIXES and not is_hub_name(model)
     resolved = resolve_network(None if is_file else model, model if is_file else None, None, "ema")
     network, path = resolved["network"], resolved["checkpoint"]
     if network is None:
         network = settings_from_metadata(read_metadata(path), path)[0]
+    require(isinstance(network, UNetSettings), f"`model` must be a diffusion model, got {model}, which is none.")
     assert isinstance(network, UNetSettings)
     return replace(
         target,
@@ -110,6 +114,19 @@ def _target(args: Namespace) -> Target:
         classifier=BUNDLED_CLASSIFIERS.get(model),
         recommended=frozenset(recommended_settings(None if is_file else model, path)) & frozenset(GUIDANCES),
     )
+
+
+def _check_settings(args: Namespace) -> None:
+    """Refuse settings of sampling, evaluation and analyses before anything is sampled."""
+    SamplerSettings(sampler=args.sampler)
+    MetricSettings(bootstrap=args.bootstrap)
+    ExtractionSettings(extractor=args.extractor)
+    DeviceSettings(devices=args.devices)
+    check_object_masks(args.object_masks)
+    dino = args.dino_checkpoint
+    require(dino is None or Path(dino).is_file(), f"`dino_checkpoint` must be a file, and there is none at {dino}.")
+    if args.reference is not None:
+        require_image_set(args.reference, "reference")
 
 
 def _print_plan(items: list[PaperItem], plans: dict[str, list[ReproductionRow]]) -> None:

@@ -175,7 +175,8 @@ def prepare_evaluation(parser: Parser, config: Namespace) -> TrainingSetup:
 
 def _build_module(init: Namespace) -> DiffusionModule | ClassifierModule | DirectionHeadModule:
     if isinstance(init.model, HeadTrainingSettings):
-        return build_head_module(init.model, init[init.model.direction_head.method], init.checkpoint, init.weights)
+        guidances = {name: init[name] for name in GUIDANCES}
+        return build_head_module(init.model, guidances, init.checkpoint, init.weights)
     is_classifier = isinstance(init.model, ClassifierTrainingSettings)
     return ClassifierModule(init.model) if is_classifier else DiffusionModule(init.model)
 

@@ -119,12 +119,13 @@ def parse_search(search: Sequence[Sequence[str]]) -> dict[str, tuple[Any, ...]]:
     Raises:
         UserError: a setting belongs to no guidance method, has no values, or an invalid one.
     """
-    space, p = {}, sample_parser()
+    space, p = dict[str, tuple[Any, ...]](), sample_parser()
     for name, *texts in search:
         group, _, field = name.partition(".")
         known = group in GUIDANCES and field in field_names(GUIDANCES[group].settings_class)
         require(known, f"`search` must name settings of guidance methods, such as sag.scale, got {name!r}.")
         require(bool(texts), f"`search` must have values after {name}, got none.")
+        require(name not in space, f"`search` must have every setting once, got {name} twice.")
         flags = [p.parse([f"--{name}", text])[group] for text in texts]
         values = [from_namespace(GUIDANCES[group].settings_class, group_flags, f"{group}.") for group_flags in flags]
         space[name] = tuple(dict.fromkeys(getattr(value, field) for value in values))

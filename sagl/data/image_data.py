@@ -27,8 +27,9 @@ from sagl.data.dataloader import (
     training_loader,
 )
 from sagl.data.transforms import CropResize, Pixels, decode_image
-from sagl.errors import UserError, require
-from sagl.settings.network import UNetSettings
+from sagl.errors import UserError, require, require_range, require_seed
+from sagl.settings.network import LARGEST, UNetSettings
+from sagl.settings.sampling import MAX_BATCH_SIZE
 from sagl.utils.environment import available_cpus
 from sagl.utils.files import cache_file, cache_folder, file_version
 
@@ -37,6 +38,8 @@ Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 """Indices of images in their source."""
 NO_LABEL = -1
 """Label of an image without a class."""
+RANGES = {"batch_size": (1, MAX_BATCH_SIZE), "num_workers": (0, 4096), "image_size": (1, LARGEST["image_size"])}
+"""Smallest and largest values of settings of a data module."""
 
 
 class ImageSource(ABC):
@@ -171,8 +174,12 @@ class ImageDataModule(LightningDataModule):
         if rank_and_world_size(self.trainer)[0] == 0:
             for note in self.images.notes:
                 print(note, file=sys.stderr)
+        for name, (low, high) in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                require_range(f"data.{name}", value, low, high)
         for name in ("num_validation", "num_test"):
             require(getattr(self, name) >= 0, f"`data.{name}` must be at least 0, got {getattr(self, name)}.")
+        require_seed("data.seed", self.seed)
         require(
             self.num_validation + self.num_test < len(self.images),
             f"`data.num_validation` + `data.num_test` must be less than {len(self.images)}, the number of images, "

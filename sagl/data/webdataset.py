@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 from sagl.data.folder import IMAGE_SUFFIXES
 from sagl.data.image_data import NO_LABEL, Array, ImageDataModule, ImageSource, cached_index
 from sagl.data.webdataset_files import BLOCK_SIZE, check_manifest, check_tar, shard_files
-from sagl.errors import require
+from sagl.errors import UserError, require, whole_number
 from sagl.utils.files import cache_folder
 from sagl.utils.listing import is_hidden
 
@@ -181,11 +181,13 @@ def _suffix(name: str) -> str:
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, argument: str) -> int:
     text = _read(file, member.offset_data, min(member.size, BLOCK_SIZE)).decode(errors="replace").strip()
-    require(
-        text.isdecimal() and len(text) < 10,
-        f"`{argument}` must hold labels as whole numbers from 0, and {member.name} in {file.name} holds {text[:40]!r}.",
-    )
-    return int(text)
+    label = whole_number(text)
+    if label is None or len(text) > 9:
+        raise UserError(
+            f"`{argument}` must hold labels as whole numbers from 0, and {member.name} in {file.name} holds "
+            f"{text[:40]!r}."
+        )
+    return label
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-from sagl.errors import UserError, require
+from sagl.errors import UserError, require, whole_number
 
 
 def respaced_timesteps(
@@ -73,11 +73,9 @@ def _fixed_stride(count: int, num_timesteps: int, spec: str) -> list[int]:
 
 
 def _parse_count(text: str, spec: str) -> int:
-    require(
-        text.strip().isdecimal() and int(text) > 0,
-        f"`respacing` must be like '250', 'ddim25', 'logsnr20' or '10,15,20', got {spec!r}.",
-    )
-    return int(text)
+    if not (count := whole_number(text)):
+        raise UserError(f"`respacing` must be like '250', 'ddim25', 'logsnr20' or '10,15,20', got {spec!r:.60}.")
+    return count
 
 
 def _require_at_most(length: int, count: int, spec: str) -> None:

@@ -19,12 +19,11 @@ from sagl.data.registry import open_image_source
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError, require
 from sagl.sampling.run_folder import SAMPLES, Pixels, Sample, decode_png, list_shards, read_shard
+from sagl.settings.evaluation import NAMED_SETS, require_image_set
 from sagl.shapes import ImageUint8
 from sagl.utils.files import cache_folder, file_version, sha256
 from sagl.utils.listing import list_folder
 
-NAMED_SETS = ("fashion_mnist_train", "fashion_mnist_test", "emoji_train", "emoji_test")
-"""Splits at 32×32 as for training: of Fashion-MNIST, padded, and of the emoji."""
 DIGEST_DIGITS = 16
 """Hex digits of a digest that are stored with a result."""
 MAX_UNREADABLE_FRACTION = 0.01
@@ -217,11 +216,7 @@ def _open(name: str, image_size: int | None, argument: str) -> ImageSet:
     path = Path(name)
     if os.path.isdir(path) and list_shards(path):
         return RunImages(path)
-    require(
-        os.path.exists(path) or any(character in name for character in "*{:"),
-        f"`{argument}` must be one of {', '.join(NAMED_SETS)}, a run of sagl sample, an npz file, a folder of images, "
-        f"LSUN's LMDB or shards, and {name} does not exist.",
-    )
+    require_image_set(name, argument)
     source = open_image_source(name, argument=argument)
     return SourceImages(source, None if path.suffix.lower() == ".npz" else image_size)
 

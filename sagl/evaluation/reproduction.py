@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sagl.evaluation.paper import PaperItem, PaperRow
-from sagl.models.zoo import CLASSIFIER_NAMES, get_unet_settings
+from sagl.models.hub_files import is_hub_name
+from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES, get_unet_settings
 from sagl.settings.network import UNetSettings
 
 
@@ -80,7 +81,7 @@ class _Translator:
 
     def _add_network(self) -> None:
         name = self.target.name or self.row.model
-        self.options += ["--checkpoint" if "." in name or "/" in name else "--model", name]
+        self.options += ["--model" if name in UNET_NAMES or is_hub_name(name) else "--checkpoint", name]
         if self.target.name:
             self.changes.append(f"network {name} (paper: {self.row.model})")
         network = self.target.network or self.paper_network

@@ -2,21 +2,22 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sagl.errors import UserError
 from sagl.evaluation.comparison import difference_cell
 from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.report import Cell, Figure, Report, Row, Section, Table, render_html, render_markdown
 from sagl.evaluation.reproduction import ReproductionRow
-from sagl.evaluation.results import EvaluationResult, read_results
+from sagl.evaluation.results import EvaluationResult, checked, read_results
 from sagl.metrics.bootstrap import Interval
 from sagl.sampling.run_folder import RUN_JSON
-from sagl.utils.files import atomic_file
+from sagl.utils.files import write_text
 
+T = TypeVar("T")
 RUNS, ANALYSES = "runs", "analyses"
 """Folders of the sampled runs and of the figures."""
 METRICS = {
@@ -27,6 +28,8 @@ METRICS = {
     "precision": "precision",
     "recall": "recall",
 }
+DISTANCES = ("fid", "fd")
+"""Names of the Fréchet distance."""
 FIGURE_SCALE = 96 / 150
 """Displayed size of a pixel of an analysis, whose figures have 150 per inch."""
 
@@ -68,8 +71,7 @@ def store_item(folder: Path, item: PaperItem, rows: Sequence[ReproductionRow], c
         )
         for row, command in zip(rows, commands, strict=True)
     ]
-    with atomic_file(folder / f"{item.name}.json") as partial:
-        partial.write_text(json.dumps([asdict(row) for row in stored], indent=1))
+    write_text(folder / f"{item.name}.json", json.dumps([asdict(row) for row in stored], indent=1))
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -83,12 +85,7 @@ def write_report(folder: Path) -> list[Path]:
         raise UserError(f"`output` must hold reproduced tables or figures, and {folder} holds none.")
     tables = []
     for name, item in items.items():
-        try:
-            stored = [StoredRow(**row) for row in json.loads((folder / f"{name}.json").read_text())]
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"`output` has a damaged file {folder / name}.json. Delete it, and reproduce it again."
-            ) from error
+        stored = _read(folder / f"{name}.json", lambda rows: [_parse_row(**row) for row in checked(list, rows)])
         tables.append(_analysis_table(folder, item, stored) if item.analysis else _table(folder, item, stored))
     report = Report(
         title="Tables and figures of the paper, reproduced",
@@ -101,9 +98,42 @@ def write_report(folder: Path) -> list[Path]:
     )
     pages = {folder / "index.html": render_html(report), folder / "README.md": render_markdown(report)}
     for path, text in pages.items():
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return list(pages)
+
+
+def _read(path: Path, parse: Callable[[Any], T]) -> T:
+    """Read a JSON file of the folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"`output` has a damaged file {path}. Delete it, and reproduce it again.") from error
+
+
+def _parse_row(
+    *,
+    paper_values: Any,  # noqa: ANN401 (JSON values)
+    folder: Any,  # noqa: ANN401
+    is_unguided: Any,  # noqa: ANN401
+    translation: Any,  # noqa: ANN401
+    **texts: Any,  # noqa: ANN401
+) -> StoredRow:
+    parts = Path(checked(str, folder)).parts
+    if ".." in parts or Path(folder).is_absolute():
+        raise ValueError("a folder outside of that of the report")
+    return StoredRow(
+        paper_values={
+            name: checked(float if isinstance(value, float) else int, value) for name, value in paper_values.items()
+        },
+        folder=folder,
+        is_unguided=is_unguided is True,
+        translation=[checked(str, change) for change in checked(list, translation)],
+        **{name: checked(str, text) for name, text in texts.items()},
+    )
 
 
 def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
@@ -138,10 +168,10 @@ def _differences_from_unguided(rows: Sequence[StoredRow], results: Mapping[str, 
 
 
 def _networks(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> list[list[StoredRow]]:
-    """Return the evaluated rows of each network of the paper."""
+    """Return the rows of each network of the paper that have a Fréchet distance."""
     networks = defaultdict[str, list[StoredRow]](list)
     for row in rows:
-        if row.name in results:
+        if row.name in results and results[row.name].values.keys() & set(DISTANCES):
             networks[row.paper_model].append(row)
     return list(networks.values())
 
@@ -151,7 +181,7 @@ def _difference(result: EvaluationResult, base: EvaluationResult) -> Interval | 
 
 
 def _distance_name(result: EvaluationResult) -> str:
-    return next(name for name in ("fid", "fd") if name in result.values)
+    return next(name for name in DISTANCES if name in result.values)
 
 
 def _assemble(
@@ -238,7 +268,7 @@ def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) ->
     for row in rows:
         path = folder / row.folder / f"{item.analysis}.json"
         if row.folder and path.is_file():
-            groups = _leaves(json.loads(path.read_text())["numbers"])
+            groups = _read(path, lambda content: _leaves(content["numbers"]))
             own |= groups
             links |= dict.fromkeys(groups, f"{row.folder}/{path.name}")
         for name, value in row.paper_values.items():
@@ -265,6 +295,8 @@ def _leaves(numbers: Mapping[str, Any], name: str = "") -> dict[str, dict[str, A
     """Return the numbers of nested mappings by the full name of their mapping; lists are left to the figure."""
     nested = {key: value for key, value in numbers.items() if isinstance(value, dict) and not _is_interval(value)}
     leaves = {key: value for key, value in numbers.items() if key not in nested and not isinstance(value, list)}
+    for leaf in leaves.values():
+        _leaf_cell(leaf)  # raises for a damaged number
     groups = {name: leaves} if leaves else {}
     for key, value in nested.items():
         groups |= _leaves(value, f"{name} {key}".strip())

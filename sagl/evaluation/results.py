@@ -110,31 +110,36 @@ def save_result(folder: Path, result: EvaluationResult) -> None:
 def _parse(entry: Mapping[str, Any]) -> EvaluationResult:
     num_reference = entry.get("num_reference")
     return EvaluationResult(
-        images=_checked(str, entry.get("images") or ""),
-        extractor=_checked(str, entry["extractor"]),
-        reference=_checked(str, entry["reference"]),
-        reference_digest=_checked(str, entry.get("reference_digest") or ""),
-        num_samples=_checked(int, entry["num_samples"]),
-        num_reference=None if num_reference is None else _checked(int, num_reference),
-        resize=_checked(str, entry.get("resize") or ""),
+        images=checked(str, entry.get("images") or ""),
+        extractor=checked(str, entry["extractor"]),
+        reference=checked(str, entry["reference"]),
+        reference_digest=checked(str, entry.get("reference_digest") or ""),
+        num_samples=checked(int, entry["num_samples"]),
+        num_reference=None if num_reference is None else checked(int, num_reference),
+        resize=checked(str, entry.get("resize") or ""),
         values={name: _number(value) for name, value in entry["values"].items()},
         intervals={name: _interval(*bounds) for name, bounds in (entry.get("intervals") or {}).items()},
         resamples={name: tuple(map(_number, of)) for name, of in (entry.get("resamples") or {}).items()},
         settings=dict((entry.get("settings") or {}).items()),
         stds={name: _number(value) for name, value in (entry.get("stds") or {}).items()},
-        notes=tuple(_checked(str, note) for note in entry.get("notes") or ()),
+        notes=tuple(checked(str, note) for note in entry.get("notes") or ()),
         seconds=_number(entry.get("seconds") or 0.0),
     )
 
 
-def _checked(kind: type[T], value: Any) -> T:  # noqa: ANN401 (any JSON value)
+def checked(kind: type[T], value: Any) -> T:  # noqa: ANN401 (any JSON value)
+    """Return a value of this type.
+
+    Raises:
+        TypeError: it has another type, or is a bool.
+    """
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r:.60} is no {kind.__name__}")
+        raise TypeError(f"{value!r:.60} is no {kind}")
     return value
 
 
 def _number(value: Any) -> float:  # noqa: ANN401
-    number = float(_checked(float if isinstance(value, float) else int, value))
+    number = float(checked(float if isinstance(value, float) else int, value))
     if not math.isfinite(number):
         raise ValueError(f"{value} is not finite")
     return number

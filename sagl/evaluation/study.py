@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
+from sagl.utils.archives import read_arrays
 from sagl.utils.files import atomic_file, json_sha256, sha256
 from sagl.utils.images import to_rgb, to_uint8
 from sagl.utils.progress import ProgressReporter
@@ -126,7 +128,7 @@ class Study:
             (setting, batch)
             for setting in distinct.values()
             for batch in self._batches(ids)
-            if not self._path(setting, batch).exists()
+            if not is_whole(self._path(setting, batch))
         ]
 
     def sample(self, settings: Sequence[Setting], ids: range, title: str = "", progress: ProgressKind = "off") -> None:
@@ -188,6 +190,14 @@ class Study:
         if heads := head_digests(setting.guidances, self.pipeline.checkpoint):
             identity["direction_heads"] = heads
         return self.folder / json_sha256(identity)[:16] / f"{batch[0]}.npz"
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file of features exists and is not damaged; another one is written again."""
+    try:
+        return path.is_file() and read_arrays(path, ["pooled", "nfe"]).keys() == {"pooled", "nfe"}
+    except BadZipFile:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------- metrics

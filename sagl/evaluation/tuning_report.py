@@ -13,7 +13,7 @@ from sagl.evaluation.report import Cell, Report, Row, Section, Table, render_htm
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
 from sagl.models.zoo import BUNDLED
-from sagl.utils.files import atomic_file
+from sagl.utils.files import write_text
 
 CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
 COLUMNS = ("network evaluations", "Fréchet distance ↓", "from unguided", "95 % interval", "precision ↑", "recall ↑")
@@ -32,8 +32,7 @@ def write_results(tuning: Tuning, result: TuningResult, folder: Path) -> None:
         PAGE_FILE: render_html(build_report(tuning, result)),
     }
     for name, text in contents.items():
-        with atomic_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def describe_result(tuning: Tuning, result: TuningResult) -> list[str]:

@@ -36,8 +36,9 @@ class GuidanceContext:
     """Load another network: (name or file, weights of a .ckpt), with the device and precision of `network`."""
     load_classifier: Callable[[str], NoisyClassifier]
     """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
-    load_head: Callable[[GuidanceSettings], "Head"]
-    """Load the direction head of a method, with the device and precision of `network`."""
+    load_head: Callable[[GuidanceSettings, bool], "Head"]
+    """Load the direction head of a method: (its settings, whether it has a mask), with the device and precision of
+    `network`."""
     share_of_evaluation: Callable[[str], float]
     """Share of the operations of an evaluation that starts at an output block."""
 

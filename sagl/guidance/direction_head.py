@@ -32,7 +32,7 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
     Raises:
         UserError: the head cannot be loaded, or belongs to other settings or another network.
     """
-    head, schedule = context.load_head(settings), context.schedule
+    head, schedule = context.load_head(settings, guidance.mask is not None), context.schedule
     inputs_of = head_inputs(guidance.mask, settings, schedule)
     guided = [step for step in reversed(range(schedule.num_steps)) if guidance.is_active(step)]
     renewed = set(guided[:: settings.renew_every]) if settings.renew_every > 1 else set()

@@ -235,7 +235,9 @@ def _select_weights(content: Mapping[str, Any], weights: str, path: Path) -> Map
     choices = {"ema": content["state_dict"]}
     if decay := content["hyper_parameters"].get("ema_decay"):
         choices[f"ema:{decay}"] = content["state_dict"]
-    choices |= {f"ema:{decay}": state_dict for decay, state_dict in content.get("extra_emas", {}).items()}
+    extra_emas = content.get("extra_emas", {})
+    require(isinstance(extra_emas, dict), f"`checkpoint` must have extra_emas by decay, but {path} does not.")
+    choices |= {f"ema:{decay}": state_dict for decay, state_dict in extra_emas.items()}
     if "current_model_state" in content:
         choices["raw"] = content["current_model_state"]
     require(weights in choices, f"`weights` must be one of {', '.join(choices)} for {path}, got {weights!r}.")
@@ -293,11 +295,16 @@ def _find_state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Ten
 
 
 def _is_state_dict(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
+    if not isinstance(value, Mapping):
+        return False
+    return bool(value) and all(isinstance(name, str) and _is_plain(tensor) for name, tensor in value.items())
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether this is a tensor of numbers in memory: not sparse, quantized, complex or on the meta device."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_quantized or value.is_complex() or value.is_meta)
 
 
 # -------------------------------------------------------------------------------------------------------- networks

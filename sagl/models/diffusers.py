@@ -113,7 +113,9 @@ def write_diffusers(file: NetworkWeights, folder: Path) -> None:
         UserError: The folder is not empty or cannot be written, or `UNet2DModel` cannot express the network.
     """
     if not isinstance(file.model_settings, UNetSettings):
-        raise UserError("`checkpoint` must be a diffusion model to be converted to diffusers, but it is a classifier.")
+        raise UserError(
+            "`checkpoint` must be a diffusion model to be converted to diffusers, but it is a classifier or a head."
+        )
     config, state = to_diffusers(file.model_settings, file.state_dict)
     config[SAGL_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
     with atomic_folder(folder.resolve(), "target") as partial:

@@ -146,7 +146,7 @@ class HubUNet(
             "Recommended sampling": flatten(self.recommended),
             "Network": asdict(self.settings) | asdict(self.diffusion),
         }
-        return ModelCard.from_template(
+        card = ModelCard.from_template(
             ModelCardData(**{**info, **({"license": licence} if licence else {})}),
             template_str=CARD,
             settings=self.settings,
@@ -154,3 +154,4 @@ class HubUNet(
             tables=tables,
             **kwargs,
         )
+        return ModelCard(card.content.encode(errors="backslashreplace").decode())  # names that are not UTF-8

@@ -35,6 +35,10 @@ def download_from_hub(name: str, argument: str = "model") -> Path:
     """
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     require_repository(repository, argument)
+    require(  # it is part of a path
+        re.fullmatch(r"[\w./-]*", revision) is not None and ".." not in revision,
+        f"`{argument}` must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION with a branch, tag or commit, got {name!r}.",
+    )
     with hub_errors(repository, argument):
         from huggingface_hub import hf_hub_download
 
@@ -82,13 +86,18 @@ def require_repository(repository: str, argument: str) -> None:
 def hub_errors(repository: str, argument: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into a `UserError` that names the repository."""
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import errors, utils
     except ImportError as error:
         raise UserError(f"`{argument}` {repository} needs huggingface_hub: pip install 'sagl[hub]'.") from error
     http_error: type[Exception] = getattr(errors, "HTTPError", OSError)  # of the client that the library uses
     start = f"`{argument}` must be a repository that you may use, and {repository}"
     try:
+        utils.validate_repo_id(repository)  # type: ignore[attr-defined]
         yield
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"`{argument}` must be the name of a repository, got {repository!r}: {first_line(error)}"
+        ) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError(f"{start} needs a token, and there is none. {LOGIN}") from error
     except errors.GatedRepoError as error:

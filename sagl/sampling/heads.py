@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
-
 from sagl.errors import UserError, require
+from sagl.models.adm import UNet
 from sagl.models.checkpoints import build_head, read_checkpoint
 from sagl.models.direction_head import DirectionHead, is_same_network
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import HeadSettings
+from sagl.utils.config_files import flatten
 from sagl.utils.files import sha256
 
 AUTO = "auto"
@@ -41,12 +42,16 @@ def head_path(settings: GuidanceSettings, checkpoint: Path | None) -> Path:
     return path
 
 
-def load_head(settings: GuidanceSettings, network: nn.Module, checkpoint: Path | None) -> DirectionHead:
+def load_head(
+    settings: GuidanceSettings, has_mask: bool, network: UNet, diffusion: DiffusionSettings, checkpoint: Path | None
+) -> DirectionHead:
     """Load the direction head of a method with the device and precision of the network.
 
     Args:
         settings: settings of the method.
+        has_mask: whether the method has a mask.
         network: network that is guided.
+        diffusion: its diffusion process.
         checkpoint: its weight file; see `head_path`.
 
     Raises:
@@ -60,15 +65,20 @@ def load_head(settings: GuidanceSettings, network: nn.Module, checkpoint: Path |
         raise UserError(f"`{parameter}` {path} cannot be used: {error}") from error
     shape = file.model_settings
     assert isinstance(shape, HeadSettings)
-    require(
-        shape.method == settings.group, f"`{parameter}` must be a head of {settings.group}, got one of {shape.method}."
-    )
-    trained, current = file.recommended.get(settings.group, {}), settings.weak_prediction
-    for name, value in current.items():
-        require(
-            trained.get(name) == value,
-            f"`{parameter}` {path} is for {settings.group}.{name} {trained.get(name)}, got {value}.",
-        )
+    expected = {
+        "method": settings.group,
+        "in_channels": network.settings.in_channels,
+        "feature_channels": network.settings.widths[0],
+        "has_mask": has_mask,
+        "num_timesteps": diffusion.num_timesteps,
+    }
+    for name, value in expected.items():
+        old = getattr(shape, name)
+        require(old == value, f"`{parameter}` must be a head of {name} {value}, and {path} is one of {old!s:.60}.")
+    trained = flatten(file.recommended)
+    for name, value in settings.weak_prediction.items():
+        old = trained.get(f"{settings.group}.{name}")
+        require(old == value, f"`{parameter}` {path} is for {settings.group}.{name} {old}, got {value}.")
     require(is_same_network(shape.network_rms, network), f"`{parameter}` {path} belongs to another network.")
     weight = next(network.parameters())
     head.to(device=weight.device, dtype=weight.dtype).levels.data = head.levels.data.float()

@@ -160,7 +160,7 @@ def build_pipeline(
         schedule=make_schedule(diffusion, sampler_settings.respacing),
         load_network=lambda name, weights: _load_weak_network(name, weights, network, diffusion),
         load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
-        load_head=lambda settings: load_head(settings, network, checkpoint),
+        load_head=lambda settings, has_mask: load_head(settings, has_mask, network, diffusion, checkpoint),
         share_of_evaluation=lambda start: (
             flops_per_evaluation(network.settings, start) / flops_per_evaluation(network.settings)
         ),

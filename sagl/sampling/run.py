@@ -190,6 +190,7 @@ class SamplingRun:
         Raises:
             UserError: they are incompatible.
         """
+        require_launcher(config.devices)
         config, network, _, checkpoint = _resolve_network(config, {})
         return cls(config=choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
 
@@ -363,8 +364,8 @@ def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSetting
         settings, diffusion = checkpoint.model_settings, checkpoint.diffusion
     require(
         isinstance(settings, UNetSettings),
-        f"`checkpoint` must be a diffusion model, and {config.checkpoint} is a classifier. Classifiers go into "
-        "`classifier.checkpoint`.",
+        f"`checkpoint` must be a diffusion model, and {config.checkpoint} is a classifier or a head, "
+        "which go into `classifier.checkpoint` and `sag.direction_head`.",
     )
     assert isinstance(settings, UNetSettings)
     return settings, diffusion

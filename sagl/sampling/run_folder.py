@@ -222,6 +222,8 @@ def read_run_json(folder: Path, argument: str = "output") -> dict[str, Any]:
         for name, types in NUMBERS.items():
             value = metadata.get(name, 0)
             require(type(value) in types and 0 <= value < MAX_NUMBER, f"{name} {value!r:.60}")
+        for name in ("model", "checkpoint"):
+            require(isinstance(metadata.get(name), str | None), f"{name} {metadata.get(name)!r:.60}")
         for name in ("settings", *({"exports", "versions"} & metadata.keys())):
             require(isinstance(metadata.get(name), dict), f"{name} {metadata.get(name)!r:.60}")
     except (ValueError, TypeError, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sagl.errors import require, require_range
+from sagl.errors import require, require_finite, require_range
 from sagl.settings.sampling import Sampler
 from sagl.settings.training import OptimizerSettings, TrainingSettings
 
@@ -37,6 +37,7 @@ class DirectionHeadOptions:
     """Groups of chains that are held out for validation."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "direction_head.")
         for name in ("num_groups", "group_size", "batches_per_round", "batch_size", "num_validation_groups"):
             require_range(f"direction_head.{name}", getattr(self, name), 1, 1_000_000)
         for name in ("num_steps", "scales"):
@@ -58,3 +59,9 @@ class HeadTrainingSettings(TrainingSettings):
     """The head and the chains that it learns from."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=1e-3))
     """AdamW and its learning-rate schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("diffusion", "freeze", "use_checkpoint"):
+            value = getattr(self, name)
+            require(value in (None, ()), f"`model.{name}` must be left out for a direction head, got {value}.")

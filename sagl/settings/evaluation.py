@@ -1,5 +1,6 @@
 """Settings of an evaluation."""
 
+import os
 from dataclasses import dataclass
 
 from sagl.errors import require, require_finite
@@ -9,6 +10,8 @@ INCEPTION = "inception"
 """The extractor of the numbers in the literature and of published statistics files."""
 EXTRACTOR_NAMES = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Names of the feature extractors; a number in a name is the size that images are resized to."""
+NAMED_SETS = ("fashion_mnist_train", "fashion_mnist_test", "emoji_train", "emoji_test")
+"""Splits at 32×32 as for training: of Fashion-MNIST, padded, and of the emoji."""
 DEFAULT_EXTRACTOR = "effnet_lite0_64"
 
 
@@ -22,6 +25,19 @@ def require_extractor(name: str, argument: str = "extractor") -> None:
     require(
         name in EXTRACTOR_NAMES or (len(parts) > 1 and all(part.isidentifier() for part in parts)),
         f"`{argument}` must be one of {', '.join(EXTRACTOR_NAMES)}, or package.function of your own, got {name!r}.",
+    )
+
+
+def require_image_set(name: str, argument: str) -> None:
+    """Check that this is a named set of images, a path that exists, or a pattern or URL.
+
+    Raises:
+        UserError: it is none of these; names `argument`.
+    """
+    require(
+        name in NAMED_SETS or os.path.exists(name) or any(character in name for character in "*{:"),
+        f"`{argument}` must be one of {', '.join(NAMED_SETS)}, a run of sagl sample, an npz file, a folder of images, "
+        f"LSUN's LMDB or shards, and {name} does not exist.",
     )
 
 

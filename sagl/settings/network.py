@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sagl.errors import require, require_choices, require_finite, require_range
+from sagl.settings.diffusion import MAX_TIMESTEPS
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 
@@ -15,7 +16,7 @@ DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 }
 """ADM's multipliers by image size (Dhariwal & Nichol 2021, appendix I)."""
 LARGEST = {"image_size": 4096, "in_channels": 1024, "num_channels": 16_384, "num_res_blocks": 64, "num_heads": 65_536}
-MAX_LEVELS, MAX_WIDTH, MAX_CLASSES = 12, 65_536, 10_000_000
+MAX_LEVELS, MAX_WIDTH, MAX_DEPTH, MAX_CLASSES = 12, 65_536, 256, 10_000_000
 """Limits that no network comes near. Settings in a file may be damaged, and are checked before a network is built."""
 
 
@@ -265,8 +266,10 @@ class HeadSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "network_rms", tuple(self.network_rms))  # JSON has lists
-        for name in ("in_channels", "feature_channels", "num_timesteps", "width", "depth"):
+        for name in ("in_channels", "feature_channels", "width"):
             require_range(name, getattr(self, name), 1, MAX_WIDTH)
+        require_range("depth", self.depth, 1, MAX_DEPTH)
+        require_range("num_timesteps", self.num_timesteps, 1, MAX_TIMESTEPS)
 
     @property
     def num_images(self) -> int:

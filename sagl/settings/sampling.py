@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sagl.errors import UserError, require, require_choices, require_finite, require_range
+from sagl.errors import UserError, require, require_choices, require_finite, require_range, whole_number
 
 MAX_SAMPLES, MAX_BATCH_SIZE, MAX_PROCESSES = 10_000_000, 65_536, 256
 SAMPLERS = {
@@ -86,10 +86,11 @@ class RunSettings:
         Raises:
             UserError: `labels` is not a list of whole numbers.
         """
-        parts = self.labels.split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            raise UserError(f"`labels` must be random, balanced, null or classes like 0,7,9; got {self.labels!r}.")
-        return [int(part) for part in parts]
+        labels = [whole_number(part) for part in self.labels.split(",")]
+        numbers = [label for label in labels if label is not None]
+        if len(numbers) < len(labels):
+            raise UserError(f"`labels` must be random, balanced, null or classes like 0,7,9; got {self.labels!r:.60}.")
+        return numbers
 
 
 def id_batches(samples: RunSettings) -> Iterator[list[int]]:
@@ -116,10 +117,9 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         require_choices(self, "trainer.")
-        count = int(self.devices) if self.devices.isascii() and self.devices.isdecimal() else 0
         require(
-            self.devices in ("auto", "-1") or 1 <= count <= MAX_PROCESSES,
-            f"`trainer.devices` must be auto or a number of processes, 1 … {MAX_PROCESSES}, got {self.devices!r}. "
+            self.devices in ("auto", "-1") or 1 <= (whole_number(self.devices) or 0) <= MAX_PROCESSES,
+            f"`trainer.devices` must be auto or a number of processes, 1 … {MAX_PROCESSES}, got {self.devices!r:.60}. "
             "CUDA_VISIBLE_DEVICES chooses the GPUs.",
         )
         require(self.num_nodes >= 1, f"`trainer.num_nodes` must be at least 1, got {self.num_nodes}.")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from sagl.errors import require, require_choices
+from sagl.errors import require, require_choices, require_finite, require_seed
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.evaluation import require_extractor
 from sagl.settings.network import ClassifierSettings, UNetSettings
@@ -62,6 +62,7 @@ class PreviewSettings:
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_metric_samples", "keep_best"):
             require(getattr(self, name) >= 0, f"`preview.{name}` must be at least 0, got {getattr(self, name)}.")
+        require(all(map(math.isfinite, self.scales)), f"`preview.scales` must be finite numbers, got {self.scales}.")
         require(self.num_metric_samples != 1, "`preview.num_metric_samples` must be 0 or at least 2, got 1.")
         require(self.batch_size >= 1, f"`preview.batch_size` must be at least 1, got {self.batch_size}.")
         require(
@@ -104,6 +105,7 @@ class BlurAwareSettings:
     """noise: the eps of the degraded image; clean: the eps that leads from its x_t to the image before the blur."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "blur_aware.")
         require_choices(self, "blur_aware.")
         for name in ("probability", "area_fraction"):
             value = getattr(self, name)
@@ -130,7 +132,9 @@ class OptimizerSettings:
     """Shape of the decay: a line, or half a cosine."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_choices(self)
+        require(all(0 <= beta < 1 for beta in self.betas), f"`betas` must be in [0, 1), got {self.betas}.")
         require(self.learning_rate > 0, f"`learning_rate` must be above 0, got {self.learning_rate}.")
         for name in ("weight_decay", "warmup_steps", "decay_steps"):
             require(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}.")
@@ -165,6 +169,7 @@ class TrainingSettings:
             self.max_nonfinite_batches >= 0,
             f"`max_nonfinite_batches` must be at least 0, got {self.max_nonfinite_batches}.",
         )
+        require_seed("model.seed", self.seed)
 
     def apply_to(self, network: AnySettings) -> AnySettings:
         """Return the settings of a network with this `use_checkpoint`, so that a released one may have it, too."""

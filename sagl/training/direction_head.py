@@ -1,5 +1,7 @@
 """Construction of the training of a direction head from a network and the settings of a guidance method."""
 
+from collections.abc import Mapping
+
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import build_network
@@ -15,13 +17,13 @@ from sagl.settings.sampling import SamplerSettings
 
 
 def build_head_module(
-    settings: HeadTrainingSettings, guidance: GuidanceSettings, checkpoint: str | None, weights: str
+    settings: HeadTrainingSettings, guidances: Mapping[str, GuidanceSettings], checkpoint: str | None, weights: str
 ) -> DirectionHeadModule:
     """Load the frozen network and build the module.
 
     Args:
         settings: settings of the training.
-        guidance: settings of the method `direction_head.method`.
+        guidances: settings of the guidance methods by name, of which `direction_head.method` is one.
         checkpoint: name or file of the network.
         weights: weights of a training checkpoint.
 
@@ -30,11 +32,16 @@ def build_head_module(
     """
     require(checkpoint is not None, "`checkpoint` must be the network that the head belongs to, got none.")
     assert checkpoint is not None
-    options, name = settings.direction_head, guidance.group
+    options, name = settings.direction_head, settings.direction_head.method
     heads = [method for method, entry in GUIDANCES.items() if entry.settings_class.has_weak_prediction]
-    require(name in heads, f"`model.direction_head.method` must be one of {', '.join(heads)}, got {name}.")
+    require(name in heads, f"`model.direction_head.method` must be one of {', '.join(heads)}, got {name!r}.")
+    guidance = guidances[name]
     file = load(checkpoint, weights)
-    network = build_network(file)
+    network, num_timesteps = build_network(file), file.diffusion.num_timesteps
+    require(
+        options.num_steps[1] <= num_timesteps,
+        f"`direction_head.num_steps` must be at most {num_timesteps}, got {options.num_steps[1]!s:.60}.",
+    )
     pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
     source = DirectionPairs(pipeline=pipeline, guidance=guidance, options=options, seed=settings.seed)
     head = HeadSettings(
@@ -42,7 +49,7 @@ def build_head_module(
         in_channels=network.settings.in_channels,
         feature_channels=network.settings.widths[0],
         has_mask=source.has_mask,
-        num_timesteps=file.diffusion.num_timesteps,
+        num_timesteps=num_timesteps,
         width=options.width,
         depth=options.depth,
         network_rms=network_rms(network),

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from sagl.callbacks.checkpointing import AtomicCheckpointIO
 from sagl.errors import UserError, require
 from sagl.settings.sampling import Accelerator, DeviceSettings
-from sagl.utils.distributed import report_unused_gpu, select_device
+from sagl.utils.distributed import report_unused_gpu, require_launcher, select_device
 from sagl.utils.environment import gpu_has_bfloat16
 
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
@@ -28,7 +28,7 @@ def trainer_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ZeroDivisionError, ImportError) as error:
         raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
         if not raised_in.startswith("lightning."):
             raise
@@ -49,6 +49,7 @@ def build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer
     """Build the trainer, with the callbacks of its options before our own."""
     extra = options.pop("callbacks") or []
     callbacks = [*(extra if isinstance(extra, list) else [extra]), *callbacks]
+    require_launcher(DeviceSettings(num_nodes=options["num_nodes"]))
     options["use_distributed_sampler"] = False  # the data modules split the data among the ranks
     strategy = options["strategy"]
     require(

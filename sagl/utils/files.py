@@ -107,6 +107,16 @@ def atomic_file(path: Path, argument: str = "output") -> Iterator[Path]:
         os.replace(partial, path)
 
 
+def write_text(path: Path, text: str, argument: str = "output") -> None:
+    """Write a text file in UTF-8 as `atomic_file` does; names that are not UTF-8 are written with escapes.
+
+    Raises:
+        UserError: As `atomic_file`.
+    """
+    with atomic_file(path, argument) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 @contextmanager
 def atomic_folder(folder: Path, argument: str = "output") -> Iterator[Path]:
     """Write a folder of files completely or not at all.

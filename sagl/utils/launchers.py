@@ -6,7 +6,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from sagl.errors import require
+from sagl.errors import require, whole_number
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun and launches like it set, always all of them."""
@@ -31,12 +31,12 @@ def ignore_stale_ranks() -> None:
     env = os.environ
     if RENDEZVOUS[0] in env and _has_rendezvous():
         stale: tuple[str, ...] = SLURM_RANKS
-        _check_rank("RANK", "WORLD_SIZE")
+        _check_rank("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     elif env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
         stale = ("RANK", *SLURM_RANKS)  # of a child process of the launcher in `distributed.py`, or of Lightning's
     elif "SLURM_PROCID" in env and env.get(SLURM_TASKS, "1") != "1":
         stale = RANKS
-        _check_rank("SLURM_PROCID", SLURM_TASKS)
+        _check_rank("SLURM_PROCID", SLURM_TASKS, "SLURM_NTASKS", "SLURM_LOCALID")
     else:
         stale = RANKS + SLURM_RANKS
     for name in stale:
@@ -64,12 +64,12 @@ def _has_rendezvous() -> bool:
     return False
 
 
-def _check_rank(rank: str, world_size: str) -> None:
-    """Refuse a rank or a number of processes that is not possible."""
-    for name in (rank, world_size, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+def _check_rank(rank: str, world_size: str, *others: str) -> None:
+    """Refuse a rank or a number of processes that is not possible, and other variables that are no numbers."""
+    for name in (rank, world_size, *others):
         value = os.environ.get(name, "0")
         hint = "Unset it, or start the processes with torchrun or srun."
-        require(value.isascii() and value.isdecimal(), f"`{name}` must be a whole number, got {value!r}. {hint}")
+        require(whole_number(value) is not None, f"`{name}` must be a whole number, got {value!r:.60}. {hint}")
     number, count = int(os.environ[rank]), int(os.environ[world_size])
     require(number < count, f"`{rank}` must be less than {world_size}, {count}, got {number}. Unset both.")
 

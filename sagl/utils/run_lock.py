@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sagl.errors import UserError
+from sagl.errors import UserError, require
 from sagl.utils.files import partial_pattern, remove_partial, require_writable
 
 LOCK_NAME = ".lock"
@@ -40,6 +40,7 @@ def lock_file(path: Path, argument: str = "output") -> Iterator[None]:
     Raises:
         UserError: another command holds the file, or it cannot be written; names `argument`.
     """
+    require(bool(path.name), f"`{argument}` must be the name of a file or a new folder, got {path}.")
     require_writable(path.absolute().parent, argument, f"Choose another place than {path}.")
     with _lock(path.with_name(f".{path.name}{LOCK_NAME}"), path, argument):
         remove_partial(path.parent, partial_pattern(path))

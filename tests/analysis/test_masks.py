@@ -58,5 +58,8 @@ def test_masks_of_a_folder_are_read_by_id_and_a_missing_or_wrong_one_is_refused(
     assert read_masks(tmp_path, [7, 8], 4).flatten(1).float().mean(1).tolist() == [1, 0]
     with pytest.raises(UserError, match=r"`object_masks`.*000009\.png"):
         read_masks(tmp_path, [9], 4)
+    (tmp_path / "000009.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"`object_masks`.*000009\.png is damaged"):
+        read_masks(tmp_path, [9], 4)
     with pytest.raises(UserError, match=r"`object_masks`.*8x8"):
         read_masks(tmp_path, [7], 8)

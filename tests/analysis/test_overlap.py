@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
 from sagl.analysis.overlap import analyze_overlap
+from sagl.analysis.registry import run_analysis
 from tests.helpers.analyses import analysis_request
-from tests.helpers.networks import grey_unet
+from tests.helpers.errors import refused
+from tests.helpers.networks import count_calls, grey_unet
 
 
 @pytest.fixture
@@ -29,3 +33,15 @@ def test_the_overlap_with_the_whole_image_is_the_area_of_the_mask_as_by_chance(o
 def test_samples_without_an_object_are_left_out(overlap):
     assert overlap(0, 255)["num_with_object"] == 1
     assert overlap(0, 0)["iou"] == {}
+
+
+@pytest.mark.parametrize("source", ["absent", ""])
+def test_object_masks_that_do_not_exist_are_refused_before_anything_is_sampled(source, tmp_path):
+    request = analysis_request(grey_unet(), tmp_path, object_masks=source)
+    with refused("`object_masks`", source):
+        run_analysis("overlap", request, {})
+    calls = count_calls(request.pipeline.network)
+    (tmp_path / "masks").mkdir()
+    with refused("`object_masks`", "000000.png"):
+        analyze_overlap(replace(request, object_masks=str(tmp_path / "masks")))
+    assert calls == []

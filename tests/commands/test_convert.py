@@ -184,3 +184,10 @@ def test_an_impossible_target_is_refused_before_a_download(target, tmp_path, cap
 def test_options_for_files_are_refused_for_a_folder(flags, tmp_path, capsys):
     folder = convert(write_grey_unet(tmp_path / "tiny.safetensors"), tmp_path / "folder")
     refusal(capsys, tmp_path, "convert", folder, tmp_path / "back.safetensors", *flags, names=flags[:1])
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "null", "", '{"eta": 0, "eta": 1}', '{"sag": {"scale": 1, "scale": 2}}'])
+def test_recommended_settings_are_an_object_with_every_name_once(text, tmp_path, capsys):
+    source = write_grey_unet(tmp_path / "tiny.safetensors")
+    flags = ["--recommended", text]
+    refusal(capsys, tmp_path, "convert", source, tmp_path / "new.safetensors", *flags, names=flags[:1])

@@ -115,6 +115,9 @@ def test_only_an_interval_of_two_numbers_is_put_in_brackets(arguments):
         (["--sag.scale", "a b"], ["`sag.scale`", "number", "a b"]),
         (["--clip_x0", "maybe"], ["`clip_x0`", "true or false", "maybe"]),
         (["--trainer.precision", "8"], ["`trainer.precision`", "auto, 32-true, bf16-true, 16-true", "8"]),
+        (["--num_samples", "9" * 5000], ["`num_samples`", "digits"]),
+        (["--sag.scale", "9" * 400], ["`sag.scale`", "float"]),
+        (["--sag.interval", "0," + "9" * 400], ["`sag.interval`", "float"]),
         (["--seed"], ["--seed"]),
         (["--seed", "1", "2"], ["'2'"]),
         (["-x"], ["'-x'"]),
@@ -220,3 +223,24 @@ def test_help_lists_every_flag_with_its_meaning_and_its_default():
 
 def test_help_omits_defaults_that_say_nothing():
     assert re.findall(r"default: (?:null|False|\[\]|\))", sample_parser().format_help()) == []
+
+
+def test_an_integer_that_no_float_can_hold_is_refused_in_a_config_too():
+    with pytest.raises(UserError, match=r"`sag\.scale` must fit a float"):
+        sample_parser().parse_object({"sag": {"scale": 10**400}})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "parts"),
+    [
+        ("--model.optimizer.betas", "[0.9]", ["`model.optimizer.betas` must be a list with 2 elements", "[0.9]"]),
+        ("--data.batch_size", "1.0", ["data: `batch_size`", "whole number", "1.0"]),
+        ("--data.start_method", "thread", ["data: `start_method`", "fork, spawn", "thread"]),
+        ("--data", "absent.Data", ["`data`", "absent.Data", "No module"]),
+    ],
+)
+def test_a_refusal_of_a_training_names_the_setting_too(flag, value, parts):
+    data = ["--data", "sagl.data.folder.FolderData", "--data.root", "x"]
+    with pytest.raises(UserError) as error:
+        training_parser("fit", full=True).parse([*data, flag, value])
+    assert [part for part in parts if part not in str(error.value)] == []

@@ -7,10 +7,12 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from sagl.commands.push import sampling_settings
 from sagl.models.checkpoints import read_checkpoint, write_checkpoint
 from tests.helpers.commands import exit_code
 from tests.helpers.hub_server import TOKEN, hub_server
 from tests.helpers.networks import grey_weights
+from tests.helpers.run_folders import write_run
 
 SHORT = ["--num_samples", "2", "--batch_size", "2", "--respacing", "2", "--progress", "off"]
 
@@ -124,3 +126,19 @@ def test_files_can_be_written_without_an_upload(run, weights, tmp_path):
     assert code == 0, output
     config = json.loads((tmp_path / "files" / "config.json").read_text())
     assert config["settings"]["image_size"] == 8
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint": 3}, {"model": 3}, {"settings": 3}])
+def test_a_damaged_description_of_a_run_is_refused(changes, tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    content = json.loads((run / "run.json").read_text()) | changes
+    del content["sha256"]
+    (run / "run.json").write_text(json.dumps(content))
+    assert exit_code("push", run, "a/b", "--licence", "mit", "--output", tmp_path / "new") == 2
+    assert "run.json" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_card_shows_no_paths_of_the_machine():
+    settings = {"sag": {"scale": 0.5, "direction_head": "/home/me/head.safetensors", "dino_checkpoint": "/home/me/d"}}
+    assert sampling_settings({"settings": settings | {"pag": 3}}) == {"sag.scale": 0.5}

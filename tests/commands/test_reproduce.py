@@ -9,7 +9,7 @@ from sagl.evaluation.paper import paper_items
 from sagl.utils.run_lock import LOCK_NAME, lock_folder
 from tests.helpers.commands import exit_code
 from tests.helpers.extractors import use_fast_extractors, write_npz
-from tests.helpers.networks import write_grey_unet
+from tests.helpers.networks import write_grey_classifier, write_grey_unet, write_training_checkpoint
 
 ITEMS = ("table1", "table5", "table6", "figure13")
 
@@ -109,3 +109,33 @@ def test_what_cannot_be_reproduced_is_refused_in_one_line(arguments, names, tmp_
     assert exit_code("reproduce", *arguments, "--output", tmp_path / "r") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(name in line for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--bootstrap", "3"),
+        ("--extractor", "nope"),
+        ("--devices", "many"),
+        ("--reference", "absent"),
+        ("--object_masks", "absent"),
+        ("--dino_checkpoint", "absent"),
+        ("--model", "classifier.safetensors"),
+    ],
+)
+def test_a_setting_that_only_a_later_step_needs_is_refused_before_the_first(flag, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_grey_classifier(tmp_path / "classifier.safetensors")
+    write_grey_unet(tmp_path / "n.safetensors")
+    arguments = ["--model", "n.safetensors", "--bootstrap", 0, "--reference", "emoji_test", flag, value]
+    assert exit_code("reproduce", "table5", *arguments) == 2
+    error = capsys.readouterr().err
+    assert flag.strip("-") in error
+    assert value in error
+    assert not (tmp_path / "reproduction").exists()
+
+
+def test_a_training_checkpoint_is_a_network_too(tmp_path, capsys):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    assert exit_code("reproduce", "table7", "--model", path) == 0
+    assert f"--checkpoint {path}" in capsys.readouterr().out

@@ -6,12 +6,13 @@ import pytest
 import yaml
 
 from sagl.commands._config import parse_sample_config
-from sagl.commands.tune import tune_parser
+from sagl.commands.tune import parse_search, tune_parser
 from sagl.evaluation.study import Study
 from sagl.evaluation.tuning import make_candidates
 from sagl.models.checkpoints import write_checkpoint
 from sagl.sampling.run import SamplingRun
 from tests.helpers.commands import exit_code, refusal
+from tests.helpers.errors import refused
 from tests.helpers.extractors import use_fast_extractors, write_npz
 from tests.helpers.networks import grey_weights
 
@@ -124,7 +125,8 @@ def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limi
     ],
 )
 def test_a_search_that_cannot_be_done_is_refused_in_one_line(flags, parts, tmp_path, arguments, capsys):
-    refusal(capsys, tmp_path, *arguments, tmp_path / "a", *flags, names=parts)
+    without_search = arguments[: arguments.index("--search")]
+    refusal(capsys, tmp_path, *without_search, "--output", tmp_path / "a", *flags, names=parts)
 
 
 def test_the_bundled_classifier_guides_candidates_that_name_none():
@@ -132,3 +134,16 @@ def test_the_bundled_classifier_guides_candidates_that_name_none():
     run = SamplingRun.without_folder(config)
     *_, candidate = make_candidates(run, {"classifier.scale": (1.0,)}, 10)
     assert candidate.guidances["classifier"].checkpoint == "fashion_mnist_classifier"
+
+
+@pytest.mark.parametrize(
+    ("search", "part"),
+    [
+        ([["sag.scale", "1"], ["sag.scale", "2"]], "sag.scale"),
+        ([["sag.scale"]], "sag.scale"),
+        ([["scale", "1"]], "'scale'"),
+    ],
+)
+def test_a_search_names_every_setting_once_with_values(search, part):
+    with refused("`search`", part):
+        parse_search(search)

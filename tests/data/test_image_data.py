@@ -8,6 +8,7 @@ from sagl.data.image_data import ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
 from sagl.settings.network import UNetSettings
+from tests.helpers.errors import refused
 from tests.helpers.files import MemorySource, encode, grey, ramp
 from tests.helpers.networks import COLOUR, GREY
 
@@ -135,3 +136,20 @@ def test_the_default_number_of_workers_is_the_number_of_cores_and_at_most_eight(
     for cores, workers in ((1, 1), (6, 6), (64, 8)):
         monkeypatch.setattr("sagl.data.image_data.available_cpus", lambda cores=cores: cores)
         assert data_module(num_workers=None)._loader_settings.num_workers == workers
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 10**400),
+        ("num_workers", -1),
+        ("image_size", -1),
+        ("image_size", 10**9),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_memory_is_allocated(name, value):
+    with refused(f"`data.{name}`", str(value)[:20]):
+        data_module(**{name: value})

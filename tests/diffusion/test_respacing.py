@@ -76,3 +76,9 @@ def test_ddim_has_one_whole_stride(count):
 def test_an_impossible_respacing_is_refused_with_its_value(spec):
     with refused("`respacing`", repr(spec)):
         respaced_timesteps(spec, 100)
+
+
+@pytest.mark.parametrize("spec", ["٢", "ddim" + "9" * 5000, "9" * 5000, "2.0", "1e1", "-5", "0", ",", ""])
+def test_a_text_that_is_no_number_of_steps_is_refused(spec):
+    with refused("`respacing`", repr(spec)[:20]):
+        respaced_timesteps(spec, 1000)

@@ -112,3 +112,12 @@ def test_the_options_of_every_row_are_accepted():
     for words, row in options.items():
         sag = from_namespace(SelfAttentionGuidance, parser.parse(list(words)).sag)
         assert sag.scale == row.guidances["sag"].get("scale", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("fashion_mnist", "--model"), ("hf:owner/name", "--model"), ("net.safetensors", "--checkpoint")],
+)
+def test_a_network_is_named_by_the_flag_that_takes_it(name, flag):
+    row = rows("table2", Target(name=name, network=GARMENTS))["ImageNet 256x256 with labels, SAG 0.2"]
+    assert options_of(row)[flag] == name

@@ -11,8 +11,19 @@ from sagl.evaluation.reproduction import Target, plan_reproduction
 from sagl.evaluation.reproduction_report import store_item, write_report
 from sagl.evaluation.results import EvaluationResult, save_result
 from sagl.sampling.run_folder import write_run_json
+from tests.helpers.errors import refused
+from tests.helpers.run_folders import json_result, write_run
 
 REPORTS = Path(__file__).parents[2] / "docs" / "reproduction"
+ROW = {
+    "name": "a",
+    "paper_model": "lsun_cat",
+    "paper_values": {"fid": 1.5},
+    "command": "sagl sample",
+    "folder": "",
+    "is_unguided": False,
+}
+ROW |= {"translation": ["b"], "obstacle": ""}
 UNGUIDED, LOW, BEST, HIGH = "unguided", "threshold 0.7", "threshold 1.0", "threshold 1.3"
 
 
@@ -60,3 +71,59 @@ def test_a_report_of_the_documentation_is_that_of_its_stored_runs_and_leads_to_t
     settings = [json.loads((REPORTS / name / path).read_text())["settings"] for path in runs]
     assert len(settings) > 20
     assert all(entry["seed"] == 0 and entry["respacing"] == "logsnr10" for entry in settings)
+
+
+def store(root, item="table2", rows=None, **changes):
+    root.mkdir(exist_ok=True)
+    (root / f"{item}.json").write_text(json.dumps([ROW | changes] if rows is None else rows))
+    return root
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": ["a"]},
+        {"paper_values": [1]},
+        {"paper_values": {"fid": "x"}},
+        {"folder": 3},
+        {"folder": "../other"},
+        {"folder": "/etc"},
+        {"translation": [3]},
+        {"obstacle": None},
+        {"extra": 1},
+        {"rows": {}},
+        {"rows": [3]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("item", ["table1", "table2"])
+def test_a_damaged_row_is_refused_with_its_file(changes, item, tmp_path):
+    with refused("`output`", f"{item}.json"):
+        write_report(store(tmp_path, item, **changes))
+    assert not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[",
+        b"{}",
+        b'{"numbers": 3}',
+        b'{"numbers": {"a": {"estimate": "x", "low": 1, "high": 2}}}',
+        b"\xff",
+        b"[" * 5000,
+    ],
+    ids=lambda content: str(content)[:40],
+)
+def test_damaged_numbers_of_an_analysis_are_refused_with_their_file(content, tmp_path):
+    (tmp_path / "analyses" / "r").mkdir(parents=True)
+    (tmp_path / "analyses" / "r" / "overlap.json").write_bytes(content)
+    with refused("`output`", "overlap.json"):
+        write_report(store(tmp_path, "table1", folder="analyses/r"))
+
+
+def test_names_that_are_not_utf8_and_results_without_a_distance_are_reported(tmp_path):
+    write_run(tmp_path / "runs" / "a", results=[json_result({"is": 3.0}, reference="caf\udce9")])
+    rows = [ROW | {"folder": "runs/a", "name": name} for name in ("a", "b\udce9")]
+    write_report(store(tmp_path, rows=rows))
+    assert "caf\\udce9" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -113,3 +113,14 @@ def test_plain_sampling_at_equal_cost_has_a_step_for_every_network_evaluation(re
     study = open_study(tmp_path)
     plain = study.at_equal_cost(guided, study.pipeline_for(guided).nfe)
     assert (plain.sampler.sampler, plain.sampler.respacing, plain.guidances) == ("ddim", expected, {})
+
+
+def test_damaged_features_are_sampled_again(tmp_path):
+    study = open_study(tmp_path)
+    expected = sampled(study, UNGUIDED, range(8)).pooled
+    first, second = sorted(study.folder.rglob("*.npz"))
+    first.write_bytes(first.read_bytes()[:-40])
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 1
+    second.write_bytes(content)
+    assert torch.equal(sampled(study, UNGUIDED, range(8)).pooled, expected)

@@ -59,6 +59,6 @@ def guidances_of(schedule, *, classifier_network=None, network=None, weak_networ
         load_network=lambda name, weights: weak_network,
         load_classifier=lambda name: classifier_network,
         share_of_evaluation=lambda start: 0.5,
-        load_head=lambda settings: head,
+        load_head=lambda settings, has_mask: head,
     )
     return build_guidances({name: GUIDANCES[name].settings_class(**s) for name, s in settings.items()}, context)

@@ -19,6 +19,7 @@ from sagl.models.checkpoints import (
     write_checkpoint,
 )
 from sagl.settings.diffusion import DiffusionSettings
+from tests.helpers.errors import refused
 from tests.helpers.networks import (
     grey_classifier,
     grey_unet,
@@ -346,3 +347,19 @@ def test_half_precision_does_not_round_away_the_noise_of_the_last_steps():
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs = [network(x_t, torch.tensor([3]), torch.tensor([0])).out for x_t in (x, x.bfloat16().float())]
     assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2).to_sparse(), torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")], ids=str
+)
+def test_tensors_that_are_no_weights_are_refused(tensor, tmp_path):
+    torch.save({"a.weight": tensor}, tmp_path / "a.pt")
+    with refused("`checkpoint`", "a.pt"):
+        read_checkpoint(tmp_path / "a.pt", settings=grey_unet().settings)
+
+
+def test_further_averages_that_are_none_are_refused(tmp_path):
+    path = write_training_checkpoint(tmp_path / "last.ckpt")
+    torch.save({**torch.load(path), "extra_emas": 3}, path)
+    with refused("`checkpoint`", "extra_emas"):
+        read_checkpoint(path)

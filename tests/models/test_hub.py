@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sagl.errors import UserError
 from sagl.models.adm import UNet
 from sagl.models.hub import HubUNet
+from sagl.models.hub_files import download_from_hub
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.networks import grey_unet, grey_weights
 
@@ -83,3 +84,19 @@ def test_a_push_uploads_weights_settings_and_card(monkeypatch):
     assert uploaded["to"] == "owner/name"
     assert {"model.safetensors", "config.json", "README.md"} < uploaded.keys()
     assert b'from_pretrained("owner/name")' in uploaded["README.md"]
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:../..", "hf:-a/b-", "hf:a/" + "b" * 200, "hf:a/b@../../x", "hf:a/b@x y", "hf:a", "hf:"]
+)
+def test_a_name_that_no_repository_has_is_refused_and_leads_nowhere(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sagl.models.hub_files.is_reachable", lambda: False)
+    with pytest.raises(UserError, match="`model`"):
+        download_from_hub(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_card_escapes_what_utf8_does_not_have(saved):
+    card = HubUNet.from_pretrained(saved).generate_model_card(sampling={"reference": "caf\udce9"})
+    assert "caf\\udce9" in str(card)

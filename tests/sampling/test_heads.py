@@ -3,7 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sagl.models.checkpoints import build_network, cast_weights, read_checkpoint
+from sagl.models.checkpoints import (
+    NetworkWeights,
+    build_network,
+    cast_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sagl.models.zoo import BUNDLED
 from sagl.sampling.heads import head_digests, head_path, load_head
 from sagl.sampling.pipeline import build_pipeline
@@ -28,6 +34,10 @@ def folder(tmp_path_factory):
 
 def sag(folder, **changes):
     return replace(SAG, **{"scale": 0.5, "direction_head": str(folder / "net_sag_head.safetensors"), **changes})
+
+
+def load(settings, network):
+    return load_head(settings, True, network, DiffusionSettings(), None)
 
 
 def sample(settings, network=None, checkpoint=None):
@@ -75,7 +85,7 @@ def test_a_head_of_zeros_gives_the_unguided_images(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_head_has_the_precision_of_its_network(folder, precision):
     network = cast_weights(grey_unet(), precision, torch.device("cpu"))
-    head = load_head(sag(folder), network, None)
+    head = load(sag(folder), network)
     assert head.out.weight.dtype == next(network.parameters()).dtype
     assert head.levels.dtype == torch.float32
     images, _ = sample(sag(folder), network)
@@ -88,29 +98,53 @@ def test_a_head_has_the_precision_of_its_network(folder, precision):
 )
 def test_a_head_for_other_settings_is_refused(folder, name, value):
     with refused("`sag.direction_head`", f"sag.{name}", value):
-        load_head(sag(folder, **{name: value}), grey_unet(), None)
+        load(sag(folder, **{name: value}), grey_unet())
 
 
 def test_a_head_of_another_method_or_network_and_other_files_are_refused(folder, tmp_path):
     path = str(folder / "net_sag_head.safetensors")
     with refused("`pag.direction_head`", "sag"):
-        load_head(PerturbedAttentionGuidance(scale=1.0, direction_head=path), grey_unet(), None)
+        load(PerturbedAttentionGuidance(scale=1.0, direction_head=path), grey_unet())
     with refused("`sag.direction_head`", "another network"):
-        load_head(sag(folder), grey_unet(num_res_blocks=2), None)
+        load(sag(folder), grey_unet(num_res_blocks=2))
     with refused("`sag.direction_head`", "missing"):
-        load_head(sag(folder, direction_head="missing"), grey_unet(), None)
+        load(sag(folder, direction_head="missing"), grey_unet())
     classifier = write_grey_classifier(tmp_path / "classifier.safetensors")
     with refused("`sag.direction_head`", "classifier.safetensors"):
-        load_head(sag(folder, direction_head=str(classifier)), grey_unet(), None)
+        load(sag(folder, direction_head=str(classifier)), grey_unet())
 
 
 def test_the_bundled_network_has_a_head_for_the_guidance_that_it_recommends():
     file = read_checkpoint(BUNDLED["emoji"])
     settings = SelfAttentionGuidance(**file.recommended["sag"], direction_head="auto")
-    assert load_head(settings, build_network(file), BUNDLED["emoji"]).out.weight.any()
+    assert load_head(settings, True, build_network(file), file.diffusion, BUNDLED["emoji"]).out.weight.any()
 
 
 def test_the_heads_in_use_have_digests(folder):
     path = folder / "net_sag_head.safetensors"
     assert head_digests({"sag": sag(folder)}, None) == {"sag": sha256(path)}
     assert head_digests({"sag": sag(folder, scale=0.0)}, None) == head_digests({"sag": SAG}, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("in_channels", 3), ("feature_channels", 64), ("has_mask", False), ("num_timesteps", 10)],
+)
+def test_a_head_of_another_shape_is_refused(name, value, tmp_path):
+    path = write_head(tmp_path / "head.safetensors", random_head(**{name: value}))
+    with refused("`sag.direction_head`", name, value):
+        load(sag(tmp_path, direction_head=str(path)), grey_unet())
+
+
+@pytest.mark.parametrize("recommended", [3, [], None, {}])
+def test_a_head_without_the_settings_of_its_guidance_is_refused(recommended, tmp_path):
+    head, path = random_head(), tmp_path / "head.safetensors"
+    content = NetworkWeights(
+        model_settings=head.settings,
+        diffusion=DiffusionSettings(),
+        state_dict=head.state_dict(),
+        recommended={"sag": recommended},
+    )
+    write_checkpoint(content, path)
+    with refused("`sag.direction_head`", "sag.blur_sigma"):
+        load(sag(tmp_path, direction_head=str(path)), grey_unet())

@@ -23,6 +23,8 @@ from tests.helpers.errors import refused
         (RunSettings, {"labels": "shoes"}, "labels"),
         (RunSettings, {"labels": "1,,2"}, "labels"),
         (RunSettings, {"labels": "-1"}, "labels"),
+        (RunSettings, {"labels": "٣"}, "labels"),
+        (RunSettings, {"labels": "1,²"}, "labels"),
         (DeviceSettings, {"devices": "0"}, "trainer.devices"),
         (DeviceSettings, {"devices": "257"}, "trainer.devices"),
         (DeviceSettings, {"devices": "0,1"}, "trainer.devices"),
@@ -32,6 +34,12 @@ from tests.helpers.errors import refused
 def test_an_impossible_setting_is_refused_with_its_name_and_value(settings, changes, name):
     with refused(f"`{name}`", list(changes.values())[-1]):
         settings(**changes)
+
+
+@pytest.mark.parametrize(("settings", "name"), [(RunSettings, "labels"), (DeviceSettings, "devices")])
+def test_a_text_of_thousands_of_digits_is_no_number(settings, name):
+    with refused(name, "999"):
+        settings(**{name: "9" * 5000})
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

@@ -3,8 +3,18 @@ import math
 import pytest
 
 from sagl.errors import UserError
-from sagl.settings.training import CheckpointSettings, OptimizerSettings, PreviewSettings, TrainingSettings
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.direction_head import DirectionHeadOptions, HeadTrainingSettings
+from sagl.settings.network import HeadSettings
+from sagl.settings.training import (
+    BlurAwareSettings,
+    CheckpointSettings,
+    OptimizerSettings,
+    PreviewSettings,
+    TrainingSettings,
+)
 from tests.helpers.errors import refused
+from tests.helpers.heads import SHAPE
 
 
 @pytest.mark.parametrize(
@@ -65,3 +75,34 @@ def test_the_learning_rate_rises_in_warm_up_and_decays_to_the_last_step(settings
 
 def test_a_training_without_end_has_no_decay():
     assert OptimizerSettings(decay_steps=4).lr_multiplier(10**9, -1) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "name", "value"),
+    [
+        (OptimizerSettings, "learning_rate", math.inf),
+        (OptimizerSettings, "weight_decay", math.nan),
+        (OptimizerSettings, "betas", (0.9, math.nan)),
+        (OptimizerSettings, "betas", (1.0, 0.9)),
+        (OptimizerSettings, "betas", (-0.1, 0.9)),
+        (TrainingSettings, "seed", -1),
+        (TrainingSettings, "seed", 2**63),
+        (PreviewSettings, "scales", (0.0, math.inf)),
+        (BlurAwareSettings, "threshold", math.nan),
+        (BlurAwareSettings, "blur_sigma", (1.0, math.inf)),
+        (DirectionHeadOptions, "scales", (0.0, math.inf)),
+        (HeadSettings, "depth", 60_000),
+    ],
+)
+def test_numbers_with_which_no_training_can_run_are_refused(settings_class, name, value):
+    others = SHAPE | {"method": "sag", "network_rms": ()} if settings_class is HeadSettings else {}
+    with refused(f"{name}`"):
+        settings_class(**{**others, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("freeze", ("convs.*",)), ("use_checkpoint", True), ("diffusion", DiffusionSettings())]
+)
+def test_a_direction_head_has_no_settings_of_its_network(name, value):
+    with refused(f"`model.{name}`"):
+        HeadTrainingSettings(direction_head=DirectionHeadOptions(), **{name: value})

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sagl.training.trainer import select_accelerator
+from sagl.training.trainer import build_trainer, select_accelerator, trainer_errors
+from tests.helpers.errors import refused
 
 
 @pytest.mark.parametrize(
@@ -15,3 +16,16 @@ def test_the_accelerator_is_a_gpu_of_cuda_or_the_cpu(accelerator, available, exp
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     assert select_accelerator(accelerator, "bf16-mixed") == expected
     assert ("bf16-mixed" in capsys.readouterr().out) == (expected == "cuda")
+
+
+def test_several_nodes_need_a_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    with refused("`trainer.num_nodes`", "2"):
+        build_trainer({"callbacks": None, "num_nodes": 2, "strategy": "auto", "accelerator": "cpu"}, [])
+
+
+def test_a_division_by_zero_of_lightning_is_an_error_about_the_trainer():
+    code = compile("1 / 0", "trainer.py", "exec")
+    with refused("`trainer`", "zero"), trainer_errors():
+        exec(code, {"__name__": "lightning.pytorch.loops"})

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sagl.utils.files import (
     packaged_configs,
     remove_partial,
     require_writable,
+    write_text,
 )
 from tests.helpers.errors import refused
 from tests.helpers.files import contents
@@ -243,3 +245,8 @@ def test_a_file_of_other_content_has_another_version_although_size_and_modificat
     path.write_bytes(b"other")
     os.utime(path, ns=times)
     assert file_version(path) != version
+
+
+def test_a_text_keeps_names_that_are_not_utf8_as_escapes(tmp_path):
+    write_text(tmp_path / "a.json", '["caf\udce9 é"]')
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == ["caf\udce9 é"]

@@ -78,6 +78,9 @@ def test_ranks_of_a_torchrun_that_has_ended_are_ignored(ranks_of):
 def test_ranks_that_are_not_possible_are_refused_by_name(name, value, ranks_of):
     with pytest.raises(UserError, match=f"`{name}` .*{value}"):
         ranks_of(**{**TORCHRUN, name: value})
+    for name in ("SLURM_NTASKS", "SLURM_LOCALID"):
+        with pytest.raises(UserError, match=rf"`{name}` .*2\(x3\)"):
+            ranks_of(**{**BATCH, SLURM_TASKS: "4", name: "2(x3)"})
     with pytest.raises(UserError, match=r"`SLURM_PROCID` .*9"):
         ranks_of(**{**BATCH, SLURM_TASKS: "4", "SLURM_PROCID": "9"})
 

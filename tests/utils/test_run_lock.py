@@ -1,5 +1,6 @@
 import errno
 import fcntl
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,9 @@ def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch,
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_folder(tmp_path):
         assert "no locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_refused(path):
+    with pytest.raises(UserError, match="`target`"), lock_file(Path(path), "target"):
+        pass
