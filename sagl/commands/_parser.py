@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from sagl.errors import UserError, suggest
+from sagl.errors import UserError, require, suggest
 from sagl.utils.files import expand_paths
 
 TYPE_NAMES = {
@@ -128,7 +128,10 @@ class Parser(ArgumentParser):
         """
         with float_errors():
             values = self.parse_args(parse_interval_arg(arguments))
+        defaults = {action.dest: action.default for action in self._actions}
         for name, value in values.items():
+            is_unset = value == "" and "." not in name and defaults.get(name) != ""  # "$VARIABLE" that has no value
+            require(not is_unset, f"`{name}` must not be empty.")
             if isinstance(value, str | list | dict):
                 values[name] = expand_paths(value, name.replace(".init_args", ""))
         return values

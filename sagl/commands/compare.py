@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sagl.commands._parser import Parser
-from sagl.errors import require
+from sagl.errors import require, require_range
 from sagl.evaluation.comparison import build_report
 from sagl.evaluation.report import has_generator_tag, print_report, render_html
 from sagl.evaluation.runs import NUM_SAMPLES, have_shared_ids, read_images, read_runs
+from sagl.settings.sampling import MAX_SAMPLES
 from sagl.utils.files import write_text
 from sagl.utils.run_lock import lock_file
 
@@ -36,7 +37,8 @@ def main(arguments: list[str]) -> None:
     output, num_samples = None if args.output is None else Path(args.output), args.num_samples
     if output is not None:
         _require_replaceable(output, args.overwrite)
-    require(num_samples is None or num_samples >= 0, f"`num_samples` must be at least 0, got {num_samples}.")
+    if num_samples is not None:
+        require_range("num_samples", num_samples, 0, MAX_SAMPLES)
     require(num_samples is None or output is not None, "`num_samples` is the number of images on a page: add `output`.")
     runs = read_runs(args.run)
     if output is None:

@@ -7,6 +7,7 @@ from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.settings.sampling import ProgressKind
 from sagl.utils.files import require_writable
+from sagl.utils.listing import is_hidden
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_folder
 
@@ -33,7 +34,10 @@ def main(arguments: list[str]) -> None:
     args = shard_parser().parse(arguments)
     output, name = Path(args.output), args.name or _source_name(args.source)
     require(args.shard_size >= 1, f"`shard_size` must be at least 1, got {args.shard_size}.")
-    require("/" not in name, f"`name` must be a prefix of file names without /, got {name!r}.")
+    require(
+        "/" not in name and not is_hidden(name),
+        f"`name` must be a prefix of file names without / and not hidden, got {name!r}. Set `name`.",
+    )
     require_writable(output)
     from sagl.data.registry import open_image_source
     from sagl.data.webdataset_writer import plan_shards, write_shards

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from sagl.errors import require, require_finite
+from sagl.errors import require, require_finite, require_range
 from sagl.settings.sampling import ProgressKind
 
 INCEPTION = "inception"
@@ -12,6 +12,7 @@ EXTRACTOR_NAMES = (INCEPTION, "effnet_lite0_64", "effnet_lite0_224", "dinov2")
 """Names of the feature extractors; a number in a name is the size that images are resized to."""
 NAMED_SETS = ("fashion_mnist_train", "fashion_mnist_test", "emoji_train", "emoji_test")
 """Splits at 32×32 as for training: of Fashion-MNIST, padded, and of the emoji."""
+MAX_RESAMPLES = 1_000_000
 DEFAULT_EXTRACTOR = "effnet_lite0_64"
 
 
@@ -62,6 +63,8 @@ class MetricSettings:
         require_finite(self)
         for name, low in (("num_neighbors", 1), ("max_features", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
             require(getattr(self, name) >= low, f"`{name}` must be at least {low}, got {getattr(self, name)}.")
+        for name in ("kid_subsets", "bootstrap"):
+            require_range(name, getattr(self, name), 0, MAX_RESAMPLES)
         require(
             self.bootstrap == 0 or self.bootstrap >= 20,
             f"`bootstrap` must be 0 (off) or at least 20, got {self.bootstrap}.",

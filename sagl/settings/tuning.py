@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from sagl.errors import require, require_range
+from sagl.settings.evaluation import MAX_RESAMPLES
+from sagl.settings.sampling import MAX_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         require_range("candidates", self.candidates, 1, 10_000)
-        require(self.report_samples >= 2, f"`report_samples` must be at least 2, got {self.report_samples}.")
+        require_range("report_samples", self.report_samples, 2, MAX_SAMPLES)
+        require_range("bootstrap", self.bootstrap, 0, MAX_RESAMPLES)
         require(
             self.bootstrap == 0 or self.bootstrap >= 20,
             f"`bootstrap` must be 0 (off) or at least 20, got {self.bootstrap}.",

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from sagl.errors import require
+from sagl.errors import UserError, require
 from sagl.models.metadata import SETTINGS_CLASSES, TRAINING_ONLY
 from sagl.utils.config_files import flatten
 from sagl.utils.distributed import global_rank
@@ -63,7 +63,14 @@ def changed_settings(config_file: Path, text: str) -> list[str]:
     """
     if not config_file.is_file():
         return []
-    old, new = (flatten(yaml.safe_load(content) or {}) for content in (config_file.read_text(), text))
+    try:
+        old = flatten(dict(yaml.safe_load(config_file.read_text(encoding="utf-8", errors="surrogateescape")) or {}))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"`output` must have an intact config.yaml, and {config_file} is damaged. Delete it to continue with the "
+            "settings of this command."
+        ) from error
+    new = flatten(yaml.safe_load(text) or {})
     for name in START_SETTINGS:
         require(
             old.get(name) == new.get(name),

@@ -244,3 +244,10 @@ def test_a_refusal_of_a_training_names_the_setting_too(flag, value, parts):
     with pytest.raises(UserError) as error:
         training_parser("fit", full=True).parse([*data, flag, value])
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("flag", ["--output", "--checkpoint", "--labels"])
+def test_an_option_is_not_empty_unless_that_is_its_default(flag):
+    with pytest.raises(UserError, match=f"`{flag[2:]}` must not be empty"):
+        sample_parser().parse([flag, ""])
+    assert sample_parser().parse(["--exports", ""]).exports == ""

@@ -166,6 +166,7 @@ def test_a_folder_of_other_shards_is_refused_and_not_changed(flags, conflict, tm
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["images", "--name", ".hidden"], ["name", "'.hidden'"]),
         (["absent.npz"], ["source", "absent.npz"]),
         (["a.npz", "--labels", "none"], ["labels", "a.npz"]),
         (["images", "--labels", "folder"], ["labels", "'folder'"]),

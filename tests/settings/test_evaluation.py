@@ -3,6 +3,7 @@ import pytest
 from sagl.errors import UserError
 from sagl.settings.evaluation import EXTRACTOR_NAMES, ExtractionSettings, MetricSettings, require_extractor
 from sagl.settings.training import PreviewSettings
+from tests.helpers.errors import refused
 
 
 @pytest.mark.parametrize("name", [*EXTRACTOR_NAMES, "my_package.features.mine", "mine.of"])
@@ -34,3 +35,9 @@ def test_other_names_are_refused_with_the_names_that_exist(name):
 def test_values_out_of_range_are_refused_by_name(settings, name, value):
     with pytest.raises(UserError, match=rf"`(preview\.)?{name}` .*{value}"):
         settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["kid_subsets", "bootstrap"])
+def test_resamples_are_limited(name):
+    with refused(f"`{name}`", "999"):
+        MetricSettings(**{name: 10**40 - 1})

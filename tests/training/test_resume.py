@@ -3,6 +3,7 @@ import yaml
 
 from sagl.errors import UserError
 from sagl.training.resume import changed_settings, check_same_parameters
+from tests.helpers.errors import refused
 
 HPARAMS = {"network": {"num_channels": 32, "channel_mult": (1, 2), "dropout": 0.0}, "freeze": ()}
 
@@ -46,3 +47,12 @@ def test_the_network_and_the_trained_parameters_must_stay_the_same():
 def test_another_network_or_other_frozen_parts_are_refused_by_name(changed, name):
     with pytest.raises(UserError, match=f"`{name}"):
         check_same_parameters(HPARAMS, HPARAMS | changed)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[", b"- a", b"3", b"a: !!python/name:os.system", b"[" * 3000], ids=lambda c: str(c)[:20]
+)
+def test_a_damaged_configuration_of_the_run_is_refused(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with refused("`output`", "config.yaml"):
+        changed_settings(tmp_path / "config.yaml", "seed: 1")
