@@ -50,6 +50,12 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "sag.shape": ("off_unsharp",),
         "sag.reuse_before": ("output.3",),
     },
+    "SAG, off the unsharp mask, shallow, every second step": {
+        "sag.scale": SCALES,
+        "sag.shape": ("off_unsharp",),
+        "sag.reuse_before": ("output.3",),
+        "sag.renew_every": ("2",),
+    },
     "SAG, first half": {"sag.scale": SCALES, "sag.interval": ("[0,0.5]",)},
     "SAG, second half": {"sag.scale": SCALES, "sag.interval": ("[0.5,1]",)},
     "blur": {"blur.scale": SCALES, "blur.blur_sigma": ("2",)},
@@ -213,7 +219,7 @@ def _text(difference: Interval | Sequence[float]) -> str:
 
 
 def _numbers(row: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{row['nfe']:g}", f"{row['fd']:,.1f}"
+    return f"{round(row['nfe'], 1):g}", f"{row['fd']:,.1f}"
 
 
 def _shares(row: Mapping[str, Any]) -> tuple[str, str]:
