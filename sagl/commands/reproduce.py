@@ -145,10 +145,10 @@ def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, fo
     commands = []
     for row in rows:
         words = [] if row.obstacle else _words(item, row, args)
-        commands.append(shlex.join(["sagl", *words]) if words else "")
+        target = folder / (ANALYSES if item.analysis else RUNS) / row.run_name
+        commands.append(shlex.join(["sagl", *words, "--output", str(target)]) if words else "")
         if not words:
             continue
-        target = folder / (ANALYSES if item.analysis else RUNS) / row.run_name
         if not (target / f"{item.analysis}.json").is_file():
             _run([*words, "--output", str(target)], args.devices)
         if not (item.analysis or item.shows_samples):

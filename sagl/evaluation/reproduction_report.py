@@ -92,6 +92,8 @@ def write_report(folder: Path) -> list[Path]:
         warnings=(
             "The paper's numbers are for its own networks and 50,000 or 10,000 images. Where another network is named, "
             "only the direction of a difference can be compared, not its size.",
+            "Below a value is its 95 % interval. Intervals of differences resample the images of both rows in pairs; "
+            "one that contains 0 shows no difference.",
         ),
         tables=tuple(tables),
         command="reproduce",
@@ -254,7 +256,8 @@ def _translation(rows: Sequence[StoredRow]) -> list[str]:
 
 def _evaluated(results: Mapping[str, EvaluationResult]) -> list[str]:
     described = {f"{r.num_samples} images against {r.reference}, features of {r.extractor}" for r in results.values()}
-    return [f"Evaluated: {'; '.join(sorted(described))}."] if described else []
+    notes = sorted({note for result in results.values() for note in result.notes})
+    return [f"Evaluated: {'; '.join(sorted(described))}.", *notes] if described else []
 
 
 def _obstacles(rows: Sequence[StoredRow]) -> list[str]:

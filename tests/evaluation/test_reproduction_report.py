@@ -61,16 +61,21 @@ def test_results_without_resamples_have_no_column_of_differences(tmp_path):
     assert [row["is_unguided"] for row in json.loads((tmp_path / "table5.json").read_text())] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
-def test_a_report_of_the_documentation_is_that_of_its_stored_runs_and_leads_to_their_settings(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "num_rows", "respacing"),
+    [("emoji", 36, "logsnr10"), ("fashion_mnist", 38, "logsnr10"), ("fashion_mnist_ddim50", 4, "ddim50")],
+)
+def test_a_report_of_the_documentation_is_that_of_its_stored_runs_and_leads_to_their_settings(
+    name, num_rows, respacing, tmp_path
+):
     shutil.copytree(REPORTS / name, tmp_path / name)
     write_report(tmp_path / name)
     text = (tmp_path / name / "README.md").read_text()
     assert text == (REPORTS / name / "README.md").read_text()
     runs = [path for path in re.findall(r"\]\((\S+\.json)\)", text) if path.startswith("runs/")]
     settings = [json.loads((REPORTS / name / path).read_text())["settings"] for path in runs]
-    assert len(settings) > 20
-    assert all(entry["seed"] == 0 and entry["respacing"] == "logsnr10" for entry in settings)
+    assert len(settings) == num_rows
+    assert all(entry["seed"] == 0 and entry["respacing"] == respacing for entry in settings)
 
 
 def store(root, item="table2", rows=None, **changes):
