@@ -1,6 +1,7 @@
 """Tables and figures of the paper as commands, on the released networks or translated to another network."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class ReproductionRow:
     @property
     def run_name(self) -> str:
         """Name of the run folder, equal for equal options, so that tables share runs."""
-        return f"run_{hashlib.sha256(' '.join(self.options).encode()).hexdigest()[:10]}"
+        return f"run_{hashlib.sha256(os.fsencode(' '.join(self.options))).hexdigest()[:10]}"
 
 
 @dataclass

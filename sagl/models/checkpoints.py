@@ -17,7 +17,7 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from sagl.errors import UserError, require
@@ -38,7 +38,7 @@ from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, NetworkSettings, UNetSettings
 from sagl.settings.sampling import WeightPrecision
 from sagl.utils.archives import check_archive
-from sagl.utils.files import atomic_file
+from sagl.utils.files import atomic_file, is_utf8
 
 AnyNetwork = TypeVar("AnyNetwork", UNet, Classifier)
 Built = TypeVar("Built", UNet, Classifier, DirectionHead)
@@ -162,7 +162,11 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dict[st
         OSError: The file cannot be written.
     """
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path, metadata=metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+        if is_utf8(path):
+            save_file(tensors, path, metadata=metadata)
+        else:
+            path.write_bytes(save(tensors, metadata=metadata))
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
@@ -185,7 +189,7 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
     if path.suffix == SAFETENSORS:
         metadata = read_metadata(path)
         try:
-            tensors = load_file(path)
+            tensors = load_file(path) if is_utf8(path) else load(path.read_bytes())
         except (SafetensorError, OSError) as error:
             raise UserError(f"`checkpoint` must be a complete .safetensors file, but {path} is damaged.") from error
         digest = metadata.pop(DIGEST_KEY, None)

@@ -66,6 +66,11 @@ def packaged_configs() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def is_utf8(path: Path) -> bool:
+    """Return whether a path is UTF-8, as safetensors requires of the paths that it opens."""
+    return str(path) == str(path).encode(errors="replace").decode()
+
+
 def json_sha256(content: Any) -> str:  # noqa: ANN401 (any JSON value)
     """Return the hex digest of a JSON value, to be stored in its file, so that damage is noticed."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

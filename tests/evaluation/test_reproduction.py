@@ -121,3 +121,8 @@ def test_the_options_of_every_row_are_accepted():
 def test_a_network_is_named_by_the_flag_that_takes_it(name, flag):
     row = rows("table2", Target(name=name, network=GARMENTS))["ImageNet 256x256 with labels, SAG 0.2"]
     assert options_of(row)[flag] == name
+
+
+def test_a_run_of_a_network_whose_name_is_not_utf8_has_a_name():
+    row = rows("table2", Target(name="caf\udce9.safetensors", network=GARMENTS))
+    assert all(r.run_name.startswith("run_") for r in row.values())

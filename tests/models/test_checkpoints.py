@@ -363,3 +363,10 @@ def test_further_averages_that_are_none_are_refused(tmp_path):
     torch.save({**torch.load(path), "extra_emas": 3}, path)
     with refused("`checkpoint`", "extra_emas"):
         read_checkpoint(path)
+
+
+def test_a_name_that_is_not_utf8_is_read_and_written(tmp_path):
+    path = write_grey_unet(tmp_path / "caf\udce9.safetensors")
+    assert list(tmp_path.iterdir()) == [path]
+    actual, expected = read_checkpoint(path).state_dict, grey_unet().state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
