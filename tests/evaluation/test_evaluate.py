@@ -76,6 +76,7 @@ def test_a_result_has_the_values_and_all_that_they_depend_on(pair):
         "extractor": "effnet_lite0_64",
         "resize": "its own",
         "intervals": {},
+        "resamples": {},
         "notes": (),
     }
 
