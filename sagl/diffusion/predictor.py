@@ -78,7 +78,7 @@ class Prediction:
 NoisePredictor = Callable[[Image, int, Condition], Prediction]
 """(x_t, step, condition) -> prediction. A guided predictor has the same signature."""
 Trajectory = Iterator[tuple[int, Image, Prediction]]
-"""What a sampler yields: (step, x after the step, the step's prediction), the noisiest step first."""
+"""Iterator of a sampler: (step, x after the step, the step's prediction), the noisiest step first."""
 
 
 class NetworkOutput(Protocol):

@@ -40,7 +40,7 @@ class PaperRow:
 
     @property
     def is_unguided(self) -> bool:
-        """Whether no guidance method is on."""
+        """Return whether all guidance methods are off."""
         return not _active(self)
 
 

@@ -46,7 +46,7 @@ class StoredRow:
     folder: str
     """Folder of its images or of its figure, relative to that of the report."""
     is_unguided: bool
-    """Whether the row has no guidance, so that others are compared with it."""
+    """True for a row without guidance, with which the others are compared."""
     translation: Sequence[str]
     obstacle: str
 
