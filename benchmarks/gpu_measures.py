@@ -33,6 +33,8 @@ from sagl.utils.environment import disable_tf32
 SMALL = UNetSettings(
     image_size=64, num_channels=64, channel_mult=(1, 2), num_head_channels=32, attention_resolutions=(32,)
 )
+WORKSPACE_BYTES = 10**8
+"""Memory that cuDNN's convolutions take for themselves whatever the batch, an upper bound."""
 
 
 def build(machine: Machine, precision: WeightPrecision | None = "bf16-true", **changes: Any) -> UNet:  # noqa: ANN401
@@ -149,8 +151,8 @@ def _check_synchronisations(machine: Machine, name: str, function: Callable[[], 
         torch.cuda.set_sync_debug_mode("warn")
         function()
         torch.cuda.set_sync_debug_mode("default")
-    count = sum("synchroniz" in str(warning.message) for warning in caught)
-    machine.check(count == 0, name, f"{count} synchronisations")
+    places = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    machine.check(not places, name, f"{len(places)} synchronisations {' '.join(places)}")
 
 
 def memory(machine: Machine) -> None:
@@ -182,9 +184,9 @@ def _compare_estimate(machine: Machine, network: UNet) -> None:
         before = torch.cuda.memory_allocated()
         with torch.inference_mode():
             network(x, timesteps)
-        used = (torch.cuda.max_memory_allocated() - before) / batch
-        details = f"{used / 1e6:.0f} MB an image, estimated {estimate / 1e6:.0f} MB"
-        machine.check(used < 1.15 * estimate, f"memory of a batch of {batch}", details)
+        used = torch.cuda.max_memory_allocated() - before
+        details = f"{used / batch / 1e6:.0f} MB an image, estimated {estimate / 1e6:.0f} MB"
+        machine.check(used < 1.15 * batch * estimate + WORKSPACE_BYTES, f"memory of a batch of {batch}", details)
 
 
 def training(machine: Machine) -> None:

@@ -32,8 +32,8 @@ from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch
 from sagl.utils.environment import disable_malloc_trim
 
-SCALES = ("0.25", "0.5", "1", "2")
-EDITS = {"scale": ("0.5", "1", "2"), "site": ("middle", "last")}
+SCALES = ("0.1", "0.25", "0.5", "1", "2")
+EDITS = {"scale": ("0.1", "0.25", "0.5", "1"), "site": ("middle", "last")}
 """Values to try of methods that edit the attention; `last` is the last block with attention."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "SAG": {"sag.scale": SCALES},
@@ -68,7 +68,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "classifier": {"classifier.scale": SCALES},
     "history, previous step": {"history.scale": SCALES},
     "history, average of x0_hat": {"history.scale": SCALES, "history.average": ("x0_hat",), "history.decay": ("0.6",)},
-    "epsilon scaling": {"eps_scaling.scale": ("0.0025", "0.005", "0.01", "0.02")},
+    "epsilon scaling": {"eps_scaling.scale": ("0.001", "0.0025", "0.005", "0.01")},
 }
 """Values to try of each method's settings."""
 NEEDS_MORE = {"autoguidance", "CFG", "classifier"}

@@ -41,7 +41,7 @@ class EMA(WeightAveraging):
 
     def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         super().__init__(use_buffers=False)
-        self.decay = settings.ema_decay
+        self.decay, self._num_updates = settings.ema_decay, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module to the trainer's precision before it is copied and a checkpoint is read into the copy."""
@@ -51,17 +51,23 @@ class EMA(WeightAveraging):
             average.data = average.data.to(average_dtype(average))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to the device of the weights; its number of updates stays on the CPU, which reads it."""
+        """Move the average to the device of the weights."""
         assert self._average_model is not None
-        self._average_model.module.to(pl_module.device)
+        self._average_model.to(pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the number of updates once, as reading it from a GPU waits for the whole step."""
+        assert self._average_model is not None
+        self._num_updates = int(self._average_model.n_averaged)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Update once per optimiser step."""
         assert self._average_model is not None
         if trainer.global_step == self._latest_update_step:
             return
-        average, num_updates = self._average_model.module.parameters(), int(self._average_model.n_averaged)
-        update_average(average, pl_module.parameters(), self.decay, num_updates)
+        average = self._average_model.module.parameters()
+        update_average(average, pl_module.parameters(), self.decay, self._num_updates)
+        self._num_updates += 1
         self._average_model.n_averaged += 1
         self._latest_update_step = trainer.global_step
 

@@ -48,6 +48,13 @@ class EpochDataset(Dataset[Item]):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def read_batch(self, items: Sequence[int], images: Tensor) -> tuple[list[int], list[str]]:
+        """Write items into `images`, (B, H, W, C) uint8; return their labels and the names of corrupt images."""
+        batch = [self[item] for item in items]
+        for image, item in zip(images, batch, strict=True):
+            image.copy_(item.image.permute(1, 2, 0))
+        return [int(item.label) for item in batch], [item.corrupt for item in batch if item.corrupt]
+
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         """Iterate over epoch 0. Python's default iteration would go on through all epochs."""
         return ((item.image, item.label) for item in map(self.__getitem__, range(len(self))))
@@ -132,12 +139,7 @@ class SharedMemoryBatches(Dataset[SlotMessage]):
     def __getitems__(self, slot_and_items: Sequence[int]) -> SlotMessage:
         """Read the items into the slot."""
         slot, *items = slot_and_items
-        labels, corrupt = [], []
-        for row, item in enumerate(self.dataset[item] for item in items):
-            self.slots[slot, row] = item.image.permute(1, 2, 0)
-            labels.append(int(item.label))
-            corrupt += [item.corrupt] if item.corrupt else []
-        return slot, labels, corrupt
+        return slot, *self.dataset.read_batch(items, self.slots[slot, : len(items)])
 
     def copy_out(self, slot: int, count: int) -> ImageUint8:
         """Copy a batch out of its slot, (B, C, H, W) uint8 in channels_last order; pinned if there is a GPU."""

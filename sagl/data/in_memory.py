@@ -1,10 +1,13 @@
 """Data sets that fit into memory: the dataset of their images, and the data module of their two splits."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from sagl.data.dataloader import (
     EpochDataset,
@@ -32,6 +35,12 @@ class InMemoryImages(EpochDataset):
 
     def __getitem__(self, item: int) -> Item:
         return Item(self.images[item % len(self)], int(self.labels[item % len(self)]))
+
+    def read_batch(self, items: Sequence[int], images: Tensor) -> tuple[list[int], list[str]]:
+        """Read the items at once: one by one, they take longer than a training step of a small network on a GPU."""
+        indices = torch.tensor(items) % len(self)
+        images.copy_(self.images[indices].permute(0, 2, 3, 1))
+        return self.labels[indices].tolist(), []
 
 
 @dataclass(kw_only=True, eq=False)

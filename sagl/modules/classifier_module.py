@@ -71,7 +71,7 @@ class ClassifierModule(TrainingModule):
             f"{high}.",
         )
         timesteps, noise = to_device(timesteps, x_0.device), to_device(noise, x_0.device).to(x_0.dtype)
-        return classifier_loss(self.network, x_0, labels, timesteps, noise, self.schedule)
+        return classifier_loss(self._call_network, x_0, labels, timesteps, noise, self.schedule)
 
     @property
     def _topk(self) -> dict[str, int]:

@@ -118,7 +118,7 @@ class DiffusionModule(TrainingModule):
         if flags is None and self.network.settings.degraded_embedding:  # DDP needs a gradient of every parameter
             flags = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
         losses = training_losses(
-            lambda x_t, t: self.network(x_t, t, labels, degraded=flags).out,
+            lambda x_t, t: self._call_network(x_t, t, labels, degraded=flags).out,
             x_input,
             timesteps,
             noise,

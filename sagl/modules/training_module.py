@@ -27,6 +27,8 @@ Batch = tuple[ImageUint8, Labels]
 Network = TypeVar("Network", bound=nn.Module)
 NUM_TIMESTEP_BINS = 4
 """Number of equal ranges of timesteps for which validation losses are also reported."""
+NUM_NOISE_THREADS = 4
+"""Threads that draw the noise of the next batch while a GPU trains."""
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> AdamW:
@@ -95,9 +97,24 @@ class TrainingModule(LightningModule):
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._step_has_gradient = False
         self._noise_ahead: Iterator[DrawnNoise] = iter(())
+        self._compiled_network: Callable[..., Any] | None = None
         self._batch_end_time: float | None = None
         self._num_validated = 0
         self._sums: dict[str, Tensor] = {}
+
+    def on_train_start(self) -> None:
+        """Compile the network if the settings ask for it; accumulated gradients would be overwritten by CUDA graphs."""
+        if self.settings.compile:
+            cuda_graphs = self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
+            compiled = torch.compile(self.network, dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+            self._compiled_network = lambda *args, **kwargs: compiled(*args, **kwargs)  # not a submodule
+
+    def _call_network(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (whatever the network takes and returns)
+        """Evaluate the network, in training the compiled one if there is one."""
+        if not self.training or self._compiled_network is None:
+            return self.network(*args, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled_network(*args, **kwargs)
 
     def _to_float(self, images: ImageUint8) -> Image:
         """Scale uint8 images to [-1, 1], in float32, or in float64 if the network is."""
@@ -133,7 +150,8 @@ class TrainingModule(LightningModule):
         rank, world_size = self.global_rank, self.trainer.world_size
         for index in count(batch_index):
             rngs = batch_rngs(self.settings.seed, index, range(rank, shape[0] * world_size, world_size))
-            yield DrawnNoise(index, rngs, pin(randn(rngs, shape[1:]), self.device))
+            num_threads = NUM_NOISE_THREADS if self.device.type == "cuda" else 1  # a CPU's cores train the network
+            yield DrawnNoise(index, rngs, pin(randn(rngs, shape[1:], num_threads), self.device))
 
     def _log_if_finite(self, values: Mapping[str, Tensor]) -> bool:
         """Log the rank means of `values` if the loss, the first of them, is finite on all ranks; return whether it is.

@@ -81,7 +81,8 @@ def load_head(
         require(old == value, f"`{parameter}` {path} is for {settings.group}.{name} {old}, got {value}.")
     require(is_same_network(shape.network_rms, network), f"`{parameter}` {path} belongs to another network.")
     weight = next(network.parameters())
-    head.to(device=weight.device, dtype=weight.dtype).levels.data = head.levels.data.float()
+    head.to(device=weight.device, dtype=weight.dtype)
+    head.levels.data = head.levels.data.float()
     return head
 
 

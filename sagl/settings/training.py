@@ -157,6 +157,8 @@ class TrainingSettings:
     """AdamW and its learning-rate schedule."""
     use_checkpoint: bool | None = None
     """Activation checkpointing: less memory, a third more time. null: as the network."""
+    compile: bool = False
+    """Compile the network with torch.compile, on GPUs with CUDA graphs: a minute or more before the first step."""
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.* or time_embed.*."""
     max_nonfinite_batches: int = 10
