@@ -18,7 +18,6 @@ from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduction
 from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
 from sagl.evaluation.results import read_results
-from sagl.guidance.registry import GUIDANCES
 from sagl.models.hub_files import is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES, read_metadata, settings_from_metadata
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
@@ -112,7 +111,7 @@ def _target(args: Namespace) -> Target:
         name=model,
         network=network,
         classifier=BUNDLED_CLASSIFIERS.get(model),
-        recommended=frozenset(recommended_settings(None if is_file else model, path)) & frozenset(GUIDANCES),
+        recommended=recommended_settings(None if is_file else model, path),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sagl.evaluation.paper import PaperItem, PaperRow
 from sagl.models.hub_files import is_hub_name
 from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES, get_unet_settings
+from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
 
 
@@ -27,8 +28,8 @@ class Target:
     sampler: str = "ddpm"
     respacing: str | None = None
     """Sampling steps; None for the paper's."""
-    recommended: frozenset[str] = frozenset()
-    """Guidance methods that the network's weight file recommends, which a row without them switches off."""
+    recommended: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the network's weight file recommends; a row replaces those of guidance that it does not name."""
     dino_checkpoint: str | None = None
     """File of DINO weights for its masks."""
     object_masks: str = "silhouette"
@@ -114,7 +115,10 @@ class _Translator:
             self.options += ["--classifier.checkpoint", self._classifier()]
         if name == "sag" and (scale or self.analysis):
             self.options += ["--sag.interval", "[0,1]"]
-            for setting, value in sorted(self._translate_sag(values).items()):
+            translated = self._translate_sag(values)
+            unnamed = self.target.recommended.get("sag", {}).keys() - translated.keys() - {"scale", "interval"}
+            translated |= {setting: getattr(SelfAttentionGuidance, setting) for setting in unnamed}
+            for setting, value in sorted(translated.items()):
                 self.options += [f"--sag.{setting}", str(value)]
 
     def _classifier(self) -> str:
