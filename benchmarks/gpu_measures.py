@@ -36,6 +36,9 @@ SMALL = UNetSettings(
 WORKSPACE_BYTES = 10**8
 """Memory that cuDNN's convolutions take for themselves whatever the batch, an upper bound."""
 
+SYNCHRONISATION = "called a synchronizing CUDA operation"
+"""PyTorch's warning of a synchronisation. The first switch to the debug mode warns too, that it misses some of them."""
+
 
 def build(machine: Machine, precision: WeightPrecision | None = "bf16-true", **changes: Any) -> UNet:  # noqa: ANN401
     """Return the LSUN network, or a small one, with random weights; precision None is for training."""
@@ -151,7 +154,7 @@ def _check_synchronisations(machine: Machine, name: str, function: Callable[[], 
         torch.cuda.set_sync_debug_mode("warn")
         function()
         torch.cuda.set_sync_debug_mode("default")
-    places = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    places = [f"{w.filename}:{w.lineno}" for w in caught if str(w.message) == SYNCHRONISATION]
     machine.check(not places, name, f"{len(places)} synchronisations {' '.join(places)}")
 
 

@@ -18,19 +18,21 @@ from sagl.metrics.features import Features
 from sagl.models import normalization
 from sagl.models.adm import UNet
 from sagl.models.cpu_kernels import optimize_for_cpu
+from sagl.models.direction_head import DirectionHead
 from sagl.models.memory import MemoryTracker
 from sagl.models.zoo import RELEASED
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import HeadSettings, UNetSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import DiffusionTrainingSettings
 from sagl.shapes import AttentionSite
 from sagl.utils.files import packaged_configs
 from tests.helpers.fake_cuda import DispatchCounter, fake_cuda, on_fake_cuda
-from tests.helpers.networks import COLOUR, GREY
+from tests.helpers.heads import SHAPE
+from tests.helpers.networks import COLOUR, GREY, count_calls
 from tests.helpers.training import with_stub_trainer
 
 SAG = {"sag": SelfAttentionGuidance(scale=0.3, site="output.1")}
@@ -80,6 +82,19 @@ def guided_step(sampler, guidances):
 def test_the_noise_is_all_that_a_step_copies_to_the_gpu_and_nothing_comes_back(sampler, guidances, copies):
     counter = guided_step(sampler, guidances)
     assert (counter.to_gpu, counter.to_cpu) == (copies, 0)
+
+
+def test_a_step_with_a_direction_head_copies_its_noise_alone(monkeypatch):
+    shape = HeadSettings(
+        method="sag", network_rms=(1.0,), **SHAPE | {"in_channels": 3, "feature_channels": COLOUR["num_channels"]}
+    )
+    with torch.device("meta"):
+        head = DirectionHead(shape).requires_grad_(False)
+    monkeypatch.setattr("sagl.sampling.pipeline.load_head", lambda *_: on_fake_cuda(head))
+    calls = count_calls(head)
+    counter = guided_step("ddpm", {"sag": replace(SAG["sag"], direction_head="auto")})
+    assert (counter.to_gpu, counter.to_cpu) == (1, 0)
+    assert len(calls) == 3
 
 
 def test_metrics_of_previews_are_computed_on_the_device():

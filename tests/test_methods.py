@@ -18,7 +18,7 @@ from tests.helpers.networks import grey_weights
 def test_the_values_to_try_are_settings_of_the_method(method):
     run = SamplingRun.without_folder(parse_sample_config(["--model", "fashion_mnist"], sample_parser()))
     space = parse_search([(key, *values) for key, values in search_values(method, run).items()])
-    assert [len(values) for key, values in space.items() if key.endswith(".scale")] in ([3], [4])
+    assert [len(values) for key, values in space.items() if key.endswith(".scale")] in ([4], [5])
 
 
 def test_the_best_scale_of_each_method_is_reported_beside_plain_sampling_at_equal_cost(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sagl.callbacks.checkpointing import ResumableCheckpoint
 from sagl.callbacks.ema import EMA, ExtraEMAs, update_average
 from sagl.settings.training import CheckpointSettings
-from tests.helpers.training import IGNORED_WARNINGS, fit_line
+from tests.helpers.fake_cuda import DispatchCounter, fake_cuda
+from tests.helpers.training import IGNORED_WARNINGS, Line, fit_line
 
 pytestmark = [
     *IGNORED_WARNINGS,
@@ -86,12 +89,24 @@ def test_averages_of_16_bit_weights_are_kept_in_float32(tmp_path):
     torch.testing.assert_close(averages[0], torch.tensor([1e-4]))
 
 
-def test_an_update_reads_its_number_from_the_cpu_and_needs_no_groups_of_equal_data_types(monkeypatch):
-    """On a GPU the number would make every step wait, and before PyTorch 2.12 a group of two data types was refused."""
+def test_an_update_on_a_gpu_copies_nothing_to_the_cpu():
+    """Reading the number of updates would make every step wait."""
+    callback, run = ema(0.9999), SimpleNamespace(global_step=0)
+    with fake_cuda(), torch.device("cuda"):
+        callback._average_model = SimpleNamespace(module=Line(), n_averaged=torch.tensor(0))
+        with DispatchCounter() as counter:
+            for run.global_step in range(1, 4):
+                callback.on_train_batch_end(run, Line())
+        assert callback._average_model.n_averaged.device.type == "cuda"
+    assert counter.operations["aten._foreach_lerp_.Scalar"] == 3
+    assert counter.to_cpu == 0
+
+
+def test_an_update_needs_no_groups_of_equal_data_types(monkeypatch):
+    """Before PyTorch 2.12 a group of two data types was refused."""
     monkeypatch.setattr("torch.optim.swa_utils.AveragedModel.update_parameters", None)
     callback = ema(0.9999)
     fit_line(callbacks=[callback], max_steps=3)
-    assert callback._average_model.n_averaged.device.type == "cpu"
     assert int(callback._average_model.n_averaged) == 3
 
 

@@ -166,6 +166,13 @@ class CorruptRamps(Ramps):
         return Item(super().__getitem__(item).image, item + corrupt, f"image {item}" if corrupt else "")
 
 
+def test_a_batch_holds_its_items_of_any_epoch_and_names_the_corrupt_ones():
+    images, dataset = torch.zeros(4, 4, 5, 2, dtype=torch.uint8), CorruptRamps(12)
+    assert dataset.read_batch([3, 5, 12, 25], images) == ([3, 6, 12, 26], ["image 5", "image 25"])
+    for image, item in zip(images, [3, 5, 12, 25], strict=True):
+        assert torch.equal(image, dataset[item].image.permute(1, 2, 0))
+
+
 def corrupt_loader(log, num_workers=0):
     return ImageLoader(CorruptRamps(12), range(12), LoaderSettings(batch_size=4, num_workers=num_workers), log)
 

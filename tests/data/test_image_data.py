@@ -37,6 +37,13 @@ def test_the_next_readable_image_replaces_a_corrupt_one(fraction):
     assert dataset(grey(1), b"", num_classes=2)[1][1:] == (0, "image 1")  # the first one follows the last
 
 
+def test_a_batch_names_its_corrupt_images():
+    images = torch.empty(3, 8, 8, 3, dtype=torch.uint8)
+    labels, corrupt = dataset(grey(1), b"", grey(3), num_classes=3).read_batch([0, 1, 5], images)
+    assert (labels, corrupt) == ([0, 2, 2], ["image 1"])
+    assert torch.equal(images[1], images[2])
+
+
 def test_a_data_set_without_readable_images_is_refused():
     with pytest.raises(UserError, match=r"`data`.* 3"):
         dataset(b"", b"", b"")[0]

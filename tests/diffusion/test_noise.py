@@ -103,6 +103,13 @@ def test_the_noise_of_a_training_sample_depends_on_seed_batch_and_position_alone
     assert len({noise.numpy().tobytes() for noise in noises}) == len(noises)
 
 
+@pytest.mark.parametrize("num_threads", [3, 20])
+def test_numbers_do_not_depend_on_the_number_of_threads(num_threads):
+    first, second = batch_rngs(3, 10, range(8)), batch_rngs(3, 10, range(8))
+    assert torch.equal(randn(first, SHAPE), randn(second, SHAPE, num_threads))
+    assert [rng.random() for rng in first] == [rng.random() for rng in second]
+
+
 def test_a_bernoulli_draw_has_its_probability():
     draws = bernoulli(batch_rngs(0, 0, range(2000)), 0.3)
     assert (draws.dtype, tuple(draws.shape)) == (torch.bool, (2000,))

@@ -114,6 +114,16 @@ def test_the_options_of_every_row_are_accepted():
         assert sag.scale == row.guidances["sag"].get("scale", 0)
 
 
+def test_what_the_network_recommends_and_a_row_does_not_name_has_its_default():
+    recommended = {"sag": {"scale": 2.0, "interval": (0.5, 1.0), "shape": "off_unsharp", "site": "middle"}}
+    name = "ImageNet 256x256 with labels, SAG 0.2"
+    plain, row = (rows("table2", Target(recommended=r))[name] for r in ({}, recommended))
+    assert options_of(row) == {**options_of(plain), "--sag.shape": "none"}
+    assert {"--sag.scale": "0.2", "--sag.interval": "[0,1]", "--sag.site": "output.2"}.items() <= options_of(
+        row
+    ).items()
+
+
 @pytest.mark.parametrize(
     ("name", "flag"),
     [("fashion_mnist", "--model"), ("hf:owner/name", "--model"), ("net.safetensors", "--checkpoint")],

@@ -26,6 +26,7 @@ def with_stub_trainer(module, *, batch=0, rank=0, ranks=1, weights_seed=1):
         optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])],
         state=SimpleNamespace(fn="fit"),
         max_steps=10,
+        accumulate_grad_batches=1,
         strategy=SimpleNamespace(),
         _logger_connector=SimpleNamespace(should_update_logs=True),
     )

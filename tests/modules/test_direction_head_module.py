@@ -46,9 +46,10 @@ class Source:
         return pairs(1000)
 
 
-def build(source=None, **options):
+def build(source=None, *, compile=False, **options):
     options = DirectionHeadOptions(**{"batches_per_round": 5, "batch_size": 16, **options})
-    settings = HeadTrainingSettings(direction_head=options, optimizer=OptimizerSettings(learning_rate=1e-2))
+    optimizer = OptimizerSettings(learning_rate=1e-2)
+    settings = HeadTrainingSettings(direction_head=options, optimizer=optimizer, compile=compile)
     return DirectionHeadModule(settings, head_settings(), DiffusionSettings(), source or Source())
 
 
@@ -61,6 +62,16 @@ def test_the_loss_is_the_squared_error_in_units_of_the_direction():
         part = pairs(1).select(rows)
         errors = (module.network(part.images, part.features, part.timesteps) - part.direction) / 0.5
     torch.testing.assert_close(loss, errors.square().mean())
+
+
+def test_a_compiled_head_serves_training_steps(monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda head, **_: lambda *args: calls.append(1) or head(*args))
+    module = with_stub_trainer(build(compile=True)).train()
+    module.on_train_start()
+    module.training_step((torch.zeros(16), torch.zeros(16)), 0)
+    assert calls == [1]
 
 
 def test_training_lowers_the_loss_with_a_new_round_after_some_batches():

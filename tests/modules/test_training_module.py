@@ -1,5 +1,8 @@
 """Properties of any `TrainingModule`, tested on the diffusion module or the classifier, whichever is simpler."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sagl.errors import UserError
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
-from sagl.modules.training_module import seeded_init
+from sagl.modules.training_module import TrainingModule, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.training import ClassifierTrainingSettings, DiffusionTrainingSettings, OptimizerSettings
@@ -93,6 +96,84 @@ def test_values_are_logged_only_where_a_logger_receives_them():
     loss_of_step(module)
     module.on_train_batch_end(None, (IMAGES, LABELS), 0)
     assert module.logged == {}
+
+
+# -------------------------------------------------------------------------------------------------- compilation
+
+
+class StubCompiled(nn.Module):
+    """What a stub of torch.compile returns: a module, as the real one does, that counts its calls."""
+
+    def __init__(self, network, **options):
+        super().__init__()
+        self.network, self.options, self.calls = network, options, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.network(*args, **kwargs)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The networks that a stub of torch.compile was given."""
+    networks = []
+    monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: None)  # it imports the real compiler
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kw: networks.append(StubCompiled(*args, **kw)) or networks[-1]
+    )
+    return networks
+
+
+@BOTH
+def test_a_compiled_network_serves_training_steps_and_not_validation(build, compiled):
+    module = with_stub_trainer(build(compile=True)).train()
+    module.on_train_start()
+    assert loss_of_step(module) == loss_of_step(with_stub_trainer(build()))
+    assert [network.calls for network in compiled] == [1]
+    assert validate(module.eval(), (IMAGES, LABELS)) == validate(with_stub_trainer(build()), (IMAGES, LABELS))
+    assert [network.calls for network in compiled] == [1]
+
+
+def test_a_compiled_network_is_not_part_of_the_state_dict(compiled):
+    module = with_stub_trainer(classifier(compile=True))
+    names = module.state_dict().keys()
+    module.on_train_start()
+    assert len(compiled) == 1
+    assert module.state_dict().keys() == names
+
+
+def test_a_network_is_compiled_only_if_the_settings_ask_for_it(compiled):
+    with_stub_trainer(classifier()).on_train_start()
+    assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("device", "batches", "mode"), [("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("cpu", 1, None)]
+)
+def test_cuda_graphs_are_used_on_gpus_if_no_gradients_are_accumulated(device, batches, mode, compiled):
+    module = SimpleNamespace(
+        settings=SimpleNamespace(compile=True),
+        device=torch.device(device),
+        trainer=SimpleNamespace(accumulate_grad_batches=batches),
+        network=nn.Identity(),
+    )
+    TrainingModule.on_train_start(module)
+    assert [network.options for network in compiled] == [{"dynamic": False, "mode": mode}]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_weights(monkeypatch):
+    """In float64: AdamW divides a gradient that is zero but for rounding by its own size."""
+
+    def weights(**options):
+        module = classifier(optimizer=OptimizerSettings(learning_rate=1e-3), **options)
+        loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+        trainer(max_steps=2, precision="64-true").fit(module, loader, loader)
+        return module.network.state_dict()
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.testing.assert_close(weights(compile=True), weights())
 
 
 # --------------------------------------------------------------------------------------------------- validation

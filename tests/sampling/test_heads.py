@@ -93,6 +93,14 @@ def test_a_head_has_the_precision_of_its_network(folder, precision):
     assert images.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_of_a_head_is_on_the_device_of_its_network(folder, dtype, monkeypatch):
+    monkeypatch.setattr("sagl.sampling.heads.is_same_network", lambda *_: True)  # the meta device has no values
+    head = load(sag(folder), grey_unet().to("meta", dtype))
+    assert {parameter.device.type for parameter in head.parameters()} == {"meta"}
+    assert (head.out.weight.dtype, head.levels.dtype) == (dtype, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("site", "output.1"), ("blur_sigma", 2.0), ("mask", "global"), ("head", 0)]
 )
