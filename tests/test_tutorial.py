@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "docs" / "site"))
 SMALL = {
     "STEPS = 100": "STEPS = 2",
     "SAMPLES = 32": "SAMPLES = 4",
-    '"ddim20"': '"ddim2"',
+    '"logsnr10"': '"logsnr2"',
     "300), (": "40), (",
     "200))": "20))",
     "--num_samples 16": "--num_samples 4",

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial.md"
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
-PARAMETERS = {"STEPS": "--trainer.max_steps 100", "SAMPLES": "--num_samples 32", "RESPACING": "--respacing ddim20"}
+PARAMETERS = {"STEPS": "--trainer.max_steps 100", "SAMPLES": "--num_samples 32", "RESPACING": "--respacing logsnr10"}
 """Variables of the notebook, and the flags of the page whose values they hold."""
 INSTALL = """\
 import importlib.util
