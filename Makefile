@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 sample: install
-	$(BIN)/sagl sample --compare --num_samples 8 --batch_size 8 --output samples
+	$(BIN)/sagl sample --compare --num_samples 16 --batch_size 16 --output samples
 
 playground: install
 	$(BIN)/sagl playground
