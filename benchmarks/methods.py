@@ -35,29 +35,23 @@ from sagl.utils.environment import disable_malloc_trim
 SCALES = ("0.1", "0.25", "0.5", "1", "2")
 EDITS = {"scale": ("0.1", "0.25", "0.5", "1"), "site": ("middle", "last")}
 """Values to try of methods that edit the attention; `last` is the last block with attention."""
+UNSHAPED, OFF_UNSHARP = {"sag.shape": ("none",)}, {"sag.shape": ("off_unsharp",)}
+"""Shapes of SAG, whatever the network recommends."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "SAG": {"sag.scale": SCALES},
-    "SAG, off the unsharp mask": {"sag.scale": SCALES, "sag.shape": ("off_unsharp",)},
-    "SAG, off the unsharp mask, every second step": {
-        "sag.scale": SCALES,
-        "sag.shape": ("off_unsharp",),
-        "sag.renew_every": ("2",),
-    },
-    "SAG, every second step": {"sag.scale": SCALES, "sag.renew_every": ("2",)},
-    "SAG, every fourth step": {"sag.scale": SCALES, "sag.renew_every": ("4",)},
-    "SAG, off the unsharp mask, shallow": {
-        "sag.scale": SCALES,
-        "sag.shape": ("off_unsharp",),
-        "sag.reuse_before": ("output.3",),
-    },
+    "SAG": {"sag.scale": SCALES, **UNSHAPED},
+    "SAG, off the unsharp mask": {"sag.scale": SCALES, **OFF_UNSHARP},
+    "SAG, off the unsharp mask, every second step": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.renew_every": ("2",)},
+    "SAG, every second step": {"sag.scale": SCALES, **UNSHAPED, "sag.renew_every": ("2",)},
+    "SAG, every fourth step": {"sag.scale": SCALES, **UNSHAPED, "sag.renew_every": ("4",)},
+    "SAG, off the unsharp mask, shallow": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.reuse_before": ("output.3",)},
     "SAG, off the unsharp mask, shallow, every second step": {
         "sag.scale": SCALES,
-        "sag.shape": ("off_unsharp",),
+        **OFF_UNSHARP,
         "sag.reuse_before": ("output.3",),
         "sag.renew_every": ("2",),
     },
-    "SAG, first half": {"sag.scale": SCALES, "sag.interval": ("[0,0.5]",)},
-    "SAG, second half": {"sag.scale": SCALES, "sag.interval": ("[0.5,1]",)},
+    "SAG, first half": {"sag.scale": SCALES, **UNSHAPED, "sag.interval": ("[0,0.5]",)},
+    "SAG, second half": {"sag.scale": SCALES, **UNSHAPED, "sag.interval": ("[0.5,1]",)},
     "blur": {"blur.scale": SCALES, "blur.blur_sigma": ("2",)},
     "PAG": {f"pag.{key}": values for key, values in EDITS.items()},
     "SEG": {f"seg.{key}": values for key, values in EDITS.items()},
