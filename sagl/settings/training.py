@@ -127,7 +127,7 @@ class OptimizerSettings:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay_steps: int = 0
-    """Last steps before trainer.max_steps over which the learning rate falls to 0; 0: constant."""
+    """Last steps before trainer.max_steps, in which the learning rate falls to 0; 0: constant."""
     decay: Literal["linear", "cosine"] = "linear"
     """Shape of the decay: a line, or half a cosine."""
 
@@ -158,11 +158,11 @@ class TrainingSettings:
     use_checkpoint: bool | None = None
     """Activation checkpointing: less memory, a third more time. null: as the network."""
     compile: bool = False
-    """Compile the network with torch.compile, on GPUs with CUDA graphs: a minute or more before the first step."""
+    """Compile the network, on GPUs with CUDA graphs: the first step takes a minute or more."""
     freeze: tuple[str, ...] = ()
-    """Patterns of names of parameters that are not trained, such as input_blocks.* or time_embed.*."""
+    """Patterns of names of parameters that are not trained, such as input_blocks.*."""
     max_nonfinite_batches: int = 10
-    """Batches in a row with a non-finite loss, each of which is skipped, before the training ends."""
+    """Skipped batches in a row, with a non-finite loss, before the training ends."""
     seed: int = 0
     """Random seed of initial weights, noise, timesteps, label dropout and dropout."""
 
