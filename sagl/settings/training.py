@@ -20,7 +20,7 @@ class CheckpointSettings:
     ema_decay: float = 0.9999
     """EMA decay per optimiser step."""
     extra_ema_decays: tuple[float, ...] = ()
-    """Decays of further EMAs, each of which costs the memory of the weights; read as weights ema:DECAY."""
+    """Decays of further EMAs, each with the memory of the weights; read as ema:DECAY."""
     save_every_steps: int = 1000
     """Optimiser steps between two checkpoints."""
     save_every_minutes: float = 5.0
@@ -162,7 +162,7 @@ class TrainingSettings:
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.*."""
     max_nonfinite_batches: int = 10
-    """Skipped batches in a row, with a non-finite loss, before the training ends."""
+    """Skipped batches in a row, with a non-finite loss, before training ends."""
     seed: int = 0
     """Random seed of initial weights, noise, timesteps, label dropout and dropout."""
 
