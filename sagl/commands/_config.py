@@ -49,6 +49,7 @@ MODEL_KEYS = {
     "direction_head",
     "label_dropout",
     "use_checkpoint",
+    "compile",
     "freeze",
     "max_nonfinite_batches",
     "seed",
