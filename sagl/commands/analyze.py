@@ -17,6 +17,7 @@ from sagl.utils.run_lock import lock_file
 
 
 def analyze_parser() -> Parser:
+    """Build the parser of `sagl analyze`."""
     lines = "\n".join(f"  {name:<12} {analysis.description}" for name, analysis in ANALYSES.items())
     p = network_parser(
         "analyze", "Make a figure of one of the paper's analyses, and its numbers.", f"analyses:\n{lines}"

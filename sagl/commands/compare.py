@@ -16,6 +16,7 @@ VALUE_FLAGS = ("--output", "--num_samples")
 
 
 def compare_parser() -> Parser:
+    """Build the parser of `sagl compare`."""
     p = Parser("compare", "Runs side by side: settings that differ, cost, metrics, images at equal ids.")
     p.usage = "sagl compare RUN [RUN …] [options]"
     p.add_argument("run", type=str, nargs="+", help="Folders written by sagl sample.")

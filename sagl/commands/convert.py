@@ -25,6 +25,7 @@ OTHER_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 
 def convert_parser() -> Parser:
+    """Build the parser of `sagl convert`."""
     p = Parser("convert", "Write a network as safetensors with its settings inside, or as a folder for diffusers.")
     p.add_argument("checkpoint", type=str, help="A .safetensors, .ckpt or .pt file, a diffusers folder, or a name.")
     p.add_argument("target", type=str, help="The .safetensors file to write, or a new folder for diffusers.")

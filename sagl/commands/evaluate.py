@@ -20,6 +20,7 @@ from sagl.utils.run_lock import lock_file
 
 
 def evaluate_parser() -> Parser:
+    """Build the parser of `sagl evaluate`."""
     p = Parser("evaluate", "Metrics of images against a reference: FID, sFID, IS, precision, recall, KID.")
     image_sets = "run, npz file, folder of images, LSUN's LMDB, shards, or (fashion_mnist|emoji)_(train|test)"
     p.add_argument("images", type=str, help=f"Images to evaluate: {image_sets}.")

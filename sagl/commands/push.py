@@ -22,6 +22,7 @@ FILE_SETTINGS = ("checkpoint", "direction_head")
 
 
 def push_parser() -> Parser:
+    """Build the parser of `sagl push`."""
     p = Parser("push", "Upload a network to the Hugging Face Hub, with a model card made from its run.")
     p.add_argument("run", type=str, help="Folder of sagl sample or sagl fit, a weight file, or a name.")
     p.add_argument("repository", type=str, help="OWNER/NAME on the Hub; created if there is none.")

@@ -32,6 +32,7 @@ SMOKE = {"num_samples": 4, "sampler": "ddim", "respacing": "2", "bootstrap": 0}
 
 
 def reproduce_parser() -> Parser:
+    """Build the parser of `sagl reproduce`."""
     lines = "\n".join(f"  {name:<9} {item.title}" for name, item in paper_items().items())
     description = "Reproduce a table or figure of the paper, or write the report of all that were reproduced."
     extra = (

@@ -13,6 +13,7 @@ from sagl.utils.run_lock import lock_folder
 
 
 def shard_parser() -> Parser:
+    """Build the parser of `sagl shard`."""
     p = Parser("shard", "Write images as WebDataset shards, to train on with sagl.data.webdataset.ShardData.")
     p.add_argument("source", type=str, help="LSUN's LMDB, a folder of images, an npz file, shards, or fashion_mnist.")
     p.add_argument("--output", type=str, required=True, help="Folder for NAME-000000.tar … and shards.json.")

@@ -15,6 +15,7 @@ from sagl.utils.run_lock import lock_file
 
 
 def statistics_parser() -> Parser:
+    """Build the parser of `sagl statistics`."""
     p = Parser("statistics", "Write a statistics file of images, for sagl evaluate IMAGES --reference FILE.")
     sources = "folder of images, LSUN's LMDB, shards, npz file, run, or (fashion_mnist|emoji)_(train|test)"
     p.add_argument("source", type=str, help=f"Images: {sources}.")

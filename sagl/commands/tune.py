@@ -25,6 +25,7 @@ DEFAULT_NUM_SAMPLES = 100
 
 
 def tune_parser() -> Parser:
+    """Build the parser of `sagl tune`."""
     p = network_parser("tune", "Search for guidance settings of a network by successive halving.")
     search = "A setting and its values, as its flag takes them: --search sag.scale 0.1 0.3. May be given several times."
     p.add_argument("--search", type=str, nargs="+", action="append", default=None, help=search)
