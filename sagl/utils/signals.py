@@ -79,12 +79,14 @@ def block_stop_signals() -> Iterator[None]:
 def end_with_parent(_: int = 0) -> None:
     """Start a thread that ends this worker process when its parent sends a stop signal, and ignores other senders.
 
-    The signals are blocked, see `block_stop_signals`. Takes the number of the worker, which is not used.
+    Blocks the signals, in case that the worker did not inherit this from `block_stop_signals`: a fork server, which
+    starts workers, may be older than that block. Takes the number of the worker, which is not used.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):
         return
     pid = parent.pid
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def watch() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != pid:

@@ -68,6 +68,9 @@ def wait(ready):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_worker_ignores_the_stop_signals_of_others_and_obeys_its_parent(method):
     context = multiprocessing.get_context(method)
+    earlier = context.Process(target=int)  # a fork server that this starts has not inherited the block
+    earlier.start()
+    earlier.join(60)
     ready = context.Event()
     worker = context.Process(target=wait, args=(ready,), daemon=True)
     with block_stop_signals():
