@@ -41,7 +41,7 @@ class EMA(WeightAveraging):
 
     def __init__(self, settings: CheckpointSettings = CheckpointSettings()) -> None:  # noqa: B008 (frozen)
         super().__init__(use_buffers=False)
-        self.decay, self._num_updates = settings.ema_decay, 0
+        self.decay = settings.ema_decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module to the trainer's precision before it is copied and a checkpoint is read into the copy."""
@@ -51,14 +51,11 @@ class EMA(WeightAveraging):
             average.data = average.data.to(average_dtype(average))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to the device of the weights."""
+        """Move the average to the device of the weights, but not its number of updates, which every step reads."""
         assert self._average_model is not None
+        num_updates = self._average_model.n_averaged
         self._average_model.to(pl_module.device)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the number of updates once, as reading it from a GPU waits for the whole step."""
-        assert self._average_model is not None
-        self._num_updates = int(self._average_model.n_averaged)
+        self._average_model.n_averaged = num_updates
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Update once per optimiser step."""
@@ -66,8 +63,7 @@ class EMA(WeightAveraging):
         if trainer.global_step == self._latest_update_step:
             return
         average = self._average_model.module.parameters()
-        update_average(average, pl_module.parameters(), self.decay, self._num_updates)
-        self._num_updates += 1
+        update_average(average, pl_module.parameters(), self.decay, int(self._average_model.n_averaged))
         self._average_model.n_averaged += 1
         self._latest_update_step = trainer.global_step
 

@@ -10,6 +10,7 @@ from sagl.playground.controls import QUICK, CommandLine, Form, to_text
 from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.environment import disable_malloc_trim, set_threads
+from sagl.utils.signals import Interrupted
 
 NETWORK = ("config", "model", "checkpoint", "weights")
 DEVICES = ("batch_size", *(f"trainer.{name}" for name in field_names(DeviceSettings)))
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         UserError: the request cannot be met.
+        Interrupted: a stop signal ended the page.
     """
     parser = playground_parser()
     flags = parser.parse(arguments)
@@ -44,7 +46,11 @@ def main(arguments: list[str]) -> None:
     set_threads()
     host, port = listener.getsockname()[:2]
     print(f"Open http://{host}:{port} in a browser. Ctrl-C ends the page.", flush=True)
-    make_server(Playground(form)).run(sockets=[listener])
+    server = make_server(Playground(form))
+    try:
+        server.run(sockets=[listener])
+    except Interrupted as end:
+        raise Interrupted(end.number, "the page has ended; images that were not downloaded are gone") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

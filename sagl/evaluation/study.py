@@ -53,9 +53,6 @@ class Setting:
     def values(self) -> dict[str, Any]:
         """Everything that determines an image, as JSON values; guidance of scale 0 determines nothing."""
         active = {name: asdict(guidance) for name, guidance in self.guidances.items() if guidance.scale}
-        for values in active.values():
-            if values["direction_head"] is None:  # features of studies before there were heads are found again
-                del values["direction_head"]
         result: dict[str, Any] = json.loads(json.dumps({**asdict(self.sampler), **active}))
         return result
 

@@ -1,6 +1,8 @@
 """Web server of the page. It loads nothing from other hosts, and sends nothing to them."""
 
+import logging
 import os
+from types import FrameType
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -49,6 +51,14 @@ def make_app(playground: Playground) -> FastAPI:
     return app
 
 
-def make_server(playground: Playground) -> uvicorn.Server:
+class PageServer(uvicorn.Server):
+    """Web server of a page. Its end cuts the connections of open pages, whose errors are not printed."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        super().handle_exit(sig, frame)
+
+
+def make_server(playground: Playground) -> PageServer:
     """Return the web server; `run(sockets=[listener])` serves the page until the process is interrupted."""
-    return uvicorn.Server(uvicorn.Config(make_app(playground), log_level="warning", timeout_graceful_shutdown=1))
+    return PageServer(uvicorn.Config(make_app(playground), log_level="warning", timeout_graceful_shutdown=1))
