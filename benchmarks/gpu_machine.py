@@ -13,7 +13,7 @@ from PIL import Image
 
 from sagl.sampling.run_folder import SAMPLES, decode_png, iter_samples
 
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 
 
 def popen(arguments: tuple[object, ...]) -> "subprocess.Popen[bytes]":
@@ -87,8 +87,8 @@ class Machine:
         return self.run("sample", *images, *sampler, *trainer, *flags, limit=limit, **variables)
 
     def fit(self, name: str, *flags: object) -> tuple[object, ...]:
-        """Return the arguments of a short training on random pictures."""
-        data = ("--data.root", pictures(self.folder), "--data.num_workers", 0 if self.small else 2)
+        """Return the arguments of a short training on random images."""
+        data = ("--data.root", write_images(self.folder), "--data.num_workers", 0 if self.small else 2)
         sizes = ("--data.batch_size", 8, "--data.num_validation", 8, "--trainer.val_check_interval", self.num_steps)
         preview = ("--preview.num_samples", 2, "--preview.batch_size", 4, "--preview.scales", "[0,0.3]")
         respacing = ("--preview.respacing", "ddim2" if self.small else "ddim5")
@@ -125,14 +125,12 @@ class Result:
         return f"{self.seconds:.0f} s, exit {self.code} {lines[-1][:200] if lines and self.code else ''}"
 
 
-def pictures(folder: Path) -> Path:
-    """Return a folder of random pictures, which is made at the first call."""
-    pictures = folder / "pictures"
-    if not pictures.is_dir():
-        pictures.mkdir(parents=True)
+def write_images(folder: Path) -> Path:
+    """Return a folder of random images, which is made at the first call."""
+    images = folder / "images"
+    if not images.is_dir():
+        images.mkdir(parents=True)
         rng = np.random.default_rng(0)
-        for k in range(NUM_PICTURES):
-            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((48, 48)).save(
-                pictures / f"{k}.png"
-            )
-    return pictures
+        for k in range(NUM_IMAGES):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((48, 48)).save(images / f"{k}.png")
+    return images

@@ -3,7 +3,7 @@
     sagl sample --num_samples 500 --output samples
     python benchmarks/memorisation.py samples --train fashion_mnist_train --test fashion_mnist_test --output nearest.png
 
-The picture shows generated images; below each the nearest training image in pixels, and the nearest in features. The
+The image shows generated images; below each the nearest training image in pixels, and the nearest in features. The
 table compares distances to the nearest training image with those of test images, which the network has not seen: of a
 network that does not copy, half of the images are closer than the median of the test images, and 5 % are closer than
 their 5th percentile. More are closer also if the images are simpler than the test images, or of fewer kinds.
@@ -34,7 +34,7 @@ from sagl.utils.images import image_grid, save_png, to_rgb
 
 NUM_SHOWN, COLUMNS = 32, 8
 FONT_SIZE, GAP = 14, 8
-"""Of the captions, in pixels."""
+"""Font size and gap of the captions in pixels."""
 ROWS_PER_CHUNK = 100
 PERCENTILE = 5
 
@@ -82,17 +82,17 @@ def with_captions(rows: Mapping[str, ImageUint8]) -> ImageUint8:
     num_rows = len(rows) * math.ceil(len(next(iter(rows.values()))) / COLUMNS)
     font = ImageFont.load_default(FONT_SIZE)
     margin = 2 * GAP + math.ceil(max(map(font.getlength, rows)))
-    picture = PILImage.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
-    picture.paste(PILImage.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (margin, 0))
-    draw = ImageDraw.Draw(picture)
+    image = PILImage.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
+    image.paste(PILImage.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (margin, 0))
+    draw = ImageDraw.Draw(image)
     for k, caption in zip(range(num_rows), cycle(rows), strict=False):
         middle = (k + 0.5) * grid.shape[1] / num_rows
         draw.text((GAP, middle), caption, fill="black", font=font, anchor="lm")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def main() -> None:
-    """Print the table and write the picture."""
+    """Print the table and write the image."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", help="run of sagl sample, or an npz file")
     p.add_argument("--train", default="fashion_mnist_train", help="training images, as for sagl evaluate")

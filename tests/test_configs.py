@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from sagl.commands._config import parse_sample_config
-from sagl.commands.fit import resolve_config_names, training_kind, training_parser
+from sagl.commands.fit import put_configs_first, training_kind, training_parser
 from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
@@ -77,11 +77,11 @@ def test_a_configuration_is_instantiated_as_written(file, tmp_path):
 
 def test_the_head_of_the_configuration_is_for_the_guidance_that_the_bundled_network_recommends(tmp_path):
     arguments = ["--config", HEAD, "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
-    arguments = resolve_config_names(arguments)
+    arguments = put_configs_first(arguments)
     parser = training_parser("fit", kind=training_kind(arguments), full=True)
     run = prepare_fit(parser, parser.parse(arguments))
     recommended = parse_sample_config(["--model", "emoji"]).guidances["sag"]
-    assert run.module.hparams["recommended"] == {"sag": recommended.weak_prediction}
+    assert run.module.hparams["recommended"] == {"sag": recommended.weak_prediction_settings}
     assert is_same_network(run.module.network.settings.network_rms, build_network(read_checkpoint(BUNDLED["emoji"])))
     assert list(tmp_path.iterdir()) == []
 

@@ -89,7 +89,7 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_recipe_for_ones_own_images_runs(tmp_path):
+def test_the_steps_for_ones_own_images_run(tmp_path):
     block = re.search(r"^sagl fit --config my_images.*?```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     images = np.random.default_rng(0).integers(0, 256, (60, 40, 50, 3), dtype=np.uint8)
     (tmp_path / "my_images").mkdir()

@@ -10,7 +10,7 @@ import pytest
 
 from sagl.commands._parser import from_namespace, parse_interval_arg
 from sagl.commands.compare import _folders_first
-from sagl.commands.fit import rename_network_flags, resolve_config_names, training_kind, training_parser
+from sagl.commands.fit import put_configs_first, rename_network_flags, training_kind, training_parser
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
@@ -40,7 +40,7 @@ def parse(command):
     if not arguments or "--help" in arguments or "--help_all" in arguments:
         assert verb in SUBCOMMANDS
     elif verb in ("fit", "validate", "test"):
-        arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
+        arguments = parse_interval_arg(rename_network_flags(put_configs_first(arguments)))
         has_config = "--config" in arguments
         arguments += [] if has_config or "--model.network" in arguments else ["--model.network", "emoji"]  # of a run
         training_parser(verb, kind=training_kind(arguments), full=has_config).parse(arguments)

@@ -35,7 +35,7 @@ class AttentionRecord:
     mean_maps: Mapping[str, Tensor]
     """Attention received at each site, mean over all steps: (N, head, side, side) float32."""
     steps: Sequence[int]
-    """Steps whose maps and estimates are kept, the noisiest first."""
+    """Steps whose maps and x0_predictions are kept, the noisiest first."""
     step_maps: Mapping[str, Tensor]
     """Attention received at each site at `steps`: (N, step, head, side, side) float32."""
     step_images: ImageUint8
@@ -51,7 +51,7 @@ def last_sites(network: UNetSettings) -> dict[int, str]:
 
 
 def record_attention(request: AnalysisRequest, sites: Sequence[str], steps: Sequence[int] = ()) -> AttentionRecord:
-    """Sample without guidance, and record the attention received at the sites; keep maps and estimates at `steps`.
+    """Sample without guidance, and record the attention received at the sites; keep maps and x0_predictions at `steps`.
 
     Raises:
         UserError: a site has no attention.
@@ -82,13 +82,13 @@ def _record_batch(
     x = initial_noise(samples.seed, batch, pipeline.image_shape)
     totals: dict[str, Tensor] = {}
     maps: dict[str, list[Tensor]] = {site: [] for site in sites}
-    estimates: list[ImageUint8] = []
+    x0_predictions: list[ImageUint8] = []
     for step, x_next, prediction in request.progress.track_steps(chain, num_steps):
         attention = {site: prediction.attention[AttentionSite(site)].float().cpu() for site in sites}
         totals = {site: totals[site] + attention[site] for site in sites} if totals else attention
         if step in steps:
             x0_hat = x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step))
-            estimates.append(to_uint8(x0_hat).cpu())
+            x0_predictions.append(to_uint8(x0_hat).cpu())
             for site in sites:
                 maps[site].append(attention[site])
         x = x_next
@@ -98,5 +98,5 @@ def _record_batch(
         mean_maps={site: total / num_steps for site, total in totals.items()},
         steps=steps,
         step_maps={site: torch.stack(kept, dim=1) if kept else nothing for site, kept in maps.items()},
-        step_images=torch.stack(estimates, dim=1) if estimates else nothing.byte(),
+        step_images=torch.stack(x0_predictions, dim=1) if x0_predictions else nothing.byte(),
     )

@@ -115,25 +115,25 @@ def analyze_step(request: AnalysisRequest) -> dict[str, Any]:
     predict = make_predictor(network, schedule, pipeline.diffusion.variance)
     base = predict(x_t, shown, condition)
     x0_hat, x0_blurred, mask, x_t_degraded = build_degrade(sag, schedule)(x_t, shown, condition, base)
-    weak = predict(x_t_degraded, shown, replace(condition, attention_sites=(), degraded=True))
-    pictures = {
+    weak_pred = predict(x_t_degraded, shown, replace(condition, attention_sites=(), degraded=True))
+    panels = {
         "xₜ": x_t,
         "estimate of x₀": x0_hat,
         "x̃ₜ": add_noise(x0_blurred, base.eps, schedule.alpha_bar(shown)),
         "masked part blurred": blend(x0_hat, x0_blurred, mask),
         "x̄ₜ": x_t_degraded,
         "ε": base.eps,
-        "ε′": weak.eps,
+        "ε′": weak_pred.eps,
     }
-    difference = base.eps[row] - weak.eps[row]
+    difference = base.eps[row] - weak_pred.eps[row]
     attention = average_sites([base.attention[site] for site in sites], sag.head)[row, 0] if sites else None
-    with figure(request.figure, 2, (len(pictures) + 3) // 2, (2.2, 2.4)) as (_, grid):
+    with figure(request.figure, 2, (len(panels) + 3) // 2, (2.2, 2.4)) as (_, grid):
         axes = grid.ravel()
         axes[0].set_visible(attention is not None)
         if attention is not None:
             show_image(axes[0], attention.float().cpu(), f"attention, {sag.site}", vmin=0, vmax=3, cmap="viridis")
         show_image(axes[1], mask[row, 0].float().cpu(), "mask", vmin=0, vmax=1, cmap="gray")
-        for ax, (title, image) in zip(axes[2:], pictures.items(), strict=False):
+        for ax, (title, image) in zip(axes[2:], panels.items(), strict=False):
             show_image(ax, noise_to_uint8(image[row]).cpu(), title)
         show_image(axes[-1], difference.abs().mean(dim=0).float().cpu(), "|ε − ε′|", cmap="magma")
     return {

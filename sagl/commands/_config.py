@@ -1,6 +1,5 @@
-"""Configuration of `sagl sample`: flags before YAML before recommendations of the weight file before defaults."""
+"""Configuration of `sagl sample`. Precedence: flags, config, recommendation of the weight file, defaults."""
 
-import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,18 +8,9 @@ from typing import Any
 from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
-from sagl.models.hub_files import download_from_hub, is_hub_name
-from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
-from sagl.models.zoo import (
-    BUNDLED,
-    BUNDLED_REFERENCES,
-    DEFAULT_MODEL,
-    RELEASED,
-    UNET_NAMES,
-    get_unet_settings,
-    name_from_filename,
-    with_default_classifier,
-)
+from sagl.models.metadata import read_metadata
+from sagl.models.sources import resolve_network
+from sagl.models.zoo import RELEASED, UNET_NAMES, with_default_classifier
 from sagl.sampling.run import EXPORTS, SampleConfig
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.guidance import TERM_OPTIONS
@@ -124,18 +114,18 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         model.get("diffusion"),
         flags.weights or sampling.get("weights") or "ema",
     )
-    recommended = recommended_settings(network["model"], network["checkpoint"])
+    recommended = recommended_settings(network.model, network.checkpoint)
     set_recommended_defaults(p, recommended)
     known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
     _set_defaults(p, known, f"`config` {config_names}: ")
-    if recommended or known:
+    if recommended or known:  # the first parse found the network, this one has the new defaults
         flags = p.parse(arguments)
     guidances = {
-        name: with_default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network["model"])
+        name: with_default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network.model)
         for name, entry in GUIDANCES.items()
     }
     return SampleConfig(
-        **network,
+        **network._asdict(),
         output=Path(flags.get("output", "samples")),
         compare=flags.get("compare", False),
         exports=tuple(name.strip() for name in flags.get("exports", "").strip("[]").split(",") if name.strip()),
@@ -148,44 +138,7 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
     )
 
 
-# ------------------------------------------------------------------------------------------------------ network
-
-
-def resolve_network(
-    model: str | UNetSettings | None, checkpoint: str | None, diffusion: DiffusionSettings | None, weights: str
-) -> dict[str, Any]:
-    """Resolve a network that is given by name, by settings or by file to the fields of `SampleConfig`.
-
-    Raises:
-        UserError: the name or file does not exist, or only settings or only weights are given.
-    """
-    if isinstance(model, str) and is_hub_name(model):
-        require(checkpoint is None, f"`checkpoint` must be left out for {model}, got {checkpoint}.")
-        checkpoint, model = str(download_from_hub(model)), None
-    path = None if checkpoint is None else Path(checkpoint)
-    require(path is None or path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
-    require(path is None or os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")
-    require(
-        weights == "ema" or (path is not None and path.suffix == ".ckpt"),
-        f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
-    )
-    metadata = {} if path is None else read_metadata(path)
-    require(
-        not isinstance(model, UNetSettings) or path is not None,
-        "`model.network` describes a network without weights. Set `checkpoint`, or leave out `config` and set `model` "
-        f"to one of {', '.join(UNET_NAMES)}.",
-    )
-    if model is None:
-        model = DEFAULT_MODEL if path is None else None if metadata else _name_of_file(path)
-    name = model if isinstance(model, str) else None
-    fields: dict[str, Any] = {"model": name, "checkpoint": path, "weights": weights}
-    if name in BUNDLED_REFERENCES:
-        return fields | {"checkpoint": path or BUNDLED[name], "network": None, "diffusion": None}
-    network, released_diffusion = (model, None) if name is None else get_unet_settings(name)
-    if metadata and path is not None and isinstance(network, UNetSettings):
-        check_same_network(network, settings_from_metadata(metadata, path)[0], path)
-        network = None
-    return fields | {"network": network, "diffusion": diffusion or released_diffusion}
+# ---------------------------------------------------------------------------------------------- recommendations
 
 
 def is_recommendable(name: str) -> bool:
@@ -200,19 +153,6 @@ def recommended_settings(model: str | None, checkpoint: Path | None) -> dict[str
     config = RELEASED[model].config if model in RELEASED else None
     settings = sampling_settings(read_config(config)) if config else {}
     return {name: value for name, value in settings.items() if is_recommendable(name)}
-
-
-def _name_of_file(path: Path) -> str | None:
-    """Return the released network that a .pt file belongs to; None for other files, which are refused when read."""
-    if path.suffix != ".pt":
-        return None
-    name = name_from_filename(path)
-    require(
-        name is not None,
-        f"`checkpoint` {path} does not identify its network. Set `model` to one of {', '.join(UNET_NAMES)}, or "
-        "`config` to a file with model.network.",
-    )
-    return name
 
 
 # ------------------------------------------------------------------------------------------------------- config

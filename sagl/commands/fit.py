@@ -115,16 +115,22 @@ def fit_parser() -> Parser:
     return training_parser("fit")
 
 
-def resolve_config_names(arguments: list[str]) -> list[str]:
-    """Replace the names of packaged configs by their paths: --config lsun_cat.
+def put_configs_first(arguments: list[str]) -> list[str]:
+    """Put the configs first, so that flags replace their settings, and packaged names by paths: --config lsun_cat.
 
     Raises:
         UserError: there is no such config.
     """
-    separate: list[str] = []
-    for argument in arguments:
-        separate += ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
-    return [str(packaged_config(arg)) if before == "--config" else arg for before, arg in pairwise(["", *separate])]
+    configs: list[str] = []
+    others: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if flag == "--config" and (equals or (value := next(remaining, ""))):
+            configs += [flag, str(packaged_config(value))]
+        else:
+            others.append(argument)
+    return [*configs, *others]
 
 
 def rename_network_flags(arguments: list[str]) -> list[str]:
@@ -158,7 +164,7 @@ def run_command(command: str, arguments: list[str]) -> None:
     if {"--help", "-h"} & set(arguments):
         print(training_parser(command).format_help())
         return
-    arguments = parse_interval_arg(rename_network_flags(resolve_config_names(arguments)))
+    arguments = parse_interval_arg(rename_network_flags(put_configs_first(arguments)))
     kind = training_kind(arguments)
     parser = training_parser(command, kind=kind, full=True)
     require(

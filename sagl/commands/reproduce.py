@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from sagl.analysis.registry import check_object_masks
 from sagl.commands import analyze, evaluate, sample
-from sagl.commands._config import recommended_settings, resolve_network
+from sagl.commands._config import recommended_settings
 from sagl.commands._parser import Parser
 from sagl.errors import require
 from sagl.evaluation.paper import PaperItem, paper_items
@@ -20,11 +20,12 @@ from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, writ
 from sagl.evaluation.results import read_results
 from sagl.models.hub_files import is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES, read_metadata, settings_from_metadata
+from sagl.models.sources import resolve_network
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
 from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_image_set
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import NetworkSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
-from sagl.utils.distributed import has_peers, num_processes
+from sagl.utils.distributed import has_launched_peers, num_processes
 from sagl.utils.run_lock import lock_folder
 
 SMOKE = {"num_samples": 4, "sampler": "ddim", "respacing": "2", "bootstrap": 0}
@@ -68,7 +69,10 @@ def main(arguments: list[str]) -> None:
     folder, chosen = Path(args.output), list[PaperItem]()
     choices = [*items, "table7", "all", "report"]
     require(args.item in choices, f"`item` must be one of {', '.join(choices)}, got {args.item}.")
-    require(not has_peers(), "`devices` sets the number of processes. Start sagl reproduce without torchrun and srun.")
+    require(
+        not has_launched_peers(),
+        "`devices` sets the number of processes. Start sagl reproduce without torchrun and srun.",
+    )
     if args.item != "report":
         if args.smoke:
             for name, value in SMOKE.items():
@@ -101,10 +105,11 @@ def _target(args: Namespace) -> Target:
     if model is None:
         return target
     is_file = Path(model).suffix in WEIGHT_SUFFIXES and not is_hub_name(model)
-    resolved = resolve_network(None if is_file else model, model if is_file else None, None, "ema")
-    network, path = resolved["network"], resolved["checkpoint"]
+    source = resolve_network(None if is_file else model, model if is_file else None)
+    network: NetworkSettings | None = source.network
     if network is None:
-        network = settings_from_metadata(read_metadata(path), path)[0]
+        assert source.checkpoint is not None
+        network = settings_from_metadata(read_metadata(source.checkpoint), source.checkpoint)[0]
     require(isinstance(network, UNetSettings), f"`model` must be a diffusion model, got {model}, which is none.")
     assert isinstance(network, UNetSettings)
     return replace(
@@ -112,7 +117,7 @@ def _target(args: Namespace) -> Target:
         name=model,
         network=network,
         classifier=BUNDLED_CLASSIFIERS.get(model),
-        recommended=recommended_settings(None if is_file else model, path),
+        recommended=recommended_settings(source.model, source.checkpoint),
     )
 
 

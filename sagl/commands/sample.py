@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from sagl.commands._config import parse_sample_config, sample_parser
 from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun, lock_run
 from sagl.sampling.run_folder import SHARDS, count_images
-from sagl.utils.distributed import global_rank, has_peers, launch, num_processes, refuse_on_all_ranks, select_device
+from sagl.utils.distributed import (
+    global_rank,
+    has_launched_peers,
+    launch,
+    num_processes,
+    refuse_on_all_ranks,
+    select_device,
+)
 from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
 from sagl.utils.files import remove_partial
 from sagl.utils.progress import ProgressReporter
@@ -45,7 +52,7 @@ def main(arguments: list[str]) -> None:
             batches, pipeline = run.missing_batches(), None
             if batches:
                 run.prepare_folder(batches)
-        if batches or has_peers():
+        if batches or has_launched_peers():
             pipeline = sample_missing(config, run, batches)
         if not batches and not run.missing_exports():
             print(f"{run.folder} already contains this run.")

@@ -190,7 +190,7 @@ def _recommended_settings(init: Namespace, module: LightningModule) -> dict[str,
         return {}
     if isinstance(module, DirectionHeadModule):
         method = init.model.direction_head.method
-        return {method: init[method].weak_prediction}
+        return {method: init[method].weak_prediction_settings}
     sampler = {name: init[name] for name in field_names(SamplerSettings)}
     changed = {name: init[name] for name, entry in GUIDANCES.items() if init[name] != entry.settings_class()}
     return sampler | {name: asdict(settings) for name, settings in changed.items()}

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sagl.errors import require
 from sagl.shapes import ImageUint8, Labels
-from sagl.utils.signals import block_stop_signals, end_with_parent
+from sagl.utils.signals import block_stop_signals, obey_stop_signals_of_parent
 
 Batch = tuple[ImageUint8, Labels]
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -218,7 +218,7 @@ class ImageLoader(DataLoader[Any]):
             prefetch_factor=NUM_PREFETCHED if settings.num_workers else None,
             multiprocessing_context=settings.start_method if settings.num_workers else None,
             collate_fn=_identity,
-            worker_init_fn=end_with_parent if settings.num_workers else None,
+            worker_init_fn=obey_stop_signals_of_parent if settings.num_workers else None,
         )
 
     def __iter__(self) -> Any:  # noqa: ANN401 (the type of DataLoader's iterator is private)

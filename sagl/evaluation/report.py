@@ -56,7 +56,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A picture of a table."""
+    """An image that belongs to a table."""
 
     caption: str = ""
     path: Path

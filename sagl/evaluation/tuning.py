@@ -104,12 +104,12 @@ class Tuning:
     def count_evaluations(self, study: Study) -> float:
         """Return the largest number of network evaluations that search and report can take."""
         nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
-        num_steps = study.pipeline_for(self.candidates[0].unguided).nfe
+        unguided_nfe = study.pipeline_for(self.candidates[0].unguided).nfe
         search = sum(
-            sum(sorted(nfe, reverse=True)[:size], start=num_steps) * (len(ids) if k == 0 else len(ids) // 2)
+            sum(sorted(nfe, reverse=True)[:size], start=unguided_nfe) * (len(ids) if k == 0 else len(ids) // 2)
             for k, (size, ids) in enumerate(self.rounds)
         )
-        return search + len(self.report_ids) * (num_steps + 2 * max(nfe))
+        return search + len(self.report_ids) * (unguided_nfe + 2 * max(nfe))
 
     def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
         """Compare the candidates round by round, in all ranks."""

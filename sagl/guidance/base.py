@@ -72,7 +72,7 @@ class Guidance:
     """Function that requests from the base prediction what the term needs, such as attention at a site."""
     is_active: Callable[[int], bool] = always
     """Function (step) -> whether the step is guided; other steps cost nothing."""
-    is_renewed: Callable[[int], bool] = always
+    evaluates_term: Callable[[int], bool] = always
     """Function (step) -> whether a guided step evaluates the term; other guided steps cost nothing."""
     extra_nfe: float = 1
     """Network evaluations of a guided step besides the base prediction."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from sagl.diffusion.noise import SampleRngs
 from sagl.diffusion.predictor import EpsNetwork
 from sagl.diffusion.process import add_noise
-from sagl.guidance.masks import attention_mask, enlarge, random_rectangles, uniform_scores
+from sagl.guidance.masks import enlarge, mask_from_attention, random_rectangles, uniform_scores
 from sagl.guidance.sag import blend, gaussian_blur
 from sagl.settings.guidance import effective_kernel_size
 from sagl.settings.training import BlurAwareSettings
@@ -60,7 +60,7 @@ def degradation_mask(
         site = AttentionSite(settings.site)
         with torch.no_grad():
             attention_received = network(x_t, timesteps, labels, attention_sites=(site,)).attention[site]
-        return attention_mask(attention_received, settings.threshold, size)
+        return mask_from_attention(attention_received, settings.threshold, size)
     if settings.mask == "random":
         blocks = uniform_scores(rngs, (MASK_GRID, MASK_GRID)) < settings.area_fraction
         return enlarge(blocks, size).to(x_t.device)

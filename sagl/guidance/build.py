@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sagl.errors import require
 from sagl.guidance.base import Guidance, GuidanceContext, limit_to_interval
 from sagl.guidance.direction_head import use_head
-from sagl.guidance.policies import renew_every, reuse_deep_blocks, stop_on_agreement
+from sagl.guidance.policies import renew_every, reuse_deep_blocks, stop_when_close
 from sagl.guidance.registry import GUIDANCES
 from sagl.guidance.shaping import shape_guidance
 from sagl.settings.guidance import GuidanceSettings
@@ -40,9 +40,9 @@ def add_options(guidance: Guidance, settings: GuidanceSettings, context: Guidanc
             guidance, settings.reuse_before, context.share_of_evaluation(settings.reuse_before)
         )
     if settings.stop_below:
-        guidance = stop_on_agreement(guidance, settings, schedule)
+        guidance = stop_when_close(guidance, settings, schedule)
     if settings.shape != "none" or settings.max_norm is not None:
         guidance = shape_guidance(guidance, settings, schedule)
-    if settings.renew_every > 1 and settings.direction_head is None:  # a head serves the steps between itself
+    if settings.renew_every > 1 and settings.direction_head is None:  # use_head has this policy too
         guidance = renew_every(guidance, settings.renew_every, schedule.num_steps)
     return guidance

@@ -51,7 +51,9 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
     def prepare_condition(condition: Condition) -> Condition:
         return replace(guidance.prepare_condition(condition), features=True)
 
-    return replace(guidance, term=term, prepare_condition=prepare_condition, is_renewed=lambda step: step in renewed)
+    return replace(
+        guidance, term=term, prepare_condition=prepare_condition, evaluates_term=lambda step: step in renewed
+    )
 
 
 def head_inputs(mask_of: MaskOfStep | None, settings: GuidanceSettings, schedule: Schedule) -> HeadInputs:

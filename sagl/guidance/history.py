@@ -33,12 +33,12 @@ def build_history(settings: HistoryGuidance, context: GuidanceContext) -> Guidan
             _predict: NoisePredictor, x_t: Image, step: int, _condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
             nonlocal average
-            alpha_bar, eps, weak = context.schedule.alpha_bar(step), base_pred.eps, average
+            alpha_bar, eps, previous = context.schedule.alpha_bar(step), base_pred.eps, average
             current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar, clip=True)
-            average = current if weak is None else torch.lerp(weak, current, 1 - settings.decay)
-            if weak is None:
+            average = current if previous is None else torch.lerp(previous, current, 1 - settings.decay)
+            if previous is None:
                 return GuidanceTerm()
-            weak_eps = weak if settings.average == "eps" else eps_from_x0_hat(x_t, weak, alpha_bar)
+            weak_eps = previous if settings.average == "eps" else eps_from_x0_hat(x_t, previous, alpha_bar)
             return extrapolate(replace(base_pred, eps=weak_eps, nfe=0.0), base_pred, settings.scale)
 
         return term

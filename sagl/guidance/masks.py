@@ -150,9 +150,10 @@ def enlarge(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(tokens.float(), size=size, mode="nearest").to(tokens.dtype)
 
 
-def attention_mask(attention_received: TokenMap, threshold: float, size: tuple[int, int]) -> Mask:
+def mask_from_attention(attention_received: TokenMap, threshold: float, size: tuple[int, int]) -> Mask:
     """Mark the pixels whose token receives more attention than the threshold: (B, head, H', W') -> (B, 1, H, W) bool.
 
-    Attention received, averaged over heads, has mean 1 over tokens.
+    Attention received, averaged over heads, has mean 1 over tokens. For blur-aware training; the masks of guidance are
+    those of `build_mask`.
     """
     return enlarge(select_tokens(average_sites([attention_received]), threshold), size)

@@ -32,7 +32,7 @@ def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
 
         return reused_term
 
-    return replace(map_term(guidance, wrap), is_renewed=lambda step: step in renewed)
+    return replace(map_term(guidance, wrap), evaluates_term=lambda step: step in renewed)
 
 
 def reuse_deep_blocks(guidance: Guidance, block: str, share: float) -> Guidance:
@@ -63,10 +63,10 @@ def reuse_deep_blocks(guidance: Guidance, block: str, share: float) -> Guidance:
     return replace(map_term(guidance, wrap), prepare_condition=prepare_condition, extra_nfe=share * guidance.extra_nfe)
 
 
-def stop_on_agreement(guidance: Guidance, settings: GuidanceSettings, schedule: Schedule) -> Guidance:
-    """End a sample's guidance after the first step whose two x0_hat differ by less than a part of x0_hat.
+def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Schedule) -> Guidance:
+    """End a sample's guidance after the first step with rms(x0_hat - weak x0_hat) < stop_below · rms(x0_hat).
 
-    Norms are root mean squares. When all samples of a batch have ended, steps cost nothing; until then, the whole
+    When all samples of a batch have ended, steps cost nothing; until then, the whole
     batch is evaluated, so that the bytes of a sample do not depend on the others.
     """
 

@@ -96,7 +96,7 @@ def norm_factor(term: GuidanceTerm, settings: GuidanceSettings, alpha_bar: Alpha
 
 
 def x0_shift(term: GuidanceTerm, alpha_bar: AlphaBar) -> Image | float:
-    """Return by how much a term lowers x0_hat (eq. 8, 9); a float for a term of zeros."""
+    """Return x0_hat without the term minus x0_hat with it (eq. 8, 9); 0.0 for a term of zeros."""
     root = (1 - alpha_bar).sqrt()
     total = [
         cast_like(coefficient, value) * value

@@ -70,18 +70,20 @@ BLOCK_TYPES = {
 """Types of a level: resampling by a convolution, by a residual block, or (with attention) by `…sample_type`."""
 
 
-def to_diffusers(settings: UNetSettings, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_diffusers(settings: UNetSettings, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an ADM network: return the contents of config.json and the state dict, which shares memory if possible.
 
     Raises:
         UserError: `UNet2DModel` cannot express the settings, or names or shapes do not match them.
     """
     config = _config_from_settings(settings)
-    check_state_dict(meta_state_dict(settings), state)
-    return config | {SAGL_KEY: {"network": asdict(settings)}}, rename_parameters(settings, state)
+    check_state_dict(meta_state_dict(settings), state_dict)
+    return config | {SAGL_KEY: {"network": asdict(settings)}}, rename_parameters(settings, state_dict)
 
 
-def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[UNetSettings, dict[str, Tensor]]:
+def from_diffusers(
+    config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> tuple[UNetSettings, dict[str, Tensor]]:
     """Convert a `UNet2DModel`: return ADM's settings and the state dict, which shares memory if possible.
 
     Attention has the new order (q | k | v, then heads) unless sagl stored another one. Keys that `UNet2DModel` does not
@@ -89,7 +91,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
 
     Args:
         config: Contents of config.json.
-        state: State dict of the `UNet2DModel`.
+        state_dict: State dict of the `UNet2DModel`.
 
     Raises:
         UserError: ADM cannot express the configuration, or parameters do not match it.
@@ -97,10 +99,10 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     settings = _stored_settings(config, _settings_from_config(config))
     expected = meta_state_dict(settings)
     hint = " If an old version of diffusers wrote it, load and save it with a current one."
-    check_state_dict(rename_parameters(settings, expected), state, hint)
+    check_state_dict(rename_parameters(settings, expected), state_dict, hint)
     result = {}
     for name, names in diffusers_names(settings, expected).items():
-        result[name] = join_parts(settings, [state[part] for part in names]).reshape(expected[name].shape)
+        result[name] = join_parts(settings, [state_dict[part] for part in names]).reshape(expected[name].shape)
     return settings, result
 
 
@@ -116,11 +118,11 @@ def write_diffusers(file: NetworkWeights, folder: Path) -> None:
         raise UserError(
             "`checkpoint` must be a diffusion model to be converted to diffusers, but it is a classifier or a head."
         )
-    config, state = to_diffusers(file.model_settings, file.state_dict)
+    config, state_dict = to_diffusers(file.model_settings, file.state_dict)
     config[SAGL_KEY] |= {"diffusion": asdict(file.diffusion), "recommended": dict(file.recommended)}
     with atomic_folder(folder.resolve(), "target") as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_tensors(state, partial / WEIGHTS, {"format": "pt"})
+        save_tensors(state_dict, partial / WEIGHTS, {"format": "pt"})
 
 
 def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> NetworkWeights:
@@ -141,19 +143,22 @@ def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> 
             "UNet2DModel.save_pretrained(folder, max_shard_size='100GB') writes both.",
         )
     try:
-        config, state = dict(json.loads((folder / CONFIG).read_text())), load_file(folder / WEIGHTS)
+        config, state_dict = dict(json.loads((folder / CONFIG).read_text())), load_file(folder / WEIGHTS)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"`checkpoint` must be a folder of complete files, but one in {folder} is damaged.") from error
-    network, state = from_diffusers(config, state)
+    model_settings, state_dict = from_diffusers(config, state_dict)
     stored = config.get(SAGL_KEY, {})
     require_recommended(stored, folder / CONFIG)
-    default = DiffusionSettings(variance="learned_range" if network.learn_sigma else "fixed_small")
+    default = DiffusionSettings(variance="learned_range" if model_settings.learn_sigma else "fixed_small")
     try:
         diffusion = build_settings(DiffusionSettings, stored.get("diffusion", asdict(diffusion or default)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     return NetworkWeights(
-        model_settings=network, diffusion=diffusion, state_dict=state, recommended=stored.get("recommended") or {}
+        model_settings=model_settings,
+        diffusion=diffusion,
+        state_dict=state_dict,
+        recommended=stored.get("recommended") or {},
     )
 
 

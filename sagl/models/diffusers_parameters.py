@@ -65,11 +65,11 @@ def diffusers_names(s: UNetSettings, parameters: Iterable[str]) -> dict[str, tup
     return names
 
 
-def rename_parameters(s: UNetSettings, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_parameters(s: UNetSettings, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ADM's parameters under diffusers' names: q, k and v separate, convolutions of width 1 as matrices."""
     out: dict[str, Tensor] = {}
-    for name, names in diffusers_names(s, state).items():
-        tensor = state[name].squeeze(-1) if state[name].dim() == 3 else state[name]
+    for name, names in diffusers_names(s, state_dict).items():
+        tensor = state_dict[name].squeeze(-1) if state_dict[name].dim() == 3 else state_dict[name]
         out |= zip(names, _split(s, tensor) if len(names) == 3 else [tensor], strict=True)
     return out
 

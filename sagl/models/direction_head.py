@@ -103,8 +103,8 @@ def network_rms(network: nn.Module) -> tuple[float, ...]:
 
     It identifies the network whatever the precision of its weights: see `is_same_network`.
     """
-    state = sorted(network.state_dict().items())
-    return tuple(float(tensor.float().square().mean().sqrt()) for _, tensor in state)
+    tensors = sorted(network.state_dict().items())
+    return tuple(float(tensor.float().square().mean().sqrt()) for _, tensor in tensors)
 
 
 def is_same_network(expected: tuple[float, ...], network: nn.Module) -> bool:

@@ -28,8 +28,8 @@ def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: s
     """
     path = Path(checkpoint)
     is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
-    state = read_state_dict(path, weights) if is_file else load(checkpoint, weights).state_dict
-    if message := load_pretrained_weights(network, state):
+    state_dict = read_state_dict(path, weights) if is_file else load(checkpoint, weights).state_dict
+    if message := load_pretrained_weights(network, state_dict):
         print(message)
 
 

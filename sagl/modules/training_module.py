@@ -65,7 +65,7 @@ class TrainingNoise:
     """(B, C, H, W): noise of this rank's images."""
 
 
-class DrawnNoise(NamedTuple):
+class BatchNoise(NamedTuple):
     """Noise of this rank's images of a batch, (B, C, H, W), and their generators after it was drawn."""
 
     batch_index: int
@@ -96,7 +96,7 @@ class TrainingModule(LightningModule):
         self.schedule = make_schedule(diffusion)
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._step_has_gradient = False
-        self._noise_ahead: Iterator[DrawnNoise] = iter(())
+        self._noise_ahead: Iterator[BatchNoise] = iter(())
         self._compiled_network: Callable[..., Any] | None = None
         self._batch_end_time: float | None = None
         self._num_validated = 0
@@ -128,30 +128,30 @@ class TrainingModule(LightningModule):
         global_size = len(x_0) * world_size
         seed_dropout(seed, batch_index, rank)
         timesteps, weights = self.timestep_sampler.sample(global_size, timestep_generator(seed, batch_index))
-        drawn = self._draw_noise(batch_index, x_0.shape)
+        batch_noise = self._draw_noise(batch_index, x_0.shape)
         return TrainingNoise(
             timesteps=timesteps[rank::world_size],
             weights=weights[rank::world_size],
             global_timesteps=timesteps,
-            rngs=drawn.rngs,
-            noise=drawn.noise,
+            rngs=batch_noise.rngs,
+            noise=batch_noise.noise,
         )
 
-    def _draw_noise(self, batch_index: int, shape: torch.Size) -> DrawnNoise:
+    def _draw_noise(self, batch_index: int, shape: torch.Size) -> BatchNoise:
         """Return the noise of a batch, which was drawn during the batch before if that had the same shape."""
-        drawn = next(self._noise_ahead, None)
-        if drawn is None or (drawn.batch_index, drawn.noise.shape) != (batch_index, shape):
+        batch_noise = next(self._noise_ahead, None)
+        if batch_noise is None or (batch_noise.batch_index, batch_noise.noise.shape) != (batch_index, shape):
             self._noise_ahead = prefetch(self._draw_noise_from(batch_index, shape))
-            drawn = next(self._noise_ahead)
-        return drawn
+            batch_noise = next(self._noise_ahead)
+        return batch_noise
 
-    def _draw_noise_from(self, batch_index: int, shape: torch.Size) -> Iterator[DrawnNoise]:
+    def _draw_noise_from(self, batch_index: int, shape: torch.Size) -> Iterator[BatchNoise]:
         """Draw the noise of one batch after the other."""
         rank, world_size = self.global_rank, self.trainer.world_size
         for index in count(batch_index):
             rngs = batch_rngs(self.settings.seed, index, range(rank, shape[0] * world_size, world_size))
             num_threads = NUM_NOISE_THREADS if self.device.type == "cuda" else 1  # a CPU's cores train the network
-            yield DrawnNoise(index, rngs, pin(randn(rngs, shape[1:], num_threads), self.device))
+            yield BatchNoise(index, rngs, pin(randn(rngs, shape[1:], num_threads), self.device))
 
     def _log_if_finite(self, values: Mapping[str, Tensor]) -> bool:
         """Log the rank means of `values` if the loss, the first of them, is finite on all ranks; return whether it is.

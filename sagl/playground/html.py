@@ -21,13 +21,13 @@ CSS = """
     grid-template-rows: auto 1fr; align-items: start;}
 .columns > * {min-width: 0 !important; width: 100%;}
 .columns > .settings {grid-row: 1 / span 2;}
-.pictures {display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px;}
-.pictures figure {margin: 0; width: clamp(70px, calc(25% - 5px), 160px);}
+.images {display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px;}
+.images figure {margin: 0; width: clamp(70px, calc(25% - 5px), 160px);}
 #step figure {width: clamp(70px, calc(25% - 5px), 128px);}
-.pictures img, .pictures .blank {width: 100%; aspect-ratio: 1; border-radius: 3px; display: block;}
-.pictures img {image-rendering: pixelated;}
-.pictures .blank {background: var(--border-color-primary);}
-.pictures figcaption {font-size: 13px; line-height: 1.3; color: var(--body-text-color-subdued);}
+.images img, .images .blank {width: 100%; aspect-ratio: 1; border-radius: 3px; display: block;}
+.images img {image-rendering: pixelated;}
+.images .blank {background: var(--border-color-primary);}
+.images figcaption {font-size: 13px; line-height: 1.3; color: var(--body-text-color-subdued);}
 .row-title {margin: 0 0 4px; font-size: 15px; font-weight: 600;}
 .row-title small {font-size: 13px; font-weight: 400; color: var(--body-text-color-subdued);}
 .html-container {padding: 0 !important;}
@@ -45,21 +45,21 @@ CSS = """
 
 
 def figure(png: bytes | None, description: str, caption: str = "") -> str:
-    """Return one picture; None stands for one that is not there yet."""
+    """Return one image; None stands for one that is not there yet."""
     source = "" if png is None else base64.b64encode(png).decode()
-    picture = (
+    image = (
         f'<img src="data:image/png;base64,{source}" alt="{escape(description)}">'
         if png
         else '<div class="blank"></div>'
     )
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture}{below}</figure>"
+    return f"<figure>{image}{below}</figure>"
 
 
-def pictures(title: str, note: str, figures: Sequence[str]) -> str:
-    """Return a row of pictures below its title."""
+def image_row(title: str, note: str, figures: Sequence[str]) -> str:
+    """Return a row of images below its title."""
     heading = f'<p class="row-title">{escape(title)} <small>{escape(note)}</small></p>'
-    return f'{heading}<div class="pictures" data-row="{escape(title)}">{"".join(figures)}</div>'
+    return f'{heading}<div class="images" data-row="{escape(title)}">{"".join(figures)}</div>'
 
 
 def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:
@@ -78,19 +78,19 @@ def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:
         elif isinstance(row, Frame):
             note = f"step {row.steps_done} of {row.num_steps}"
         parts.append(
-            pictures(title, note, [figure(png, f"{title} {c}", c) for png, c in zip(images, captions, strict=True)])
+            image_row(title, note, [figure(png, f"{title} {c}", c) for png, c in zip(images, captions, strict=True)])
         )
         if isinstance(row, Row) and row.masks:
             masks = torch.stack([torch.from_numpy(decode_png(png)[..., 0].copy()) for png in row.masks])[:, None]
             colored = encode_pngs(colorize_masks(masks.float() / 255))
             parts.append(
-                pictures(f"Mask of {title}", "brighter: in more steps", [figure(png, "mask") for png in colored])
+                image_row(f"Mask of {title}", "brighter: in more steps", [figure(png, "mask") for png in colored])
             )
     return "".join(parts)
 
 
 def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
-    """Return the pictures of one step of a sample: of the chain, and the attention received at a block by head."""
+    """Return the images of one step of a sample: of the chain, and the attention received at a block by head."""
     chain, k = row.find(sample_id)
     record = chain[min(position, len(chain) - 1)]
     timestep = int(row.pipeline.schedule.timesteps[record.step])
@@ -116,7 +116,7 @@ def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
 
 
 def _show_images(title: str, note: str, images: Mapping[str, Tensor]) -> str:
-    return pictures(title, note, [figure(encode_pngs(image)[0], name, name) for name, image in images.items()])
+    return image_row(title, note, [figure(encode_pngs(image)[0], name, name) for name, image in images.items()])
 
 
 def show_downloads(keys: Mapping[str, str]) -> str:

@@ -118,7 +118,7 @@ class Page:
             self.keep_button = gr.Button("Keep A", min_width=40, elem_id="keep")
             self.drop_button = gr.Button("Drop A", min_width=40, elem_id="drop")
         self.status = gr.HTML(show_status("Ready."), elem_id="status")
-        self.pictures = gr.HTML(elem_id="rows")
+        self.image_rows = gr.HTML(elem_id="rows")
 
     def _add_details(self) -> None:
         with gr.Tab("Step by step"):
@@ -138,7 +138,7 @@ class Page:
 
     def _connect(self) -> None:
         settings = [self.network, self.methods, self.kept, *self.controls.values()]
-        results = [self.status, self.pictures, self.shown, self.command, self.python, self.downloads]
+        results = [self.status, self.image_rows, self.shown, self.command, self.python, self.downloads]
         results += [self.row, self.sample_id, self.site, self.position]
         view = [self.shown, self.row, self.sample_id, self.position, self.site]
         scales = [control for name, control in self.controls.items() if name.endswith(".scale")]
@@ -181,12 +181,12 @@ class Page:
             named, last_frame = self._values(methods, values), 0.0
             yield {self.status: show_status("Sampling …")}  # frames leave it alone: one may arrive after Cancel
             for comparison in self.playground.compare(network, named, kept):
-                pictures = {self.pictures: show_rows(comparison.rows)}
+                image_rows = {self.image_rows: show_rows(comparison.rows)}
                 if comparison.is_finished:
-                    yield pictures | self._result(comparison)
+                    yield image_rows | self._result(comparison)
                 elif time.monotonic() - last_frame > FRAME_SECONDS:
                     last_frame = time.monotonic()
-                    yield pictures
+                    yield image_rows
         except UserError as error:
             yield {self.status: show_status(self.playground.message(error), refused=True)}
 

@@ -78,7 +78,7 @@ class DirectionPairs:
 
     def _guided(self, sampler: SamplerSettings) -> SamplingPipeline:
         """Return the pipeline with the method at scale 1 in every step."""
-        method = type(self.guidance)(scale=1.0, **self.guidance.weak_prediction)
+        method = type(self.guidance)(scale=1.0, **self.guidance.weak_prediction_settings)
         return build_pipeline(self.pipeline.network, self.pipeline.diffusion, sampler, {method.group: method})
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ def load_head(
         old = getattr(shape, name)
         require(old == value, f"`{parameter}` must be a head of {name} {value}, and {path} is one of {old!s:.60}.")
     trained = flatten(file.recommended)
-    for name, value in settings.weak_prediction.items():
+    for name, value in settings.weak_prediction_settings.items():
         old = trained.get(f"{settings.group}.{name}")
         require(old == value, f"`{parameter}` {path} is for {settings.group}.{name} {old}, got {value}.")
     require(is_same_network(shape.network_rms, network), f"`{parameter}` {path} belongs to another network.")

@@ -107,7 +107,9 @@ class SamplingPipeline:
         """
 
         def predict(x_t: Image, step: int, _: Condition) -> Prediction:
-            extra_nfe = sum(g.extra_nfe for g in self.guidances.values() if g.is_active(step) and g.is_renewed(step))
+            extra_nfe = sum(
+                g.extra_nfe for g in self.guidances.values() if g.is_active(step) and g.evaluates_term(step)
+            )
             return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
 
         pixel = torch.zeros(1, 1, 1, 1)

@@ -81,7 +81,7 @@ class SampleConfig:
     compare: bool
     """Sample the same seeds without guidance too, and save the masks."""
     exports: tuple[str, ...]
-    """Exports to write in addition to the default ones."""
+    """Exports to write; those of `DEFAULT_EXPORTS` are also written if there are at most 1,000 images."""
     samples: RunSettings
     sampler: SamplerSettings
     guidances: Mapping[str, GuidanceSettings]
@@ -157,7 +157,7 @@ class SamplingRun:
         if not is_run(config.output):  # exports of a finished run are the only files that need no writable folder
             require_writable(config.output)
         metadata = read_run_json(config.output)
-        config, network, diffusion, checkpoint = _resolve_network(config, metadata)
+        config, network, diffusion, checkpoint = _check_network(config, metadata)
         settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
         if config.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
@@ -191,7 +191,7 @@ class SamplingRun:
             UserError: they are incompatible.
         """
         require_launcher(config.devices)
-        config, network, _, checkpoint = _resolve_network(config, {})
+        config, network, _, checkpoint = _check_network(config, {})
         return cls(config=choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
 
     @property
@@ -257,7 +257,10 @@ class SamplingRun:
         return network, checkpoint.diffusion
 
     def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> float:
-        """Sample the batch that contains these ids, write theirs as a shard, and return the evaluations per sample.
+        """Sample the whole batch that contains these ids, and write the images of these ids as a shard.
+
+        Returns:
+            The network evaluations per image.
 
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
@@ -336,7 +339,7 @@ class SamplingRun:
 # ------------------------------------------------------------------------------------- weights and choices
 
 
-def _resolve_network(
+def _check_network(
     config: SampleConfig, metadata: Mapping[str, Any]
 ) -> tuple[SampleConfig, UNetSettings, DiffusionSettings, Path]:
     """Check a configuration against its network; return it with a precision, the network's settings, and its file.

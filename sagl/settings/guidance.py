@@ -40,8 +40,8 @@ class GuidanceSettings:
     direction_head: str | None = None
     """Direction head in place of the second evaluation: a file, or auto for WEIGHTS_METHOD_head.safetensors."""
     renew_every: int = 1
-    """Evaluate the term in every k-th guided step; the steps between add the last one again, or the direction_head's,
-    at no cost. With a head, 1 is never."""
+    """Evaluate the term at every k-th guided step; the others reuse the last term, or the output of direction_head, at
+    no cost. With a head, 1 means that only the head is used."""
     reuse_before: str | None = None
     """Output block, such as output.3, before which the weak evaluation reuses features of the base evaluation; it
     costs less the later the block. null: nothing is reused."""
@@ -82,7 +82,7 @@ class GuidanceSettings:
         require(self.direction_head != "", f"`{self.group}.direction_head` must be a file, auto or null, got ''.")
 
     @property
-    def weak_prediction(self) -> dict[str, Any]:
+    def weak_prediction_settings(self) -> dict[str, Any]:
         """Settings that determine the weak prediction, by name: all but those that every method has."""
         shared = GuidanceSettings.__dataclass_fields__
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in shared}

@@ -94,7 +94,10 @@ class RunSettings:
 
 
 def id_batches(samples: RunSettings) -> Iterator[list[int]]:
-    """Yield the batches of a run as sample ids: of full size, from a multiple of it on; the last may exceed the run."""
+    """Yield batches of consecutive sample ids that cover the run, each of full size, from a multiple of the size on.
+
+    So the first and the last batch may have ids that are not of the run.
+    """
     size = samples.effective_batch_size
     for start in range(samples.first_id - samples.first_id % size, samples.first_id + samples.num_samples, size):
         yield list(range(start, start + size))

@@ -49,7 +49,7 @@ def global_rank() -> int:
     return int(env.get("SLURM_PROCID") or 0)
 
 
-def has_peers() -> bool:
+def has_launched_peers() -> bool:
     """Return whether torchrun or SLURM started other processes, which wait for this one even if nothing is to do."""
     return num_launched() > 1
 
@@ -102,16 +102,16 @@ def num_processes(devices: DeviceSettings) -> tuple[int, int]:
     """
     import torch
 
-    num_others = num_launched()
+    launched = num_launched()
     if devices.devices.isdecimal():
         local = int(devices.devices)
-    elif num_others > 1:
-        local = num_others // devices.num_nodes
+    elif launched > 1:
+        local = launched // devices.num_nodes
     else:
         local = torch.cuda.device_count() if select_device(devices).type == "cuda" else 1
     require(
-        num_others in (1, local * devices.num_nodes),
-        f"`trainer.devices` times `trainer.num_nodes` must be {num_others}, the number of processes that torchrun or "
+        launched in (1, local * devices.num_nodes),
+        f"`trainer.devices` times `trainer.num_nodes` must be {launched}, the number of processes that torchrun or "
         f"srun started, got {devices.devices} times {devices.num_nodes}.",
     )
     return local, local * devices.num_nodes
@@ -254,7 +254,7 @@ def refuse_on_all_ranks(devices: DeviceSettings) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not has_peers():
+        if not has_launched_peers():
             raise
         with launch(devices):
             raise

@@ -66,7 +66,7 @@ def block_stop_signals() -> Iterator[None]:
     """Block the stop signals. Processes that are started in the body inherit this, and so ignore them.
 
     A terminal, `timeout` and cluster schedulers signal all processes of a command, and the main process needs its
-    workers until it has saved its work. A worker calls `end_with_parent`.
+    workers until it has saved its work. A worker calls `obey_stop_signals_of_parent`.
     """
     resource_tracker.ensure_running()  # its start, by some ways of starting processes, would unblock the signals
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -76,7 +76,7 @@ def block_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def end_with_parent(_: int = 0) -> None:
+def obey_stop_signals_of_parent(_: int = 0) -> None:
     """Start a thread that ends this worker process when its parent sends a stop signal, and ignores other senders.
 
     Blocks the signals, in case that the worker did not inherit this from `block_stop_signals`: a fork server, which

@@ -167,13 +167,13 @@ def test_torch_is_not_imported(runs):
 def test_an_impossible_comparison_is_refused(arguments, name, value, runs, capsys):
     (runs / "empty").mkdir()
     (runs / "folder.html").mkdir()
-    write_run(runs / "large", side=16)
+    write_run(runs / "large", image_size=16)
     write_run(runs / "later", ids=range(6, 12))
     refusal(capsys, runs, "compare", *arguments.split(), names=[name, value])
 
 
 def test_runs_without_common_images_are_compared_without_them(runs, capsys):
-    write_run(runs / "large", side=16)
+    write_run(runs / "large", image_size=16)
     write_run(runs / "later", ids=range(6, 12))
     for other, warning in (("large", "8×8 and 16×16"), ("later", "no id that all runs hold")):
         compare(capsys, "a", other, "--output", "page.html")

@@ -31,7 +31,7 @@ def test_flags_reach_the_evaluation(pair, capsys):
 
 
 def test_a_run_saves_one_result_per_measurement(tmp_path, pair, capsys):
-    run = write_run(tmp_path / "run", side=16)
+    run = write_run(tmp_path / "run", image_size=16)
     for subsets in (5, 6, 5):
         evaluate(capsys, run, "--reference", pair[1], "--kid_subsets", subsets)
     results = json.loads((run / "evaluation.json").read_text())["results"]

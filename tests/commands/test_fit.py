@@ -7,7 +7,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sagl.commands.fit import training_kind, training_parser
+from sagl.commands.fit import put_configs_first, training_kind, training_parser
 from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint
 from sagl.modules.diffusion_module import DiffusionModule
@@ -310,6 +310,18 @@ def test_what_is_trained_follows_from_the_command_line_or_its_config(arguments, 
 
 
 # ---------------------------------------------------------------------------------------------------------- LSUN
+
+
+@pytest.mark.parametrize("config", [["--config", "fashion_mnist"], ["--config=fashion_mnist"]])
+def test_a_flag_replaces_the_value_of_a_config_on_either_side_of_it(config):
+    flag, parser = ["--ema_decay", "0.5"], training_parser("fit", full=True)
+    assert parser.parse(put_configs_first(config)).ema_decay == 0.999
+    for arguments in ([*flag, *config], [*config, *flag]):
+        assert parser.parse(put_configs_first(arguments)).ema_decay == 0.5
+
+
+def test_a_config_without_a_name_is_refused(tmp_path, capsys):
+    refusal(capsys, tmp_path, "fit", "--output", tmp_path / "new", "--config", names=["--config"])
 
 
 def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeypatch):

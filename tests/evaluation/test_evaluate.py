@@ -107,7 +107,7 @@ def test_few_images_and_different_sizes_are_noted(tmp_path):
 
 
 def test_an_unfinished_run_is_evaluated_with_a_note(tmp_path, pair):
-    run = write_run(tmp_path / "run", side=16, num_samples=1000)
+    run = write_run(tmp_path / "run", image_size=16, num_samples=1000)
     assert "6 of 1000" in result_of(run, pair[1]).notes[0]
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"`images` .*run\.json"):
@@ -127,7 +127,7 @@ def test_cropping_of_a_reference_is_noted_from_the_cache_too(tmp_path, pair):
 
 
 def test_a_run_its_images_and_its_npz_have_the_same_values(tmp_path, pair):
-    run = write_run(tmp_path / "run", ids=range(10), side=16)
+    run = write_run(tmp_path / "run", ids=range(10), image_size=16)
     write_images(run, tmp_path / "images")
     export_npz(run, tmp_path / "exported.npz", 10)
     sources = (run, tmp_path / "images", tmp_path / "exported.npz")
@@ -160,7 +160,7 @@ def test_the_test_split_of_the_emoji_is_an_image_set_on_any_machine():
 def test_references_of_one_name_and_size_have_the_digest_of_their_content(kind, tmp_path, pair, monkeypatch):
     def write(seed):
         if kind == "run":
-            return write_run(tmp_path / "ref", side=16, first_image=seed)
+            return write_run(tmp_path / "ref", image_size=16, first_image=seed)
         if kind == "bitmaps":
             folder = write_folder(tmp_path / "ref", random_images(6, seed), suffix=".bmp")
             for path in folder.iterdir():

@@ -6,7 +6,7 @@ from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.blur_aware import blur_each, degradation_mask, degrade_batch
-from sagl.guidance.masks import attention_mask
+from sagl.guidance.masks import mask_from_attention
 from sagl.guidance.sag import degrade_input, gaussian_blur
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.training import BlurAwareSettings
@@ -54,7 +54,7 @@ def test_degraded_inputs_are_those_of_guidance_at_the_true_image():
     x0_input, target = batch(settings(), [True] * 4, network)
     site, x_t = AttentionSite(SITE), add_noise(x_0, noise, alpha_bar)
     attention_received = network(x_t, TIMESTEPS, LABELS, attention_sites=(site,)).attention[site]
-    mask = attention_mask(attention_received, 1.0, (16, 16))
+    mask = mask_from_attention(attention_received, 1.0, (16, 16))
     expected = degrade_input(x_0, gaussian_blur(x_0, 31, 1.0), mask, noise, alpha_bar)
     torch.testing.assert_close(add_noise(x0_input, noise, alpha_bar), expected)
     assert torch.equal(target, noise)

@@ -10,10 +10,10 @@ from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.guidance.masks import (
-    attention_mask,
     average_sites,
     build_mask,
     enlarge,
+    mask_from_attention,
     num_tokens,
     random_rectangles,
     rectangle_sides,
@@ -59,7 +59,7 @@ def mask(condition=KEYS, step=3, attention=None, side=16, **settings):
 )
 def test_the_mask_is_the_mean_over_heads_above_the_threshold_enlarged_by_nearest_neighbours(threshold, grid, size):
     received = maps(*grid, heads=3)
-    actual = attention_mask(received, threshold, size)
+    actual = mask_from_attention(received, threshold, size)
     expected = F.interpolate((received.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
     assert actual.dtype == torch.bool
     assert torch.equal(actual, expected)
@@ -68,9 +68,9 @@ def test_the_mask_is_the_mean_over_heads_above_the_threshold_enlarged_by_nearest
 
 def test_a_token_above_the_threshold_masks_its_own_block_of_pixels_and_one_at_it_nothing():
     received = torch.ones(1, 2, 2, 2)
-    assert not attention_mask(received, 1.0, (6, 6)).any()
+    assert not mask_from_attention(received, 1.0, (6, 6)).any()
     received[..., 0, 1] = 4
-    actual = attention_mask(received, 1.0, (6, 6))[0, 0]
+    actual = mask_from_attention(received, 1.0, (6, 6))[0, 0]
     assert actual[:3, 3:].all()
     assert int(actual.sum()) == 9
 
@@ -198,7 +198,7 @@ def test_sites_are_listed_with_commas_and_their_attention_is_requested():
 @pytest.mark.parametrize("head", [0, 2])
 def test_one_heads_attention_can_make_the_mask(head):
     received = maps(8, 8, heads=3)
-    expected = attention_mask(received[:, head : head + 1], 1.0, (16, 16))
+    expected = mask_from_attention(received[:, head : head + 1], 1.0, (16, 16))
     assert torch.equal(mask(attention={SITE: received}, head=head), expected)
     assert not torch.equal(mask(attention={SITE: received}), expected)
 

@@ -9,7 +9,7 @@ from sagl.diffusion.predictor import GuidanceTerm, Prediction
 from sagl.diffusion.schedule import make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import Guidance, extrapolate, limit_to_interval, with_guidance
-from sagl.guidance.policies import renew_every, stop_on_agreement
+from sagl.guidance.policies import renew_every, stop_when_close
 from sagl.models.checkpoints import cast_weights
 from sagl.models.flops import flops_per_evaluation
 from sagl.sampling.pipeline import build_pipeline
@@ -63,7 +63,7 @@ def test_a_term_is_renewed_in_every_kth_guided_step_and_reused_at_no_cost(every,
     chain = terms(guidance)
     assert [term and term.eps for term in chain] == expected
     costs = [term.nfe for term in chain if term]
-    assert sum(costs) == sum(guidance.is_active(step) and guidance.is_renewed(step) for step in STEPS)
+    assert sum(costs) == sum(guidance.is_active(step) and guidance.evaluates_term(step) for step in STEPS)
     assert sum(costs) == len({step for step in expected if step is not None})
 
 
@@ -98,7 +98,7 @@ def agreeing(differences, scale=0.5, stop_below=0.1):
 
     settings = SelfAttentionGuidance(scale=scale, stop_below=stop_below)
     network = Recorder(base)
-    return network, with_guidance(network, {"a": stop_on_agreement(Guidance(term=term), settings, SCHEDULE)})
+    return network, with_guidance(network, {"a": stop_when_close(Guidance(term=term), settings, SCHEDULE)})
 
 
 def test_a_sample_is_guided_up_to_the_first_step_that_agrees_and_not_again():

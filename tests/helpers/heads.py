@@ -33,7 +33,7 @@ def write_head(path, head=None, guidance=SAG):
         model_settings=head.settings,
         diffusion=DiffusionSettings(),
         state_dict=head.state_dict(),
-        recommended={guidance.group: guidance.weak_prediction},
+        recommended={guidance.group: guidance.weak_prediction_settings},
     )
     write_checkpoint(content, path)
     return path

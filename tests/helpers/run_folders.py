@@ -21,12 +21,12 @@ SETTINGS = {
 }
 
 
-def random_png(number, side=8):
+def random_png(number, image_size=8):
     """A PNG file that no other number has."""
-    return encode_png(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return encode_png(np.random.default_rng(number).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8))
 
 
-def write_run(folder, *, ids=range(6), side=8, first_image=0, sag=None, results=None, settings=None, **metadata):
+def write_run(folder, *, ids=range(6), image_size=8, first_image=0, sag=None, results=None, settings=None, **metadata):
     """Write a run of these ids in shards of four; return the folder."""
     all_settings = copy.deepcopy(SETTINGS) | (settings or {})
     all_settings["sag"] |= sag or {}
@@ -34,7 +34,7 @@ def write_run(folder, *, ids=range(6), side=8, first_image=0, sag=None, results=
     write_run_json(folder, defaults | {"seconds": 2.0, "versions": {"torch": "2.14.1"}} | metadata)
     for start in range(0, len(ids), 4):
         samples = [
-            Sample(id=i, label=-1, seed=0, pngs={"samples": random_png(first_image + i, side)})
+            Sample(id=i, label=-1, seed=0, pngs={"samples": random_png(first_image + i, image_size)})
             for i in ids[start : start + 4]
         ]
         write_shard(folder, samples)

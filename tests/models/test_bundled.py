@@ -29,12 +29,12 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, five of each class, and their labels."""
     file = read_checkpoint(BUNDLED["fashion_mnist"])
     chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
-    recipe = build_pipeline(
+    pipeline = build_pipeline(
         build_network(file), file.diffusion, chain, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
     )
-    labels = make_labels(RunSettings(labels="balanced"), range(NUM_IMAGES), recipe.network)
+    labels = make_labels(RunSettings(labels="balanced"), range(NUM_IMAGES), pipeline.network)
     with torch.inference_mode():
-        x, _ = run_to_end(recipe.sample_progressive(0, range(NUM_IMAGES), labels))
+        x, _ = run_to_end(pipeline.sample_progressive(0, range(NUM_IMAGES), labels))
     return to_uint8(x), labels
 
 

@@ -71,11 +71,11 @@ def test_guided_images_have_a_higher_probability_of_their_class(file):
     logs = []
     for scale in (0.0, 2.0):
         settings = ClassifierGuidance(scale=scale, checkpoint="fashion_mnist_classifier")
-        recipe = build_pipeline(
+        pipeline = build_pipeline(
             build_network(network), network.diffusion, chain, {"classifier": settings}, lambda _: classifier
         )
         with torch.inference_mode():
-            x, _ = run_to_end(recipe.sample_progressive(0, ids, labels))
+            x, _ = run_to_end(pipeline.sample_progressive(0, ids, labels))
             log_p = classifier(x, torch.zeros(10)).log_softmax(dim=1)
         logs.append(float(log_p[range(10), labels].mean()))
     assert logs[1] > logs[0]

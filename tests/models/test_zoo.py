@@ -51,13 +51,13 @@ def test_a_bundled_network_has_the_settings_of_its_config(name):
 
 @pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
 def test_the_recommended_settings_of_a_bundled_network_are_valid(name):
-    request, file = parse_sample_config(["--model", name]), read_checkpoint(BUNDLED[name])
-    assert request.checkpoint == BUNDLED[name]
+    config, file = parse_sample_config(["--model", name]), read_checkpoint(BUNDLED[name])
+    assert config.checkpoint == BUNDLED[name]
     network = build_network(file)
-    recipe = build_pipeline(network, file.diffusion, request.sampler, request.guidances)
-    start, end = (round(fraction * recipe.schedule.num_steps) for fraction in request.guidances["sag"].interval)
-    assert recipe.nfe == recipe.schedule.num_steps + (end - start if request.guidances["sag"].scale else 0)
-    make_labels(request.samples, [0, 1], network)
+    pipeline = build_pipeline(network, file.diffusion, config.sampler, config.guidances)
+    start, end = (round(fraction * pipeline.schedule.num_steps) for fraction in config.guidances["sag"].interval)
+    assert pipeline.nfe == pipeline.schedule.num_steps + (end - start if config.guidances["sag"].scale else 0)
+    make_labels(config.samples, [0, 1], network)
 
 
 def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
@@ -73,8 +73,8 @@ def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
 
 
 def test_emoji_without_labels_are_the_default():
-    request = parse_sample_config([])
-    assert (request.checkpoint, request.samples.labels) == (BUNDLED[DEFAULT_MODEL], "null")
+    config = parse_sample_config([])
+    assert (config.checkpoint, config.samples.labels) == (BUNDLED[DEFAULT_MODEL], "null")
     assert DEFAULT_MODEL == "emoji"
 
 

@@ -51,7 +51,7 @@ def sample(settings, network=None, checkpoint=None):
 
 def test_a_head_of_these_settings_guides_at_one_evaluation_a_step(folder):
     images, calls = sample(sag(folder))
-    real, real_calls = sample(SAG.__class__(**{**SAG.weak_prediction, "scale": 0.5}))
+    real, real_calls = sample(SAG.__class__(**{**SAG.weak_prediction_settings, "scale": 0.5}))
     assert (calls, real_calls) == (6, 12)
     assert images.isfinite().all()
     assert not torch.equal(images, real)

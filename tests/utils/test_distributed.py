@@ -13,7 +13,7 @@ from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import (
     Ranks,
     global_rank,
-    has_peers,
+    has_launched_peers,
     launch,
     num_processes,
     report_unused_gpu,
@@ -118,7 +118,7 @@ def test_fabric_s_children_on_another_node_are_not_rank_0(environ):
 )
 def test_peers_are_processes_that_a_launcher_started(variables, peers, environ):
     environ(**variables)
-    assert has_peers() == peers
+    assert has_launched_peers() == peers
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1", "WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2"}])

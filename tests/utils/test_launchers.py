@@ -6,7 +6,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.utils import launchers
-from sagl.utils.distributed import global_rank, has_peers
+from sagl.utils.distributed import global_rank, has_launched_peers
 from sagl.utils.launchers import PARENT, RANKS, SLURM_RANKS, SLURM_TASKS, ignore_stale_ranks, num_launched
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -45,24 +45,24 @@ def ranks_of(environ):
 )
 def test_ranks_that_no_launcher_set_are_ignored(variables, ranks_of):
     assert ranks_of(**variables) == set()
-    assert (global_rank(), has_peers(), num_launched()) == (0, False, 1)
+    assert (global_rank(), has_launched_peers(), num_launched()) == (0, False, 1)
 
 
 def test_the_ranks_of_torchrun_go_before_those_of_slurm(ranks_of):
     assert ranks_of(**TORCHRUN, **BATCH, **{SLURM_TASKS: "4"}) == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
-    assert (global_rank(), has_peers(), num_launched()) == (1, True, 2)
+    assert (global_rank(), has_launched_peers(), num_launched()) == (1, True, 2)
 
 
 def test_the_ranks_of_srun_go_before_incomplete_others(ranks_of):
     variables = {**BATCH, "SLURM_PROCID": "3", SLURM_TASKS: "4", "WORLD_SIZE": "8", "LOCAL_RANK": "7"}
     assert ranks_of(**variables) == set(SLURM_RANKS) & set(BATCH)
-    assert (global_rank(), has_peers(), num_launched()) == (3, True, 4)
+    assert (global_rank(), has_launched_peers(), num_launched()) == (3, True, 4)
 
 
 def test_a_child_of_the_launching_process_keeps_its_local_rank(ranks_of):
     variables = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0", PARENT: str(os.getppid())}
     assert ranks_of(**variables, **BATCH) == {"LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"}
-    assert (global_rank(), has_peers()) == (1, False)
+    assert (global_rank(), has_launched_peers()) == (1, False)
 
 
 def test_ranks_of_a_torchrun_that_has_ended_are_ignored(ranks_of):

@@ -10,7 +10,7 @@ from sagl.utils.signals import (
     STOP_SIGNALS,
     Interrupted,
     block_stop_signals,
-    end_with_parent,
+    obey_stop_signals_of_parent,
     on_stop_signal,
     raise_interrupted,
 )
@@ -60,7 +60,7 @@ def test_processes_that_are_started_while_stop_signals_are_blocked_ignore_them()
 
 
 def wait(ready):
-    end_with_parent()
+    obey_stop_signals_of_parent()
     ready.set()
     signal.pause()
 

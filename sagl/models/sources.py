@@ -1,0 +1,105 @@
+"""Where a network comes from: a name, a weight file, settings, or several of them."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from sagl.errors import require
+from sagl.models.hub_files import download_from_hub, is_hub_name
+from sagl.models.metadata import check_same_network, read_metadata, settings_from_metadata
+from sagl.models.zoo import (
+    BUNDLED,
+    BUNDLED_REFERENCES,
+    DEFAULT_MODEL,
+    UNET_NAMES,
+    get_unet_settings,
+    name_from_filename,
+)
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.network import UNetSettings
+
+
+class NetworkSource(NamedTuple):
+    """A network, before its weights are read."""
+
+    model: str | None
+    """Name of a pretrained network; None for a network that only `checkpoint` identifies."""
+    checkpoint: Path | None
+    """Weight file; None stands for that of `model`, which is downloaded if necessary."""
+    weights: str
+    """Weights of a training checkpoint: ema, ema:DECAY or raw."""
+    network: UNetSettings | None
+    """Network settings; None if the weight file contains them."""
+    diffusion: DiffusionSettings | None
+    """Diffusion process of training; None if the weight file contains it."""
+
+
+def resolve_network(
+    model: str | UNetSettings | None,
+    checkpoint: str | None,
+    diffusion: DiffusionSettings | None = None,
+    weights: str = "ema",
+) -> NetworkSource:
+    """Find the network that a command line or a config describes.
+
+    Args:
+        model: name of a pretrained network, hf:OWNER/NAME, or settings; None: the checkpoint's, or the default network.
+        checkpoint: path of a weight file; None: that of the named network.
+        diffusion: diffusion process, if not that of the network.
+        weights: weights of a training checkpoint: ema, ema:DECAY or raw.
+
+    Raises:
+        UserError: the name or file does not exist, or only settings or only weights are given.
+    """
+    if isinstance(model, str) and is_hub_name(model):
+        require(checkpoint is None, f"`checkpoint` must be left out for {model}, got {checkpoint}.")
+        checkpoint, model = str(download_from_hub(model)), None
+    path = None if checkpoint is None else Path(checkpoint)
+    require(
+        weights == "ema" or (path is not None and path.suffix == ".ckpt"),
+        f"`weights` is for training checkpoints (.ckpt), got {weights} for another file. Leave it out.",
+    )
+    if path is not None:
+        return _from_file(path, model, diffusion, weights)
+    require(
+        not isinstance(model, UNetSettings),
+        "`model.network` describes a network without weights. Set `checkpoint`, or leave out `config` and set `model` "
+        f"to one of {', '.join(UNET_NAMES)}.",
+    )
+    name = str(model or DEFAULT_MODEL)
+    if name in BUNDLED_REFERENCES:
+        return NetworkSource(name, BUNDLED[name], weights, network=None, diffusion=None)
+    network, pretrained_diffusion = get_unet_settings(name)
+    return NetworkSource(name, None, weights, network, diffusion or pretrained_diffusion)
+
+
+def _from_file(
+    path: Path, model: str | UNetSettings | None, diffusion: DiffusionSettings | None, weights: str
+) -> NetworkSource:
+    require(path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
+    require(os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")
+    metadata = read_metadata(path)
+    if model is None and not metadata:
+        model = _name_of_file(path)
+    name = model if isinstance(model, str) else None
+    if name in BUNDLED_REFERENCES:
+        return NetworkSource(name, path, weights, network=None, diffusion=None)
+    network, pretrained_diffusion = (model, None) if name is None else get_unet_settings(name)
+    if metadata and isinstance(network, UNetSettings):
+        check_same_network(network, settings_from_metadata(metadata, path)[0], path)
+        network = None
+    assert not isinstance(network, str)
+    return NetworkSource(name, path, weights, network, diffusion or pretrained_diffusion)
+
+
+def _name_of_file(path: Path) -> str | None:
+    """Return the released network that a .pt file belongs to; None for other files, which are refused when read."""
+    if path.suffix != ".pt":
+        return None
+    name = name_from_filename(path)
+    require(
+        name is not None,
+        f"`checkpoint` {path} does not identify its network. Set `model` to one of {', '.join(UNET_NAMES)}, or "
+        "`config` to a file with model.network.",
+    )
+    return name
