@@ -23,13 +23,13 @@ SCALE = 1e-6
 
 @torch.inference_mode()
 def gaps(
-    checkpoint: Path, chain: SamplerSettings, sag: SelfAttentionGuidance, samples: RunSettings
+    checkpoint: Path, sampler: SamplerSettings, sag: SelfAttentionGuidance, samples: RunSettings
 ) -> dict[int, float]:
     """Return the root mean square of eps - eps_degraded by timestep, the noisiest first."""
     file = read_checkpoint(checkpoint)
     network = build_network(file)
     pipeline, ids = (
-        build_pipeline(network, file.diffusion, chain, {"sag": sag}),
+        build_pipeline(network, file.diffusion, sampler, {"sag": sag}),
         range(samples.first_id, samples.first_id + samples.num_samples),
     )
     result = {}
@@ -50,10 +50,10 @@ def main() -> None:
     p.add_argument("--blur_sigma", type=float, default=1.5)
     a = p.parse_args()
     disable_malloc_trim()
-    chain = SamplerSettings(sampler="ddim", respacing=a.respacing)
+    sampler = SamplerSettings(sampler="ddim", respacing=a.respacing)
     sag = SelfAttentionGuidance(scale=SCALE, site=a.site, blur_sigma=a.blur_sigma)
     samples = RunSettings(num_samples=a.num_samples, first_id=a.first_id, batch_size=a.num_samples, labels="balanced")
-    columns = [gaps(path, chain, sag, samples) for path in a.checkpoints]
+    columns = [gaps(path, sampler, sag, samples) for path in a.checkpoints]
     print("| timestep | " + " | ".join(path.stem for path in a.checkpoints) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for timestep in columns[0]:

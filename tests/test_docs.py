@@ -84,8 +84,8 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
     assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for command in commands:
-        verb, *arguments = shlex.split(command)
-        run_sagl(tmp_path, verb, *arguments, *SHORTER.get(verb, []))
+        subcommand, *arguments = shlex.split(command)
+        run_sagl(tmp_path, subcommand, *arguments, *SHORTER.get(subcommand, []))
 
 
 @pytest.mark.slow
@@ -96,8 +96,8 @@ def test_the_steps_for_ones_own_images_run(tmp_path):
     for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / "my_images" / f"{number}.jpg")
     for command in block[0].splitlines()[:2]:
-        verb, *arguments = shlex.split(command)[1:]
-        run_sagl(tmp_path, verb, *arguments, *SHORTER[verb])
+        subcommand, *arguments = shlex.split(command)[1:]
+        run_sagl(tmp_path, subcommand, *arguments, *SHORTER[subcommand])
     assert (tmp_path / "mine" / "grid.png").exists()
     assert (tmp_path / "runs" / "my_images" / "checkpoints" / "last.ckpt").exists()
 

@@ -36,18 +36,18 @@ def commands(page):
 
 def parse(command):
     """Parse a command as it would be, and check the values of settings; open no file but configs."""
-    verb, *arguments = shlex.split(command, comments=True)
+    subcommand, *arguments = shlex.split(command, comments=True)
     if not arguments or "--help" in arguments or "--help_all" in arguments:
-        assert verb in SUBCOMMANDS
-    elif verb in ("fit", "validate", "test"):
+        assert subcommand in SUBCOMMANDS
+    elif subcommand in ("fit", "validate", "test"):
         arguments = parse_interval_arg(rename_network_flags(put_configs_first(arguments)))
         has_config = "--config" in arguments
         arguments += [] if has_config or "--model.network" in arguments else ["--model.network", "emoji"]  # of a run
-        training_parser(verb, kind=training_kind(arguments), full=has_config).parse(arguments)
+        training_parser(subcommand, kind=training_kind(arguments), full=has_config).parse(arguments)
     else:
-        parser = getattr(import_module(SUBCOMMANDS[verb][0]), f"{verb}_parser")()
-        flags = parser.parse(_folders_first(arguments) if verb == "compare" else arguments)
-        if verb in ("sample", "tune", "analyze"):
+        parser = getattr(import_module(SUBCOMMANDS[subcommand][0]), f"{subcommand}_parser")()
+        flags = parser.parse(_folders_first(arguments) if subcommand == "compare" else arguments)
+        if subcommand in ("sample", "tune", "analyze"):
             from_namespace(RunSettings, flags)
             from_namespace(SamplerSettings, flags)
             for name, entry in GUIDANCES.items():

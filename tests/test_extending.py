@@ -66,8 +66,8 @@ def test_the_help_has_the_flags_of_the_new_method_and_the_new_sampler(extended):
 @pytest.mark.slow
 def test_the_commands_of_the_page_sample_record_and_compare(extended):
     for command in (block(GUIDANCE_PAGE, "bash") + block(SAMPLER_PAGE, "bash")).splitlines():
-        _, verb, *arguments = shlex.split(command)
-        extended(verb, *arguments, *SHORT[verb])
+        _, subcommand, *arguments = shlex.split(command)
+        extended(subcommand, *arguments, *SHORT[subcommand])
     plain, guided, solved = (
         json.loads((extended.folder / name / "run.json").read_text()) for name in ("plain", "guided", "solved")
     )

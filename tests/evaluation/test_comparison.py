@@ -241,11 +241,11 @@ def test_notes_and_deviations_are_shown():
 
 
 def test_the_papers_row_is_shown_above_the_runs_own_inception_values():
-    evaluations = [
+    results = [
         result({"fd": 12.3}),
         result({"fid": 27.9, "precision": 0.612}, extractor="inception", num_samples=10_000),
     ]
-    runs = [run(model="imagenet256_uncond", settings=PAPER, results=evaluations), run("plain")]
+    runs = [run(model="imagenet256_uncond", settings=PAPER, results=results), run("plain")]
     _, table = build_report(runs).tables
     assert "50,000 images of 250 steps" in table.note
     assert table.columns == ("images", "steps", "FID", "sFID", "IS, chunks of 5,000", "precision", "recall")
@@ -259,8 +259,8 @@ def test_the_papers_row_is_shown_above_the_runs_own_inception_values():
 
 def test_a_run_without_inception_values_is_shown_beside_the_paper():
     settings = PAPER | {"sag.scale": 0.0, "respacing": "ddim25", "sampler": "ddim"}
-    evaluations = [result({"fid": 1.0, "precision": 0.6})]
-    (section,) = paper_table([run(model="lsun_cat", settings=settings, results=evaluations)]).sections
+    results = [result({"fid": 1.0, "precision": 0.6})]
+    (section,) = paper_table([run(model="lsun_cat", settings=settings, results=results)]).sections
     assert section.title == "a: lsun_cat, no guidance"
     assert texts(section)["a"] == ["16", "ddim25", *[ABSENT] * 5]
     assert section.rows[1].name.note == "not evaluated with inception yet"

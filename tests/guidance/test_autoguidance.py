@@ -18,12 +18,12 @@ SAMPLER = SamplerSettings(respacing="2")
 @torch.no_grad()
 def test_the_weak_prediction_is_that_of_the_weaker_network():
     weak_network = draw_weights(small_unet(learn_sigma=False), 2)
-    base, weak = (
+    base, weak_eps = (
         make_predictor(network, SCHEDULE, "fixed_small")(images(), STEP, NO_CONDITION).eps
         for network in (NETWORK, weak_network)
     )
     actual = guided(weak_network=weak_network, autoguidance={"scale": 0.7, "checkpoint": "weak"}).eps
-    assert float((actual - (weak + 1.7 * (base - weak))).abs().max()) < 1e-5
+    assert float((actual - (weak_eps + 1.7 * (base - weak_eps))).abs().max()) < 1e-5
     assert float((actual - base).abs().max()) > 0.01
 
 

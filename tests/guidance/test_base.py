@@ -44,9 +44,9 @@ def test_without_guidances_the_predictor_is_returned_itself():
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5, 3.0])
 def test_extrapolation_is_eq_17_and_adds_exactly_nothing_at_scale_0(scale):
-    base, weak = linear_predictor(X, 3, NO_CONDITION), linear_predictor(0.3 * X, 3, NO_CONDITION)
-    term = extrapolate(weak, base, scale)
-    torch.testing.assert_close(base.eps + term.eps, weak.eps + (1 + scale) * (base.eps - weak.eps))
+    base, weak_pred = linear_predictor(X, 3, NO_CONDITION), linear_predictor(0.3 * X, 3, NO_CONDITION)
+    term = extrapolate(weak_pred, base, scale)
+    torch.testing.assert_close(base.eps + term.eps, weak_pred.eps + (1 + scale) * (base.eps - weak_pred.eps))
     assert term.nfe == 1
     assert scale != 0 or torch.equal(base.eps + term.eps, base.eps)
 

@@ -13,9 +13,9 @@ def test_the_weak_prediction_is_for_the_blurred_image_with_the_same_noise(clip):
     bar, base = float(SCHEDULE.alpha_bar(STEP)), eps_by_formula()
     x0_hat = (images().double() - (1 - bar) ** 0.5 * base) / bar**0.5
     blurred = gaussian_blur(x0_hat.clamp(-1, 1) if clip else x0_hat, [7, 7], [1.5, 1.5])
-    weak = eps_by_formula(x=bar**0.5 * blurred + (1 - bar) ** 0.5 * base)
+    weak_eps = eps_by_formula(x=bar**0.5 * blurred + (1 - bar) ** 0.5 * base)
     actual = guided(blur={"scale": 2.0, "blur_sigma": 1.5, "kernel_size": 7, "clip_x0": clip}).eps
-    assert relative_error(actual, base + 2.0 * (base - weak)) < 1e-5
+    assert relative_error(actual, base + 2.0 * (base - weak_eps)) < 1e-5
 
 
 def test_it_is_self_attention_guidance_with_all_pixels_masked():

@@ -38,19 +38,19 @@ def predict(step=STEP, *, network=NETWORK, condition=Condition(), head=head, **g
 def test_the_term_is_the_scale_times_the_head_of_the_base_evaluation():
     recorder = Recorder(head)
     guided = predict(head=recorder, sag={**SETTINGS, "direction_head": "file"})
-    real, plain = predict(sag=SETTINGS), predict(condition=Condition(features=True))
+    real, base_pred = predict(sag=SETTINGS), predict(condition=Condition(features=True))
     ((images, features, timesteps), _) = recorder.calls[0]
     alpha_bar = SCHEDULE.alpha_bar(STEP).float()
     mask = real.terms["sag"].extras["mask"]
-    x0_hat = ((X - (1 - alpha_bar).sqrt() * plain.eps) / alpha_bar.sqrt()).clamp(-1, 1)
+    x0_hat = ((X - (1 - alpha_bar).sqrt() * base_pred.eps) / alpha_bar.sqrt()).clamp(-1, 1)
     high_pass = (alpha_bar / (1 - alpha_bar)).sqrt() * (x0_hat - gaussian_blur(x0_hat, 15, 1.0))
     expected = torch.cat([X, x0_hat, high_pass, mask * high_pass, mask.float()], dim=1)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
     assert mask.any()
     assert not mask.all()
-    assert torch.equal(features, plain.features)
+    assert torch.equal(features, base_pred.features)
     assert timesteps.tolist() == [int(SCHEDULE.timesteps[STEP])] * 2
-    torch.testing.assert_close(guided.eps, plain.eps + SCALE * head(images, features, timesteps))
+    torch.testing.assert_close(guided.eps, base_pred.eps + SCALE * head(images, features, timesteps))
     assert torch.equal(guided.terms["sag"].extras["mask"].bool(), mask)
     assert guided.nfe == 1
 

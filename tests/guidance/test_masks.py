@@ -35,8 +35,8 @@ KEYS = Condition(samples=SampleKeys(3, (5, 7)))
 
 def maps(*grid, heads=1, batch=2, seed=0):
     """Attention received, of mean 1."""
-    received = torch.rand(batch, heads, *grid, generator=generator(seed))
-    return received / received.mean(dim=(2, 3), keepdim=True)
+    attention_received = torch.rand(batch, heads, *grid, generator=generator(seed))
+    return attention_received / attention_received.mean(dim=(2, 3), keepdim=True)
 
 
 def images(side=16):
@@ -58,19 +58,19 @@ def mask(condition=KEYS, step=3, attention=None, side=16, **settings):
     ("grid", "size"), [((4, 4), (16, 16)), ((8, 8), (8, 8)), ((4, 6), (16, 24)), ((3, 3), (16, 16))]
 )
 def test_the_mask_is_the_mean_over_heads_above_the_threshold_enlarged_by_nearest_neighbours(threshold, grid, size):
-    received = maps(*grid, heads=3)
-    actual = mask_from_attention(received, threshold, size)
-    expected = F.interpolate((received.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
+    attention_received = maps(*grid, heads=3)
+    actual = mask_from_attention(attention_received, threshold, size)
+    expected = F.interpolate((attention_received.sum(dim=1, keepdim=True) / 3 > threshold).float(), size=size) == 1
     assert actual.dtype == torch.bool
     assert torch.equal(actual, expected)
     assert 0 < float(actual.float().mean()) < 1
 
 
 def test_a_token_above_the_threshold_masks_its_own_block_of_pixels_and_one_at_it_nothing():
-    received = torch.ones(1, 2, 2, 2)
-    assert not mask_from_attention(received, 1.0, (6, 6)).any()
-    received[..., 0, 1] = 4
-    actual = mask_from_attention(received, 1.0, (6, 6))[0, 0]
+    attention_received = torch.ones(1, 2, 2, 2)
+    assert not mask_from_attention(attention_received, 1.0, (6, 6)).any()
+    attention_received[..., 0, 1] = 4
+    actual = mask_from_attention(attention_received, 1.0, (6, 6))[0, 0]
     assert actual[:3, 3:].all()
     assert int(actual.sum()) == 9
 
@@ -197,10 +197,10 @@ def test_sites_are_listed_with_commas_and_their_attention_is_requested():
 
 @pytest.mark.parametrize("head", [0, 2])
 def test_one_heads_attention_can_make_the_mask(head):
-    received = maps(8, 8, heads=3)
-    expected = mask_from_attention(received[:, head : head + 1], 1.0, (16, 16))
-    assert torch.equal(mask(attention={SITE: received}, head=head), expected)
-    assert not torch.equal(mask(attention={SITE: received}), expected)
+    attention_received = maps(8, 8, heads=3)
+    expected = mask_from_attention(attention_received[:, head : head + 1], 1.0, (16, 16))
+    assert torch.equal(mask(attention={SITE: attention_received}, head=head), expected)
+    assert not torch.equal(mask(attention={SITE: attention_received}), expected)
 
 
 # --------------------------------------------------------------------------------------------------- guided steps

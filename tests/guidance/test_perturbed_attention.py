@@ -10,9 +10,9 @@ from tests.helpers.reference_values import relative_error
 @pytest.mark.parametrize("scale", [-0.5, 3.0])
 def test_the_weak_prediction_has_the_identity_as_attention_map_at_the_sites(site, scale):
     base = eps_by_formula()
-    weak = eps_by_formula(edits={name.strip(): lambda q, k, v: v for name in site.split(",")})
+    weak_eps = eps_by_formula(edits={name.strip(): lambda q, k, v: v for name in site.split(",")})
     actual = guided(pag={"scale": scale, "site": site}).eps
-    assert relative_error(actual, base + scale * (base - weak)) < 1e-5
+    assert relative_error(actual, base + scale * (base - weak_eps)) < 1e-5
     assert relative_error(actual, base) > 1e-3
 
 

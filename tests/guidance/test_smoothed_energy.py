@@ -39,9 +39,9 @@ def mean_weights(q, k, v):
 )
 @pytest.mark.parametrize("site", ["middle", "output.0,output.3"])
 def test_the_weak_prediction_has_blurred_attention_weights_at_the_sites(sigma, attend, site):
-    base, weak = eps_by_formula(), eps_by_formula(edits=dict.fromkeys(site.split(","), attend))
+    base, weak_eps = eps_by_formula(), eps_by_formula(edits=dict.fromkeys(site.split(","), attend))
     actual = guided(seg={"scale": 3.0, "site": site, "blur_sigma": sigma}).eps
-    assert relative_error(actual, base + 3.0 * (base - weak)) < 1e-5
+    assert relative_error(actual, base + 3.0 * (base - weak_eps)) < 1e-5
     assert relative_error(actual, base) > 1e-4
 
 

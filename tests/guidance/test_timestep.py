@@ -13,9 +13,9 @@ def test_the_weak_prediction_has_noise_on_the_timestep_embedding(noise_scale, ex
     rngs = guidance_rngs(KEYS, "tsg", STEP)
     noise = torch.stack([torch.from_numpy(rng.standard_normal(128, "float32")) for rng in rngs]).double()
     factor = noise_scale * (SCHEDULE.timesteps[STEP].item() / 1000) ** exponent
-    base, weak = eps_by_formula(), eps_by_formula(emb_noise=factor * noise)
+    base, weak_eps = eps_by_formula(), eps_by_formula(emb_noise=factor * noise)
     actual = guided(tsg={"scale": 1.5, "noise_scale": noise_scale, "noise_exponent": exponent}).eps
-    assert relative_error(actual, base + 1.5 * (base - weak)) < 1e-5
+    assert relative_error(actual, base + 1.5 * (base - weak_eps)) < 1e-5
     assert relative_error(actual, base) > 1e-3
 
 

@@ -18,9 +18,9 @@ def test_the_weak_prediction_has_shuffled_tokens_at_the_site():
         tokens = [torch.stack([x[:, order] for x, order in zip(part, shuffle, strict=True)]) for part in parts]
         return attend(torch.cat(tokens, dim=1), 1, "new")[0]
 
-    base, weak = eps_by_formula(), eps_by_formula(edits={"middle": attend_to_shuffled})
+    base, weak_eps = eps_by_formula(), eps_by_formula(edits={"middle": attend_to_shuffled})
     actual = guided(tpg={"scale": 2.0}).eps
-    assert relative_error(actual, base + 2.0 * (base - weak)) < 1e-5
+    assert relative_error(actual, base + 2.0 * (base - weak_eps)) < 1e-5
     assert relative_error(actual, base) > 1e-3
 
 

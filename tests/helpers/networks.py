@@ -169,12 +169,12 @@ class PatchTransformer(nn.Module):
         emb = self.time(timesteps[:, None].to(x.dtype) / 1000)
         emb = emb if labels is None else emb + self.label(labels)
         tokens = self.patches(x).flatten(2).mT + self.position + emb[:, None]
-        received = {}
+        attention_received = {}
         for k, block in enumerate(self.blocks):
             tokens, weights = block(tokens)
-            received[AttentionSite(f"block.{k}")] = weights.sum(dim=-2).unflatten(-1, (self.grid, self.grid))
+            attention_received[AttentionSite(f"block.{k}")] = weights.sum(dim=-2).unflatten(-1, (self.grid, self.grid))
         out = F.pixel_shuffle(self.head(tokens).mT.unflatten(-1, (self.grid, self.grid)), PATCH)
-        return UNetOutput(out, {site: received[site] for site in attention_sites})
+        return UNetOutput(out, {site: attention_received[site] for site in attention_sites})
 
 
 def transformer():

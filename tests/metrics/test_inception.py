@@ -67,11 +67,11 @@ def tf1_matrix(size, length):
     """TensorFlow's formula in float64: the matrix (length, size) of one dimension's weights."""
     matrix = np.zeros((length, size))
     for i in range(length):
-        at = i * size / length
-        low = int(np.floor(at))
+        position = i * size / length
+        low = int(np.floor(position))
         high = min(low + 1, size - 1)
-        matrix[i, low] += 1 - (at - low)
-        matrix[i, high] += at - low
+        matrix[i, low] += 1 - (position - low)
+        matrix[i, high] += position - low
     return matrix
 
 

@@ -28,9 +28,9 @@ def garments() -> PaddedFashionMNIST:
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     """Images as recommended, five of each class, and their labels."""
     file = read_checkpoint(BUNDLED["fashion_mnist"])
-    chain = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
+    sampler = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
     pipeline = build_pipeline(
-        build_network(file), file.diffusion, chain, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
+        build_network(file), file.diffusion, sampler, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
     )
     labels = make_labels(RunSettings(labels="balanced"), range(NUM_IMAGES), pipeline.network)
     with torch.inference_mode():

@@ -67,12 +67,12 @@ def test_it_recognises_garments_the_better_the_less_noise_there_is(result):
 @pytest.mark.slow
 def test_guided_images_have_a_higher_probability_of_their_class(file):
     network, classifier = load("fashion_mnist"), build_classifier(file)
-    chain, labels, ids = SamplerSettings(sampler="ddim", respacing="ddim10"), torch.arange(10), range(10)
+    sampler, labels, ids = SamplerSettings(sampler="ddim", respacing="ddim10"), torch.arange(10), range(10)
     logs = []
     for scale in (0.0, 2.0):
         settings = ClassifierGuidance(scale=scale, checkpoint="fashion_mnist_classifier")
         pipeline = build_pipeline(
-            build_network(network), network.diffusion, chain, {"classifier": settings}, lambda _: classifier
+            build_network(network), network.diffusion, sampler, {"classifier": settings}, lambda _: classifier
         )
         with torch.inference_mode():
             x, _ = run_to_end(pipeline.sample_progressive(0, ids, labels))

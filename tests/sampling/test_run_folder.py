@@ -46,10 +46,10 @@ def shard(folder, first, last):
     return write_shard(folder, samples(first, last))
 
 
-def damage(path, at):
-    """Change one byte; a negative `at` counts from the end."""
+def damage(path, position):
+    """Change one byte; a negative `position` counts from the end."""
     data = bytearray(path.read_bytes())
-    data[at] ^= 0xFF
+    data[position] ^= 0xFF
     path.write_bytes(data)
 
 
@@ -89,8 +89,8 @@ def test_the_last_member_has_length_and_sha256_of_the_others(tmp_path):
 def test_a_changed_byte_anywhere_in_the_file_is_detected(tmp_path):
     path = shard(tmp_path, 0, 1)
     data = path.read_bytes()
-    for at in (*range(0, len(data), 61), -1):
-        damage(path, at)
+    for position in (*range(0, len(data), 61), -1):
+        damage(path, position)
         with pytest.raises(UserError, match="is damaged"):
             read_shard(path)
         path.write_bytes(data)
