@@ -36,13 +36,13 @@ def test_the_weak_prediction_is_the_average_of_the_earlier_ones(average, decay):
     for k in range(1, 6):
         step, earlier = 5 - k, base[:k] if average == "eps" else [x0_hat(5 - j, base[j]).clamp(-1, 1) for j in range(k)]
         weights = [decay ** (k - 1), *((1 - decay) * decay ** (k - 1 - j) for j in range(1, k))]
-        average = sum(w * p for w, p in zip(weights, earlier, strict=True))
+        weighted = sum(w * p for w, p in zip(weights, earlier, strict=True))
         if average == "eps":
-            torch.testing.assert_close(actual[k], base[k] + 1.5 * (base[k] - average), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[k], base[k] + 1.5 * (base[k] - weighted), rtol=1e-5, atol=1e-5)
         else:
             current = x0_hat(step, base[k])
             torch.testing.assert_close(
-                x0_hat(step, actual[k]), current + 1.5 * (current - average), rtol=1e-5, atol=1e-5
+                x0_hat(step, actual[k]), current + 1.5 * (current - weighted), rtol=1e-5, atol=1e-5
             )
 
 
