@@ -84,7 +84,7 @@ def sample(machine: Machine) -> None:
     """Compare images of the GPU with those of the CPU in each precision, and check the choices of auto."""
     cpu = machine.sample("cpu", "--trainer.precision", "32-true", *SAG, accelerator="cpu")
     machine.check(cpu.code == 0, "sample on the CPU", cpu)
-    for precision, limit in (("32-true", 0.5), ("bf16-true", 6.0), ("16-true", 6.0)):
+    for precision, limit in (("32-true", 0.5), ("bf16-true", 6.0), ("16-true", 6.0))[: 3 if machine.has_16_bits else 1]:
         result = machine.sample(precision, "--trainer.precision", precision, *SAG)
         machine.check(result.code == 0, f"sample {precision}", result)
         if result.code == cpu.code == 0:
@@ -133,9 +133,8 @@ def repeat(machine: Machine) -> None:
 
 def fit(machine: Machine) -> None:
     """Train, resume and validate in each precision; check the average, and metrics of previews."""
-    for precision in (
-        ("32-true", "bf16-mixed", "16-mixed", "bf16-true") if machine.is_gpu else ("bf16-mixed", "bf16-true")
-    ):
+    precisions = ["32-true", *(["bf16-mixed", "bf16-true"] if machine.has_16_bits else [])]
+    for precision in [*precisions, "16-mixed"] if machine.is_gpu else precisions[-2:]:
         name, steps = f"fit_{precision}", machine.num_steps
         flags = ("--trainer.precision", precision, "--preview.num_metric_samples", 8)
         result = machine.run(*machine.fit(name, "--trainer.max_steps", steps, *flags))
@@ -149,7 +148,7 @@ def fit(machine: Machine) -> None:
         result = machine.run(*machine.fit(name, "--trainer.max_steps", 2 * steps, *flags, "--resume"))
         machine.check(result.code == 0, f"resume {precision}", result)
     trainer = ("--trainer.accelerator", machine.accelerator, "--trainer.devices", 1)
-    result = machine.run("validate", machine.folder / "fit_bf16-mixed", *trainer)
+    result = machine.run("validate", machine.folder / f"fit_{precisions[-1]}", *trainer)
     machine.check(result.code == 0, "validate", result)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sagl.sampling.run_folder import SAMPLES, decode_png, iter_samples
+from sagl.utils.environment import has_fast_bfloat16
 
 NUM_IMAGES = 64
 
@@ -34,6 +35,11 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether a GPU is checked."""
         return self.device.type == "cuda"
+
+    @property
+    def has_16_bits(self) -> bool:
+        """Whether the device computes in 16 bits; most CPUs emulate this, which takes minutes."""
+        return self.is_gpu or has_fast_bfloat16()
 
     @property
     def num_processes(self) -> int:

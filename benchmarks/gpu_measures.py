@@ -37,8 +37,8 @@ SYNCHRONISATION = "called a synchronizing CUDA operation"
 """PyTorch's warning of a synchronisation. The first switch to the debug mode warns too, that it misses some of them."""
 
 
-def build(machine: Machine, precision: WeightPrecision | None = "bf16-true", **changes: Any) -> UNet:  # noqa: ANN401
-    """Return the LSUN network, or a small one, with random weights; precision None is for training."""
+def build(machine: Machine, *, training: bool = False, **changes: Any) -> UNet:  # noqa: ANN401
+    """Return the LSUN network, or a small one, with random weights: in 16 bits, or in float32 for training."""
     disable_tf32()
     lsun = RELEASED["lsun_cat"].settings
     assert isinstance(lsun, UNetSettings)
@@ -49,8 +49,9 @@ def build(machine: Machine, precision: WeightPrecision | None = "bf16-true", **c
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.02)
     optimize_for_cpu(network)
-    if precision is None:
+    if training:
         return network.train()
+    precision: WeightPrecision = "bf16-true" if machine.has_16_bits else "32-true"
     return cast_weights(network.eval().requires_grad_(False), precision, machine.device)
 
 
@@ -192,7 +193,7 @@ def _compare_estimate(machine: Machine, network: UNet) -> None:
 def training(machine: Machine) -> None:
     """Train with and without activation checkpoints in growing batches; report time and memory."""
     for use_checkpoint in (False, True):
-        network = build(machine, None, use_checkpoint=use_checkpoint)
+        network = build(machine, training=True, use_checkpoint=use_checkpoint)
         optimizer = adamw(network.parameters(), OptimizerSettings())
         for batch in (1, 2) if machine.small else (1, 4, 8):
             name = f"training with batch {batch}, use_checkpoint {use_checkpoint}"
@@ -216,7 +217,7 @@ def training(machine: Machine) -> None:
 
 def _training_step(machine: Machine, network: UNet, optimizer: torch.optim.AdamW, batch: int) -> None:
     x, timesteps = inputs(machine, network, batch)
-    with torch.autocast(machine.device.type, dtype=torch.bfloat16, cache_enabled=False):
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.has_16_bits, cache_enabled=False):
         losses = training_losses(
             lambda x_t, t: network(x_t, t).out,
             x.clamp(-1, 1),
