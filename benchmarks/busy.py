@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-COMMAND = ["sample", "--num_samples", "8", "--respacing", "ddim10", "--sag.scale", "0.3", "--progress", "off"]
+COMMAND = ["sample", "--model", "fashion_mnist", "--num_samples", "8", "--respacing", "ddim10", "--sag.scale", "0.3"]
+COMMAND += ["--progress", "off"]
 SPIN = "while True: pass"
 WAIT_SECONDS = 1.0
 """Time for the load to settle before a command starts."""

@@ -114,7 +114,7 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
 def print_summary(run: SamplingRun) -> None:
     """Print the content of the run folder, its cost and the next commands."""
     count, cost = count_images(run.folder), run.metadata
-    print(f"{count} images in {run.folder}, {cost['seconds']:.1f} s.")
+    print(f"{count} images in {run.folder}. Computing time of all processes: {cost['seconds']:.1f} s.")
     print(
         f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
         f"{cost['seconds'] / count:.3g} s."
