@@ -37,8 +37,8 @@ class Machine:
         return self.device.type == "cuda"
 
     @property
-    def has_16_bits(self) -> bool:
-        """Whether the device computes in 16 bits; most CPUs emulate this, which takes minutes."""
+    def has_fast_16_bits(self) -> bool:
+        """Whether 16 bits are fast enough to be checked: on GPUs, and on CPUs with bfloat16 instructions."""
         return self.is_gpu or has_fast_bfloat16()
 
     @property

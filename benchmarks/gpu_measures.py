@@ -51,7 +51,7 @@ def build(machine: Machine, *, training: bool = False, **changes: Any) -> UNet: 
     optimize_for_cpu(network)
     if training:
         return network.train()
-    precision: WeightPrecision = "bf16-true" if machine.has_16_bits else "32-true"
+    precision: WeightPrecision = "bf16-true" if machine.has_fast_16_bits else "32-true"
     return cast_weights(network.eval().requires_grad_(False), precision, machine.device)
 
 
@@ -217,7 +217,7 @@ def training(machine: Machine) -> None:
 
 def _training_step(machine: Machine, network: UNet, optimizer: torch.optim.AdamW, batch: int) -> None:
     x, timesteps = inputs(machine, network, batch)
-    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.has_16_bits, cache_enabled=False):
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.has_fast_16_bits, cache_enabled=False):
         losses = training_losses(
             lambda x_t, t: network(x_t, t).out,
             x.clamp(-1, 1),

@@ -3,7 +3,7 @@
     sagl sample --num_samples 500 --output samples
     python benchmarks/memorisation.py samples --train fashion_mnist_train --test fashion_mnist_test --output nearest.png
 
-The image shows generated images; below each the nearest training image in pixels, and the nearest in features. The
+The figure shows generated images; below each the nearest training image in pixels, and the nearest in features. The
 table compares distances to the nearest training image with those of test images, which the network has not seen: of a
 network that does not copy, half of the images are closer than the median of the test images, and 5 % are closer than
 their 5th percentile. More are closer also if the images are simpler than the test images, or of fewer kinds.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_measures import _check_synchronisations
+from sagl.utils.environment import has_fast_bfloat16
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 
@@ -22,6 +23,7 @@ def test_the_check_of_a_gpu_passes_on_a_cpu_and_lists_what_it_could_not_check(tm
     summary = result.stdout[result.stdout.index("=== summary") :]
     assert "PASS" in summary
     assert "SKIP memory of a training" in summary
+    assert ("SKIP fit in 16 bits" in summary) != has_fast_bfloat16()
 
 
 @pytest.mark.parametrize("waits", [0, 2])

@@ -35,7 +35,7 @@ class AttentionRecord:
     mean_maps: Mapping[str, Tensor]
     """Attention received at each site, mean over all steps: (N, head, side, side) float32."""
     steps: Sequence[int]
-    """Steps whose maps and x0_predictions are kept, the noisiest first."""
+    """Steps whose maps and x0_hat are kept, the noisiest first."""
     step_maps: Mapping[str, Tensor]
     """Attention received at each site at `steps`: (N, step, head, side, side) float32."""
     step_images: ImageUint8
@@ -51,7 +51,7 @@ def last_sites(network: UNetSettings) -> dict[int, str]:
 
 
 def record_attention(request: AnalysisRequest, sites: Sequence[str], steps: Sequence[int] = ()) -> AttentionRecord:
-    """Sample without guidance, and record the attention received at the sites; keep maps and x0_predictions at `steps`.
+    """Sample without guidance, and record the attention received at the sites; keep maps and x0_hat at `steps`.
 
     Raises:
         UserError: a site has no attention.

@@ -53,7 +53,7 @@ class EMA(WeightAveraging):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the average to the device of the weights, but not its number of updates, which every step reads."""
         assert self._average_model is not None
-        num_updates = self._average_model.n_averaged
+        num_updates = self._average_model.n_averaged.cpu()
         self._average_model.to(pl_module.device)
         self._average_model.n_averaged = num_updates
 

@@ -37,7 +37,7 @@ EPILOGS = {
   --METHOD.scale, …           METHOD: {", ".join(GUIDANCES)}
 
 sagl fit --help_all shows every option.""",
-    "validate": """RUN sets config, data and EMA weights; --config and --checkpoint name any others.
+    "validate": """RUN sets config, data and EMA weights; flags replace them, and a --config settings of the run's.
 All options of sagl fit are accepted too: --data.root, --data.num_validation, --preview.num_metric_samples, …""",
 }
 EPILOGS["test"] = EPILOGS["validate"]
@@ -116,7 +116,7 @@ def fit_parser() -> Parser:
 
 
 def put_configs_first(arguments: list[str]) -> list[str]:
-    """Put the configs first, so that flags replace their settings, and packaged names by paths: --config lsun_cat.
+    """Move the configs to the front, so that flags replace their settings, and replace packaged names by paths.
 
     Raises:
         UserError: there is no such config.
@@ -125,8 +125,9 @@ def put_configs_first(arguments: list[str]) -> list[str]:
     others: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        flag, equals, value = argument.partition("=")
-        if flag == "--config" and (equals or (value := next(remaining, ""))):
+        flag, equals, text = argument.partition("=")
+        value = text if equals else next(remaining, None) if flag == "--config" else None
+        if flag == "--config" and value is not None:
             configs += [flag, str(packaged_config(value))]
         else:
             others.append(argument)

@@ -13,7 +13,9 @@ def validate_parser() -> Parser:
 
 
 def expand_run_argument(arguments: list[str]) -> list[str]:
-    """Replace the folder of a run in first place by its configuration and EMA weights; later options override them.
+    """Replace the folder of a run in first place by its configuration and EMA weights.
+
+    Later flags replace them; a later config replaces settings of the run's configuration alone.
 
     Raises:
         UserError: it is not the folder of a run.

@@ -64,10 +64,10 @@ def reuse_deep_blocks(guidance: Guidance, block: str, share: float) -> Guidance:
 
 
 def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Schedule) -> Guidance:
-    """End a sample's guidance after the first step with rms(x0_hat - weak x0_hat) < stop_below · rms(x0_hat).
+    """End a sample's guidance after the first step with rms(x0_hat_weak - x0_hat) < stop_below · rms(x0_hat).
 
-    When all samples of a batch have ended, steps cost nothing; until then, the whole
-    batch is evaluated, so that the bytes of a sample do not depend on the others.
+    When all samples of a batch have ended, steps cost nothing; until then, the whole batch is evaluated, so that the
+    bytes of a sample do not depend on the others.
     """
 
     def wrap(term: Term) -> Term:
@@ -86,8 +86,8 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
             shift = x0_shift(last, alpha_bar)
             if isinstance(shift, Tensor):
                 x0_hat = x0_hat_from_eps(x_t, base_pred.eps, alpha_bar, clip=True)
-                agrees = rms(shift) < settings.stop_below * abs(settings.scale) * rms(x0_hat)
-                has_ended = agrees if has_ended is None else has_ended | agrees
+                is_close = rms(shift) < settings.stop_below * abs(settings.scale) * rms(x0_hat)
+                has_ended = is_close if has_ended is None else has_ended | is_close
             return result
 
         return ending_term

@@ -1,4 +1,4 @@
-"""Where a network comes from: a name, a weight file, settings, or several of them."""
+"""Resolve a model name, a weight file or settings to a network."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ from sagl.settings.network import UNetSettings
 
 
 class NetworkSource(NamedTuple):
-    """A network, before its weights are read."""
+    """Name, weight file and settings of a network whose weights have not been read."""
 
     model: str | None
     """Name of a pretrained network; None for a network that only `checkpoint` identifies."""
@@ -31,7 +31,7 @@ class NetworkSource(NamedTuple):
     network: UNetSettings | None
     """Network settings; None if the weight file contains them."""
     diffusion: DiffusionSettings | None
-    """Diffusion process of training; None if the weight file contains it."""
+    """Diffusion process of training; None for that of the weight file."""
 
 
 def resolve_network(
@@ -43,13 +43,15 @@ def resolve_network(
     """Find the network that a command line or a config describes.
 
     Args:
-        model: name of a pretrained network, hf:OWNER/NAME, or settings; None: the checkpoint's, or the default network.
-        checkpoint: path of a weight file; None: that of the named network.
-        diffusion: diffusion process, if not that of the network.
+        model: name of a pretrained network, hf:OWNER/NAME, or settings. None stands for the network of `checkpoint`, or
+            for the default one.
+        checkpoint: path of a weight file; None for that of the named network.
+        diffusion: diffusion process; None for that of the network.
         weights: weights of a training checkpoint: ema, ema:DECAY or raw.
 
     Raises:
-        UserError: the name or file does not exist, or only settings or only weights are given.
+        UserError: the name or file does not exist, the file cannot be read or contradicts the settings, only settings
+            or only weights are given, or `weights` are given for a file that is no training checkpoint.
     """
     if isinstance(model, str) and is_hub_name(model):
         require(checkpoint is None, f"`checkpoint` must be left out for {model}, got {checkpoint}.")
@@ -66,16 +68,17 @@ def resolve_network(
         "`model.network` describes a network without weights. Set `checkpoint`, or leave out `config` and set `model` "
         f"to one of {', '.join(UNET_NAMES)}.",
     )
-    name = str(model or DEFAULT_MODEL)
+    name = DEFAULT_MODEL if model is None else str(model)
     if name in BUNDLED_REFERENCES:
         return NetworkSource(name, BUNDLED[name], weights, network=None, diffusion=None)
-    network, pretrained_diffusion = get_unet_settings(name)
-    return NetworkSource(name, None, weights, network, diffusion or pretrained_diffusion)
+    network, named_diffusion = get_unet_settings(name)
+    return NetworkSource(name, None, weights, network, diffusion or named_diffusion)
 
 
 def _from_file(
     path: Path, model: str | UNetSettings | None, diffusion: DiffusionSettings | None, weights: str
 ) -> NetworkSource:
+    """Return a network whose weights are in the file `path`."""
     require(path.is_file(), f"`checkpoint` must be a file, and {path} is none.")
     require(os.access(path, os.R_OK), f"`checkpoint` must be readable, and {path} is not.")
     metadata = read_metadata(path)
@@ -84,12 +87,14 @@ def _from_file(
     name = model if isinstance(model, str) else None
     if name in BUNDLED_REFERENCES:
         return NetworkSource(name, path, weights, network=None, diffusion=None)
-    network, pretrained_diffusion = (model, None) if name is None else get_unet_settings(name)
+    network = model if isinstance(model, UNetSettings) else None
+    if name is not None:
+        network, named_diffusion = get_unet_settings(name)
+        diffusion = diffusion or named_diffusion
     if metadata and isinstance(network, UNetSettings):
         check_same_network(network, settings_from_metadata(metadata, path)[0], path)
         network = None
-    assert not isinstance(network, str)
-    return NetworkSource(name, path, weights, network, diffusion or pretrained_diffusion)
+    return NetworkSource(name, path, weights, network, diffusion)
 
 
 def _name_of_file(path: Path) -> str | None:

@@ -21,13 +21,13 @@ CSS = """
     grid-template-rows: auto 1fr; align-items: start;}
 .columns > * {min-width: 0 !important; width: 100%;}
 .columns > .settings {grid-row: 1 / span 2;}
-.images {display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px;}
-.images figure {margin: 0; width: clamp(70px, calc(25% - 5px), 160px);}
+.image-row {display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px;}
+.image-row figure {margin: 0; width: clamp(70px, calc(25% - 5px), 160px);}
 #step figure {width: clamp(70px, calc(25% - 5px), 128px);}
-.images img, .images .blank {width: 100%; aspect-ratio: 1; border-radius: 3px; display: block;}
-.images img {image-rendering: pixelated;}
-.images .blank {background: var(--border-color-primary);}
-.images figcaption {font-size: 13px; line-height: 1.3; color: var(--body-text-color-subdued);}
+.image-row img, .image-row .blank {width: 100%; aspect-ratio: 1; border-radius: 3px; display: block;}
+.image-row img {image-rendering: pixelated;}
+.image-row .blank {background: var(--border-color-primary);}
+.image-row figcaption {font-size: 13px; line-height: 1.3; color: var(--body-text-color-subdued);}
 .row-title {margin: 0 0 4px; font-size: 15px; font-weight: 600;}
 .row-title small {font-size: 13px; font-weight: 400; color: var(--body-text-color-subdued);}
 .html-container {padding: 0 !important;}
@@ -59,7 +59,7 @@ def figure(png: bytes | None, description: str, caption: str = "") -> str:
 def image_row(title: str, note: str, figures: Sequence[str]) -> str:
     """Return a row of images below its title."""
     heading = f'<p class="row-title">{escape(title)} <small>{escape(note)}</small></p>'
-    return f'{heading}<div class="images" data-row="{escape(title)}">{"".join(figures)}</div>'
+    return f'{heading}<div class="image-row" data-row="{escape(title)}">{"".join(figures)}</div>'
 
 
 def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from fastapi import FastAPI, Request, Response
@@ -52,7 +55,22 @@ def make_app(playground: Playground) -> FastAPI:
 
 
 class PageServer(uvicorn.Server):
-    """Web server of a page. Its end cuts the connections of open pages, whose errors are not printed."""
+    """Web server of a page.
+
+    At a stop signal, the connections of open pages are closed, and the errors that this causes are not logged.
+    """
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End at SIGHUP as at SIGINT and SIGTERM, unless it is ignored."""
+        with super().capture_signals():
+            previous = signal.getsignal(signal.SIGHUP)
+            if previous is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, previous)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)

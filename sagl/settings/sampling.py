@@ -94,9 +94,9 @@ class RunSettings:
 
 
 def id_batches(samples: RunSettings) -> Iterator[list[int]]:
-    """Yield batches of consecutive sample ids that cover the run, each of full size, from a multiple of the size on.
+    """Yield batches of consecutive sample ids that cover the run, each of full size.
 
-    So the first and the last batch may have ids that are not of the run.
+    They start at multiples of the batch size, so the first and the last may contain ids outside of the run.
     """
     size = samples.effective_batch_size
     for start in range(samples.first_id - samples.first_id % size, samples.first_id + samples.num_samples, size):

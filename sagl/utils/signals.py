@@ -77,10 +77,10 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def obey_stop_signals_of_parent(_: int = 0) -> None:
-    """Start a thread that ends this worker process when its parent sends a stop signal, and ignores other senders.
+    """Ignore the stop signals in this worker process, except those of its parent, which end it at once.
 
-    Blocks the signals, in case that the worker did not inherit this from `block_stop_signals`: a fork server, which
-    starts workers, may be older than that block. Takes the number of the worker, which is not used.
+    Blocks the signals, because a worker of a fork server that is older than `block_stop_signals` has not inherited the
+    block; such a server itself still ends at SIGTERM and SIGHUP. Takes the number of the worker, which is not used.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):

@@ -309,9 +309,6 @@ def test_what_is_trained_follows_from_the_command_line_or_its_config(arguments, 
     assert training_kind(arguments) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------- LSUN
-
-
 @pytest.mark.parametrize("config", [["--config", "fashion_mnist"], ["--config=fashion_mnist"]])
 def test_a_flag_replaces_the_value_of_a_config_on_either_side_of_it(config):
     flag, parser = ["--ema_decay", "0.5"], training_parser("fit", full=True)
@@ -320,8 +317,13 @@ def test_a_flag_replaces_the_value_of_a_config_on_either_side_of_it(config):
         assert parser.parse(put_configs_first(arguments)).ema_decay == 0.5
 
 
-def test_a_config_without_a_name_is_refused(tmp_path, capsys):
-    refusal(capsys, tmp_path, "fit", "--output", tmp_path / "new", "--config", names=["--config"])
+@pytest.mark.parametrize("options", [["--config"], ["--config", "", "--resume"]])
+def test_a_config_without_a_name_is_refused(options, tmp_path, capsys):
+    line = refusal(capsys, tmp_path, "fit", "--output", tmp_path / "new", *options, names=["config"])
+    assert "data" not in line  # which a config would have
+
+
+# ---------------------------------------------------------------------------------------------------------- LSUN
 
 
 def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeypatch):

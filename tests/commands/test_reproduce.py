@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from sagl.commands.reproduce import _target, reproduce_parser
 from sagl.evaluation.paper import paper_items
+from sagl.models.zoo import RELEASED
 from sagl.utils.run_lock import LOCK_NAME, lock_folder
 from tests.helpers.commands import exit_code
 from tests.helpers.extractors import use_fast_extractors, write_npz
@@ -139,3 +141,10 @@ def test_a_training_checkpoint_is_a_network_too(tmp_path, capsys):
     path = write_training_checkpoint(tmp_path / "last.ckpt")
     assert exit_code("reproduce", "table7", "--model", path) == 0
     assert f"--checkpoint {path}" in capsys.readouterr().out
+
+
+def test_the_file_of_a_released_network_has_the_recommendations_of_its_name(tmp_path):
+    path = tmp_path / RELEASED["lsun_cat"].file
+    path.touch()
+    by_name, by_file = (_target(reproduce_parser().parse(["table1", "--model", m])) for m in ("lsun_cat", str(path)))
+    assert by_file.recommended == by_name.recommended != {}

@@ -80,10 +80,10 @@ def test_every_chain_has_its_own_last_term():
     assert chains[0](X, 3, NO_CONDITION).terms["a"].eps == 7
 
 
-# ----------------------------------------------------------------------------------------------------- agreement
+# ----------------------------------------------------------------------------------------------------- stop_when_close
 
 
-def agreeing(differences, scale=0.5, stop_below=0.1):
+def close_from_step(differences, scale=0.5, stop_below=0.1):
     """A guidance whose weak x0_hat differs from the base one by `differences[step]`, (B,), times x0_hat."""
 
     def base(x_t, step, condition):  # x0_hat is 0.5 everywhere
@@ -101,9 +101,9 @@ def agreeing(differences, scale=0.5, stop_below=0.1):
     return network, with_guidance(network, {"a": stop_when_close(Guidance(term=term), settings, SCHEDULE)})
 
 
-def test_a_sample_is_guided_up_to_the_first_step_that_agrees_and_not_again():
+def test_a_sample_is_guided_up_to_the_first_step_that_is_close_and_not_again():
     big, small = 0.2, 0.05
-    _, predict = agreeing({7: [big] * 3, 6: [small, big, big], 5: [big, small, big], 4: [big] * 3})
+    _, predict = close_from_step({7: [big] * 3, 6: [small, big, big], 5: [big, small, big], 4: [big] * 3})
     guided = []
     for step in (7, 6, 5, 4):
         prediction = predict(X, step, NO_CONDITION)
@@ -113,7 +113,7 @@ def test_a_sample_is_guided_up_to_the_first_step_that_agrees_and_not_again():
 
 @pytest.mark.parametrize("scale", [0.5, -3.0])
 def test_when_all_samples_have_ended_steps_cost_nothing_and_give_the_base_prediction(scale):
-    network, predict = agreeing({7: [0.2, 0.05, 0.05], 6: [0.05, 0.2, 0.2], 5: [0.2] * 3}, scale)
+    network, predict = close_from_step({7: [0.2, 0.05, 0.05], 6: [0.05, 0.2, 0.2], 5: [0.2] * 3}, scale)
     costs = [predict(X, step, NO_CONDITION).nfe for step in (7, 6, 5, 4)]
     assert costs == [2, 2, 1, 1]
     assert len(network.calls) == 6
@@ -124,15 +124,15 @@ def test_the_bytes_of_a_sample_do_not_depend_on_when_others_end():
     mine = {7: 0.2, 6: 0.05, 5: 0.2, 4: 0.2}
     chains = []
     for other in (0.2, 0.05):
-        _, predict = agreeing({step: [value, other, other] for step, value in mine.items()})
+        _, predict = close_from_step({step: [value, other, other] for step, value in mine.items()})
         chains.append([predict(X, step, NO_CONDITION).eps[0] for step in mine])
     assert all(torch.equal(a, b) for a, b in zip(*chains, strict=True))
 
 
 def test_a_limit_that_is_never_reached_changes_no_byte():
     differences = dict.fromkeys(STEPS, [0.2] * 3)
-    _, always = agreeing(differences, stop_below=0.0)
-    _, limited = agreeing(differences, stop_below=1e-6)
+    _, always = close_from_step(differences, stop_below=0.0)
+    _, limited = close_from_step(differences, stop_below=1e-6)
     for step in STEPS:
         assert torch.equal(always(X, step, NO_CONDITION).eps, limited(X, step, NO_CONDITION).eps)
 

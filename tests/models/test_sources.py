@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sagl.errors import UserError
+from sagl.models.metadata import read_metadata, settings_from_metadata
 from sagl.models.sources import resolve_network
 from sagl.models.zoo import BUNDLED, DEFAULT_MODEL, RELEASED, get_unet_settings
 from sagl.settings.diffusion import DiffusionSettings
@@ -45,27 +46,60 @@ def test_a_file_with_metadata_contains_its_settings(file):
 
 
 def test_a_file_of_openai_is_known_by_its_name(tmp_path):
-    path = tmp_path / RELEASED["lsun_cat"].url.rsplit("/", 1)[-1]
+    path = tmp_path / RELEASED["lsun_cat"].file
     path.touch()
     source = resolve_network(None, str(path))
     assert (source.model, source.checkpoint, source.network) == ("lsun_cat", path, get_unet_settings("lsun_cat")[0])
 
 
+@pytest.mark.parametrize("name", ["lsun_cat", "fashion_mnist"])
+def test_a_name_and_a_file_are_the_named_network_with_the_weights_of_the_file(name, tmp_path):
+    path = tmp_path / "mine.pt"
+    path.touch()
+    source, named = resolve_network(name, str(path)), resolve_network(name, None)
+    assert source == named._replace(checkpoint=path)
+
+
+def test_settings_that_equal_those_of_the_file_are_left_to_the_file(file):
+    settings = settings_from_metadata(read_metadata(file), file)[0]
+    assert resolve_network(settings, str(file)).network is None
+
+
 def test_settings_that_contradict_those_of_the_file_are_refused(file):
-    settings = get_unet_settings("lsun_cat")[0]
-    with pytest.raises(UserError, match="network"):
-        resolve_network(replace(settings, image_size=64), str(file))
+    settings = settings_from_metadata(read_metadata(file), file)[0]
+    with pytest.raises(UserError, match="num_res_blocks"):
+        resolve_network(replace(settings, num_res_blocks=settings.num_res_blocks + 1), str(file))
+
+
+def test_settings_describe_a_file_without_metadata(tmp_path):
+    path, settings = tmp_path / "mine.pt", get_unet_settings("lsun_cat")[0]
+    path.touch()
+    assert resolve_network(settings, str(path)).network == settings
+
+
+def test_the_diffusion_process_of_a_config_is_kept_with_a_file(file):
+    diffusion = DiffusionSettings(noise_schedule="cosine")
+    assert resolve_network(None, str(file), diffusion).diffusion == diffusion
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema:0.5"])
+def test_a_training_checkpoint_has_several_weights_and_other_files_have_one(weights, file, monkeypatch):
+    monkeypatch.setattr("sagl.models.sources.read_metadata", lambda _: {})
+    checkpoint = file.rename(file.with_suffix(".ckpt"))
+    assert resolve_network(None, str(checkpoint), weights=weights).weights == weights
+    with pytest.raises(UserError, match=f"`weights`.*{weights}"):
+        resolve_network(None, str(checkpoint.rename(file)), weights=weights)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((get_unet_settings("lsun_cat")[0], None), "`model.network` describes a network without weights"),
-        ((None, "missing.safetensors"), "`checkpoint` must be a file"),
-        (("hf:owner/name", "file.pt"), "`checkpoint` must be left out for hf:owner/name"),
-        ((None, None, None, "raw"), r"`weights` is for training checkpoints \(.ckpt\), got raw"),
-        (("fashion_mnist_classifier", None), "is a classifier"),
-        (("emoij", None), "Did you mean emoji"),
+        ((get_unet_settings("lsun_cat")[0], None), "`model.network`"),
+        ((None, "missing.safetensors"), "`checkpoint`.*missing.safetensors"),
+        (("hf:owner/name", "file.pt"), "`checkpoint`.*hf:owner/name, got file.pt"),
+        (("fashion_mnist_classifier", None), "`model`.*fashion_mnist_classifier"),
+        (("emoij", None), "`model`.*'emoij'.* emoji"),
+        (("", None), "`model`.*''"),
     ],
 )
 def test_what_is_missing_or_unknown_is_said(arguments, message):
@@ -76,5 +110,5 @@ def test_what_is_missing_or_unknown_is_said(arguments, message):
 def test_a_pt_file_of_unknown_name_needs_a_network(tmp_path):
     path = tmp_path / "mine.pt"
     path.touch()
-    with pytest.raises(UserError, match="does not identify its network"):
+    with pytest.raises(UserError, match=r"`checkpoint`.*mine\.pt.*`model`"):
         resolve_network(None, str(path))

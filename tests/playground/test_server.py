@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,17 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The address of the page of a process; its libraries leave sockets open, which would be errors of other tests."""
-    folder = tmp_path_factory.mktemp("playground")
+    with served_page(tmp_path_factory.mktemp("playground"), signal.SIGTERM) as address:
+        yield address
+
+
+@contextmanager
+def served_page(folder, stop_signal):
+    """Serve the page in a new process, give its address, and end it by a signal while a page is open."""
     log = folder / "log.txt"
     network = write_grey_unet(folder / "tiny.safetensors")
     command = [sys.executable, "-u", "-m", "sagl", "playground", "--port=0", f"--checkpoint={network}", *SETTINGS, *SAG]
-    with log.open(
-        "w"
-    ) as output:  # a new process: SIGTERM does not always end one that is forked from a server of forks
+    with log.open("w") as output:
         process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
     while not (address := re.search(r"http://127[.]0[.]0[.]1:\d+", log.read_text())):
@@ -41,11 +46,17 @@ def site(tmp_path_factory):
         assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)
     yield f"{address[0]}/"
-    with urllib.request.urlopen(f"{address[0]}/gradio_api/heartbeat/open", timeout=30):  # as a page in a browser
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM, log.read_text()
-    _, *lines = log.read_text().splitlines()
-    assert lines == ["sagl playground: SIGTERM: the page has ended; images that were not downloaded are gone."]
+    with urllib.request.urlopen(f"{address[0]}/gradio_api/heartbeat/open", timeout=60):  # as a page in a browser
+        process.send_signal(stop_signal)
+        assert process.wait(30) == 128 + stop_signal, log.read_text()
+    _, line = log.read_text().splitlines()
+    assert line.startswith(f"sagl playground: {stop_signal.name}: ")
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_signal_ends_the_page_in_one_line(stop_signal, tmp_path):
+    with served_page(tmp_path, stop_signal):
+        pass
 
 
 @pytest.fixture(scope="module")
