@@ -37,7 +37,7 @@ EPILOGS = {
   --METHOD.scale, …           METHOD: {", ".join(GUIDANCES)}
 
 sagl fit --help_all shows every option.""",
-    "validate": """RUN sets config, data and EMA weights; flags replace them, and a --config settings of the run's.
+    "validate": """RUN sets the config and the EMA weights. Flags and a further --config replace settings of the run.
 All options of sagl fit are accepted too: --data.root, --data.num_validation, --preview.num_metric_samples, …""",
 }
 EPILOGS["test"] = EPILOGS["validate"]
@@ -125,12 +125,15 @@ def put_configs_first(arguments: list[str]) -> list[str]:
     others: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        flag, equals, text = argument.partition("=")
-        value = text if equals else next(remaining, None) if flag == "--config" else None
-        if flag == "--config" and value is not None:
-            configs += [flag, str(packaged_config(value))]
-        else:
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
             others.append(argument)
+            continue
+        name = value if equals else next(remaining, None)
+        if name is None:
+            others.append(flag)  # the parser says that it needs a value
+        else:
+            configs += [flag, str(packaged_config(name))]
     return [*configs, *others]
 
 

@@ -225,12 +225,7 @@ class UNet(Encoder):
         """
         for site in (*attention_sites, *((name,) for name, _ in attention_edits)):
             self.settings.require_site(*site, start=start and start[0])
-        emb = self.embed(timesteps)
-        if timestep_noise is not None:
-            emb = emb + emb.std(dim=1, keepdim=True) * timestep_noise.to(emb.dtype)
-        emb = self._add_label(emb, labels)
-        if degraded is not None and self.settings.degraded_embedding:
-            emb = emb + degraded[:, None] * self.degraded_emb
+        emb = self._embed_condition(timesteps, labels, timestep_noise, degraded)
         h = self.first_features(x, emb)
         skips = [h]
         attention_maps: dict[AttentionSite, TokenMap] = {}
@@ -254,14 +249,21 @@ class UNet(Encoder):
         h = activation(norm(h))
         return UNetOutput(at_least_float32(conv(h)), attention_maps, h if features else None, inputs)
 
-    def _add_label(self, emb: Tensor, labels: Labels | None) -> Tensor:
-        s = self.settings
-        if s.num_classes is None:
-            return emb
-        if labels is None:
-            require(s.null_label, "`labels` must be given: this class-conditional network has no null label.")
-            labels = torch.full(emb.shape[:1], s.num_classes, device=emb.device)
-        return emb + self.label_emb(labels)
+    def _embed_condition(
+        self, timesteps: Timestep, labels: Labels | None, timestep_noise: Tensor | None, degraded: Tensor | None
+    ) -> Tensor:
+        """Return the embedding of timestep, label and degradation, (B, 4·num_channels); arguments as of `forward`."""
+        s, emb = self.settings, self.embed(timesteps)
+        if timestep_noise is not None:
+            emb = emb + emb.std(dim=1, keepdim=True) * timestep_noise.to(emb.dtype)
+        if s.num_classes is not None:
+            if labels is None:
+                require(s.null_label, "`labels` must be given: this class-conditional network has no null label.")
+                labels = torch.full(emb.shape[:1], s.num_classes, device=emb.device)
+            emb = emb + self.label_emb(labels)
+        if degraded is not None and s.degraded_embedding:
+            emb = emb + degraded[:, None] * self.degraded_emb
+        return emb
 
 
 class Classifier(Encoder):
