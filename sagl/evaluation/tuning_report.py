@@ -183,15 +183,16 @@ def describe_setting(setting: Setting, space: Space) -> str:
 def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:
     """Return the differences from unguided sampling of all candidates, round by round.
 
-    The vertical range ends at the largest difference after the first round; candidates above it are drawn at its end.
+    The vertical range holds the candidates of the second round in all rounds; others are drawn at its upper end if they
+    are worse.
     """
     lines = []
     for number in last_rounds(result):
         points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in result.rounds if number in r.distances]
         name = describe_setting(tuning.candidates[number], tuning.space)
         lines.append(Line(name=name, points=points, best=number == result.rounds[-1].ranking[0]))
-    later = [y for line in lines for x, y in line.points if x > len(result.rounds[0].ids)]
-    values = [0.0, *(later or [y for line in lines for _, y in line.points])]
+    second_round = [y for line in lines if len(line.points) > 1 for _, y in line.points]
+    values = [0.0, *(second_round or [y for line in lines for _, y in line.points])]
     margin = 0.08 * (max(values) - min(values)) or 1.0
     return Plot(
         title="Rounds of the search",
