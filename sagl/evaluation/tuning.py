@@ -60,6 +60,8 @@ class TuningResult:
     best: Measurement
     plain: Measurement
     """Unguided sampling with as many network evaluations as `best`."""
+    configured: Measurement | None
+    """The guidance that was configured before the search, or None without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,11 @@ class Tuning:
         """Number of candidates and ids of each round."""
         samples = self.run.config.samples
         return plan_rounds(len(self.candidates), samples.first_id, samples.num_samples)
+
+    @property
+    def configured(self) -> Setting | None:
+        """The guidance of the flags, the config or the weight file, or None without any."""
+        return configured_setting(self.run)
 
     @property
     def report_ids(self) -> range:
@@ -105,11 +112,12 @@ class Tuning:
         """Return the largest number of network evaluations that search and report can take."""
         nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
         unguided_nfe = study.pipeline_for(self.candidates[0].unguided).nfe
+        configured_nfe = study.pipeline_for(self.configured).nfe if self.configured else 0.0
         search = sum(
             sum(sorted(nfe, reverse=True)[:size], start=unguided_nfe) * (len(ids) if k == 0 else len(ids) // 2)
             for k, (size, ids) in enumerate(self.rounds)
         )
-        return search + len(self.report_ids) * (unguided_nfe + 2 * max(nfe))
+        return search + len(self.report_ids) * (unguided_nfe + 2 * max(nfe) + configured_nfe)
 
     def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
         """Compare the candidates round by round, in all ranks."""
@@ -131,14 +139,16 @@ class Tuning:
         self, study: Study, comparison: Comparison | None, rounds: Sequence[Round], progress: ProgressKind
     ) -> TuningResult | None:
         """Measure the best candidate on fresh ids, in all ranks. Only rank 0, which has the comparison, returns it."""
-        best = self.candidates[rounds[-1].ranking[0]]
+        best, configured = self.candidates[rounds[-1].ranking[0]], self.configured
         plain = study.at_equal_cost(best, study.features(best, rounds[-1].ids).nfe)
-        settings = {"unguided": best.unguided, "best": best, "plain": plain}
-        study.sample(list(settings.values()), self.report_ids, "report", progress)
+        settings = [best.unguided, best, plain, *([configured] if configured else [])]
+        study.sample(settings, self.report_ids, "report", progress)
         if comparison is None:
             return None
-        features = {name: study.features(setting, self.report_ids) for name, setting in settings.items()}
-        return TuningResult(rounds=rounds, **{name: comparison.measure(f) for name, f in features.items()})
+        rows = [comparison.measure(study.features(setting, self.report_ids)) for setting in settings]
+        return TuningResult(
+            rounds=rounds, unguided=rows[0], best=rows[1], plain=rows[2], configured=rows[3] if configured else None
+        )
 
 
 # ---------------------------------------------------------------------------------------------- candidates
@@ -164,22 +174,27 @@ def make_candidates(run: SamplingRun, space: Space, max_candidates: int) -> list
     Raises:
         UserError: a combination does not fit the network or the labels.
     """
-    config, combinations = run.config, list(product(*space.values()))
-    own = Setting(sampler=config.sampler, guidances=config.guidances)
-    candidates = [own] if own.values != own.unguided.values else []
+    config, configured, combinations = run.config, configured_setting(run), list(product(*space.values()))
+    candidates = [configured] if configured else []
     count = min(len(combinations), max_candidates - len(candidates))
     for values in random.Random(config.samples.seed).sample(combinations, count):
         guidances = dict(config.guidances)
         for name, value in zip(space, values, strict=True):
             group, _, field = name.partition(".")
             guidances[group] = with_default_classifier(replace(guidances[group], **{field: value}), config.model)
-        candidates.append(replace(own, guidances=guidances))
+        candidates.append(Setting(sampler=config.sampler, guidances=guidances))
     for candidate in candidates:
         check_labels(config.samples, run.network, candidate.guidances)
         for guidance in candidate.guidances.values():
             if guidance.scale:
                 guidance.check_network(run.network)
-    return list({str(c.values): c for c in candidates if c.values != own.unguided.values}.values())
+    return list({str(c.values): c for c in candidates if c.values != c.unguided.values}.values())
+
+
+def configured_setting(run: SamplingRun) -> Setting | None:
+    """Return the guidance of a run's own configuration, or None without any."""
+    setting = Setting(sampler=run.config.sampler, guidances=run.config.guidances)
+    return setting if setting.values != setting.unguided.values else None
 
 
 def searched_values(setting: Setting, space: Space) -> dict[str, Any]:

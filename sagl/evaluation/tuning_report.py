@@ -38,11 +38,16 @@ def write_results(tuning: Tuning, result: TuningResult, folder: Path) -> None:
 def describe_result(tuning: Tuning, result: TuningResult) -> list[str]:
     """Return sentences on what the report shows about the best candidate."""
     ids, best = tuning.report_ids, result.best
-    return [
+    sentences = [
         f"{len(ids)} images, ids {ids[0]} … {ids[-1]}, {tuning.extractor}, reference {tuning.reference}.",
         _describe(best, result.unguided, f"unguided sampling of {result.unguided.nfe:g} network evaluations per image"),
         _describe(best, result.plain, f"plain sampling of {result.plain.nfe:g} network evaluations per image"),
     ]
+    if result.configured is None:
+        return sentences
+    if result.configured.setting.values == best.setting.values:
+        return [*sentences, "The recommended setting is the configured one."]
+    return [*sentences, _describe(best, result.configured, "the configured guidance")]
 
 
 def _describe(best: Measurement, other: Measurement, name: str) -> str:
@@ -92,7 +97,9 @@ def as_json(tuning: Tuning, result: TuningResult) -> dict[str, Any]:
         {"ids": [r.ids.start, r.ids.stop], "unguided": r.unguided, "distances": dict(r.distances)}
         for r in result.rounds
     ]
+    configured = result.configured
     rows = {"unguided": result.unguided, "recommended": result.best, "plain": result.plain}
+    rows |= {"configured": configured} if configured else {}
     report = {name: {"setting": row.setting.values, "nfe": row.nfe, **row.values} for name, row in rows.items()}
     return {
         "reference": tuning.reference,
@@ -104,6 +111,7 @@ def as_json(tuning: Tuning, result: TuningResult) -> dict[str, Any]:
         "report": report,
         "difference_from_unguided": result.best.difference(result.unguided),
         "difference_from_plain": result.best.difference(result.plain),
+        "difference_from_configured": result.best.difference(configured) if configured else None,
     }
 
 
@@ -137,11 +145,10 @@ def measurement_row(name: str, row: Measurement, baseline: Measurement) -> Row:
 
 def report_table(tuning: Tuning, result: TuningResult) -> Table:
     """Return the table of the best candidate on fresh ids."""
-    rows = (
-        measurement_row("unguided", result.unguided, result.unguided),
-        measurement_row("recommended", result.best, result.unguided),
-        measurement_row("unguided at equal cost", result.plain, result.unguided),
-    )
+    named = {"unguided": result.unguided, "recommended": result.best, "unguided at equal cost": result.plain}
+    if result.configured is not None:
+        named["as configured"] = result.configured
+    rows = tuple(measurement_row(name, row, result.unguided) for name, row in named.items())
     ids = tuning.report_ids
     section = Section(title=f"{len(ids)} images", note=f"ids {ids[0]} … {ids[-1]}, not used in the search", rows=rows)
     return Table(title="Report", columns=COLUMNS, sections=(section,), right_aligned=True)

@@ -110,6 +110,26 @@ def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limi
     assert results(tmp_path / "b")["candidates"][0]["sag"]["scale"] == 0.7
 
 
+def test_the_report_compares_the_best_candidate_with_the_configured_guidance_on_the_same_ids(tmp_path, arguments):
+    assert exit_code(*arguments, tmp_path / "a") == 0
+    assert results(tmp_path / "a")["difference_from_configured"] is None
+    assert exit_code(*arguments, tmp_path / "a", "--sag.scale", 30, "--sag.site", "input.1") == 0
+    result = results(tmp_path / "a")
+    report = result["report"]
+    assert (report["configured"]["setting"]["sag"]["scale"], report["configured"]["nfe"]) == (30, 4)
+    difference = report["recommended"]["fd"] - report["configured"]["fd"]
+    assert result["difference_from_configured"][0] == pytest.approx(difference) != 0
+    assert "that of the configured guidance" in (tmp_path / "a" / "recommended.yaml").read_text()
+
+
+def test_a_report_says_that_the_configured_guidance_is_the_best(tmp_path, arguments):
+    without_search = arguments[: arguments.index("--search")]
+    only = ("--search", "sag.scale", 0.5, "--sag.scale", 0.5, "--sag.site", "input.1", "--output", tmp_path / "a")
+    assert exit_code(*without_search, *only, "--candidates", 1) == 0
+    assert "The recommended setting is the configured one." in (tmp_path / "a" / "recommended.yaml").read_text()
+    assert results(tmp_path / "a")["difference_from_configured"][0] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
