@@ -331,15 +331,9 @@ def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeyp
     write_lsun(tmp_path / "cat", "JPEG")
     network = {"image_size": 16, "num_channels": 32, "channel_mult": [1], "attention_resolutions": [16]}
     options = ["--data.root", tmp_path, "--data.batch_size", 2, "--data.num_validation", 2, "--data.num_workers", 0]
-    options += ["--model.network", json.dumps(network), "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"]
-    options += [
-        "--trainer.accumulate_grad_batches",
-        1,
-        "--trainer.log_every_n_steps",
-        1,
-        "--trainer.enable_progress_bar",
-        "false",
-    ]
+    options += ["--model.network", json.dumps(network), "--preview.num_samples", 2, "--preview.respacing", 4]
+    options += ["--trainer.max_steps", 2, "--trainer.accelerator", "cpu", "--trainer.accumulate_grad_batches", 1]
+    options += ["--trainer.log_every_n_steps", 1, "--trainer.enable_progress_bar", "false"]
     assert exit_code("fit", "--config", "lsun_cat", "--output", tmp_path / "run", *options) == 0
     assert read(tmp_path / "run")["global_step"] == 2
 
