@@ -53,7 +53,10 @@ def test_guided_and_unguided_images_and_their_masks_take_ten_lines_of_python():
 SHORTER = {
     "playground": ["--help"],  # serves until it is interrupted
     "sample": ["--num_samples", "4", "--batch_size", "2", "--respacing", "2", "--progress", "off"],
-    "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"],
+    "fit": [
+        *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.precision", "32-true"),  # many CPUs emulate 16 bits
+    ],
     "validate": ["--data.num_validation", "32"],
     "push": ["--output", "hub"],
     "test": ["--data.num_validation", "9968"],

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from sagl.callbacks.checkpointing import AtomicCheckpointIO
 from sagl.errors import UserError, require
 from sagl.settings.sampling import Accelerator, DeviceSettings
-from sagl.utils.distributed import report_unused_gpu, require_launcher, select_device
-from sagl.utils.environment import gpu_has_bfloat16
+from sagl.utils.distributed import global_rank, report_unused_gpu, require_launcher, select_device
+from sagl.utils.environment import gpu_has_bfloat16, has_fast_bfloat16
 
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
@@ -77,8 +77,11 @@ def select_accelerator(accelerator: str, precision: str) -> str:
     device = select_device(DeviceSettings(accelerator=ACCELERATORS[accelerator]))
     if accelerator == "auto":
         report_unused_gpu(device)
-    if precision.startswith("bf16") and device.type == "cuda" and not gpu_has_bfloat16(device):
-        print(f"`trainer.precision` {precision} is slow on this GPU, which does not compute in bfloat16: use 16-mixed.")
+    is_gpu = device.type == "cuda"
+    is_slow = precision.startswith("bf16") and not (gpu_has_bfloat16(device) if is_gpu else has_fast_bfloat16())
+    if is_slow and global_rank() == 0:
+        name, other = ("GPU", "16-mixed") if is_gpu else ("CPU", "32-true")
+        print(f"`trainer.precision` {precision} is slow: this {name} has no bfloat16 instructions. Use {other}.")
     return device.type
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sagl.training.trainer import build_trainer, select_accelerator, trainer_errors
+from sagl.utils import environment
 from tests.helpers.errors import refused
 
 
@@ -9,13 +10,34 @@ from tests.helpers.errors import refused
     ("accelerator", "available", "expected"),
     [("auto", True, "cuda"), ("gpu", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu")],
 )
-def test_the_accelerator_is_a_gpu_of_cuda_or_the_cpu(accelerator, available, expected, monkeypatch, capsys):
+def test_the_accelerator_is_a_gpu_of_cuda_or_the_cpu(accelerator, available, expected, monkeypatch):
     """Lightning alone would choose an Apple GPU, which has no float64."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     assert select_accelerator(accelerator, "bf16-mixed") == expected
-    assert ("bf16-mixed" in capsys.readouterr().out) == (expected == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "flags", "precision", "other"),
+    [
+        ("cpu", {"avx2"}, "bf16-mixed", "32-true"),
+        ("cpu", {"avx2"}, "32-true", None),
+        ("cpu", {"avx512_bf16"}, "bf16-mixed", None),
+        ("gpu", {"avx512_bf16"}, "bf16-mixed", "16-mixed"),
+        ("gpu", {"avx512_bf16"}, "16-mixed", None),
+    ],
+)
+def test_a_precision_that_the_device_emulates_is_named_with_a_faster_one(
+    accelerator, flags, precision, other, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    monkeypatch.setattr(environment, "_cpu_flags", lambda: flags)
+    select_accelerator(accelerator, precision)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(f"Use {other}.") for line in lines] == ([True] if other else [])
 
 
 def test_several_nodes_need_a_launcher(monkeypatch):
