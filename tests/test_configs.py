@@ -9,7 +9,6 @@ import yaml
 
 from sagl.commands._config import parse_sample_config
 from sagl.commands.fit import put_configs_first, training_kind, training_parser
-from sagl.commands.training import prepare_fit
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import build_network, meta_state_dict, read_checkpoint
@@ -19,6 +18,7 @@ from sagl.settings.compatibility import check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import ClassifierSettings, UNetSettings
+from tests.helpers.training import prepare_training
 
 PAPER = {
     "imagenet256_uncond": (0.5, "output.2", 9.0),
@@ -46,7 +46,7 @@ def instantiate(file, tmp_path):
     arguments = ["--config", str(file), "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     parser = training_parser("fit", kind=training_kind(arguments), full=True)
     with torch.device("meta"):
-        return prepare_fit(parser, parser.parse(arguments))
+        return prepare_training(parser, arguments)
 
 
 def test_there_are_configs_of_the_papers_networks_and_of_small_images():
@@ -79,7 +79,7 @@ def test_the_head_of_the_configuration_is_for_the_guidance_that_the_bundled_netw
     arguments = ["--config", HEAD, "--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     arguments = put_configs_first(arguments)
     parser = training_parser("fit", kind=training_kind(arguments), full=True)
-    run = prepare_fit(parser, parser.parse(arguments))
+    run = prepare_training(parser, arguments)
     recommended = parse_sample_config(["--model", "emoji"]).guidances["sag"]
     assert run.module.hparams["recommended"] == {"sag": recommended.weak_prediction_settings}
     assert is_same_network(run.module.network.settings.network_rms, build_network(read_checkpoint(BUNDLED["emoji"])))

@@ -8,6 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.utils.data import DataLoader
 
+from sagl.commands._parser import from_namespace
+from sagl.settings.training import CheckpointSettings
+from sagl.training.setup import prepare_fit
 from tests.helpers.networks import draw_weights
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -107,3 +110,9 @@ def fit_line(*, callbacks, ckpt_path=None, **options):
     line, run = Line(), trainer(callbacks=callbacks, **options)
     run.fit(line, line_data(), line_data(4), ckpt_path=ckpt_path)
     return line, run
+
+
+def prepare_training(parser, arguments):
+    """Return module, data and trainer of a command line of `sagl fit`."""
+    config = parser.parse(arguments)
+    return prepare_fit(parser, config, from_namespace(CheckpointSettings, config))

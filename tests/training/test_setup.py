@@ -1,0 +1,55 @@
+"""Devices, strategies and batches of a training, which are chosen before Lightning's Trainer is built."""
+
+import pytest
+import torch
+
+from sagl.commands.fit import rename_network_flags, training_parser
+from sagl.errors import UserError
+from tests.helpers.training import prepare_training
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Parse flags of a training on meta tensors, and return its trainer, module and data."""
+
+    def parse(*flags):
+        parser = training_parser("fit", full=True)
+        arguments = ["--config", "configs/lsun_cat.yaml", "--output", str(tmp_path / "run"), *flags]
+        with torch.device("meta"):
+            return prepare_training(parser, arguments)
+
+    return parse
+
+
+CPU = ("--trainer.accelerator", "cpu")
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "accumulated"), [(1, 8, 32), (2, 8, 16), (4, 64, 1)])
+def test_accumulation_follows_from_the_global_batch_and_the_processes(devices, batch_size, accumulated, setup):
+    flags = ("--trainer.devices", str(devices), "--data.batch_size", str(batch_size), "--trainer.strategy", "ddp")
+    assert setup(*CPU, *flags).trainer.accumulate_grad_batches == accumulated
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--data.batch_size", "3"), ("global_batch_size", "256", "3")),
+        (("--global_batch_size", "4"), ("global_batch_size", "4", "8")),
+        (("--trainer.accumulate_grad_batches", "2"), ("accumulate_grad_batches", "global_batch_size", "2")),
+        (("--trainer.strategy", "fsdp"), ("trainer.strategy", "fsdp")),
+        (("--trainer.strategy", "deepspeed_stage_2"), ("trainer.strategy", "deepspeed_stage_2")),
+        (("--trainer.accelerator", "mps"), ("trainer.accelerator", "mps")),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(flags, names, setup):
+    with pytest.raises(UserError) as error:
+        setup(*CPU, *flags)
+    assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize("flag", ["model.use_checkpoint", "model.network.use_checkpoint"])
+def test_checkpoints_of_activations_can_be_chosen_for_a_named_network(flag, setup):
+    for value in (True, False):
+        arguments = rename_network_flags([f"--{flag}", str(value).lower()])
+        network = setup(*CPU, *arguments).module.network
+        assert network.settings.use_checkpoint == network.middle_block.use_checkpoint == value
