@@ -2,23 +2,11 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from sagl.commands._parser import Parser
 from sagl.errors import require
-from sagl.evaluation.metric_display import format_value, metric_name
-from sagl.evaluation.results import read_results
-from sagl.guidance.registry import GUIDANCES
 from sagl.models.hub_files import HUB_PREFIX, hub_errors, is_reachable, require_repository
-from sagl.sampling.run_folder import is_run, read_run_json
-from sagl.utils.config_files import flatten
 from sagl.utils.files import require_unused
-
-SAMPLING_SETTINGS = ("sampler", "respacing", "eta", "clip_x0", "labels", "seed", "precision")
-"""Settings of a run that its model card shows, besides those of the guidance that is on."""
-
-FILE_SETTINGS = ("checkpoint", "direction_head")
-"""Ends of the names of settings that are paths."""
 
 
 def push_parser() -> Parser:
@@ -47,86 +35,17 @@ def main(arguments: list[str]) -> None:
     with hub_errors(args.repository, "repository"):
         import huggingface_hub
 
+        from sagl.evaluation.hub_folder import write_hub_folder
+
+        options = {"licence": args.licence, "weights": args.weights}
         if args.output is not None:
-            write_files(args, Path(args.output))
+            write_hub_folder(Path(args.output), args.run, args.repository, **options)
             print(f"{args.output}: the files of {args.repository}. Nothing was uploaded.")
             return
         require(is_reachable(), f"`repository` {args.repository} needs the Hub, which does not answer. See `output`.")
         with TemporaryDirectory() as name:
-            write_files(args, Path(name))
+            write_hub_folder(Path(name), args.run, args.repository, **options)
             api = huggingface_hub.HfApi()
             api.create_repo(args.repository, private=args.private or None, exist_ok=True)
             api.upload_folder(repo_id=args.repository, folder_path=name, commit_message="Upload with sagl push")
     print(f"{args.repository} is on the Hub: sagl sample --model {HUB_PREFIX}{args.repository}")
-
-
-def write_files(args: Any, folder: Path) -> None:  # noqa: ANN401 (the parser's namespace)
-    """Write weights, settings and model card into a folder.
-
-    Raises:
-        UserError: the network or the run cannot be read.
-    """
-    from sagl.models.conversion import read_network
-    from sagl.models.hub import HubUNet
-    from sagl.settings.network import UNetSettings
-
-    source = Path(args.run)
-    metadata = read_run_json(source, "run") if is_run(source) else {}
-    weights = metadata.get("settings", {}).get("weights", args.weights)
-    last = source / "checkpoints" / "last.ckpt"
-    checkpoint = metadata.get("checkpoint") or (str(last) if last.is_file() else args.run)
-    network = read_network(checkpoint, weights, metadata.get("model"))
-    require(
-        isinstance(network.model_settings, UNetSettings),
-        f"`run` must be a diffusion model, and {args.run} is a classifier or a head.",
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = find_grid(source)
-    if grid is not None:
-        (folder / "grid.png").write_bytes(grid.read_bytes())
-    card = {
-        "licence": args.licence,
-        "repo_id": args.repository,
-        "has_grid": grid is not None,
-        "sampling": sampling_settings(metadata),
-        "metrics": metrics(source) if metadata else [],
-    }
-    HubUNet.from_checkpoint(network).save_pretrained(folder, model_card_kwargs=card)
-
-
-def find_grid(run: Path) -> Path | None:
-    """Return the grid of a sampling run, or the last preview of a training; None if there is none."""
-    previews = sorted(run.glob("previews/step_*.png"), key=lambda path: path.stat().st_mtime)
-    return next((path for path in (run / "grid.png", *reversed(previews)) if path.is_file()), None)
-
-
-def sampling_settings(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of sampler and guidance of a run, without paths."""
-    settings = flatten(metadata.get("settings", {}))
-    shown = {name: settings[name] for name in SAMPLING_SETTINGS if name in settings}
-    for name, value in settings.items():
-        group, _, key = name.partition(".")
-        if group in GUIDANCES and settings.get(f"{group}.scale") and not key.endswith(FILE_SETTINGS):
-            default = GUIDANCES[group].settings_class()
-            shown |= {name: value} if value != _as_json(getattr(default, key, None)) else {}
-    return shown
-
-
-def _as_json(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    """Return the rows of the table of metrics of a run that was evaluated: names of references, without their paths.
-
-    Raises:
-        UserError: the file with the results is damaged.
-    """
-    rows = []
-    for result in read_results(run):
-        condition = f"{result.num_samples:,} images, {Path(result.reference).name}, {result.extractor}"
-        for name, value in result.values.items():
-            low_high = [format_value(name, bound) for bound in result.intervals.get(name, ())]
-            interval = f" ({' … '.join(low_high)})" if low_high else ""
-            rows.append({"name": metric_name(name), "value": format_value(name, value) + interval, "of": condition})
-    return rows

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagl.commands._config import network_parser, parse_sample_config, sample_parser
@@ -10,8 +9,6 @@ from sagl.commands._parser import Parser, field_names, from_namespace
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import default_reference
-from sagl.sampling.run import SampleConfig, SamplingRun
-from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import global_rank, launch, refuse_on_all_ranks
 from sagl.utils.environment import disable_malloc_trim
@@ -52,17 +49,14 @@ def main(arguments: list[str]) -> None:
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
     settings, tuning = from_namespace(TuningSettings, flags), None
     disable_malloc_trim()
+    from sagl.evaluation.tuning import Tuning
+
     with ExitStack() as stack:
         if global_rank() == 0:
             with refuse_on_all_ranks(config.devices):
                 stack.enter_context(lock_folder(config.output))
-                tuning = plan(
-                    config,
-                    settings,
-                    flags.search or (),
-                    flags.reference or default_reference(config.model),
-                    flags.extractor,
-                )
+                reference = flags.reference or default_reference(config.model)
+                tuning = Tuning.plan(config, settings, parse_search(flags.search or ()), reference, flags.extractor)
         with launch(config.devices) as ranks:
             tuning = ranks.broadcast(tuning)
             study, comparison = tuning.open(config.output / "features", ranks)
@@ -79,39 +73,6 @@ def main(arguments: list[str]) -> None:
         write_results(tuning, result, config.output)
         print_report(build_report(tuning, result))
         print(f"\nPlot: {config.output / PAGE_FILE}. Sample: sagl sample --config {config.output / CONFIG_FILE}")
-
-
-def plan(
-    config: SampleConfig,
-    settings: TuningSettings,
-    search: Sequence[Sequence[str]],
-    reference: str,
-    extractor: str | None,
-) -> "Tuning":
-    """Check the request, and return the planned search.
-
-    Raises:
-        UserError: the search space, the network or the reference is invalid.
-    """
-    from sagl.evaluation.evaluate import default_extractor
-    from sagl.evaluation.tuning import Tuning, default_space, make_candidates
-
-    num_samples = config.samples.num_samples
-    require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
-    run = SamplingRun.without_folder(config)
-    space = default_space(settings.method, run.network) | parse_search(search)
-    candidates = make_candidates(run, space, settings.candidates)
-    require(bool(candidates), f"`search` must have a setting of scale above 0, got {space}.")
-    extraction = ExtractionSettings(extractor=extractor, progress=config.progress)
-    return Tuning(
-        run=run,
-        space=space,
-        candidates=candidates,
-        settings=settings,
-        reference=reference,
-        extraction=extraction,
-        extractor=extractor or default_extractor(Path(reference)),
-    )
 
 
 def parse_search(search: Sequence[Sequence[str]]) -> dict[str, tuple[Any, ...]]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sagl.errors import require
+from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.reference import load_reference
 from sagl.evaluation.study import Comparison, Measurement, Setting, Study
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import with_default_classifier
-from sagl.sampling.run import SamplingRun
+from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.compatibility import check_labels
 from sagl.settings.evaluation import ExtractionSettings, MetricSettings
 from sagl.settings.network import UNetSettings
@@ -77,6 +78,38 @@ class Tuning:
     """An image set, or a statistics file."""
     extraction: ExtractionSettings
     extractor: str
+
+    @classmethod
+    def plan(
+        cls, config: SampleConfig, settings: TuningSettings, search: Space, reference: str, extractor: str | None = None
+    ) -> "Tuning":
+        """Check a request, and return the planned search.
+
+        Args:
+            config: network, sampler and samples.
+            settings: method and sizes of the search.
+            search: values to try, in place of those of the method and in addition to them.
+            reference: an image set, or a statistics file.
+            extractor: feature extractor; None: that of the reference.
+
+        Raises:
+            UserError: the search space, the network or the reference is invalid.
+        """
+        num_samples = config.samples.num_samples
+        require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
+        run = SamplingRun.without_folder(config)
+        space = {**default_space(settings.method, run.network), **search}
+        candidates = make_candidates(run, space, settings.candidates)
+        require(bool(candidates), f"`search` must have a setting of scale above 0, got {space}.")
+        return cls(
+            run=run,
+            space=space,
+            candidates=candidates,
+            settings=settings,
+            reference=reference,
+            extraction=ExtractionSettings(extractor=extractor, progress=config.progress),
+            extractor=extractor or default_extractor(Path(reference)),
+        )
 
     @property
     def rounds(self) -> list[tuple[int, range]]:

@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from sagl.commands.push import sampling_settings
 from sagl.models.checkpoints import read_checkpoint, write_checkpoint
 from tests.helpers.commands import exit_code
 from tests.helpers.hub_server import TOKEN, hub_server
@@ -102,23 +101,6 @@ def test_a_repository_without_a_network_is_refused(hub, run):
     assert (code, "model.safetensors" in output) == (2, True), output
 
 
-def test_the_card_has_the_metrics_of_an_evaluated_run_without_paths(tmp_path):
-    from sagl.commands.push import metrics
-    from sagl.evaluation.results import EvaluationResult, save_result
-
-    result = EvaluationResult(
-        extractor="effnet_lite0_64",
-        reference="/home/someone/flowers_test",
-        num_samples=1000,
-        values={"fd": 12.345},
-        intervals={"fd": (11.0, 13.0)},
-    )
-    save_result(tmp_path, result)
-    (row,) = metrics(tmp_path)
-    assert row["value"] == "12.35 (11.00 … 13.00)" or row["value"] == "12.34 (11.00 … 13.00)"
-    assert row["of"] == "1,000 images, flowers_test, effnet_lite0_64"
-
-
 def test_files_can_be_written_without_an_upload(run, weights, tmp_path):
     (tmp_path / "previews").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "grid.png")
@@ -137,8 +119,3 @@ def test_a_damaged_description_of_a_run_is_refused(changes, tmp_path, capsys):
     assert exit_code("push", run, "a/b", "--licence", "mit", "--output", tmp_path / "new") == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_the_card_shows_no_paths_of_the_machine():
-    settings = {"sag": {"scale": 0.5, "direction_head": "/home/me/head.safetensors", "dino_checkpoint": "/home/me/d"}}
-    assert sampling_settings({"settings": settings | {"pag": 3}}) == {"sag.scale": 0.5}
