@@ -7,7 +7,6 @@ import torch
 from sagl.errors import require
 from sagl.models.checkpoints import (
     NetworkWeights,
-    check_state_dict,
     in_dtype,
     meta_state_dict,
     read_checkpoint,
@@ -16,6 +15,7 @@ from sagl.models.checkpoints import (
 from sagl.models.diffusers import read_diffusers, write_diffusers
 from sagl.models.loading import load
 from sagl.models.metadata import SAFETENSORS
+from sagl.models.state_dicts import check_state_dict
 from sagl.models.zoo import get_settings
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import NetworkSettings

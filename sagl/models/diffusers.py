@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, save_tensors
+from sagl.models.checkpoints import NetworkWeights, meta_state_dict, save_tensors
 from sagl.models.diffusers_parameters import diffusers_names, head_width, join_parts, rename_parameters
 from sagl.models.metadata import build_settings, require_recommended
+from sagl.models.state_dicts import check_state_dict
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.utils.files import atomic_folder

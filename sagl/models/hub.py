@@ -11,11 +11,11 @@ from sagl.models.adm import UNet
 from sagl.models.checkpoints import (
     NetworkWeights,
     build_network,
-    check_state_dict,
     read_state_dict,
     write_checkpoint,
 )
 from sagl.models.hub_files import WEIGHT_FILE
+from sagl.models.state_dicts import check_state_dict
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.utils.config_files import flatten

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from sagl.errors import UserError, require
-from sagl.models.checkpoints import NetworkWeights, check_state_dict, meta_state_dict, read_checkpoint
+from sagl.models.checkpoints import NetworkWeights, meta_state_dict, read_checkpoint
 from sagl.models.hub_files import download_from_hub, is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
+from sagl.models.state_dicts import check_state_dict
 from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.download import download

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.network import ClassifierSettings, HeadSettings, NetworkSettings, UNetSettings
+from sagl.settings.network import SETTINGS_CLASSES, NetworkSettings
 
 Settings = TypeVar("Settings")
 
@@ -21,12 +21,6 @@ METADATA_KEY = "sagl"
 """Key of the JSON metadata in the header of a safetensors file."""
 DIGEST_KEY = "sha256"
 """Key of the digest of metadata and weights, as a safetensors file has no checksum of its own."""
-SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {
-    "network": UNetSettings,
-    "classifier": ClassifierSettings,
-    "direction_head": HeadSettings,
-}
-"""Keys of the network settings in the metadata; a file has one of them."""
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library on the header of a file."""
 TRAINING_ONLY = ("dropout", "use_checkpoint")
@@ -42,9 +36,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         UserError: The file is damaged, or its recommended settings are not a mapping.
     """
     if path.suffix == ".ckpt" and path.is_file():
-        from sagl.models.checkpoints import read_hyperparameters
+        from sagl.models.pickles import hyperparameters_of, load_pickle
 
-        return read_hyperparameters(path)
+        metadata = hyperparameters_of(load_pickle(path))
+        require_recommended(metadata, path)
+        return metadata
     if path.suffix != SAFETENSORS or not path.is_file():
         return {}
     try:

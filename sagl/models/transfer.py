@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sagl.errors import require
 from sagl.models.adm import Classifier, UNet
-from sagl.models.checkpoints import check_state_dict, read_state_dict
+from sagl.models.checkpoints import read_state_dict
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
+from sagl.models.state_dicts import check_state_dict
 from sagl.settings.network import UNetSettings
 
 LABELS = "label_emb.weight"

@@ -284,3 +284,11 @@ class HeadSettings:
 
 NetworkSettings = UNetSettings | ClassifierSettings | HeadSettings
 """Settings of any kind of network."""
+
+
+SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {
+    "network": UNetSettings,
+    "classifier": ClassifierSettings,
+    "direction_head": HeadSettings,
+}
+"""Keys of the network settings in the metadata; a file has one of them."""

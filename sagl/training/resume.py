@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from sagl.errors import UserError, require
-from sagl.models.metadata import SETTINGS_CLASSES, TRAINING_ONLY
+from sagl.models.metadata import TRAINING_ONLY
+from sagl.settings.network import SETTINGS_CLASSES
 from sagl.utils.config_files import flatten
 from sagl.utils.distributed import global_rank
 

@@ -14,7 +14,7 @@ from sagl.callbacks.loss_table import LossTable
 from sagl.callbacks.sag_sampling import SAGPreviews
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
-from sagl.models.checkpoints import load_training_checkpoint
+from sagl.models.pickles import load_training_checkpoint
 from sagl.modules.classifier_module import ClassifierModule
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.direction_head_module import DirectionHeadModule

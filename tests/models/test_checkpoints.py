@@ -14,10 +14,10 @@ from sagl.models.checkpoints import (
     build_network,
     cast_weights,
     in_dtype,
-    load_training_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
+from sagl.models.pickles import load_training_checkpoint
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.errors import refused
 from tests.helpers.networks import (
