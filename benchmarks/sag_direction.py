@@ -108,14 +108,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.plot(timesteps, [r["explained_per_sample"] for r in rows], "s--", label="explained part of the energy")
     left.set(xlabel="timestep (noise on the right)", ylim=(0, 1.35), title="SAG's direction as an unsharp mask")
     left.legend(loc="upper left")
-    for axes, r in zip(others, (rows[0], rows[len(rows) // 2], rows[-2]), strict=True):
+    shown = (rows[0], rows[len(rows) // 2], rows[-2])
+    top = 1.05 * max(sum(parts) for r in shown for parts in zip(r["unsharp_bands"], r["rest_bands"], strict=True))
+    for axes, r in zip(others, shown, strict=True):
         axes.bar(range(BANDS), r["unsharp_bands"], label="unsharp mask")
         axes.bar(range(BANDS), r["rest_bands"], bottom=r["unsharp_bands"], label="rest")
         names = [f"{b / BANDS:g}–{(b + 1) / BANDS:g}" for b in range(BANDS)]
         axes.set_xticks(range(BANDS), names, rotation=60)
-        axes.set(title=f"timestep {r['timestep']}", xlabel="frequency / Nyquist", ylim=(0, 0.5))
+        axes.set(title=f"timestep {r['timestep']}", xlabel="frequency / Nyquist", ylim=(0, top))
     others[0].set_ylabel("part of the energy of the direction")
-    others[0].legend(loc="upper left")
+    figure.legend(*others[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=120)
 
 
