@@ -76,7 +76,7 @@ def study_network(
     run = SamplingRun.without_folder(config)
     space = parse_search(flags.search)
     candidates, samples = make_candidates(run, space, ALL), run.config.samples
-    reference = flags.reference or default_reference(config.model)
+    reference = flags.reference or default_reference(config.source.model)
     ids = range(samples.first_id, samples.first_id + samples.num_samples)
     tuning = Tuning(
         run=run,

@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     parser = methods_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
-    run, reference = SamplingRun.without_folder(config), flags.reference or default_reference(config.model)
+    run, reference = SamplingRun.without_folder(config), flags.reference or default_reference(config.source.model)
     tuning = Tuning(
         run=run,
         space={},

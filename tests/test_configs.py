@@ -103,8 +103,8 @@ def test_networks_of_the_paper_are_sampled_with_the_settings_of_table_7(name):
     expected = SelfAttentionGuidance(scale=scale, site=site, threshold=1.0, blur_sigma=blur_sigma, kernel_size=31)
     for flags in (["--config", name], ["--model", name]):
         config = parse_sample_config(flags)
-        assert config.model == name
-        assert config.network == RELEASED[name].settings
+        assert config.source.model == name
+        assert config.source.network == RELEASED[name].settings
         assert config.guidances["sag"] == expected
         assert (config.sampler.sampler, config.sampler.respacing) == ("ddpm", "250")
         classifier = ("imagenet128_classifier", 0.5) if name == "imagenet128" else (None, 0.0)

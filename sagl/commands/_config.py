@@ -108,24 +108,24 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         f"`config` must describe a diffusion model, and {config_names} describes a classifier. Classifiers go into "
         "`classifier.checkpoint`.",
     )
-    network = resolve_network(
+    source = resolve_network(
         flags.model or model.get("network"),
         flags.checkpoint or sampling.get("checkpoint"),
         model.get("diffusion"),
         flags.weights or sampling.get("weights") or "ema",
     )
-    recommended = recommended_settings(network.model, network.checkpoint)
+    recommended = recommended_settings(source.model, source.checkpoint)
     set_recommended_defaults(p, recommended)
     known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
     _set_defaults(p, known, f"`config` {config_names}: ")
     if recommended or known:  # the first parse found the network, this one has the new defaults
         flags = p.parse(arguments)
     guidances = {
-        name: with_default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), network.model)
+        name: with_default_classifier(from_namespace(entry.settings_class, flags[name], f"{name}."), source.model)
         for name, entry in GUIDANCES.items()
     }
     return SampleConfig(
-        **network._asdict(),
+        source=source,
         output=Path(flags.get("output", "samples")),
         compare=flags.get("compare", False),
         exports=tuple(name.strip() for name in flags.get("exports", "").strip("[]").split(",") if name.strip()),

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
             figure=figure,
             progress=progress,
             object_masks=flags.object_masks,
-            classifier=classifier.checkpoint or BUNDLED_CLASSIFIERS.get(config.model or ""),
+            classifier=classifier.checkpoint or BUNDLED_CLASSIFIERS.get(config.source.model or ""),
         )
         command = shlex.join(["sagl", "analyze", *arguments])
         numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})

@@ -19,11 +19,10 @@ from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduct
 from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
 from sagl.evaluation.results import read_results
 from sagl.models.hub_files import is_hub_name
-from sagl.models.metadata import WEIGHT_SUFFIXES, read_metadata, settings_from_metadata
+from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.sources import resolve_network
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
 from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_image_set
-from sagl.settings.network import NetworkSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.utils.distributed import has_launched_peers, num_processes
 from sagl.utils.run_lock import lock_folder
@@ -106,12 +105,7 @@ def _target(args: Namespace) -> Target:
         return target
     is_file = Path(model).suffix in WEIGHT_SUFFIXES and not is_hub_name(model)
     source = resolve_network(None if is_file else model, model if is_file else None)
-    network: NetworkSettings | None = source.network
-    if network is None:
-        assert source.checkpoint is not None
-        network = settings_from_metadata(read_metadata(source.checkpoint), source.checkpoint)[0]
-    require(isinstance(network, UNetSettings), f"`model` must be a diffusion model, got {model}, which is none.")
-    assert isinstance(network, UNetSettings)
+    network, _ = source.read_settings()
     return replace(
         target,
         name=model,

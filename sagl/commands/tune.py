@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         if global_rank() == 0:
             with refuse_on_all_ranks(config.devices):
                 stack.enter_context(lock_folder(config.output))
-                reference = flags.reference or default_reference(config.model)
+                reference = flags.reference or default_reference(config.source.model)
                 tuning = Tuning.plan(config, settings, parse_search(flags.search or ()), reference, flags.extractor)
         with launch(config.devices) as ranks:
             tuning = ranks.broadcast(tuning)

@@ -95,8 +95,9 @@ class Study:
         identity = {name: value for name, value in config.image_settings.items() if name not in varying}
         identity |= {"weights_sha256": sha256(run.checkpoint), "extractor": extraction.name}
         identity["batch_size"] = config.samples.effective_batch_size
-        if config.network is not None:  # the weight file does not contain them
-            identity |= {"network": asdict(config.network), "diffusion": config.diffusion and asdict(config.diffusion)}
+        network, diffusion = config.source.network, config.source.diffusion
+        if network is not None:  # the weight file does not contain them
+            identity |= {"network": asdict(network), "diffusion": diffusion and asdict(diffusion)}
         return cls(
             folder=folder,
             pipeline=run.build_pipeline(extraction.ranks.device).unguided,

@@ -214,7 +214,7 @@ def make_candidates(run: SamplingRun, space: Space, max_candidates: int) -> list
         guidances = dict(config.guidances)
         for name, value in zip(space, values, strict=True):
             group, _, field = name.partition(".")
-            guidances[group] = with_default_classifier(replace(guidances[group], **{field: value}), config.model)
+            guidances[group] = with_default_classifier(replace(guidances[group], **{field: value}), config.source.model)
         candidates.append(Setting(sampler=config.sampler, guidances=guidances))
     for candidate in candidates:
         check_labels(config.samples, run.network, candidate.guidances)

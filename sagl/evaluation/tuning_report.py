@@ -63,10 +63,10 @@ def _describe(best: Measurement, other: Measurement, name: str) -> str:
 
 def format_config(tuning: Tuning, result: TuningResult) -> str:
     """Return the best candidate as a config for `sagl sample`, with the report as a comment."""
-    config = tuning.run.config
-    network: dict[str, Any] = {"model": {"network": config.model}} if config.model else {}
-    if config.checkpoint is not None and config.checkpoint not in BUNDLED.values():
-        network |= {"checkpoint": str(config.checkpoint.resolve()), "weights": config.weights}
+    config, source = tuning.run.config, tuning.run.config.source
+    network: dict[str, Any] = {"model": {"network": source.model}} if source.model else {}
+    if source.checkpoint is not None and source.checkpoint not in BUNDLED.values():
+        network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
     settings = network | {"labels": config.samples.labels} | result.best.setting.values
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
     return comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -122,7 +122,7 @@ def build_report(tuning: Tuning, result: TuningResult) -> Report:
     """Return the page of a search: the report on fresh ids, the candidates, and a plot of the rounds."""
     recommended = yaml.safe_dump(result.best.setting.values, default_flow_style=True, width=1000)
     return Report(
-        title=f"Guidance settings for {tuning.run.config.model or tuning.run.checkpoint.name}",
+        title=f"Guidance settings for {tuning.run.config.source.model or tuning.run.checkpoint.name}",
         warnings=(*describe_result(tuning, result), f"Recommended: {recommended}"),
         tables=(report_table(tuning, result), candidates_table(tuning, result)),
         plot=plot_rounds(tuning, result),

@@ -1,8 +1,11 @@
-"""Resolve a model name, a weight file or settings to a network."""
+"""Resolve a model name, a weight file or settings to a network.
+
+torch is imported inside the functions that read weights, so that a request can be refused before it is loaded.
+"""
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sagl.errors import require
 from sagl.models.hub_files import download_from_hub, is_hub_name
@@ -18,6 +21,9 @@ from sagl.models.zoo import (
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 
+if TYPE_CHECKING:
+    from sagl.models.checkpoints import NetworkWeights
+
 
 class NetworkSource(NamedTuple):
     """Name, weight file and settings of a network whose weights have not been read."""
@@ -32,6 +38,51 @@ class NetworkSource(NamedTuple):
     """Network settings; None if the weight file contains them."""
     diffusion: DiffusionSettings | None
     """Diffusion process of training; None for that of the weight file."""
+
+    def read_settings(self) -> tuple[UNetSettings, DiffusionSettings]:
+        """Return the settings of network and diffusion process; the weights are read only if nothing else has them.
+
+        Raises:
+            UserError: the weight file is damaged, or of a classifier or a head.
+        """
+        if self.network is not None:
+            return self.network, self.diffusion or DiffusionSettings()
+        assert self.checkpoint is not None
+        if metadata := read_metadata(self.checkpoint):
+            settings, diffusion = settings_from_metadata(metadata, self.checkpoint)
+        else:
+            checkpoint = self.read_weights(self.checkpoint)
+            settings, diffusion = checkpoint.model_settings, checkpoint.diffusion
+        require(
+            isinstance(settings, UNetSettings),
+            f"`checkpoint` must be a diffusion model, and {self.checkpoint} is a classifier or a head, "
+            "which go into `classifier.checkpoint` and `sag.direction_head`.",
+        )
+        assert isinstance(settings, UNetSettings)
+        return settings, diffusion
+
+    def find_file(self) -> Path:
+        """Return the weight file; that of a released network is downloaded if it is not in the cache.
+
+        Raises:
+            UserError: it cannot be downloaded.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint
+        from sagl.models.loading import download_pretrained
+
+        assert self.model is not None
+        return download_pretrained(self.model)
+
+    def read_weights(self, file: Path) -> "NetworkWeights":
+        """Read the weights of the file.
+
+        Raises:
+            UserError: the file is damaged, or does not fit the settings.
+        """
+        from sagl.models.checkpoints import read_checkpoint
+
+        return read_checkpoint(file, self.weights, self.network, self.diffusion)
 
 
 def resolve_network(

@@ -33,24 +33,24 @@ for ids in id_batches(samples):
 
 def python_text(run: SamplingRun) -> str:
     """Return a program that writes the images of a run as PNG files named by their ids."""
-    config, device = run.config, select_device(run.config.devices).type
+    config, source, device = run.config, run.config.source, select_device(run.config.devices).type
     guidances = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
     has_heads = any(guidance.direction_head for guidance in guidances.values())
     classes = [type(guidance).__name__ for guidance in guidances.values()]
     imports = ["from sagl import SamplerSettings, build_network, build_pipeline, load"]
     imports += [f"from sagl.settings.guidance import {', '.join(sorted(classes))}"] if classes else []
-    load = f"load({str(run.checkpoint)!r}, {config.weights!r})"
-    if config.model is not None and config.checkpoint in (None, BUNDLED.get(config.model)):
-        load = f"load({config.model!r})"
-    elif config.network is not None:
+    load = f"load({str(run.checkpoint)!r}, {source.weights!r})"
+    if source.model is not None and source.checkpoint in (None, BUNDLED.get(source.model)):
+        load = f"load({source.model!r})"
+    elif source.network is not None:
         imports[0] = imports[0].removesuffix(", load")
         imports += ["from sagl.models.checkpoints import read_checkpoint"]
         imports += [
             "from sagl.settings.diffusion import DiffusionSettings",
             "from sagl.settings.network import UNetSettings",
         ]
-        settings = f"{config.network!r}, {config.diffusion!r}"
-        load = f"read_checkpoint(Path({str(run.checkpoint)!r}), {config.weights!r}, {settings})"
+        settings = f"{source.network!r}, {source.diffusion!r}"
+        load = f"read_checkpoint(Path({str(run.checkpoint)!r}), {source.weights!r}, {settings})"
     setup = "from sagl.utils.environment import disable_tf32\n\ndisable_tf32()" if device == "cuda" else ""
     return TEMPLATE.format(
         imports="\n".join(imports),

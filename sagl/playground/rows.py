@@ -133,7 +133,7 @@ class RowSampler:
 
     def _load(self, run: SamplingRun) -> tuple[UNet, DiffusionSettings]:
         """Return the network of a run; only the last one is kept."""
-        key = f"{file_version(run.checkpoint)!r} {run.config.weights} {run.config.network} {run.config.devices}"
+        key = f"{file_version(run.checkpoint)!r} {run.config.source} {run.config.devices}"
         if self._network is None or self._network[0] != key:
             self._network = None  # frees its memory first
             self._network = (key, *run.load_network(select_device(run.config.devices)))
@@ -173,5 +173,5 @@ def _sample_row(run: SamplingRun, pipeline: SamplingPipeline, put: Callable[[Fra
 
 def _row_key(run: SamplingRun) -> str:
     samples = run.config.samples
-    settings = [run.config.image_settings, samples.num_samples, samples.batch_size, repr(run.config.network)]
+    settings = [run.config.image_settings, samples.num_samples, samples.batch_size, repr(run.config.source.network)]
     return json.dumps([repr(file_version(run.checkpoint)), *settings], sort_keys=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sagl
 from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
-from sagl.models.metadata import read_metadata, settings_from_metadata
+from sagl.models.sources import NetworkSource
 from sagl.sampling.choices import choose_batch_size, choose_precision
 from sagl.sampling.run_folder import (
     Sample,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     import torch
 
     from sagl.models.adm import UNet
-    from sagl.models.checkpoints import NetworkWeights
     from sagl.sampling.pipeline import SamplingPipeline
 
 EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
@@ -66,16 +65,8 @@ LIBRARIES = ("torch", "torchvision", "numpy")
 class SampleConfig:
     """Everything that a sampling run needs, resolved once from command line, config, weight file and defaults."""
 
-    model: str | None
-    """Name of a pretrained network; None for a network that only `checkpoint` identifies."""
-    checkpoint: Path | None
-    """Weight file; None stands for that of `model`, which is downloaded if necessary."""
-    weights: str
-    """Weights of a training checkpoint: ema, ema:DECAY or raw."""
-    network: UNetSettings | None
-    """Network settings; None if the weight file contains them."""
-    diffusion: DiffusionSettings | None
-    """Diffusion process of training; None if the weight file contains it."""
+    source: NetworkSource
+    """Name, weight file and settings of the network."""
     output: Path
     """Run folder."""
     compare: bool
@@ -108,7 +99,7 @@ class SampleConfig:
             **asdict(self.sampler),
             **{name: asdict(guidance) for name, guidance in self.guidances.items()},
             "precision": self.devices.precision,
-            "weights": self.weights,
+            "weights": self.source.weights,
             **({"compile": True} if self.devices.compile else {}),
         }
 
@@ -157,9 +148,10 @@ class SamplingRun:
         if not is_run(config.output):  # exports of a finished run are the only files that need no writable folder
             require_writable(config.output)
         metadata = read_run_json(config.output)
-        config, network, diffusion, checkpoint = _check_network(config, metadata)
+        network, diffusion, checkpoint = _check_network(config)
+        config = choose_precision(config, metadata)
         settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
-        if config.network is not None:  # the weight file does not contain them
+        if config.source.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
         if heads := _head_digests(config, checkpoint):
             settings["direction_heads"] = heads
@@ -170,7 +162,7 @@ class SamplingRun:
             "num_samples": max(config.samples.num_samples, metadata.get("num_samples", 0)),
             "batch_size": config.samples.effective_batch_size,
             "threads": metadata.get("threads"),
-            "model": config.model,
+            "model": config.source.model,
             "checkpoint": str(checkpoint.resolve()),
             "nfe": metadata.get("nfe", 0),
             "flops": metadata.get("flops", 0),
@@ -191,8 +183,9 @@ class SamplingRun:
             UserError: they are incompatible.
         """
         require_launcher(config.devices)
-        config, network, _, checkpoint = _check_network(config, {})
-        return cls(config=choose_batch_size(config, network, {}), checkpoint=checkpoint, network=network, metadata={})
+        network, _, checkpoint = _check_network(config)
+        config = choose_batch_size(choose_precision(config, {}), network, {})
+        return cls(config=config, checkpoint=checkpoint, network=network, metadata={})
 
     @property
     def folder(self) -> Path:
@@ -249,7 +242,7 @@ class SamplingRun:
         disable_tf32()
         if device.type == "cuda":
             use_deterministic_algorithms()
-        checkpoint = _read_checkpoint(config, self.checkpoint)
+        checkpoint = config.source.read_weights(self.checkpoint)
         assert config.devices.precision != "auto"
         network = cast_weights(build_network(checkpoint), config.devices.precision, device)
         if config.devices.compile:
@@ -336,55 +329,20 @@ class SamplingRun:
             write_run_json(folder, self.metadata)
 
 
-# ------------------------------------------------------------------------------------- weights and choices
+# ------------------------------------------------------------------------------------------------- checks
 
 
-def _check_network(
-    config: SampleConfig, metadata: Mapping[str, Any]
-) -> tuple[SampleConfig, UNetSettings, DiffusionSettings, Path]:
-    """Check a configuration against its network; return it with a precision, the network's settings, and its file.
+def _check_network(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings, Path]:
+    """Check a configuration against its network; return the settings of network and process, and the weight file.
 
     Raises:
         UserError: they are incompatible, or the file cannot be had.
     """
-    network, diffusion = _read_settings(config)
+    network, diffusion = config.source.read_settings()
     check_compatible(network, diffusion, config.guidances)
     check_labels(config.samples, network, config.guidances)
     respaced_timesteps(config.sampler.respacing, diffusion.num_timesteps)  # refuses one that does not fit
-    checkpoint = config.checkpoint or _download(config.model)
-    return choose_precision(config, metadata), network, diffusion, checkpoint
-
-
-def _read_settings(config: SampleConfig) -> tuple[UNetSettings, DiffusionSettings]:
-    """Return the settings of network and process, without reading the weights."""
-    if config.network is not None:
-        return config.network, config.diffusion or DiffusionSettings()
-    assert config.checkpoint is not None
-    if metadata := read_metadata(config.checkpoint):
-        settings, diffusion = settings_from_metadata(metadata, config.checkpoint)
-    else:
-        checkpoint = _read_checkpoint(config, config.checkpoint)
-        settings, diffusion = checkpoint.model_settings, checkpoint.diffusion
-    require(
-        isinstance(settings, UNetSettings),
-        f"`checkpoint` must be a diffusion model, and {config.checkpoint} is a classifier or a head, "
-        "which go into `classifier.checkpoint` and `sag.direction_head`.",
-    )
-    assert isinstance(settings, UNetSettings)
-    return settings, diffusion
-
-
-def _read_checkpoint(config: SampleConfig, path: Path) -> "NetworkWeights":
-    from sagl.models.checkpoints import read_checkpoint
-
-    return read_checkpoint(path, config.weights, config.network, config.diffusion)
-
-
-def _download(model: str | None) -> Path:
-    from sagl.models.loading import download_pretrained
-
-    assert model is not None
-    return download_pretrained(model)
+    return network, diffusion, config.source.find_file()
 
 
 def _sha256(path: Path) -> str:

@@ -72,7 +72,7 @@ def test_the_recommended_config_gives_the_best_candidate_to_sample(tmp_path, arg
     best = results(tmp_path / "a")["report"]["recommended"]["setting"]
     assert json.loads(json.dumps(vars(config.guidances["sag"]))) == best["sag"]
     assert (config.sampler.sampler, config.sampler.respacing, config.samples.labels) == ("ddim", "2", "balanced")
-    assert config.checkpoint == tmp_path / "network.safetensors"
+    assert config.source.checkpoint == tmp_path / "network.safetensors"
     rows = list(csv.DictReader((tmp_path / "a" / "candidates.csv").read_text().splitlines()))
     assert (len(rows), float(rows[0]["sag.scale"]), rows[0]["sag.site"]) == (
         6,

@@ -52,7 +52,7 @@ def test_a_bundled_network_has_the_settings_of_its_config(name):
 @pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
 def test_the_recommended_settings_of_a_bundled_network_are_valid(name):
     config, file = parse_sample_config(["--model", name]), read_checkpoint(BUNDLED[name])
-    assert config.checkpoint == BUNDLED[name]
+    assert config.source.checkpoint == BUNDLED[name]
     network = build_network(file)
     pipeline = build_pipeline(network, file.diffusion, config.sampler, config.guidances)
     start, end = (round(fraction * pipeline.schedule.num_steps) for fraction in config.guidances["sag"].interval)
@@ -74,7 +74,7 @@ def test_the_bundled_classifier_guides_the_bundled_network_by_default(tmp_path):
 
 def test_emoji_without_labels_are_the_default():
     config = parse_sample_config([])
-    assert (config.checkpoint, config.samples.labels) == (BUNDLED[DEFAULT_MODEL], "null")
+    assert (config.source.checkpoint, config.samples.labels) == (BUNDLED[DEFAULT_MODEL], "null")
     assert DEFAULT_MODEL == "emoji"
 
 

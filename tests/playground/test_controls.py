@@ -101,7 +101,7 @@ def test_with_allow_files_networks_and_settings_may_be_paths(tmp_path):
     request = form.request(
         other, form.start_values(other) | {"autoguidance.scale": 1, "autoguidance.checkpoint": other}
     )
-    assert request.config.checkpoint == Path(other)
+    assert request.config.source.checkpoint == Path(other)
     assert request.config.guidances["autoguidance"].checkpoint == other
 
 
