@@ -4,9 +4,10 @@ r"""Metrics of many guidance settings over the same ids, with paired intervals, 
         --sampler ddim --respacing ddim20 --labels balanced --num_samples 1000 --output study
 
 Takes the flags of `sagl sample`. Every combination of the values of --search is a row, beside unguided sampling with as
-many steps and with as many network evaluations. --also adds networks, by flags that are appended to the others:
---also "--trainer.precision bf16-true" --also "--checkpoint other.safetensors". Features of all images are kept in the
-output folder: an interrupted study continues, and sagl tune can use them. study.json there holds the table.
+many steps and with as many network evaluations. Below the table are the differences from the first setting. --also adds
+networks, by flags that are appended to the others: --also "--trainer.precision bf16-true" --also "--checkpoint
+other.safetensors". Features of all images are kept in the output folder: an interrupted study continues, and sagl tune
+can use them. study.json there holds the table.
 """
 
 import json
@@ -24,6 +25,7 @@ from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_repo
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Tuning, make_candidates
 from sagl.evaluation.tuning_report import COLUMNS, describe_setting, measurement_row
+from sagl.metrics.bootstrap import Interval
 from sagl.models.zoo import default_reference
 from sagl.sampling.run import SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
@@ -106,11 +108,15 @@ def study_network(
     baseline, *rows = (measured[str(setting.values)] for setting in settings)
     results += [_json(title, measurement, baseline) for measurement in (baseline, *rows)]
     names = [describe_setting(candidate, space) for candidate in candidates]
+    guided, equal_cost = rows[: len(names)], rows[len(names) :]
     table_rows = [_row("unguided", baseline, baseline, first)]
-    table_rows += map(_row, names, rows, [baseline] * len(names), rows[len(names) :])
+    table_rows += map(_row, names, guided, [baseline] * len(names), equal_cost)
     section = Section(title=f"{len(ids)} images", note=f"ids {ids[0]} … {ids[-1]}", rows=tuple(table_rows))
     table = Table(title=title, columns=(*COLUMNS, OTHER, "from that"), sections=(section,), right_aligned=True)
     print_report(Report(title=title, warnings=(), tables=(table,)))
+    for name, measurement in zip(names[1:], guided[1:], strict=True):
+        if difference := measurement.difference(guided[0]):
+            print(f"{name}, minus {names[0]}: {_interval(difference)}.")
     return first or baseline
 
 
@@ -126,8 +132,12 @@ def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement 
     if other is not None:
         difference = row.difference(other)
         texts = [f"{other.values['fd']:,.2f} ({other.nfe:g})"]
-        texts.append("{:+,.2f} ({:+,.2f} … {:+,.2f})".format(*difference) if difference else "")
+        texts.append(_interval(difference) if difference else "")
     return replace(result, cells=(*result.cells, *(Cell(text=text) for text in texts)))
+
+
+def _interval(difference: Interval) -> str:
+    return "{:+,.2f} ({:+,.2f} … {:+,.2f})".format(*difference)
 
 
 if __name__ == "__main__":
