@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
 
 from sagl.commands.subcommands import SUBCOMMANDS
-from sagl.errors import UserError
+from sagl.errors import UserError, suggest
 from sagl.utils.distributed import global_rank
 from sagl.utils.environment import choose_thread_waiting
 from sagl.utils.launchers import ignore_stale_ranks
@@ -38,9 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in SUBCOMMANDS:
-        similar = get_close_matches(command, SUBCOMMANDS, n=1)
-        hint = f" Did you mean {similar[0]}?" if similar else ""
-        print_error(command, f"the command must be one of {', '.join(SUBCOMMANDS)}, got {command!r}.{hint}")
+        names, hint = ", ".join(SUBCOMMANDS), suggest(command, SUBCOMMANDS)
+        print_error(command, f"the command must be one of {names}, got {command!r}.{hint}")
         return 2
     try:
         with on_stop_signal(raise_interrupted):

@@ -14,6 +14,7 @@ from sagl.commands import analyze, evaluate, sample
 from sagl.commands._config import recommended_settings
 from sagl.commands._parser import Parser
 from sagl.errors import require
+from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduction
 from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
@@ -148,7 +149,7 @@ def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, fo
         commands.append(shlex.join(["sagl", *words, "--output", str(target)]) if words else "")
         if not words:
             continue
-        if not (target / f"{item.analysis}.json").is_file():
+        if item.analysis is None or not (target / f"{item.analysis}.json").is_file():
             _run([*words, "--output", str(target)], args.devices)
         if not (item.analysis or item.shows_samples):
             _evaluate(target, args)
@@ -167,11 +168,17 @@ def _devices(args: Namespace) -> list[str]:
 
 
 def _evaluate(run: Path, args: Namespace) -> None:
-    """Evaluate a run unless it was evaluated with this reference and extractor."""
-    chosen = {name: args[name] for name in ("reference", "extractor") if args[name] is not None}
-    if any(all(getattr(result, name) == value for name, value in chosen.items()) for result in read_results(run)):
+    """Evaluate a run unless its last result, which the report shows, is of this reference, extractor and bootstrap."""
+    reference = args.reference or default_reference(args.model)
+    extractor = args.extractor or default_extractor(Path(reference))
+    last = next(reversed(read_results(run)), None)
+    if last is not None and (last.reference, last.extractor, last.settings.get("bootstrap")) == (
+        reference,
+        extractor,
+        args.bootstrap,
+    ):
         return
-    flags = [word for name, value in {**chosen, "bootstrap": args.bootstrap}.items() for word in (f"--{name}", value)]
+    flags = ["--reference", reference, "--extractor", extractor, "--bootstrap", args.bootstrap]
     _run(["evaluate", *map(str, (run, *flags)), *_devices(args)], args.devices)
 
 

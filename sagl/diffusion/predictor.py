@@ -128,6 +128,7 @@ def make_predictor(network: EpsNetwork, schedule: Schedule, variance: Variance) 
     """Return a network on a schedule as a `NoisePredictor`. Arithmetic outside the network has the dtype of x_t."""
 
     def predict(x_t: Image, step: int, condition: Condition) -> Prediction:
+        """Evaluate the network once, and pass it only those parts of the condition that are set."""
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
         kwargs: dict[str, Any] = {"attention_sites": condition.attention_sites}
         if condition.attention_edits:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sagl.evaluation.metric_display import METRICS, best_values, format_value, metric_name
 from sagl.evaluation.paper import PaperRow, matching_rows
 from sagl.evaluation.report import Cell, ImageGrid, Report, Row, Section, Table, join_with_and, printable
-from sagl.evaluation.results import EvaluationResult
+from sagl.evaluation.results import Conditions, EvaluationResult
 from sagl.evaluation.runs import RunSummary, image_sizes
 from sagl.settings.evaluation import INCEPTION
 
@@ -17,9 +17,6 @@ ABSENT = "–"
 SHA_DIGITS = 12
 """Displayed digits of a sha256."""
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
-Conditions = tuple[str, str, int | None, str, str, str, int]
-"""Reference, its digest and number of images, extractor, resizing, cropping, number of images: values are compared
-only if all of these agree."""
 MetricKey = tuple[str, tuple[tuple[str, str], ...]]
 """A metric and the settings that it depends on."""
 
@@ -156,7 +153,7 @@ def metric_sections(runs: Sequence[RunSummary]) -> list[Section]:
     notes: dict[Conditions, dict[str, None]] = {}
     for index, run in enumerate(runs):
         for result in run.results:
-            conditions = _conditions(result)
+            conditions = result.conditions
             metrics = sections.setdefault(conditions, {})
             notes.setdefault(conditions, {}).update(dict.fromkeys(result.notes))
             for name in result.values:
@@ -169,20 +166,6 @@ def metric_sections(runs: Sequence[RunSummary]) -> list[Section]:
         )
         for conditions, metrics in sections.items()
     ]
-
-
-def _conditions(result: EvaluationResult) -> Conditions:
-    size = result.settings.get("image_size")
-    crop = f"images cropped to {size}×{size}" if size else ""
-    return (
-        result.reference,
-        result.reference_digest,
-        result.num_reference,
-        result.extractor,
-        result.resize,
-        crop,
-        result.num_samples,
-    )
 
 
 def _metric_key(result: EvaluationResult, name: str) -> MetricKey:
@@ -203,11 +186,13 @@ def _format_error(result: EvaluationResult, name: str) -> str:
 
 
 def _metric_section(conditions: Conditions, rows: Iterable[Row], notes: Iterable[str]) -> Section:
-    reference, digest, num_reference, extractor, resize, crop, num_samples = conditions
-    count = f" ({num_reference:,} images)" if num_reference else ""
-    parts = (f"features of {extractor}", resize, crop, digest and f"reference {digest[:8]}")
+    c = conditions
+    count = f" ({c.num_reference:,} images)" if c.num_reference else ""
+    crop = f"images cropped to {c.crop_size}×{c.crop_size}" if c.crop_size else ""
+    digest = c.reference_digest and f"reference {c.reference_digest[:8]}"
+    parts = (f"features of {c.extractor}", c.resize, crop, digest)
     return Section(
-        title=f"{num_samples:,} images against {printable(reference)}{count}",
+        title=f"{c.num_samples:,} images against {printable(c.reference)}{count}",
         note=". ".join(filter(None, (", ".join(filter(None, parts)), " ".join(notes)))),
         rows=tuple(rows),
     )

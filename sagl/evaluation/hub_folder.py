@@ -12,6 +12,7 @@ from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.conversion import read_network
 from sagl.models.hub import HubUNet
+from sagl.models.metadata import settings_from_metadata
 from sagl.sampling.run_folder import is_run, read_run_json
 from sagl.settings.network import UNetSettings
 from sagl.utils.config_files import flatten
@@ -38,10 +39,14 @@ def write_hub_folder(folder: Path, run: str, repository: str, *, licence: str, w
     """
     source = Path(run)
     metadata = read_run_json(source, "run") if is_run(source) else {}
-    weights = metadata.get("settings", {}).get("weights", weights)
+    settings = metadata.get("settings", {})
+    weights = settings.get("weights", weights)
     last = source / "checkpoints" / "last.ckpt"
     checkpoint = metadata.get("checkpoint") or (str(last) if last.is_file() else run)
-    network = read_network(checkpoint, weights, metadata.get("model"))
+    if "network" in settings:  # the weight file does not contain them
+        network = read_network(checkpoint, weights, *settings_from_metadata(settings, source))
+    else:
+        network = read_network(checkpoint, weights, metadata.get("model"))
     require(
         isinstance(network.model_settings, UNetSettings),
         f"`run` must be a diffusion model, and {run} is a classifier or a head.",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file, json_sha256
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 
 RESULTS_FILE = "evaluation.json"
 T = TypeVar("T")
+
+
+class Conditions(NamedTuple):
+    """What two results must share for their values to be comparable, besides the settings of the metric."""
+
+    reference: str
+    reference_digest: str
+    num_reference: int | None
+    extractor: str
+    resize: str
+    crop_size: int | None
+    """Size that images were cropped to; None for images as they are."""
+    num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +64,31 @@ class EvaluationResult:
     seconds: float = 0.0
     """Duration of the evaluation."""
 
+    @property
+    def conditions(self) -> Conditions:
+        """What two results must share for their values to be comparable."""
+        return Conditions(
+            reference=self.reference,
+            reference_digest=self.reference_digest,
+            num_reference=self.num_reference,
+            extractor=self.extractor,
+            resize=self.resize,
+            crop_size=self.settings.get("image_size"),
+            num_samples=self.num_samples,
+        )
+
     def is_same_measurement(self, other: "EvaluationResult") -> bool:
-        """Return whether both were computed from the same references and settings."""
-        names = ("extractor", "reference", "reference_digest", "num_samples", "num_reference", "settings")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        """Return whether both were computed under the same conditions and with the same settings."""
+        return self.conditions == other.conditions and self.settings == other.settings
 
     def difference(self, other: "EvaluationResult", name: str) -> "Interval | None":
         """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.
 
-        Both must have been resampled alike: as many images, resamples and the same seed. None if they were not.
+        Both must have been computed under the same conditions and resampled alike, with as many resamples and the same
+        seed. None if they were not.
         """
         keys = ("bootstrap", "seed")
-        if self.num_samples != other.num_samples or any(self.settings.get(k) != other.settings.get(k) for k in keys):
+        if self.conditions != other.conditions or any(self.settings.get(k) != other.settings.get(k) for k in keys):
             return None
         first, second = (r.resamples.get(name, ()) for r in (other, self))
         if not first or len(first) != len(second):

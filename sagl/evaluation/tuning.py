@@ -88,7 +88,7 @@ class Tuning:
         Args:
             config: network, sampler and samples.
             settings: method and sizes of the search.
-            search: values to try, in place of those of the method and in addition to them.
+            search: values by setting; they replace or extend those of the method.
             reference: an image set, or a statistics file.
             extractor: feature extractor; None: that of the reference.
 
@@ -118,11 +118,6 @@ class Tuning:
         return plan_rounds(len(self.candidates), samples.first_id, samples.num_samples)
 
     @property
-    def configured(self) -> Setting | None:
-        """The guidance of the flags, the config or the weight file, or None without any."""
-        return configured_setting(self.run)
-
-    @property
     def report_ids(self) -> range:
         """Ids of the report, which follow those of the search."""
         stop = self.rounds[-1][1].stop
@@ -145,7 +140,8 @@ class Tuning:
         """Return the largest number of network evaluations that search and report can take."""
         nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
         unguided_nfe = study.pipeline_for(self.candidates[0].unguided).nfe
-        configured_nfe = study.pipeline_for(self.configured).nfe if self.configured else 0.0
+        configured = configured_setting(self.run)
+        configured_nfe = study.pipeline_for(configured).nfe if configured else 0.0
         search = sum(
             sum(sorted(nfe, reverse=True)[:size], start=unguided_nfe) * (len(ids) if k == 0 else len(ids) // 2)
             for k, (size, ids) in enumerate(self.rounds)
@@ -172,15 +168,22 @@ class Tuning:
         self, study: Study, comparison: Comparison | None, rounds: Sequence[Round], progress: ProgressKind
     ) -> TuningResult | None:
         """Measure the best candidate on fresh ids, in all ranks. Only rank 0, which has the comparison, returns it."""
-        best, configured = self.candidates[rounds[-1].ranking[0]], self.configured
+        best, configured = self.candidates[rounds[-1].ranking[0]], configured_setting(self.run)
         plain = study.at_equal_cost(best, study.features(best, rounds[-1].ids).nfe)
         settings = [best.unguided, best, plain, *([configured] if configured else [])]
         study.sample(settings, self.report_ids, "report", progress)
         if comparison is None:
             return None
-        rows = [comparison.measure(study.features(setting, self.report_ids)) for setting in settings]
+        distinct = {str(setting.values): setting for setting in settings}  # the configured guidance may be the best
+        measured = {
+            key: comparison.measure(study.features(setting, self.report_ids)) for key, setting in distinct.items()
+        }
         return TuningResult(
-            rounds=rounds, unguided=rows[0], best=rows[1], plain=rows[2], configured=rows[3] if configured else None
+            rounds=rounds,
+            unguided=measured[str(best.unguided.values)],
+            best=measured[str(best.values)],
+            plain=measured[str(plain.values)],
+            configured=measured[str(configured.values)] if configured else None,
         )
 
 

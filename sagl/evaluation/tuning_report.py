@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def _describe(best: Measurement, other: Measurement, name: str) -> str:
 def format_config(tuning: Tuning, result: TuningResult) -> str:
     """Return the best candidate as a config for `sagl sample`, with the report as a comment."""
     config, source = tuning.run.config, tuning.run.config.source
-    network: dict[str, Any] = {"model": {"network": source.model}} if source.model else {}
+    model: dict[str, Any] = {"network": source.model or (source.network and asdict(source.network))}
+    model["diffusion"] = source.diffusion and asdict(source.diffusion)
+    model = {key: value for key, value in model.items() if value is not None}
+    network: dict[str, Any] = {"model": json.loads(json.dumps(model))} if model else {}  # YAML has no tuples
     if source.checkpoint is not None and source.checkpoint not in BUNDLED.values():
         network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
     settings = network | {"labels": config.samples.labels} | result.best.setting.values

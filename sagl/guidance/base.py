@@ -90,6 +90,7 @@ def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) ->
     guidances = {name: replace(g, term=g.start_chain()) if g.start_chain else g for name, g in guidances.items()}
 
     def predict_guided(x_t: Image, step: int, condition: Condition) -> Prediction:
+        """Add the terms of the active methods, all of the same base prediction, to its eps and score."""
         active = {name: guidance for name, guidance in guidances.items() if guidance.is_active(step)}
         base_condition = reduce(lambda c, guidance: guidance.prepare_condition(c), active.values(), condition)
         base_pred = predict(x_t, step, base_condition)

@@ -20,6 +20,7 @@ def build_classifier_guidance(settings: ClassifierGuidance, context: GuidanceCon
     classifier, schedule = context.load_classifier(settings.checkpoint), context.schedule
 
     def term(_: NoisePredictor, x_t: Image, step: int, condition: Condition, __: Prediction) -> GuidanceTerm:
+        """Eq. 9: the gradient of log p(y | x_t) with respect to x_t."""
         if condition.labels is None:
             raise UserError("`labels` must be given for classifier guidance, got none.")
         timesteps = schedule.timestep(step, len(x_t), x_t.device)

@@ -40,6 +40,7 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
     def term(
         predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
     ) -> GuidanceTerm:
+        """Return s · h(inputs, t), or in renewed steps the method's own term."""
         if step in renewed:
             return guidance.term(predict, x_t, step, condition, base_pred)
         assert base_pred.features is not None  # `prepare_condition` requests them

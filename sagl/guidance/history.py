@@ -27,11 +27,13 @@ def build_history(settings: HistoryGuidance, context: GuidanceContext) -> Guidan
     """
 
     def start_chain() -> Term:
+        """Return a term with an empty history."""
         average: Image | None = None
 
         def term(
             _predict: NoisePredictor, x_t: Image, step: int, _condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
+            """Extrapolate from the average of earlier steps, then update it with this step's prediction."""
             nonlocal average
             alpha_bar, eps, previous = context.schedule.alpha_bar(step), base_pred.eps, average
             current = eps if settings.average == "eps" else x0_hat_from_eps(x_t, eps, alpha_bar, clip=True)

@@ -28,7 +28,7 @@ from sagl.models.metadata import (
     require_recommended,
     settings_from_metadata,
 )
-from sagl.models.pickles import hyperparameters_of, load_pickle, load_training_checkpoint, select_weights
+from sagl.models.pickles import check_training_checkpoint, hyperparameters_of, load_pickle, select_weights
 from sagl.models.state_dicts import (
     check_finite,
     check_state_dict,
@@ -171,9 +171,9 @@ def _read(path: Path, weights: str) -> tuple[Mapping[str, Tensor], Mapping[str, 
         require(unchanged, f"`checkpoint` must be as it was written, but {path} is damaged.")
         return check_tensors(tensors if metadata else find_state_dict(tensors, path), path), metadata
     content = load_pickle(path)
-    if hyperparameters_of(content):
-        content = load_training_checkpoint(path)
-        return select_weights(content, weights, path), content["hyper_parameters"]
+    if metadata := hyperparameters_of(content):
+        check_training_checkpoint(content, path)
+        return select_weights(content, weights, path), metadata
     require(weights == "ema", f"`weights` must be left out for {path}, which sagl did not write, got {weights!r}.")
     return check_tensors(find_state_dict(content, path), path), {}
 

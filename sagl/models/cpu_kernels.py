@@ -60,6 +60,7 @@ class MomentGroupNorm(AdaGroupNorm):
     """Adaptive group normalisation as channel moments and one affine map of every channel."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise as `AdaGroupNorm.forward`."""
         if not _use_kernel(x):
             return super().forward(x, scale, shift)
         means, variances = (moment.unflatten(1, (32, -1)) for moment in channel_moments(x))
@@ -74,6 +75,8 @@ class MomentGroupNorm(AdaGroupNorm):
 
 
 class _Moments(torch.autograd.Function):
+    """Mean and variance of every channel: (B, C, …) -> 2 x (B, C), float32 or wider."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         chunks = _pixels(x).split(max(1, CHUNK // x.shape[:2].numel()), dim=1)
@@ -98,6 +101,8 @@ class _Moments(torch.autograd.Function):
 
 
 class _Affine(torch.autograd.Function):
+    """x · gain + offset for every channel: (B, C, …), 2 x (B, C) -> like x."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, gain)

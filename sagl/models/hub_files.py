@@ -115,6 +115,8 @@ def hub_errors(repository: str, argument: str) -> Iterator[None]:
         hint = LOGIN if status in (401, 403) else "Try again later."
         raise UserError(f"{start} was refused with status {status}: {first_line(error)} {hint}") from error
     except (http_error, OSError) as error:
+        if getattr(error, "filename", None) is not None:  # an error of a local file
+            raise
         raise UserError(f"{start} cannot be reached: {first_line(error)} Check the network.") from error
 
 

@@ -28,7 +28,7 @@ TRAINING_ONLY = ("dropout", "use_checkpoint")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a file with keys network or classifier, diffusion, recommended, sha256; empty if none.
+    """Return the metadata of a file; empty if none. Keys: one of `SETTINGS_CLASSES`, diffusion, recommended, sha256.
 
     Of a safetensors file only the header is read, without torch.
 

@@ -28,12 +28,21 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
             finite.
     """
     content = load_pickle(path)
+    check_training_checkpoint(content, path)
+    return content
+
+
+def check_training_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse the content of a file that is no training checkpoint of sagl, or has weights that are not finite.
+
+    Raises:
+        UserError: Names the file.
+    """
     require(
         "state_dict" in content and bool(hyperparameters_of(content)),
         f"`checkpoint` must be a training checkpoint of sagl, but {path} is not.",
     )
     check_tensors(content["state_dict"], path)
-    return content
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -89,4 +98,5 @@ def hyperparameters_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _check_archive(path: Path, modified: int) -> None:
+    """Check an archive once; `modified`, the time of its last change, is a part of the key of the cache alone."""
     check_archive(path)

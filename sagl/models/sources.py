@@ -121,7 +121,7 @@ def resolve_network(
     )
     name = DEFAULT_MODEL if model is None else str(model)
     if name in BUNDLED_REFERENCES:
-        return NetworkSource(name, BUNDLED[name], weights, network=None, diffusion=None)
+        return _from_file(BUNDLED[name], name, diffusion, weights)
     network, named_diffusion = get_unet_settings(name)
     return NetworkSource(name, None, weights, network, diffusion or named_diffusion)
 
@@ -136,16 +136,20 @@ def _from_file(
     if model is None and not metadata:
         model = _name_of_file(path)
     name = model if isinstance(model, str) else None
-    if name in BUNDLED_REFERENCES:
-        return NetworkSource(name, path, weights, network=None, diffusion=None)
-    network = model if isinstance(model, UNetSettings) else None
-    if name is not None:
-        network, named_diffusion = get_unet_settings(name)
-        diffusion = diffusion or named_diffusion
-    if metadata and isinstance(network, UNetSettings):
-        check_same_network(network, settings_from_metadata(metadata, path)[0], path)
-        network = None
-    return NetworkSource(name, path, weights, network, diffusion)
+    network, named_diffusion = (None, None) if name is None else get_unet_settings(name)
+    if isinstance(model, UNetSettings):
+        network = model
+    if not metadata:
+        return NetworkSource(name, path, weights, network, diffusion or named_diffusion)
+    own_network, own_diffusion = settings_from_metadata(metadata, path)
+    if network is not None:
+        check_same_network(network, own_network, path)
+    require(
+        diffusion in (None, own_diffusion),
+        f"`model.diffusion` must agree with `checkpoint`, and {path} has {own_diffusion}, got {diffusion}. "
+        "Leave it out.",
+    )
+    return NetworkSource(name, path, weights, network=None, diffusion=None)
 
 
 def _name_of_file(path: Path) -> str | None:

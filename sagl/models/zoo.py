@@ -129,9 +129,10 @@ def get_entry(name: str) -> PretrainedEntry:
     """Return the released checkpoint of a name.
 
     Raises:
-        UserError: There is none; names all networks, and similar names.
+        UserError: There is none, which names all networks and similar ones, or it is bundled.
     """
     _require_name(name, (*BUNDLED, *RELEASED))
+    require(name not in BUNDLED, f"`model` must be a network that is downloaded, and {name} is part of the package.")
     return RELEASED[name]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, fields
 
-from sagl.models.zoo import BUNDLED
+from sagl.models.sources import resolve_network
 from sagl.sampling.run import SamplingRun
 from sagl.utils.distributed import select_device
 
@@ -40,7 +40,7 @@ def python_text(run: SamplingRun) -> str:
     imports = ["from sagl import SamplerSettings, build_network, build_pipeline, load"]
     imports += [f"from sagl.settings.guidance import {', '.join(sorted(classes))}"] if classes else []
     load = f"load({str(run.checkpoint)!r}, {source.weights!r})"
-    if source.model is not None and source.checkpoint in (None, BUNDLED.get(source.model)):
+    if source.model is not None and source == resolve_network(source.model, None):
         load = f"load({source.model!r})"
     elif source.network is not None:
         imports[0] = imports[0].removesuffix(", load")

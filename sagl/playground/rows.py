@@ -152,6 +152,7 @@ def _sample_row(run: SamplingRun, pipeline: SamplingPipeline, put: Callable[[Fra
     samples, num_batches = run.config.samples, len(run.config.batches)
 
     def track_steps(steps: Trajectory, num_steps: int) -> Trajectory:
+        """Yield the steps of a batch; put a frame for each, and keep the records of the steps that are shown."""
         ids, finished = run.config.batches[len(batches)], [png for batch in batches for png in batch.images]
         kept = evenly_spaced_steps(num_steps, MAX_STEPS)
         records = record_steps(pipeline, samples, ids, run.config.guidances, steps)

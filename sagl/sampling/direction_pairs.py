@@ -113,6 +113,7 @@ class DirectionPairs:
         inputs_of = head_inputs(guidance.mask, self.guidance, schedule)
 
         def record(x_t: Image, step: int, condition: Condition) -> Prediction:
+            """Predict with and without the weak input, append the pair, and return the guided prediction."""
             base_pred = predict(x_t, step, replace(guidance.prepare_condition(condition), features=True))
             direction = guidance.term(predict, x_t, step, condition, base_pred).eps
             assert isinstance(direction, Tensor)

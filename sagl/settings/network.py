@@ -291,4 +291,4 @@ SETTINGS_CLASSES: dict[str, type[NetworkSettings]] = {
     "classifier": ClassifierSettings,
     "direction_head": HeadSettings,
 }
-"""Keys of the network settings in the metadata; a file has one of them."""
+"""Settings classes by their key in the metadata of a weight file, which has one of them."""

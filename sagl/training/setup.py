@@ -41,7 +41,7 @@ def prepare_fit(parser: ArgumentParser, config: Namespace, settings: CheckpointS
     Args:
         parser: parser of the configuration, which builds its objects.
         config: the parsed configuration.
-        settings: its settings of checkpoints.
+        settings: the `CheckpointSettings` in it.
 
     Raises:
         UserError: the settings are not valid, the folder holds a run and `resume` is false, or its last checkpoint

@@ -81,7 +81,7 @@ def select_accelerator(accelerator: str, precision: str) -> str:
     is_slow = precision.startswith("bf16") and not (gpu_has_bfloat16(device) if is_gpu else has_fast_bfloat16())
     if is_slow and global_rank() == 0:
         name, other = ("GPU", "16-mixed") if is_gpu else ("CPU", "32-true")
-        print(f"`trainer.precision` {precision} is slow: this {name} has no bfloat16 instructions. Use {other}.")
+        print(f"`trainer.precision` {precision} may be slow: this {name} has no bfloat16 that is known. Try {other}.")
     return device.type
 
 

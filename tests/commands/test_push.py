@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
+import yaml
 from huggingface_hub import constants
 from PIL import Image
 
@@ -119,3 +121,37 @@ def test_a_damaged_description_of_a_run_is_refused(changes, tmp_path, capsys):
     assert exit_code("push", run, "a/b", "--licence", "mit", "--output", tmp_path / "new") == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_the_network_is_not_blamed(run, weights, tmp_path):
+    (tmp_path / "file").touch()
+    code, output = run("push", "tiny.safetensors", "me/tiny", "--licence", "mit", "--output", "file/new", token="")
+    assert code == 2, output
+    assert "file/new" in output
+    assert "reached" not in output
+
+
+def test_a_run_of_a_network_that_a_config_describes_is_pushed_with_its_settings_and_process(run, tmp_path):
+    network = grey_weights()
+    torch.save(dict(network.state_dict), tmp_path / "grey.pt")
+    diffusion = {"noise_schedule": "cosine", "num_timesteps": 50}
+    config = {"model": {"network": json.loads(json.dumps(asdict(network.model_settings))), "diffusion": diffusion}}
+    (tmp_path / "grey.yaml").write_text(yaml.safe_dump(config))
+    sample = [
+        "sample",
+        "--config",
+        "grey.yaml",
+        "--checkpoint",
+        "grey.pt",
+        "--labels",
+        "balanced",
+        "--output",
+        "samples",
+    ]
+    code, output = run(*sample, "--output", "samples", *SHORT)
+    assert code == 0, output
+    code, output = run("push", "samples", "me/grey", "--licence", "mit", "--output", "files", token="")
+    assert code == 0, output
+    pushed = read_checkpoint(tmp_path / "files" / "model.safetensors")
+    assert pushed.model_settings == network.model_settings
+    assert (pushed.diffusion.noise_schedule, pushed.diffusion.num_timesteps) == ("cosine", 50)

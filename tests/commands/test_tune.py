@@ -1,8 +1,10 @@
 import csv
 import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
+import torch
 import yaml
 
 from sagl.commands._config import parse_sample_config
@@ -120,6 +122,18 @@ def test_the_report_compares_the_best_candidate_with_the_configured_guidance_on_
     difference = report["recommended"]["fd"] - report["configured"]["fd"]
     assert result["difference_from_configured"][0] == pytest.approx(difference) != 0
     assert "that of the configured guidance" in (tmp_path / "a" / "recommended.yaml").read_text()
+
+
+def test_the_recommended_config_describes_a_network_that_the_weight_file_does_not(tmp_path, arguments):
+    network = grey_weights()
+    torch.save(dict(network.state_dict), tmp_path / "grey.pt")
+    model = {"network": json.loads(json.dumps(asdict(network.model_settings))), "diffusion": {"num_timesteps": 50}}
+    (tmp_path / "grey.yaml").write_text(yaml.safe_dump({"model": model}))
+    flags = ("--config", tmp_path / "grey.yaml", "--checkpoint", tmp_path / "grey.pt", "--candidates", 2)
+    assert exit_code(*arguments, tmp_path / "a", *flags) == 0
+    source = parse_sample_config(["--config", str(tmp_path / "a" / "recommended.yaml")]).source
+    assert (source.network, source.checkpoint) == (network.model_settings, tmp_path / "grey.pt")
+    assert source.diffusion.num_timesteps == 50
 
 
 def test_a_report_says_that_the_configured_guidance_is_the_best(tmp_path, arguments):

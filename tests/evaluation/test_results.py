@@ -131,9 +131,21 @@ def sample_statistics(features):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_samples": 8}, {"settings": {"bootstrap": 2, "seed": 1}}, {"resamples": {}}], ids=str
+    "change",
+    [
+        {"num_samples": 8},
+        {"settings": {"bootstrap": 2, "seed": 1}},
+        {"settings": {"bootstrap": 2, "seed": 0, "image_size": 64}},
+        {"resamples": {}},
+        {"extractor": "other"},
+        {"reference": "other"},
+        {"reference_digest": "other"},
+        {"num_reference": 3},
+        {"resize": "other"},
+    ],
+    ids=str,
 )
-def test_results_that_were_not_resampled_alike_have_no_difference(change):
+def test_results_of_other_conditions_or_resamples_have_no_difference(change):
     common = {"extractor": "tiny", "reference": "r", "num_samples": 9, "settings": {"bootstrap": 2, "seed": 0}}
     first = EvaluationResult(**common, values={"fd": 1.0}, resamples={"fd": (0.5, 2.0)})
     assert first.difference(first, "fd") == (0.0, 0.0, 0.0)

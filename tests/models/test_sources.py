@@ -4,7 +4,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.models.metadata import read_metadata, settings_from_metadata
-from sagl.models.sources import resolve_network
+from sagl.models.sources import NetworkSource, resolve_network
 from sagl.models.zoo import BUNDLED, DEFAULT_MODEL, RELEASED, get_unet_settings
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.networks import write_grey_unet
@@ -56,8 +56,12 @@ def test_a_file_of_openai_is_known_by_its_name(tmp_path):
 def test_a_name_and_a_file_are_the_named_network_with_the_weights_of_the_file(name, tmp_path):
     path = tmp_path / "mine.pt"
     path.touch()
-    source, named = resolve_network(name, str(path)), resolve_network(name, None)
-    assert source == named._replace(checkpoint=path)
+    assert resolve_network(name, str(path)) == NetworkSource(name, path, "ema", *get_unet_settings(name))
+
+
+def test_a_file_of_another_network_than_the_named_one_is_refused():
+    with pytest.raises(UserError, match="`model` must agree"):
+        resolve_network("emoji", str(BUNDLED["fashion_mnist"]))
 
 
 def test_settings_that_equal_those_of_the_file_are_left_to_the_file(file):
@@ -77,9 +81,17 @@ def test_settings_describe_a_file_without_metadata(tmp_path):
     assert resolve_network(settings, str(path)).network == settings
 
 
-def test_the_diffusion_process_of_a_config_is_kept_with_a_file(file):
-    diffusion = DiffusionSettings(noise_schedule="cosine")
-    assert resolve_network(None, str(file), diffusion).diffusion == diffusion
+def test_the_diffusion_process_of_a_config_must_be_that_of_the_file(file):
+    own = settings_from_metadata(read_metadata(file), file)[1]
+    assert resolve_network(None, str(file), own) == resolve_network(None, str(file))
+    with pytest.raises(UserError, match=r"`model\.diffusion`"):
+        resolve_network(None, str(file), replace(own, num_timesteps=own.num_timesteps + 1))
+
+
+def test_the_diffusion_process_of_a_config_is_kept_with_a_file_without_its_own(tmp_path):
+    path, diffusion = tmp_path / "mine.pt", DiffusionSettings(noise_schedule="cosine")
+    path.touch()
+    assert resolve_network("lsun_cat", str(path), diffusion).diffusion == diffusion
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema:0.5"])

@@ -187,6 +187,11 @@ def test_an_unknown_name_is_refused_with_all_names_and_similar_ones(name, simila
     assert [known for known in hint.strip(" ?").removeprefix("Did you mean ").split(" or ") if known] == similar
 
 
+def test_a_bundled_network_has_no_entry_to_download():
+    with pytest.raises(UserError, match=r"`model`.*emoji"):
+        get_entry("emoji")
+
+
 @pytest.mark.parametrize("module", ["sagl.models.zoo", "sagl.utils.download"])
 def test_names_and_downloads_load_no_torch(module):
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"

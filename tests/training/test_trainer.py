@@ -37,7 +37,7 @@ def test_a_precision_that_the_device_emulates_is_named_with_a_faster_one(
     monkeypatch.setattr(environment, "_cpu_flags", lambda: flags)
     select_accelerator(accelerator, precision)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith(f"Use {other}.") for line in lines] == ([True] if other else [])
+    assert [line.endswith(f"Try {other}.") for line in lines] == ([True] if other else [])
 
 
 def test_several_nodes_need_a_launcher(monkeypatch):
