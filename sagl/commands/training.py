@@ -14,7 +14,7 @@ from sagl.models.transfer import load_initial_weights
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.settings.training import CheckpointSettings
 from sagl.training.setup import prepare_evaluation, prepare_fit
-from sagl.training.trainer import trainer_errors
+from sagl.training.trainer import report_slow_precision, trainer_errors
 from sagl.utils.distributed import exit_when_parent_dies, global_rank
 from sagl.utils.environment import disable_malloc_trim, disable_tf32, refuse_out_of_memory, set_threads
 from sagl.utils.files import NO_SPACE, file_errors
@@ -53,6 +53,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
         trainer, module, data, _ = prepare_evaluation(parser, config)
         assert not isinstance(module, DirectionHeadModule)
         load_initial_weights(module.network, config.checkpoint, config.weights)
+        report_slow_precision(trainer.precision, trainer.strategy.root_device)
         with refuse_out_of_memory(*MEMORY_HINT):
             (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
 
@@ -67,6 +68,7 @@ def fit(parser: Parser, config: Namespace) -> None:
     trainer, module, data, resume_from = prepare_fit(parser, config, from_namespace(CheckpointSettings, config))
     if config.checkpoint and resume_from is None and not isinstance(module, DirectionHeadModule):
         load_initial_weights(module.network, config.checkpoint, config.weights)
+    report_slow_precision(trainer.precision, trainer.strategy.root_device)
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
     with (
         file_errors(Path(config.output), numbers=NO_SPACE),  # of a logger

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -58,13 +59,13 @@ def build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer
         "strategies that split the weights are not supported.",
     )
     if isinstance(options["accelerator"], str):
-        options["accelerator"] = select_accelerator(options["accelerator"], str(options["precision"]))
+        options["accelerator"] = select_accelerator(options["accelerator"])
     if options["enable_checkpointing"] is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     return Trainer(**options, callbacks=callbacks)
 
 
-def select_accelerator(accelerator: str, precision: str) -> str:
+def select_accelerator(accelerator: str) -> str:
     """Return cuda if there is a GPU that can be used and is allowed, otherwise cpu.
 
     Raises:
@@ -77,12 +78,16 @@ def select_accelerator(accelerator: str, precision: str) -> str:
     device = select_device(DeviceSettings(accelerator=ACCELERATORS[accelerator]))
     if accelerator == "auto":
         report_unused_gpu(device)
+    return device.type
+
+
+def report_slow_precision(precision: str, device: torch.device) -> None:
+    """Print a line if a precision of Lightning's Trainer is bfloat16 and the device has no such instructions."""
     is_gpu = device.type == "cuda"
-    is_slow = precision.startswith("bf16") and not (gpu_has_bfloat16(device) if is_gpu else has_fast_bfloat16())
-    if is_slow and global_rank() == 0:
+    has_bfloat16 = gpu_has_bfloat16(device) if is_gpu else has_fast_bfloat16()
+    if precision.startswith("bf16") and not has_bfloat16 and global_rank() == 0:
         name, other = ("GPU", "16-mixed") if is_gpu else ("CPU", "32-true")
         print(f"`trainer.precision` {precision} may be slow: this {name} has no bfloat16 that is known. Try {other}.")
-    return device.type
 
 
 def num_accumulated(global_batch_size: int, batch_size: int, trainer: Trainer) -> int:

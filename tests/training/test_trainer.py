@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sagl.training.trainer import build_trainer, select_accelerator, trainer_errors
+from sagl.training.trainer import build_trainer, report_slow_precision, select_accelerator, trainer_errors
 from sagl.utils import environment
 from tests.helpers.errors import refused
 
@@ -15,27 +15,25 @@ def test_the_accelerator_is_a_gpu_of_cuda_or_the_cpu(accelerator, available, exp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
-    assert select_accelerator(accelerator, "bf16-mixed") == expected
+    assert select_accelerator(accelerator) == expected
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "flags", "precision", "other"),
+    ("device", "flags", "precision", "other"),
     [
         ("cpu", {"avx2"}, "bf16-mixed", "32-true"),
         ("cpu", {"avx2"}, "32-true", None),
         ("cpu", {"avx512_bf16"}, "bf16-mixed", None),
-        ("gpu", {"avx512_bf16"}, "bf16-mixed", "16-mixed"),
-        ("gpu", {"avx512_bf16"}, "16-mixed", None),
+        ("cuda", {"avx512_bf16"}, "bf16-mixed", "16-mixed"),
+        ("cuda", {"avx512_bf16"}, "16-mixed", None),
     ],
 )
 def test_a_precision_that_the_device_emulates_is_named_with_a_faster_one(
-    accelerator, flags, precision, other, monkeypatch, capsys
+    device, flags, precision, other, monkeypatch, capsys
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     monkeypatch.setattr(environment, "_cpu_flags", lambda: flags)
-    select_accelerator(accelerator, precision)
+    report_slow_precision(precision, torch.device(device))
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith(f"Try {other}.") for line in lines] == ([True] if other else [])
 
