@@ -113,7 +113,7 @@ def study_network(
     table_rows += map(_row, names, guided, [baseline] * len(names), equal_cost)
     section = Section(title=f"{len(ids)} images", note=f"ids {ids[0]} … {ids[-1]}", rows=tuple(table_rows))
     table = Table(title=title, columns=(*COLUMNS, OTHER, "from that"), sections=(section,), right_aligned=True)
-    print_report(Report(title=title, warnings=(), tables=(table,)))
+    print_report(Report(title=title, notes=(), tables=(table,)))
     for name, measurement in zip(names[1:], guided[1:], strict=True):
         if difference := measurement.difference(guided[0]):
             print(f"{name}, minus {names[0]}: {_interval(difference)}.")

@@ -91,7 +91,7 @@ def build_report(measured: Mapping[str, Sequence[Measurement]]) -> Report:
         sections.append(Section(title=f"--respacing {respacing}", rows=tuple(rows)))
     title = f"Samplers, {baseline.num_samples:,} images"
     table = Table(title=title, columns=COLUMNS, sections=tuple(sections), right_aligned=True)
-    return Report(title=title, warnings=(), tables=(table,))
+    return Report(title=title, notes=(), tables=(table,))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.process import add_noise
 from sagl.guidance.masks import average_sites
 from sagl.guidance.sag import attention_sites, blend, build_degrade
-from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end
+from sagl.sampling.batch import sample_batch
+from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import id_batches
 from sagl.shapes import ImageUint8
@@ -31,12 +32,9 @@ def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSett
     base, samples, batches = request.pipeline, request.samples, []
     # outside of inference mode: classifier guidance needs gradients
     pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
-    with torch.inference_mode():
-        for batch in id_batches(samples):
-            labels = make_labels(samples, batch, pipeline.network)
-            steps = pipeline.sample_progressive(samples.seed, batch, labels)
-            images, _ = run_to_end(request.progress.track_steps(steps, pipeline.schedule.num_steps))
-            batches.append(to_uint8(images).cpu())
+    for batch in id_batches(samples):
+        images = sample_batch(pipeline, samples, batch, request.progress.track_steps).images
+        batches.append(to_uint8(images).cpu())
     first = samples.first_id % samples.effective_batch_size
     return torch.cat(batches)[first : first + samples.num_samples]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sagl.commands._parser import Parser, field_names, from_namespace
+from sagl.commands.fit import TRAINING_SETTINGS
 from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata
@@ -22,8 +23,8 @@ from sagl.utils.config_files import read_config, read_configs
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
 """Top-level keys of a config for `sagl sample`."""
-TRAINING_KEYS = {"model", "trainer", "data", "preview", "seed_everything", *field_names(CheckpointSettings)}
-TRAINING_KEYS |= {"output", "global_batch_size", "resume", "ckpt_path", "weights_only"}
+TRAINING_KEYS = {"model", "trainer", "data", "preview", *field_names(CheckpointSettings)}
+TRAINING_KEYS |= {"output", "global_batch_size", "resume"}
 """Other top-level keys: those for `sagl fit`. `model` and `trainer` are read in part."""
 MODEL_GROUPS = {
     "network": UNetSettings,
@@ -34,16 +35,7 @@ MODEL_GROUPS = {
     "blur_aware": BlurAwareSettings,
 }
 """Groups of settings below `model`."""
-MODEL_KEYS = {
-    *MODEL_GROUPS,
-    "direction_head",
-    "label_dropout",
-    "use_checkpoint",
-    "compile",
-    "freeze",
-    "max_nonfinite_batches",
-    "seed",
-}
+MODEL_KEYS = {name for cls in TRAINING_SETTINGS.values() for name in field_names(cls)}
 
 
 def sample_parser() -> Parser:

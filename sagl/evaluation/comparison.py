@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sagl.evaluation.metric_display import METRICS, best_values, format_value, metric_name
+from sagl.evaluation.metric_display import METRICS, best_values, format_interval, format_value, metric_name
 from sagl.evaluation.paper import PaperRow, matching_rows
 from sagl.evaluation.report import Cell, ImageGrid, Report, Row, Section, Table, join_with_and, printable
 from sagl.evaluation.results import Conditions, EvaluationResult
@@ -45,7 +45,7 @@ def build_report(runs: Sequence[RunSummary], images: ImageGrid | None = None, *,
     missing = [] if has_shared_ids else ["There is no id that all runs hold: no images are shown."]
     return Report(
         title=join_with_and(names) + ("" if is_single else ", side by side"),
-        warnings=(*_warnings(runs), *missing),
+        notes=(*_warnings(runs), *missing),
         tables=(table, paper) if paper else (table,),
         shared_settings=shared_settings_line(runs, shared),
         images=images,
@@ -182,7 +182,7 @@ def _order(key: MetricKey) -> tuple[int, MetricKey]:
 def _format_error(result: EvaluationResult, name: str) -> str:
     if name in result.stds:
         return f"± {format_value(name, result.stds[name])}"
-    return " … ".join(format_value(name, bound) for bound in result.intervals.get(name, ()))
+    return format_interval(name, result.intervals.get(name, ()))
 
 
 def _metric_section(conditions: Conditions, rows: Iterable[Row], notes: Iterable[str]) -> Section:

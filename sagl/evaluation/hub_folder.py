@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sagl.errors import require
-from sagl.evaluation.metric_display import format_value, metric_name
+from sagl.evaluation.metric_display import format_interval, format_value, metric_name
 from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.conversion import read_network
@@ -97,7 +97,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
     for result in read_results(run):
         condition = f"{result.num_samples:,} images, {Path(result.reference).name}, {result.extractor}"
         for name, value in result.values.items():
-            low_high = [format_value(name, bound) for bound in result.intervals.get(name, ())]
-            interval = f" ({' … '.join(low_high)})" if low_high else ""
-            rows.append({"name": metric_name(name), "value": format_value(name, value) + interval, "of": condition})
+            interval = format_interval(name, result.intervals.get(name, ()))
+            shown = format_value(name, value) + (f" ({interval})" if interval else "")
+            rows.append({"name": metric_name(name), "value": shown, "of": condition})
     return rows

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from sagl.evaluation.results import EvaluationResult
@@ -50,6 +51,11 @@ def format_value(name: str, value: float) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
+def format_interval(name: str, bounds: Sequence[float]) -> str:
+    """Format the bounds of an interval; empty without bounds."""
+    return " … ".join(format_value(name, bound) for bound in bounds)
+
+
 def best_values(name: str, values: dict[int, float]) -> set[int]:
     """Return the keys of the best displayed values; empty for an unknown metric, or if all are equal."""
     if name not in METRICS:
@@ -95,7 +101,7 @@ def print_result(result: EvaluationResult) -> None:
     for name, value in result.values.items():
         cells = [metric_name(name), format_value(name, value)]
         if result.intervals:
-            cells.append(" … ".join(format_value(name, bound) for bound in result.intervals.get(name, ())))
+            cells.append(format_interval(name, result.intervals.get(name, ())))
         if result.stds:
             cells.append(f"± {format_value(name, result.stds[name])}" if name in result.stds else "")
         table.add_row(*cells)

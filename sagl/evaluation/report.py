@@ -124,7 +124,7 @@ class Report:
     """Tables and images of some runs."""
 
     title: str
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     """Sentences above the tables."""
     tables: tuple[Table, ...]
     shared_settings: str = ""
@@ -180,7 +180,7 @@ def has_generator_tag(path: Path) -> bool:
 
 def render_markdown(report: Report) -> str:
     """Return the report as Markdown, with links to its figures."""
-    parts = [f"# {report.title}", *report.warnings]
+    parts = [f"# {report.title}", *report.notes]
     for table in report.tables:
         parts += [f"## {table.title}", *([table.note] if table.note else [])]
         parts += [f"![{figure.caption or table.title}]({figure.path.as_posix()})" for figure in table.figures]
@@ -207,8 +207,8 @@ def print_report(report: Report) -> None:
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    for warning in report.warnings:
-        console.print(Text(warning))
+    for note in report.notes:
+        console.print(Text(note))
     for table in report.tables:
         console.print()
         console.print(Text(table.title, style="bold"))

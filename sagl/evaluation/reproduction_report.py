@@ -9,25 +9,20 @@ from typing import Any, TypeVar
 
 from sagl.errors import UserError
 from sagl.evaluation.comparison import difference_cell
+from sagl.evaluation.metric_display import metric_name
 from sagl.evaluation.paper import PaperItem, paper_items
 from sagl.evaluation.report import Cell, Figure, Report, Row, Section, Table, render_html, render_markdown
 from sagl.evaluation.reproduction import ReproductionRow
-from sagl.evaluation.results import EvaluationResult, checked, read_results
+from sagl.evaluation.results import EvaluationResult, read_results
 from sagl.metrics.bootstrap import Interval
 from sagl.sampling.run_folder import RUN_JSON
 from sagl.utils.files import write_text
+from sagl.utils.json_values import from_json
 
 T = TypeVar("T")
 RUNS, ANALYSES = "runs", "analyses"
 """Folders of the sampled runs and of the figures."""
-METRICS = {
-    "fid": "FID",
-    "fd": "Fréchet distance",
-    "sfid": "sFID",
-    "is": "IS",
-    "precision": "precision",
-    "recall": "recall",
-}
+SHOWN_METRICS = ("fid", "fd", "sfid", "is", "precision", "recall")
 DISTANCES = ("fid", "fd")
 """Names of the Fréchet distance."""
 FIGURE_SCALE = 96 / 150
@@ -47,8 +42,13 @@ class StoredRow:
     """Folder of its images or of its figure, relative to that of the report."""
     is_unguided: bool
     """True for a row without guidance, with which the others are compared."""
-    translation: Sequence[str]
+    translation: tuple[str, ...]
     obstacle: str
+
+    def __post_init__(self) -> None:
+        """Refuse a folder outside of that of the report."""
+        if ".." in Path(self.folder).parts or Path(self.folder).is_absolute():
+            raise ValueError(f"{self.folder} is outside of the folder of the report")
 
 
 def store_item(folder: Path, item: PaperItem, rows: Sequence[ReproductionRow], commands: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def store_item(folder: Path, item: PaperItem, rows: Sequence[ReproductionRow], c
             command=command,
             folder="" if row.obstacle else f"{parts}/{row.run_name}",
             is_unguided=row.row.is_unguided,
-            translation=row.translation,
+            translation=tuple(row.translation),
             obstacle=row.obstacle,
         )
         for row, command in zip(rows, commands, strict=True)
@@ -85,11 +85,11 @@ def write_report(folder: Path) -> list[Path]:
         raise UserError(f"`output` must hold reproduced tables or figures, and {folder} holds none.")
     tables = []
     for name, item in items.items():
-        stored = _read(folder / f"{name}.json", lambda rows: [_parse_row(**row) for row in checked(list, rows)])
+        stored = _read(folder / f"{name}.json", _parse_rows)
         tables.append(_analysis_table(folder, item, stored) if item.analysis else _table(folder, item, stored))
     report = Report(
         title="Tables and figures of the paper, reproduced",
-        warnings=(
+        notes=(
             "The paper's numbers are for its own networks and 50,000 or 10,000 images. Where another network is named, "
             "only the direction of a difference can be compared, not its size.",
             "Below a value is its 95 % interval. Intervals of differences resample the images of both rows in pairs; "
@@ -104,6 +104,12 @@ def write_report(folder: Path) -> list[Path]:
     return list(pages)
 
 
+def _parse_rows(content: Any) -> list[StoredRow]:  # noqa: ANN401 (JSON values)
+    if not isinstance(content, list):
+        raise TypeError("no list of rows")
+    return [from_json(StoredRow, row) for row in content]
+
+
 def _read(path: Path, parse: Callable[[Any], T]) -> T:
     """Read a JSON file of the folder.
 
@@ -116,32 +122,10 @@ def _read(path: Path, parse: Callable[[Any], T]) -> T:
         raise UserError(f"`output` has a damaged file {path}. Delete it, and reproduce it again.") from error
 
 
-def _parse_row(
-    *,
-    paper_values: Any,  # noqa: ANN401 (JSON values)
-    folder: Any,  # noqa: ANN401
-    is_unguided: Any,  # noqa: ANN401
-    translation: Any,  # noqa: ANN401
-    **texts: Any,  # noqa: ANN401
-) -> StoredRow:
-    parts = Path(checked(str, folder)).parts
-    if ".." in parts or Path(folder).is_absolute():
-        raise ValueError("a folder outside of that of the report")
-    return StoredRow(
-        paper_values={
-            name: checked(float if isinstance(value, float) else int, value) for name, value in paper_values.items()
-        },
-        folder=folder,
-        is_unguided=is_unguided is True,
-        translation=[checked(str, change) for change in checked(list, translation)],
-        **{name: checked(str, text) for name, text in texts.items()},
-    )
-
-
 def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
     results = {row.name: result for row in rows if row.folder and (result := _last_result(folder / row.folder))}
-    paper_metrics = [name for name in METRICS if any(name in row.paper_values for row in rows)]
-    own_metrics = [name for name in METRICS if any(name in result.values for result in results.values())]
+    paper_metrics = [name for name in SHOWN_METRICS if any(name in row.paper_values for row in rows)]
+    own_metrics = [name for name in SHOWN_METRICS if any(name in result.values for result in results.values())]
     differences = _differences_from_unguided(rows, results)
     table_rows = []
     for row in rows:
@@ -151,9 +135,9 @@ def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
         link = f"{row.folder}/{RUN_JSON}" if row.folder and (folder / row.folder / RUN_JSON).is_file() else ""
         name = Cell(text=row.name, note=row.obstacle, link=link)
         table_rows.append(Row(name=name, cells=(*paper, *own)))
-    own_columns = [METRICS[name] for name in own_metrics]
+    own_columns = [_short_name(name) for name in own_metrics]
     own_columns[1:1] = ["minus unguided"] if differences else []  # beside the distance, the first metric
-    columns = [*(f"paper: {METRICS[name]}" for name in paper_metrics), *own_columns]
+    columns = [*(f"paper: {_short_name(name)}" for name in paper_metrics), *own_columns]
     facts = _verdict(rows, results) or [[] if columns else _obstacles(rows)]
     return _assemble(folder, item, rows, columns, table_rows, [*facts, [*_translation(rows), *_evaluated(results)]])
 
@@ -218,6 +202,10 @@ def _own_cell(result: EvaluationResult | None, name: str) -> Cell:
     interval = result.intervals.get(name)
     note = f"{_number(interval[0])} … {_number(interval[1])}" if interval else ""
     return Cell(text=_number(result.values[name]), note=note)
+
+
+def _short_name(metric: str) -> str:
+    return metric_name(metric).partition(",")[0]
 
 
 def _number(value: float | None) -> str:

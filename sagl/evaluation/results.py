@@ -1,21 +1,20 @@
 """evaluation.json in a run's folder: the results of `sagl evaluate`."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sagl.errors import UserError
 from sagl.utils.files import atomic_file, json_sha256
+from sagl.utils.json_values import from_json
 from sagl.utils.run_lock import lock_file
 
 if TYPE_CHECKING:
     from sagl.metrics.bootstrap import Interval
 
 RESULTS_FILE = "evaluation.json"
-T = TypeVar("T")
 
 
 class Conditions(NamedTuple):
@@ -114,7 +113,7 @@ def read_results(folder: Path) -> tuple[EvaluationResult, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("sha256", digest := json_sha256(content["results"])) != digest:
             raise ValueError("other values than those written")
-        return tuple(_parse(entry) for entry in content["results"])
+        return tuple(from_json(EvaluationResult, entry) for entry in content["results"])
     except (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"`run` {folder} has a damaged file {path}. Delete it, and evaluate the run again.") from error
 
@@ -131,45 +130,3 @@ def save_result(folder: Path, result: EvaluationResult) -> None:
         entries = [asdict(entry) for entry in (*others, result)]
         content = {"results": entries, "sha256": json_sha256(entries)}
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _parse(entry: Mapping[str, Any]) -> EvaluationResult:
-    num_reference = entry.get("num_reference")
-    return EvaluationResult(
-        images=checked(str, entry.get("images") or ""),
-        extractor=checked(str, entry["extractor"]),
-        reference=checked(str, entry["reference"]),
-        reference_digest=checked(str, entry.get("reference_digest") or ""),
-        num_samples=checked(int, entry["num_samples"]),
-        num_reference=None if num_reference is None else checked(int, num_reference),
-        resize=checked(str, entry.get("resize") or ""),
-        values={name: _number(value) for name, value in entry["values"].items()},
-        intervals={name: _interval(*bounds) for name, bounds in (entry.get("intervals") or {}).items()},
-        resamples={name: tuple(map(_number, of)) for name, of in (entry.get("resamples") or {}).items()},
-        settings=dict((entry.get("settings") or {}).items()),
-        stds={name: _number(value) for name, value in (entry.get("stds") or {}).items()},
-        notes=tuple(checked(str, note) for note in entry.get("notes") or ()),
-        seconds=_number(entry.get("seconds") or 0.0),
-    )
-
-
-def checked(kind: type[T], value: Any) -> T:  # noqa: ANN401 (any JSON value)
-    """Return a value of this type.
-
-    Raises:
-        TypeError: it has another type, or is a bool.
-    """
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r:.60} is no {kind}")
-    return value
-
-
-def _number(value: Any) -> float:  # noqa: ANN401
-    number = float(checked(float if isinstance(value, float) else int, value))
-    if not math.isfinite(number):
-        raise ValueError(f"{value} is not finite")
-    return number
-
-
-def _interval(low: Any, high: Any) -> tuple[float, float]:  # noqa: ANN401
-    return _number(low), _number(high)

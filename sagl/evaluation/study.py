@@ -24,9 +24,9 @@ from sagl.metrics.features import extract_features
 from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.metrics.precision_recall import NUM_NEIGHBORS, knn_radii, precision_recall
 from sagl.metrics.statistics_file import Reference
-from sagl.sampling.batch import check_finite, collect_nfe
+from sagl.sampling.batch import sample_batch
 from sagl.sampling.heads import head_digests
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels, run_to_end
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
@@ -170,15 +170,10 @@ class Study:
         return Setting(sampler=replace(setting.sampler, respacing=respacing))
 
     def _compute_features(self, setting: Setting, batch: list[int]) -> Features:
-        pipeline, nfe = self.pipeline_for(setting), list[float]()
-        with torch.inference_mode():
-            labels = make_labels(self.samples, batch, pipeline.network)
-            steps = collect_nfe(pipeline.sample_progressive(self.samples.seed, batch, labels), nfe)
-            images, _ = run_to_end(steps)
-        check_finite(images)
-        pooled = extract_features(to_rgb(to_uint8(images)).cpu(), self.extraction.extract).pooled
+        result = sample_batch(self.pipeline_for(setting), self.samples, batch)
+        pooled = extract_features(to_rgb(to_uint8(result.images)).cpu(), self.extraction.extract).pooled
         require(bool(pooled.isfinite().all()), f"`extractor` {self.extraction.name} must give finite features.")
-        return Features(setting=setting, pooled=pooled, nfe=sum(nfe))
+        return Features(setting=setting, pooled=pooled, nfe=result.nfe)
 
     def _batches(self, ids: range) -> list[list[int]]:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))

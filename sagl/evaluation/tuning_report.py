@@ -13,7 +13,9 @@ from sagl.evaluation.plot import Line, Plot
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, render_html
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
+from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import BUNDLED
+from sagl.settings.sampling import SamplerSettings
 from sagl.utils.files import write_text
 
 CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
@@ -124,10 +126,9 @@ def as_json(tuning: Tuning, result: TuningResult) -> dict[str, Any]:
 
 def build_report(tuning: Tuning, result: TuningResult) -> Report:
     """Return the page of a search: the report on fresh ids, the candidates, and a plot of the rounds."""
-    recommended = yaml.safe_dump(result.best.setting.values, default_flow_style=True, width=1000)
     return Report(
         title=f"Guidance settings for {tuning.run.config.source.model or tuning.run.checkpoint.name}",
-        warnings=(*describe_result(tuning, result), f"Recommended: {recommended}"),
+        notes=(*describe_result(tuning, result), f"Recommended: {describe_changes(result.best.setting)}."),
         tables=(report_table(tuning, result), candidates_table(tuning, result)),
         plot=plot_rounds(tuning, result),
         command="tune",
@@ -189,6 +190,20 @@ def describe_setting(setting: Setting, space: Space) -> str:
 
     values = searched_values(setting, space)
     return " · ".join(f"{name} {text(value)}" for name, value in values.items()) or "as configured"
+
+
+def describe_changes(setting: Setting) -> str:
+    """Return the settings of a sampler and its guidance that are no defaults, as flags of `sagl sample`."""
+    groups = {"": (asdict(setting.sampler), asdict(SamplerSettings()))}
+    for name, guidance in setting.guidances.items():
+        if guidance.scale:
+            groups[f"{name}."] = asdict(guidance), asdict(GUIDANCES[name].settings_class())
+    return " ".join(
+        f"--{group}{key} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for group, (values, defaults) in groups.items()
+        for key, value in values.items()
+        if value != defaults[key]
+    )
 
 
 def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:

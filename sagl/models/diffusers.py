@@ -20,11 +20,12 @@ from torch import Tensor
 from sagl.errors import UserError, require
 from sagl.models.checkpoints import NetworkWeights, meta_state_dict, save_tensors
 from sagl.models.diffusers_parameters import diffusers_names, head_width, join_parts, rename_parameters
-from sagl.models.metadata import build_settings, require_recommended
+from sagl.models.metadata import require_recommended
 from sagl.models.state_dicts import check_state_dict
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.utils.files import atomic_folder
+from sagl.utils.json_values import from_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """Files of a folder that `UNet2DModel` reads and writes."""
@@ -152,7 +153,7 @@ def read_diffusers(folder: Path, diffusion: DiffusionSettings | None = None) -> 
     require_recommended(stored, folder / CONFIG)
     default = DiffusionSettings(variance="learned_range" if model_settings.learn_sigma else "fixed_small")
     try:
-        diffusion = build_settings(DiffusionSettings, stored.get("diffusion", asdict(diffusion or default)))
+        diffusion = from_json(DiffusionSettings, stored.get("diffusion", asdict(diffusion or default)))
     except (TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     return NetworkWeights(
@@ -232,7 +233,7 @@ def _convert_config(c: Mapping[str, Any]) -> UNetSettings:
         "num_classes": c["num_class_embeds"],
     }
     try:
-        return build_settings(UNetSettings, settings)
+        return from_json(UNetSettings, settings)
     except UserError as error:
         raise UserError(f"`config` must be one that ADM can express, but as settings of ADM: {error}") from error
 
@@ -293,7 +294,7 @@ def _stored_settings(config: Mapping[str, Any], converted: UNetSettings) -> UNet
     if SAGL_KEY not in config:
         return converted
     try:
-        stored = build_settings(UNetSettings, config[SAGL_KEY]["network"])
+        stored = from_json(UNetSettings, config[SAGL_KEY]["network"])
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(error) from error
     expected, actual = _config_from_settings(stored), _config_from_settings(converted)

@@ -7,13 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
+from sagl.errors import UserError
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import (
-    NetworkWeights,
-    build_network,
-    read_state_dict,
-    write_checkpoint,
-)
+from sagl.models.checkpoints import NetworkWeights, read_state_dict, write_checkpoint
 from sagl.models.hub_files import WEIGHT_FILE
 from sagl.models.state_dicts import check_state_dict
 from sagl.settings.diffusion import DiffusionSettings
@@ -90,9 +86,12 @@ class HubUNet(
         Raises:
             UserError: Its weights do not match its settings.
         """
-        trained = build_network(checkpoint)
-        network = cls(trained.settings, checkpoint.diffusion, dict(checkpoint.recommended))
-        network.load_state_dict(trained.state_dict())
+        settings = checkpoint.model_settings
+        if not isinstance(settings, UNetSettings):
+            raise UserError("`checkpoint` must be a diffusion model, but it is a classifier or a head.")
+        network = cls(settings, checkpoint.diffusion, dict(checkpoint.recommended))
+        check_state_dict(network.state_dict(), checkpoint.state_dict)
+        network.load_state_dict(checkpoint.state_dict)
         return network.eval()
 
     @property

@@ -5,13 +5,12 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from sagl.errors import UserError, require
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import SETTINGS_CLASSES, NetworkSettings
-
-Settings = TypeVar("Settings")
+from sagl.utils.json_values import from_json
 
 SAFETENSORS = ".safetensors"
 """Suffix of the files that sagl writes."""
@@ -66,38 +65,10 @@ def settings_from_metadata(metadata: Mapping[str, Any], path: Path) -> tuple[Net
     """
     try:
         key = next(key for key in SETTINGS_CLASSES if key in metadata)
-        model_settings = build_settings(SETTINGS_CLASSES[key], metadata[key])
-        return model_settings, build_settings(DiffusionSettings, metadata["diffusion"])
+        model_settings = from_json(SETTINGS_CLASSES[key], metadata[key])
+        return model_settings, from_json(DiffusionSettings, metadata["diffusion"])
     except (KeyError, TypeError, AttributeError, StopIteration, UserError) as error:
         raise UserError(f"`checkpoint` must contain valid settings, but those in {path} are not: {error}") from error
-
-
-def build_settings(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Build a settings object from values of a file.
-
-    Raises:
-        UserError: A value is not allowed, or of another type.
-        TypeError: The values have other names.
-    """
-    for name, hint in get_type_hints(cls).items():
-        if name in values:
-            type_name = getattr(hint, "__name__", str(hint))
-            require(_has_type(values[name], hint), f"`{name}` must be {type_name}, got {values[name]!r:.60}.")
-    return cls(**values)
-
-
-def _has_type(value: Any, hint: Any) -> bool:  # noqa: ANN401 (any JSON value, any type)
-    """Return whether a value of a file is of the type of a settings field; integers are floats too, but no bool."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_has_type(item, args[0]) for item in value)
-    if args:
-        return any(_has_type(value, arg) for arg in args)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < 1e30  # neither nan nor an integer beyond a float
-    return type(value) is hint
 
 
 def require_recommended(metadata: Mapping[str, Any], path: Path) -> None:

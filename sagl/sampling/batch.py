@@ -1,17 +1,69 @@
-"""Sampling of one batch to PNG files."""
+"""Sampling of one batch: to tensors, and to PNG files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from sagl.diffusion.predictor import Trajectory
 from sagl.errors import require
 from sagl.sampling.pipeline import SamplingPipeline, make_labels, run_to_end
 from sagl.sampling.run_folder import SAMPLES, Sample, encode_png
 from sagl.settings.sampling import RunSettings
-from sagl.shapes import Image, ImageUint8
+from sagl.shapes import Image, ImageUint8, Labels
 from sagl.utils.images import to_rgb, to_uint8
+
+
+class SampledBatch(NamedTuple):
+    """Images of one pipeline for a whole batch, on its device."""
+
+    labels: Labels | None
+    """(B,) int64; None if the network has no classes or gets none."""
+    images: Image
+    """(B, C, H, W), finite."""
+    mask_frequency: Tensor | None
+    """Fraction of the guided steps in which each pixel was masked, (B, 1, H, W); None if no step had a mask."""
+    nfe: float
+    """Network evaluations of each sample."""
+
+
+def sample_batch(
+    pipeline: SamplingPipeline,
+    samples: RunSettings,
+    ids: Sequence[int],
+    track_steps: Callable[[Trajectory, int], Trajectory] = lambda steps, num_steps: steps,
+) -> SampledBatch:
+    """Sample a whole batch.
+
+    Args:
+        pipeline: the pipeline.
+        samples: seed and labels.
+        ids: ids of the batch.
+        track_steps: function (steps, number of steps) that yields the steps, and may show them.
+
+    Raises:
+        UserError: an image is not finite, or the network does not have a label.
+    """
+    nfe = list[float]()
+    with torch.inference_mode():
+        labels = make_labels(samples, ids, pipeline.network)
+        steps = _collect_nfe(pipeline.sample_progressive(samples.seed, ids, labels), nfe)
+        images, mask_frequency = run_to_end(track_steps(steps, pipeline.schedule.num_steps))
+    require(
+        bool(images.isfinite().all()),
+        "`sag.scale` and other guidance scales must leave the images finite, but these overflowed. Lower the "
+        "scales, or set `trainer.precision` to 32-true.",
+    )
+    return SampledBatch(labels, images, mask_frequency, sum(nfe))
+
+
+def _collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
+    """Yield the steps of a trajectory, and append the network evaluations of each to `nfe`."""
+    for step, x, prediction in trajectory:
+        nfe.append(prediction.nfe)
+        yield step, x, prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +101,15 @@ def sample_images(
     """
     batch_ids = full_batch(samples, ids)
     start = ids[0] - batch_ids[0]
-    part, nfe = slice(start, start + len(ids)), list[float]()
-    with torch.inference_mode():
-        labels = make_labels(samples, batch_ids, pipeline.network)
-        steps = collect_nfe(pipeline.sample_progressive(samples.seed, batch_ids, labels), nfe)
-        images, mask_frequency = run_to_end(track_steps(steps, pipeline.schedule.num_steps))
-        check_finite(images)
+    part = slice(start, start + len(ids))
+    labels, images, mask_frequency, nfe = sample_batch(pipeline, samples, batch_ids, track_steps)
     masks = None if mask_frequency is None else (mask_frequency * 255).round().to(torch.uint8)
     return BatchImages(
         ids=ids,
         labels=[-1] * len(ids) if labels is None else labels[part].tolist(),
         images=encode_pngs(to_uint8(images[part])),
         masks=None if masks is None else encode_pngs(masks[part]),
-        nfe=sum(nfe),
+        nfe=nfe,
     )
 
 
@@ -82,26 +130,6 @@ def make_samples(seed: int, batch: BatchImages, unguided: BatchImages | None = N
         Sample(id=i, label=label, seed=seed, pngs={name: row[k] for name, row in rows.items()})
         for k, (i, label) in enumerate(zip(batch.ids, batch.labels, strict=True))
     ]
-
-
-def collect_nfe(trajectory: Trajectory, nfe: list[float]) -> Trajectory:
-    """Yield the steps of a trajectory, and append the network evaluations of each to `nfe`."""
-    for step, x, prediction in trajectory:
-        nfe.append(prediction.nfe)
-        yield step, x, prediction
-
-
-def check_finite(images: Image) -> None:
-    """Refuse images that overflowed.
-
-    Raises:
-        UserError: a value is not finite.
-    """
-    require(
-        bool(images.isfinite().all()),
-        "`sag.scale` and other guidance scales must leave the images finite, but these overflowed. Lower the "
-        "scales, or set `trainer.precision` to 32-true.",
-    )
 
 
 def encode_pngs(images: ImageUint8) -> list[bytes]:

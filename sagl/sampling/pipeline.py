@@ -19,7 +19,7 @@ from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, with_guidance
 from sagl.guidance.build import build_guidances
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import DTYPES, AnyNetwork, build_classifier, build_network, cast_weights
+from sagl.models.checkpoints import DTYPES, AnyNetwork, NetworkWeights, build_classifier, build_network, cast_weights
 from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
@@ -182,30 +182,30 @@ def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> 
     if not Path(name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES:  # refused before a download
         settings = get_classifier_settings(name, parameter)
         check_second_network(parameter, *settings, network.settings, diffusion)
-    try:
-        checkpoint = load(name)
-        classifier = build_classifier(checkpoint)
-    except UserError as error:
-        raise UserError(f"`{parameter}` {name} cannot be used: {error}") from error
-    check_second_network(parameter, classifier.settings, checkpoint.diffusion, network.settings, diffusion)
-    return _cast_like(network, classifier)
+    return _load_second_network(parameter, name, "ema", build_classifier, network, diffusion)
 
 
 def _load_weak_network(name: str, weights: str, network: UNet, diffusion: DiffusionSettings) -> UNet:
-    parameter = "autoguidance.checkpoint"
+    return _load_second_network("autoguidance.checkpoint", name, weights, build_network, network, diffusion)
+
+
+def _load_second_network(
+    parameter: str,
+    name: str,
+    weights: str,
+    build: Callable[[NetworkWeights], AnyNetwork],
+    network: UNet,
+    diffusion: DiffusionSettings,
+) -> AnyNetwork:
+    """Load a network that guides the first one, in the first one's precision and on its device."""
     try:
         checkpoint = load(name, weights)
-        weak_network = build_network(checkpoint)
+        other = build(checkpoint)
     except UserError as error:
         raise UserError(f"`{parameter}` {name} cannot be used: {error}") from error
-    check_second_network(parameter, weak_network.settings, checkpoint.diffusion, network.settings, diffusion)
-    return _cast_like(network, weak_network)
-
-
-def _cast_like(network: UNet, other: AnyNetwork) -> AnyNetwork:
-    """Move another network to the device and precision of the first."""
+    check_second_network(parameter, other.settings, checkpoint.diffusion, network.settings, diffusion)
     weight = next(network.parameters())
-    (precision,) = (name for name, dtype in DTYPES.items() if dtype == weight.dtype)
+    (precision,) = (precision for precision, dtype in DTYPES.items() if dtype == weight.dtype)
     return cast_weights(other, precision, weight.device)
 
 

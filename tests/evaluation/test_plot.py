@@ -28,7 +28,7 @@ def test_ticks_are_round_numbers_in_the_range(y_range, ticks):
 
 
 def test_a_page_has_a_line_and_its_points_for_each_line():
-    page = render_html(Report(title="t", warnings=(), tables=(), plot=plot(), command="tune"))
+    page = render_html(Report(title="t", notes=(), tables=(), plot=plot(), command="tune"))
     assert [len(points.split()) for points in re.findall(r'<polyline points="(.*?)"', page)] == [2, 1]
     assert page.count("<circle") == 3
     assert "<title>b &amp; c</title>" in page

@@ -61,7 +61,7 @@ def report(word="plain", *, ids=range(3), size=8, names=("a", "b")):
     tables = (Table(title=word, columns=(word, word), sections=(section,), note=word),)
     rows = {name: tuple(random_png(100 * k + i, size) for i in ids) for k, name in enumerate(names)}
     images = ImageGrid(ids=tuple(ids), rows=rows, image_size=size) if ids else None
-    return Report(title=word, warnings=(word,), tables=tables, shared_settings=word, images=images)
+    return Report(title=word, notes=(word,), tables=tables, shared_settings=word, images=images)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_only_the_best_value_is_marked():
 
 
 def test_a_page_without_images_and_shared_settings_has_no_headings_for_them():
-    source = render_html(Report(title="a", warnings=(), tables=report().tables))
+    source = render_html(Report(title="a", notes=(), tables=report().tables))
     assert Page(source).all("h2") == [{}]
     assert "<img" not in source
 
