@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sagl.commands._config import network_parser, parse_sample_config
-from sagl.commands._parser import Parser
 from sagl.commands.tune import parse_search
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_report
 from sagl.evaluation.study import Measurement, Setting

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sagl.analysis.figures import figure
-from sagl.commands._config import network_parser, parse_sample_config
-from sagl.commands._parser import Parser
 from sagl.commands.tune import parse_search
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.study import Comparison, Measurement, Setting, Study
 from sagl.evaluation.tuning import Tuning, make_candidates

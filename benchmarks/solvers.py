@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sagl.commands._config import network_parser, parse_sample_config
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Report, Section, Table, print_report
 from sagl.evaluation.study import Measurement, Setting

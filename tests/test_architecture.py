@@ -13,6 +13,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"commands"},
+    {"configuration"},
     {"training", "playground"},
     {"callbacks", "evaluation", "analysis"},
     {"modules", "sampling"},

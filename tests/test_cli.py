@@ -8,7 +8,7 @@ import pytest
 
 from sagl import cli
 from sagl.cli import SUBCOMMANDS, with_flags
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.errors import UserError
 from sagl.utils.launchers import PARENT
 from sagl.utils.signals import STOP_SIGNALS

@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from sagl.commands._config import parse_sample_config
-from sagl.commands.fit import put_configs_first, training_kind, training_parser
+from sagl.configuration.sample import parse_sample_config
+from sagl.configuration.training import put_configs_first, training_kind, training_parser
 from sagl.errors import UserError
 from sagl.models.adm import Classifier
 from sagl.models.checkpoints import build_network, meta_state_dict, read_checkpoint

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sagl.commands._parser import from_namespace, parse_interval_arg
 from sagl.commands.compare import _folders_first
-from sagl.commands.fit import put_configs_first, rename_network_flags, training_kind, training_parser
 from sagl.commands.subcommands import SUBCOMMANDS
+from sagl.configuration.parser import from_namespace, parse_interval_arg
+from sagl.configuration.training import put_configs_first, rename_network_flags, training_kind, training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import RunSettings, SamplerSettings

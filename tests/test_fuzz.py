@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from sagl.commands import _config
-from sagl.commands._config import sample_parser
-from sagl.commands._parser import field_names
+from sagl.configuration import sample as sample_configuration
+from sagl.configuration.parser import field_names
+from sagl.configuration.sample import sample_parser
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.sampling import DeviceSettings, RunSettings, SamplerSettings
 from tests.helpers.commands import exit_code
@@ -192,7 +192,9 @@ def tiny(tmp_path_factory):
 def exit_code_of_sample(tiny, tmp_path, monkeypatch):
     """Run a request in an empty folder and check its output; return the exit code."""
     folder, parser = tmp_path / "folder", sample_parser()
-    monkeypatch.setattr(_config, "sample_parser", lambda: copy.deepcopy(parser))  # building one takes much longer
+    monkeypatch.setattr(
+        sample_configuration, "sample_parser", lambda: copy.deepcopy(parser)
+    )  # building one takes much longer
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     folder.mkdir()

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.methods import METHODS, main, search_values
-from sagl.commands._config import parse_sample_config, sample_parser
 from sagl.commands.tune import parse_search
+from sagl.configuration.sample import parse_sample_config, sample_parser
 from sagl.models.checkpoints import write_checkpoint
 from sagl.sampling.run import SamplingRun
 from tests.helpers.extractors import use_fast_extractors, write_npz

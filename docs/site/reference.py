@@ -11,8 +11,8 @@ from pathlib import Path
 from docstring_parser.attrdoc import AttributeDocstrings
 
 import sagl
-from sagl.commands._config import MODEL_GROUPS
 from sagl.commands.subcommands import SUBCOMMANDS
+from sagl.configuration.sample import MODEL_GROUPS
 from sagl.settings.guidance import TERM_OPTIONS, GuidanceSettings
 
 PACKAGE = Path(sagl.__file__).parent
@@ -22,7 +22,7 @@ PREFIXES = {cls.__name__: f"model.{group}." for group, cls in MODEL_GROUPS.items
 PREFIXES |= {"DiffusionTrainingSettings": "model.", "ClassifierTrainingSettings": "model."}
 PREFIXES |= {"DeviceSettings": "trainer.", "PreviewSettings": "preview.", "GuidanceSettings": "METHOD."}
 """Groups of the flags of settings classes; a guidance method has its own name for one, other classes have none."""
-INTERFACE = ("commands", "cli", "__main__")
+INTERFACE = ("commands", "configuration", "cli", "__main__")
 """Packages that the page of commands describes, not the API reference."""
 
 

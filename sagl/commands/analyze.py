@@ -3,8 +3,8 @@
 import shlex
 
 from sagl.analysis.registry import ANALYSES, AnalysisRequest, run_analysis
-from sagl.commands._config import network_parser, parse_sample_config
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.errors import require
 from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.sampling.run import SamplingRun

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.errors import require, require_range
 from sagl.evaluation.comparison import build_report
 from sagl.evaluation.report import has_generator_tag, print_report, render_html

@@ -6,8 +6,8 @@ from typing import Literal
 import shtab
 from jsonargparse import ArgumentParser
 
-from sagl.commands._parser import Parser
 from sagl.commands.subcommands import SUBCOMMANDS
+from sagl.configuration.parser import Parser
 
 
 def completion_parser() -> Parser:

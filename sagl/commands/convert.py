@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sagl.commands._config import (
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import (
     add_config_argument,
     model_settings,
     recommended_settings,
     sample_parser,
     set_recommended_defaults,
 )
-from sagl.commands._parser import Parser
 from sagl.errors import UserError, require
 from sagl.models.metadata import SAFETENSORS
 from sagl.models.zoo import name_from_filename

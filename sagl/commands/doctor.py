@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import sagl
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import select_device

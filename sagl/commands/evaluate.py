@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from sagl.commands._extraction import add_extraction_settings, extraction_settings
-from sagl.commands._parser import Parser, from_namespace
+from sagl.configuration.extraction import add_extraction_settings, extraction_settings
+from sagl.configuration.parser import Parser, from_namespace
 from sagl.errors import require
 from sagl.evaluation.metric_display import format_result, print_result
 from sagl.evaluation.results import EvaluationResult, read_results, save_result

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.sampling.run_folder import count_images, read_run_json
 from sagl.utils.run_lock import lock_file, lock_folder

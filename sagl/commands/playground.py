@@ -2,8 +2,8 @@
 
 import socket
 
-from sagl.commands._config import network_parser, parse_sample_config, sample_parser
-from sagl.commands._parser import Parser, field_names
+from sagl.configuration.parser import Parser, field_names
+from sagl.configuration.sample import network_parser, parse_sample_config, sample_parser
 from sagl.errors import UserError, require_range
 from sagl.models.zoo import DEFAULT_MODEL
 from sagl.playground.controls import QUICK, CommandLine, Form, to_text

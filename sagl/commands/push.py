@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.models.hub_files import HUB_PREFIX, hub_errors, is_reachable, require_repository
 from sagl.utils.files import require_unused

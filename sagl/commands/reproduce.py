@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 
 from sagl.analysis.registry import check_object_masks
 from sagl.commands import analyze, evaluate, sample
-from sagl.commands._config import recommended_settings
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
+from sagl.configuration.sample import recommended_settings
 from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.paper import PaperItem, paper_items

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from sagl.commands._config import parse_sample_config, sample_parser
+from sagl.configuration.sample import parse_sample_config, sample_parser
 from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun, lock_run
 from sagl.sampling.run_folder import SHARDS, count_images
 from sagl.utils.distributed import (

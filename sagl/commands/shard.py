@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from sagl.commands._parser import Parser
+from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.settings.sampling import ProgressKind
 from sagl.utils.files import require_writable

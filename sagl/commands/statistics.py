@@ -4,8 +4,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from sagl.commands._extraction import add_extraction_settings, extraction_settings
-from sagl.commands._parser import Parser
+from sagl.configuration.extraction import add_extraction_settings, extraction_settings
+from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.distributed import global_rank

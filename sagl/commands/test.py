@@ -1,8 +1,9 @@
 """`sagl test`: `sagl validate` on images that neither training nor validation used."""
 
-from sagl.commands._parser import Parser
-from sagl.commands.fit import run_command, training_parser
+from sagl.commands.fit import run_command
 from sagl.commands.validate import expand_run_argument
+from sagl.configuration.parser import Parser
+from sagl.configuration.training import training_parser
 
 
 def test_parser() -> Parser:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from sagl.callbacks.checkpointing import ResumableCheckpoint
-from sagl.commands._parser import Parser, from_namespace
+from sagl.configuration.parser import Parser, from_namespace
 from sagl.errors import require
 from sagl.models.transfer import load_initial_weights
 from sagl.modules.direction_head_module import DirectionHeadModule

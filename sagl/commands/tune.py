@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from sagl.commands._config import network_parser, parse_sample_config, sample_parser
-from sagl.commands._parser import Parser, field_names, from_namespace
+from sagl.configuration.parser import Parser, field_names, from_namespace
+from sagl.configuration.sample import network_parser, parse_sample_config, sample_parser
 from sagl.errors import require
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import default_reference

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from sagl.commands._parser import Parser
-from sagl.commands.fit import run_command, training_parser
+from sagl.commands.fit import run_command
+from sagl.configuration.parser import Parser
+from sagl.configuration.training import training_parser
 from sagl.errors import require
 from sagl.utils.files import expand_path
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sagl.commands._config import sampling_settings
+from sagl.configuration.sample import sampling_settings
 from sagl.models.checkpoints import in_dtype, read_checkpoint, write_checkpoint
 from sagl.models.metadata import read_metadata
 from sagl.models.zoo import RELEASED

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 import sagl
-from sagl.commands._config import parse_sample_config
-from sagl.errors import UserError
 from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
 from sagl.models.memory import estimate_memory
 from sagl.sampling import choices
@@ -306,26 +304,3 @@ def test_recommended_settings_of_a_file_are_used(tmp_path):
         )
     assert metadata_of(folder)["nfe"] == 6
     assert arrays_of(folder)[1].tolist() == [0, 1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("flags", "scale", "respacing"),
-    [(["--sag.scale", "0.1"], 0.1, "3"), (["--respacing", "5"], 0.4, "5"), (["--sag.scale", "0"], 0.0, "3")],
-)
-def test_a_flag_goes_before_the_recommendation_of_the_file_and_leaves_the_rest(flags, scale, respacing, tmp_path):
-    network = write_grey_unet(tmp_path / "tiny.safetensors", recommended=RECOMMENDED)
-    config = parse_sample_config(["--checkpoint", str(network), *flags])
-    assert (config.guidances["sag"].scale, config.guidances["sag"].site) == (scale, "output.1")
-    assert (config.sampler.respacing, config.sampler.sampler) == (respacing, "ddim")
-
-
-def test_without_a_recommendation_settings_have_the_defaults_of_their_fields(tiny):
-    config = parse_sample_config(["--checkpoint", str(tiny)])
-    expected = (RunSettings(), SamplerSettings(), SelfAttentionGuidance())
-    assert (config.samples, config.sampler, config.guidances["sag"]) == expected
-
-
-def test_a_recommendation_of_unknown_settings_is_refused(tmp_path):
-    network = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sag": {"strength": 3}})
-    with pytest.raises(UserError, match=r"`recommended`.*strength"):
-        parse_sample_config(["--checkpoint", str(network)])

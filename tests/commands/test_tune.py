@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from sagl.commands._config import parse_sample_config
 from sagl.commands.tune import parse_search, tune_parser
+from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation.study import Study
 from sagl.evaluation.tuning import make_candidates
 from sagl.models.checkpoints import write_checkpoint

@@ -1,6 +1,6 @@
 import pytest
 
-from sagl.commands._config import sampling_settings
+from sagl.configuration.sample import sampling_settings
 from sagl.evaluation.paper import matching_rows, paper_rows
 from sagl.models.zoo import RELEASED
 from sagl.utils.config_files import read_config

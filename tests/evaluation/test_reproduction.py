@@ -1,7 +1,7 @@
 import pytest
 
-from sagl.commands._config import sample_parser
-from sagl.commands._parser import from_namespace
+from sagl.configuration.parser import from_namespace
+from sagl.configuration.sample import sample_parser
 from sagl.evaluation.paper import paper_items
 from sagl.evaluation.reproduction import Target, plan_reproduction, translate_site
 from sagl.models.zoo import get_unet_settings

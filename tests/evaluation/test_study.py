@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.commands._config import parse_sample_config
+from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation import study as module
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.study import Comparison, Setting, Study

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.utils.data import DataLoader
 
-from sagl.commands._parser import from_namespace
+from sagl.configuration.parser import from_namespace
 from sagl.settings.training import CheckpointSettings
 from sagl.training.setup import prepare_fit
 from tests.helpers.networks import draw_weights

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from sagl.commands._config import parse_sample_config
+from sagl.configuration.sample import parse_sample_config
 from sagl.errors import UserError
 from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import build_network, read_checkpoint

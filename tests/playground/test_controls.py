@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sagl.commands._config import parse_sample_config
+from sagl.configuration.sample import parse_sample_config
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.playground.controls import flat_settings

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sagl.commands._config import parse_sample_config
+from sagl.configuration.sample import parse_sample_config
 from sagl.errors import UserError
 from sagl.models.memory import estimate_gradient_memory, estimate_memory
 from sagl.models.zoo import RELEASED, get_classifier_settings, get_unet_settings

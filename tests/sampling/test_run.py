@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from sagl.commands._config import parse_sample_config
+from sagl.configuration.sample import parse_sample_config
 from sagl.models.flops import flops_per_evaluation
 from sagl.sampling import run
 from sagl.sampling.pipeline import build_pipeline

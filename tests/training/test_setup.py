@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sagl.commands.fit import rename_network_flags, training_parser
+from sagl.configuration.training import rename_network_flags, training_parser
 from sagl.errors import UserError
 from tests.helpers.training import prepare_training
 

@@ -5,8 +5,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from sagl.commands._parser import Parser, field_names, from_namespace
-from sagl.commands.fit import TRAINING_SETTINGS
+from sagl.configuration.parser import Parser, field_names, from_namespace
+from sagl.configuration.training import TRAINING_SETTINGS
 from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata

@@ -4,7 +4,7 @@ from argparse import SUPPRESS
 
 from jsonargparse import Namespace
 
-from sagl.commands._parser import Parser, from_namespace
+from sagl.configuration.parser import Parser, from_namespace
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.distributed import require_launcher

@@ -4,9 +4,9 @@ from typing import Literal
 
 import pytest
 
-from sagl.commands._config import model_settings, sample_parser
-from sagl.commands._parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
-from sagl.commands.fit import training_parser
+from sagl.configuration.parser import Parser, field_names, from_namespace, parse_interval_arg, suggest
+from sagl.configuration.sample import model_settings, sample_parser
+from sagl.configuration.training import training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.settings.guidance import TERM_OPTIONS, SelfAttentionGuidance
