@@ -26,9 +26,8 @@ def garments() -> PaddedFashionMNIST:
 
 @pytest.fixture(scope="module")
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images as recommended, five of each class, and their labels."""
-    file = read_checkpoint(BUNDLED["fashion_mnist"])
-    sampler = SamplerSettings(**{k: v for k, v in file.recommended.items() if k in ("sampler", "respacing")})
+    """Images of ten steps with the recommended guidance, five of each class, and their labels."""
+    file, sampler = read_checkpoint(BUNDLED["fashion_mnist"]), SamplerSettings(sampler="unipc", respacing="logsnr10")
     pipeline = build_pipeline(
         build_network(file), file.diffusion, sampler, {"sag": SelfAttentionGuidance(**file.recommended["sag"])}
     )
