@@ -128,7 +128,10 @@ def build_report(tuning: Tuning, result: TuningResult) -> Report:
     """Return the page of a search: the report on fresh ids, the candidates, and a plot of the rounds."""
     return Report(
         title=f"Guidance settings for {tuning.run.config.source.model or tuning.run.checkpoint.name}",
-        notes=(*describe_result(tuning, result), f"Recommended: {describe_changes(result.best.setting)}."),
+        notes=(
+            *describe_result(tuning, result),
+            f"{CONFIG_FILE}: {describe_changes(result.best.setting)}; all other settings have their defaults.",
+        ),
         tables=(report_table(tuning, result), candidates_table(tuning, result)),
         plot=plot_rounds(tuning, result),
         command="tune",
@@ -184,22 +187,22 @@ def _distance_cells(distance: float, unguided: float | None) -> tuple[Cell, ...]
 
 def describe_setting(setting: Setting, space: Space) -> str:
     """Return the searched settings of a candidate as text."""
-
-    def text(value: Any) -> str:  # noqa: ANN401 (a setting of any kind)
-        return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
     values = searched_values(setting, space)
-    return " · ".join(f"{name} {text(value)}" for name, value in values.items()) or "as configured"
+    return " · ".join(f"{name} {_setting_text(value)}" for name, value in values.items()) or "as configured"
+
+
+def _setting_text(value: Any) -> str:  # noqa: ANN401 (a setting of any kind)
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def describe_changes(setting: Setting) -> str:
-    """Return the settings of a sampler and its guidance that are no defaults, as flags of `sagl sample`."""
+    """Return the settings of a sampler and its guidance that are no defaults as text."""
     groups = {"": (asdict(setting.sampler), asdict(SamplerSettings()))}
     for name, guidance in setting.guidances.items():
         if guidance.scale:
             groups[f"{name}."] = asdict(guidance), asdict(GUIDANCES[name].settings_class())
-    return " ".join(
-        f"--{group}{key} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return " · ".join(
+        f"{group}{key} {_setting_text(value)}"
         for group, (values, defaults) in groups.items()
         for key, value in values.items()
         if value != defaults[key]
