@@ -192,9 +192,8 @@ def tiny(tmp_path_factory):
 def exit_code_of_sample(tiny, tmp_path, monkeypatch):
     """Run a request in an empty folder and check its output; return the exit code."""
     folder, parser = tmp_path / "folder", sample_parser()
-    monkeypatch.setattr(
-        sample_configuration, "sample_parser", lambda: copy.deepcopy(parser)
-    )  # building one takes much longer
+    # building one takes much longer than a copy
+    monkeypatch.setattr(sample_configuration, "sample_parser", lambda: copy.deepcopy(parser))
     monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""`sagl fit`, and the run that it shares with `sagl validate` and `sagl test`."""
+"""`sagl fit`, and `run_command`, which `sagl validate` and `sagl test` use too."""
 
 from sagl.configuration.parser import Parser, parse_interval_arg
 from sagl.configuration.training import (

@@ -1,4 +1,4 @@
-"""Command lines of `sagl fit`, `sagl validate` and `sagl test`: their parser, and what is done before it."""
+"""Command lines of `sagl fit`, `sagl validate` and `sagl test`: parser, and preparation of the arguments."""
 
 import re
 from argparse import SUPPRESS

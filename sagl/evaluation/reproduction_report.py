@@ -106,7 +106,7 @@ def write_report(folder: Path) -> list[Path]:
 
 def _parse_rows(content: Any) -> list[StoredRow]:  # noqa: ANN401 (JSON values)
     if not isinstance(content, list):
-        raise TypeError("no list of rows")
+        raise TypeError("the file must hold a list of rows")
     return [from_json(StoredRow, row) for row in content]
 
 

@@ -73,7 +73,8 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
     network: dict[str, Any] = {"model": json.loads(json.dumps(model))} if model else {}  # YAML has no tuples
     if source.checkpoint is not None and source.checkpoint not in BUNDLED.values():
         network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
-    settings = network | {"labels": config.samples.labels} | result.best.setting.values
+    off = {name: {"scale": 0.0} for name in GUIDANCES}  # the weight file may recommend one that is not used here
+    settings = network | {"labels": config.samples.labels} | off | result.best.setting.values
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
     return comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
@@ -130,7 +131,7 @@ def build_report(tuning: Tuning, result: TuningResult) -> Report:
         title=f"Guidance settings for {tuning.run.config.source.model or tuning.run.checkpoint.name}",
         notes=(
             *describe_result(tuning, result),
-            f"{CONFIG_FILE}: {describe_changes(result.best.setting)}; all other settings have their defaults.",
+            f"Settings of {CONFIG_FILE} that differ from the defaults: {describe_changes(result.best.setting)}.",
         ),
         tables=(report_table(tuning, result), candidates_table(tuning, result)),
         plot=plot_rounds(tuning, result),
@@ -192,11 +193,11 @@ def describe_setting(setting: Setting, space: Space) -> str:
 
 
 def _setting_text(value: Any) -> str:  # noqa: ANN401 (a setting of any kind)
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def describe_changes(setting: Setting) -> str:
-    """Return the settings of a sampler and its guidance that are no defaults as text."""
+    """Return the settings of a sampler and its guidance that differ from the defaults of their classes, as text."""
     groups = {"": (asdict(setting.sampler), asdict(SamplerSettings()))}
     for name, guidance in setting.guidances.items():
         if guidance.scale:

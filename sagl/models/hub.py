@@ -84,7 +84,7 @@ class HubUNet(
         """Build the network of a checkpoint, in evaluation mode.
 
         Raises:
-            UserError: Its weights do not match its settings.
+            UserError: It is a classifier or head, or its weights do not match its settings.
         """
         settings = checkpoint.model_settings
         if not isinstance(settings, UNetSettings):

@@ -17,7 +17,7 @@ from sagl.utils.images import to_rgb, to_uint8
 
 
 class SampledBatch(NamedTuple):
-    """Images of one pipeline for a whole batch, on its device."""
+    """Images of one pipeline for a whole batch, on the device of the pipeline."""
 
     labels: Labels | None
     """(B,) int64; None if the network has no classes or gets none."""

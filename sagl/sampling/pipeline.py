@@ -197,7 +197,11 @@ def _load_second_network(
     network: UNet,
     diffusion: DiffusionSettings,
 ) -> AnyNetwork:
-    """Load a network that guides the first one, in the first one's precision and on its device."""
+    """Load a network that guides the first one, in the first one's precision and on its device.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit the first one.
+    """
     try:
         checkpoint = load(name, weights)
         other = build(checkpoint)

@@ -1,5 +1,6 @@
 """Dataclasses from JSON values, whose types are checked against the annotations."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from types import UnionType
@@ -8,12 +9,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from sagl.errors import UserError
 
 T = TypeVar("T")
-LARGEST = 1e30
-"""Limit of the absolute value of a float."""
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Build a dataclass from the values of a JSON object; lists become tuples, and integers are floats too.
+    """Build a dataclass from the values of a JSON object; lists become tuples, and an integer is accepted for a float.
 
     Raises:
         UserError: a value is not allowed, or of another type.
@@ -32,10 +31,10 @@ def _convert_field(name: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 (an
 
 
 def _convert(value: Any, hint: Any) -> Any:  # noqa: ANN401
-    """Return a value as one of a type.
+    """Check a JSON value against a type, and return it with lists as tuples.
 
     Raises:
-        TypeError, ValueError: it is of another type, or a float that is not finite or too large.
+        TypeError, ValueError: it is of another type, or a number that no finite float can hold.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (origin is Literal and value in args):
@@ -46,10 +45,10 @@ def _convert(value: Any, hint: Any) -> Any:  # noqa: ANN401
                 return _convert(value, arg)
     if origin is tuple and isinstance(value, list | tuple):
         items = [args[0]] * len(value) if args[-1] is ... else args
-        return tuple(_convert(item, of) for item, of in zip(value, items, strict=True))
+        return tuple(_convert(item, item_hint) for item, item_hint in zip(value, items, strict=True))
     if origin is Mapping and isinstance(value, Mapping):
         return {name: _convert(item, args[1]) for name, item in value.items()}
-    if hint is float and type(value) in (int, float) and abs(value) < LARGEST:  # false for nan
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # not so for nan
         return value
     if hint is not float and type(value) is hint:
         return value

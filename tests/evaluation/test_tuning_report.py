@@ -2,9 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from sagl.configuration.sample import parse_sample_config
+from sagl.evaluation import tuning_report
 from sagl.evaluation.study import Setting
 from sagl.evaluation.tuning import Round
-from sagl.evaluation.tuning_report import describe_changes, plot_rounds
+from sagl.evaluation.tuning_report import describe_changes, format_config, plot_rounds
 from sagl.settings.guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
 
@@ -23,12 +25,23 @@ def test_a_plot_of_the_rounds_holds_every_candidate_but_the_worst_of_the_first_r
     assert best.points == [(60, -90.0), (120, -40.0)][: len(rounds)]
 
 
-def test_the_settings_that_are_no_defaults_are_named():
+def test_the_settings_that_differ_from_the_defaults_are_named():
     sag = SelfAttentionGuidance(scale=0.5, interval=(0.5, 1.0), soft=True)
     setting = Setting(
         sampler=SamplerSettings(sampler="ddim", respacing="ddim25"),
         guidances={"sag": sag, "pag": PerturbedAttentionGuidance(site="middle")},
     )
     assert describe_changes(setting) == (
-        "sampler ddim · respacing ddim25 · sag.scale 0.5 · sag.interval 0.5-1.0 · sag.soft True"
+        "sampler ddim · respacing ddim25 · sag.scale 0.5 · sag.interval 0.5,1.0 · sag.soft True"
     )
+
+
+def test_the_recommended_config_turns_off_guidance_that_the_weight_file_recommends(tmp_path, monkeypatch):
+    config = parse_sample_config(["--model", "fashion_mnist", "--sag.scale", "0", "--pag.scale", "1"])
+    assert parse_sample_config(["--model", "fashion_mnist"]).guidances["sag"].scale > 0
+    tuning = SimpleNamespace(run=SimpleNamespace(config=config))
+    best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
+    monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
+    (tmp_path / "recommended.yaml").write_text(format_config(tuning, SimpleNamespace(best=best)))
+    again = parse_sample_config(["--config", str(tmp_path / "recommended.yaml")])
+    assert Setting(sampler=again.sampler, guidances=again.guidances).values == best.setting.values
