@@ -18,7 +18,7 @@ RESULTS_FILE = "evaluation.json"
 
 
 class Conditions(NamedTuple):
-    """What two results must share for their values to be comparable, besides the settings of the metric."""
+    """Conditions of an evaluation, which two results must share for their values to be comparable."""
 
     reference: str
     reference_digest: str
@@ -65,7 +65,7 @@ class EvaluationResult:
 
     @property
     def conditions(self) -> Conditions:
-        """What two results must share for their values to be comparable."""
+        """Conditions of the evaluation, besides the settings of the metrics."""
         return Conditions(
             reference=self.reference,
             reference_digest=self.reference_digest,

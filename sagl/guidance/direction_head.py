@@ -66,6 +66,7 @@ def head_inputs(mask_of: MaskOfStep | None, settings: GuidanceSettings, schedule
     blur_settings = settings if isinstance(settings, BlurGuidance) else BlurGuidance(blur_sigma=DEFAULT_SIGMA)
 
     def inputs(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> Tensor:
+        """Return the inputs side by side: (B, 9 or 13 channels of RGB images, H, W)."""
         alpha_bar = schedule.alpha_bar(step)
         x0_hat, x0_blurred = blur_x0_hat(x_t, base_pred.eps, alpha_bar, blur_settings)
         high_pass = cast_like((alpha_bar / (1 - alpha_bar)).sqrt(), x_t) * (x0_hat - x0_blurred)

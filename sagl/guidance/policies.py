@@ -19,6 +19,7 @@ def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
     renewed = set(guided[::every])
 
     def wrap(term: Term) -> Term:
+        """Return the term that is evaluated in the renewed steps, and repeated in the others."""
         last: GuidanceTerm | None = None
 
         def reused_term(
@@ -45,6 +46,8 @@ def reuse_deep_blocks(guidance: Guidance, block: str, share: float) -> Guidance:
     """
 
     def wrap(term: Term) -> Term:
+        """Return the term whose weak evaluation starts at the block."""
+
         def shallow_term(
             predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
@@ -71,6 +74,7 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
     """
 
     def wrap(term: Term) -> Term:
+        """Return the term that is zero for the samples whose guidance has ended."""
         has_ended: Tensor | None = None
         last = GuidanceTerm()
 

@@ -33,6 +33,8 @@ def shape_guidance(guidance: Guidance, settings: GuidanceSettings, schedule: Sch
     part = _build_part(settings)
 
     def wrap(term: Term) -> Term:
+        """Return the term with its norm limited and one part weighted."""
+
         def shaped_term(
             predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
