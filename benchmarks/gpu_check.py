@@ -35,8 +35,9 @@ from benchmarks.gpu_machine import Machine, Result, popen  # noqa: E402
 from sagl import cli  # noqa: E402
 
 LIMIT_SECONDS = 900
-EMULATED = "this CPU emulates them"
 """Longest time of a section."""
+EMULATED = "this CPU emulates them"
+"""Why 16-bit numbers are not checked."""
 INTERACTIVE_SLURM = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "SLURM_JOB_ID": "1"}
 """Variables inside of `srun --pty bash`."""
 SAG, CLASSIFIER = ("--sag.scale", 0.3), ("--classifier.scale", 1)

@@ -86,7 +86,9 @@ def test_the_noise_is_all_that_a_step_copies_to_the_gpu_and_nothing_comes_back(s
 
 def test_a_step_with_a_direction_head_copies_its_noise_alone(monkeypatch):
     shape = HeadSettings(
-        method="sag", network_rms=(1.0,), **SHAPE | {"in_channels": 3, "feature_channels": COLOUR["num_channels"]}
+        method="sag",
+        network_rms=(1.0,),
+        **SHAPE | {"in_channels": 3, "map_channels": UNetSettings(**COLOUR).widths[::-1]},
     )
     with torch.device("meta"):
         head = DirectionHead(shape).requires_grad_(False)

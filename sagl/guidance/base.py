@@ -5,7 +5,7 @@ evaluation of the network under another condition. The terms are summed, so n me
 cost 1 + n network evaluations, in any order.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -58,8 +58,9 @@ Term = Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTer
 
 MaskOfStep = Callable[[Image, int, Condition, Prediction], Mask]
 """(x_t, step, condition, base prediction) -> the mask."""
-Head = Callable[[Tensor, Tensor, Timestep], Image]
-"""A direction head: (images of `guidance.direction_head`, features, timesteps) -> eps - eps of the weak prediction."""
+Head = Callable[[Tensor, Sequence[Tensor], Timestep], Image]
+"""A direction head: (images, feature maps, timesteps) -> eps - eps of the weak prediction; see
+`guidance.direction_head`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from sagl.guidance.base import Guidance, GuidanceContext, MaskOfStep
 from sagl.guidance.sag import blur_x0_hat
 from sagl.guidance.shaping import DEFAULT_SIGMA
 from sagl.settings.guidance import BlurGuidance, GuidanceSettings
+from sagl.settings.network import UNetSettings
 from sagl.shapes import Image
 
 HeadInputs = Callable[[Image, int, Condition, Prediction], Tensor]
@@ -33,6 +34,7 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
         UserError: the head cannot be loaded, or belongs to other settings or another network.
     """
     head, schedule = context.load_head(settings, guidance.mask is not None), context.schedule
+    network_settings = context.network_settings
     inputs_of = head_inputs(guidance.mask, settings, schedule)
     guided = [step for step in reversed(range(schedule.num_steps)) if guidance.is_active(step)]
     renewed = set(guided[:: settings.renew_every]) if settings.renew_every > 1 else set()
@@ -43,18 +45,31 @@ def use_head(guidance: Guidance, settings: GuidanceSettings, context: GuidanceCo
         """Return s · h(inputs, t), or in renewed steps the method's own term."""
         if step in renewed:
             return guidance.term(predict, x_t, step, condition, base_pred)
-        assert base_pred.features is not None  # `prepare_condition` requests them
-        images = inputs_of(x_t, step, condition, base_pred)
-        direction = head(images, base_pred.features, schedule.timestep(step, len(x_t), x_t.device))
+        images, maps = inputs_of(x_t, step, condition, base_pred), head_maps(base_pred, network_settings)
+        direction = head(images, maps, schedule.timestep(step, len(x_t), x_t.device))
         extras = {"mask": images[:, -1:]} if guidance.mask else {}
         return GuidanceTerm(eps=settings.scale * direction, extras=extras)
 
     def prepare_condition(condition: Condition) -> Condition:
-        return replace(guidance.prepare_condition(condition), features=True)
+        return request_maps(guidance.prepare_condition(condition), network_settings)
 
     return replace(
         guidance, term=term, prepare_condition=prepare_condition, evaluates_term=lambda step: step in renewed
     )
+
+
+def request_maps(condition: Condition, settings: UNetSettings) -> Condition:
+    """Return the condition of an evaluation that also returns the feature maps of `head_maps`."""
+    return replace(condition, features=True, block_inputs=(*condition.block_inputs, *settings.coarse_blocks))
+
+
+def head_maps(base_pred: Prediction, settings: UNetSettings) -> list[Tensor]:
+    """Return the feature maps that a head reads, one per resolution, the coarsest first.
+
+    They are the inputs of the last output block of every coarser resolution and of the last convolution.
+    """
+    assert base_pred.features is not None  # `request_maps` requests them
+    return [*(base_pred.block_inputs[name] for name in settings.coarse_blocks), base_pred.features]
 
 
 def head_inputs(mask_of: MaskOfStep | None, settings: GuidanceSettings, schedule: Schedule) -> HeadInputs:

@@ -1,19 +1,21 @@
 """Direction heads: a few convolutions that predict eps - eps_weak of a guidance method from the base evaluation."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sagl.models.layers import conv3x3, timestep_embedding, zero_module
+from sagl.models.layers import AdaGroupNorm, Conv1x1, conv3x3, timestep_embedding, zero_module
 from sagl.settings.network import HeadSettings
 from sagl.shapes import Image, Timestep
 
 EMBEDDING = 64
 """Channels of the timestep embedding."""
+COARSE_OUT = 16
+"""Channels of the coarser resolutions' features at full resolution."""
 NUM_LEVELS = 50
 """Timesteps at which the sizes of direction and high-pass are stored, evenly spaced over the process."""
 
@@ -23,57 +25,103 @@ class Pairs(NamedTuple):
 
     images: Tensor
     """(N, image_channels, H, W)."""
-    features: Tensor
-    """(N, F, H, W) float16."""
+    maps: tuple[Tensor, ...]
+    """(N, F, H', W') float16, one per resolution, the coarsest first."""
     timesteps: Timestep
     direction: Image
     """(N, C, H, W): eps - eps of the weak prediction."""
 
     def select(self, rows: Tensor) -> "Pairs":
         """Return the pairs of some rows."""
-        return Pairs(*(tensor[rows] for tensor in self))
+        maps = tuple(feature_map[rows] for feature_map in self.maps)
+        return Pairs(self.images[rows], maps, self.timesteps[rows], self.direction[rows])
 
     @classmethod
     def concatenate(cls, parts: Iterable["Pairs"]) -> "Pairs":
-        """Concatenate pairs; autocast would refuse features in float16."""
-        columns = list(zip(*parts, strict=True))
-        with torch.autocast(columns[0][0].device.type, enabled=False):
-            return cls(*(torch.cat(tensors) for tensors in columns))
+        """Concatenate pairs; autocast would refuse maps in float16."""
+        images, maps, timesteps, direction = zip(*parts, strict=True)
+        with torch.autocast(images[0].device.type, enabled=False):
+            joined_maps = tuple(torch.cat(tensors) for tensors in zip(*maps, strict=True))
+            return cls(torch.cat(images), joined_maps, torch.cat(timesteps), torch.cat(direction))
+
+
+class FilmConv(nn.Module):
+    """3x3 convolution, whose output the timestep embedding scales and shifts (FiLM) before SiLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(in_channels, out_channels)
+        self.film = zero_module(nn.Linear(EMBEDDING, 2 * out_channels))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H, W), (B, EMBEDDING) -> (B, C', H, W)."""
+        gain, offset = self.film(emb)[:, :, None, None].chunk(2, dim=1)
+        return F.silu(self.conv(x) * (1 + gain) + offset)
+
+
+class CoarseStage(nn.Module):
+    """One coarser resolution: sum of the normalised map, the images and the stage before it, and a convolution."""
+
+    def __init__(self, map_channels: int, image_channels: int, width: int) -> None:
+        super().__init__()
+        self.norm = AdaGroupNorm(map_channels)
+        self.project_map = Conv1x1(map_channels, width)
+        self.project_images = Conv1x1(image_channels, width)
+        self.conv = FilmConv(width, width)
+
+    def forward(self, feature_map: Tensor, images: Tensor, coarser: Tensor | None, emb: Tensor) -> Tensor:
+        """Return (B, width, H', W') features.
+
+        Args:
+            feature_map: (B, map_channels, H', W') map of the network.
+            images: (B, image_channels, H, W), which are averaged to the size of the map.
+            coarser: (B, width, H'/2, W'/2) features of the stage before, if there is one.
+            emb: (B, EMBEDDING) timestep embedding.
+        """
+        size = (feature_map.shape[-2], feature_map.shape[-1])
+        h = self.project_map(self.norm(feature_map)) + self.project_images(F.adaptive_avg_pool2d(images, size))
+        if coarser is not None:
+            h = h + F.interpolate(coarser, size=size, mode="nearest")
+        return h + self.conv(h, emb)
 
 
 class DirectionHead(nn.Module):
-    """Hidden convolutions with FiLM by the timestep, and a weight of every image input by the timestep.
+    """A small decoder of the network's feature maps, and a weight of every image input by the timestep.
 
-    The scale of the guidance is no input: at a fixed x_t the direction does not depend on it. A new head predicts 0.
-    `levels` holds the root mean squares of direction, high-pass and masked high-pass by timestep. Inputs and output
-    are in these units.
+    It has a stage at each coarser resolution, and hidden convolutions at full resolution. The scale of the guidance is
+    no input: at a fixed x_t the direction does not depend on it. A new head predicts 0. `levels` holds the root mean
+    squares of direction, high-pass and masked high-pass by timestep. Inputs and output are in these units.
     """
 
     def __init__(self, settings: HeadSettings) -> None:
         super().__init__()
         s = self.settings = settings
-        widths = [s.feature_channels + s.image_channels, *[s.width] * s.depth]
-        self.convs = nn.ModuleList(conv3x3(a, b) for a, b in itertools.pairwise(widths))
+        *coarse_channels, last_channels = s.map_channels
         self.embed = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU())
-        self.films = nn.ModuleList(zero_module(nn.Linear(EMBEDDING, 2 * s.width)) for _ in range(s.depth))
+        self.coarse = nn.ModuleList(CoarseStage(n, s.image_channels, s.coarse_width) for n in coarse_channels)
+        self.project_coarse = Conv1x1(s.coarse_width, COARSE_OUT) if coarse_channels else None
+        first_channels = last_channels + s.image_channels + (COARSE_OUT if coarse_channels else 0)
+        widths = [first_channels, *[s.width] * s.depth]
+        self.convs = nn.ModuleList(FilmConv(a, b) for a, b in itertools.pairwise(widths))
         self.gains = zero_module(nn.Linear(EMBEDDING, s.num_images))
         self.out = zero_module(conv3x3(s.width, s.in_channels))
         self.levels = nn.Parameter(torch.ones(s.num_images - 1, NUM_LEVELS), requires_grad=False)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, features: Tensor, timesteps: Timestep) -> Image:
+    def forward(self, images: Tensor, maps: Sequence[Tensor], timesteps: Timestep) -> Image:
         """Predict the direction, in float32 or wider.
 
         Args:
             images: (B, image_channels, H, W) x_t, x0_hat, high-pass, and masked high-pass and mask if there is one.
-            features: (B, feature_channels, H, W) last feature map of the base evaluation.
+            maps: feature maps of the base evaluation, one per resolution, the coarsest first: inputs of the last
+                output blocks of the coarser resolutions, (B, map_channels[k], H', W'), and of the last convolution.
             timesteps: (B,) of the original process.
         """
         direction_level, *high_pass_levels = self.levels_at(timesteps).unbind()
-        return direction_level[:, None, None, None] * self.normalized(images, features, timesteps, high_pass_levels)
+        return direction_level[:, None, None, None] * self.normalized(images, maps, timesteps, high_pass_levels)
 
     def normalized(
-        self, images: Tensor, features: Tensor, timesteps: Timestep, high_pass_levels: Iterable[Tensor]
+        self, images: Tensor, maps: Sequence[Tensor], timesteps: Timestep, high_pass_levels: Iterable[Tensor]
     ) -> Image:
         """Predict the direction in units of its root mean square."""
         dtype, channels, num_images = self.out.weight.dtype, self.settings.in_channels, self.settings.num_images
@@ -82,11 +130,16 @@ class DirectionHead(nn.Module):
         for k, level in enumerate(high_pass_levels, start=2):
             divisors[:, k * channels : (k + 1) * channels] = level[:, None]
         scaled = (images / divisors[:, :, None, None]).to(dtype, memory_format=torch.channels_last)
-        h = torch.cat([features.to(dtype), scaled], dim=1)
-        for k, (conv, film) in enumerate(zip(self.convs, self.films, strict=True)):
-            gain, offset = film(emb)[:, :, None, None].chunk(2, dim=1)
-            update = F.silu(conv(h) * (1 + gain) + offset)
-            h = h + update if k else update
+        *coarse_maps, last_map = (feature_map.to(dtype) for feature_map in maps)
+        inputs, coarse = [last_map, scaled], None
+        for stage, feature_map in zip(self.coarse, coarse_maps, strict=True):
+            coarse = stage(feature_map, scaled, coarse, emb)
+        if self.project_coarse is not None:
+            inputs.append(F.interpolate(self.project_coarse(coarse), size=images.shape[-2:], mode="nearest"))
+        first, *others = self.convs
+        h = first(torch.cat(inputs, dim=1), emb)
+        for conv in others:
+            h = h + conv(h, emb)
         by_image = scaled[:, : num_images * channels].unflatten(1, (num_images, channels))
         weighted = torch.einsum("bn,bnchw->bchw", self.gains(emb), by_image)
         return (self.out(h) + weighted).to(images.dtype)

@@ -115,7 +115,7 @@ class DirectionHeadModule(TrainingModule):
     def _losses(self, pairs: Pairs) -> tuple[PerSample, PerSample]:
         """Return the losses, and the energies of the targets in the same units: 2 x (B,)."""
         levels = self.network.levels_at(pairs.timesteps)[0, :, None, None, None]
-        prediction = self._call_network(pairs.images, pairs.features, pairs.timesteps)
+        prediction = self._call_network(pairs.images, pairs.maps, pairs.timesteps)
         errors = ((prediction - pairs.direction) / levels).square().mean(dim=(1, 2, 3))
         return errors, (pairs.direction / levels).square().mean(dim=(1, 2, 3))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
 from sagl.errors import require
-from sagl.guidance.direction_head import head_inputs
+from sagl.guidance.direction_head import head_inputs, head_maps, request_maps
 from sagl.models.direction_head import NUM_LEVELS, Pairs
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.settings.direction_head import DirectionHeadOptions
@@ -110,17 +110,17 @@ class DirectionPairs:
         """Return the guided predictor of a group, which appends the pairs of each step to `pairs`."""
         schedule, guidance = pipeline.schedule, pipeline.guidances[self.guidance.group]
         predict = make_predictor(pipeline.network, schedule, pipeline.diffusion.variance)
-        inputs_of = head_inputs(guidance.mask, self.guidance, schedule)
+        inputs_of, settings = head_inputs(guidance.mask, self.guidance, schedule), pipeline.network.settings
 
         def record(x_t: Image, step: int, condition: Condition) -> Prediction:
             """Predict with and without the weak input, append the pair, and return the guided prediction."""
-            base_pred = predict(x_t, step, replace(guidance.prepare_condition(condition), features=True))
+            base_pred = predict(x_t, step, request_maps(guidance.prepare_condition(condition), settings))
             direction = guidance.term(predict, x_t, step, condition, base_pred).eps
             assert isinstance(direction, Tensor)
-            assert base_pred.features is not None
             timesteps = schedule.timestep(step, len(x_t), x_t.device)
             images = inputs_of(x_t, step, condition, base_pred)
-            pairs.append(Pairs(images, base_pred.features.half(), timesteps, direction))
+            maps = tuple(feature_map.half() for feature_map in head_maps(base_pred, settings))
+            pairs.append(Pairs(images, maps, timesteps, direction))
             return replace(base_pred, eps=base_pred.eps + scales * direction)
 
         return record

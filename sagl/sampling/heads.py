@@ -68,7 +68,7 @@ def load_head(
     expected = {
         "method": settings.group,
         "in_channels": network.settings.in_channels,
-        "feature_channels": network.settings.widths[0],
+        "map_channels": network.settings.widths[::-1],
         "has_mask": has_mask,
         "num_timesteps": diffusion.num_timesteps,
     }

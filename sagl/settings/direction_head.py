@@ -14,9 +14,11 @@ class DirectionHeadOptions:
     method: str = "sag"
     """Guidance method whose direction is learned; its settings are those of the group of this name."""
     width: int = 32
-    """Channels of the hidden convolutions."""
-    depth: int = 2
-    """Number of hidden convolutions; one more makes the output."""
+    """Channels of the hidden convolutions at full resolution."""
+    depth: int = 1
+    """Number of hidden convolutions at full resolution, besides that of the output."""
+    coarse_width: int = 48
+    """Channels of the hidden convolution at each coarser resolution of the network."""
     samplers: tuple[Sampler, ...] = ("ddim", "ddpm")
     """Samplers of the chains, drawn for each group of chains."""
     num_steps: tuple[int, int] = (10, 50)

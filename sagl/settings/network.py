@@ -165,6 +165,12 @@ class UNetSettings(EncoderSettings):
         """Names of the output blocks; as many input blocks carry their skip connections, in reverse order."""
         return [f"output.{k}" for k in range(len(self.resolutions) * (self.num_res_blocks + 1))]
 
+    @property
+    def coarse_blocks(self) -> list[str]:
+        """Names of the last output block of each resolution below that of the image, the coarsest first."""
+        blocks_per_level = self.num_res_blocks + 1
+        return self.output_blocks[blocks_per_level - 1 : -blocks_per_level : blocks_per_level]
+
     def require_output_block(self, name: str, *, group: str) -> None:
         """Check that the weak evaluation can start at an output block, `reuse_before`.
 
@@ -251,23 +257,32 @@ class HeadSettings:
     """Guidance method whose direction is predicted."""
     in_channels: int
     """Channels of an image."""
-    feature_channels: int
-    """Channels of the network's last feature map."""
+    map_channels: tuple[int, ...]
+    """Channels of the network's feature maps that the head reads, one per resolution, the coarsest first."""
     has_mask: bool
     """True if the method has a mask, which is then among the inputs."""
     num_timesteps: int
     """Timesteps of the diffusion process."""
     width: int
-    """Channels of the hidden convolutions."""
+    """Channels of the hidden convolutions at full resolution."""
     depth: int
-    """Number of hidden convolutions."""
+    """Number of hidden convolutions at full resolution."""
+    coarse_width: int
+    """Channels of the hidden convolution at each coarser resolution."""
     network_rms: tuple[float, ...]
     """Root mean square of each of the network's tensors, in the order of their names."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "network_rms", tuple(self.network_rms))  # JSON has lists
-        for name in ("in_channels", "feature_channels", "width"):
+        for name in ("map_channels", "network_rms"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+        for name in ("in_channels", "width", "coarse_width"):
             require_range(name, getattr(self, name), 1, MAX_WIDTH)
+        require(
+            1 <= len(self.map_channels) <= MAX_LEVELS
+            and all(0 < channels <= MAX_WIDTH and channels % 32 == 0 for channels in self.map_channels),
+            f"`map_channels` must be 1 to {MAX_LEVELS} positive multiples of 32 (groups of the normalisation), at most "
+            f"{MAX_WIDTH}, got {self.map_channels!s:.60}.",
+        )
         require_range("depth", self.depth, 1, MAX_DEPTH)
         require_range("num_timesteps", self.num_timesteps, 1, MAX_TIMESTEPS)
 

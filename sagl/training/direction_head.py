@@ -47,11 +47,12 @@ def build_head_module(
     head = HeadSettings(
         method=name,
         in_channels=network.settings.in_channels,
-        feature_channels=network.settings.widths[0],
+        map_channels=network.settings.widths[::-1],
         has_mask=source.has_mask,
         num_timesteps=num_timesteps,
         width=options.width,
         depth=options.depth,
+        coarse_width=options.coarse_width,
         network_rms=network_rms(network),
     )
     return DirectionHeadModule(settings, head, file.diffusion, source)

@@ -18,15 +18,18 @@ from tests.helpers.predictors import Recorder, guidances_of
 
 NUM_STEPS = 10
 SCHEDULE = make_schedule(DiffusionSettings(), str(NUM_STEPS))
-NETWORK = grey_unet()
+TWO_LEVELS = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
+NETWORK = grey_unet(**TWO_LEVELS)
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 STEP, SCALE = 4, 0.7
 SETTINGS = {"scale": SCALE, "site": "output.0", "blur_sigma": 1.0}
 
 
-def head(images, features, timesteps):
+def head(images, maps, timesteps):
     """A head that depends on all of its inputs."""
-    return images[:, :1] * images[:, -1:] + features.mean(dim=1, keepdim=True) + timesteps[:, None, None, None] / 1000
+    coarse, fine = (feature_map.mean(dim=1, keepdim=True) for feature_map in maps)
+    features = fine + coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return images[:, :1] * images[:, -1:] + features + timesteps[:, None, None, None] / 1000
 
 
 def predict(step=STEP, *, network=NETWORK, condition=Condition(), head=head, **groups):  # noqa: B008 (frozen)
@@ -38,8 +41,8 @@ def predict(step=STEP, *, network=NETWORK, condition=Condition(), head=head, **g
 def test_the_term_is_the_scale_times_the_head_of_the_base_evaluation():
     recorder = Recorder(head)
     guided = predict(head=recorder, sag={**SETTINGS, "direction_head": "file"})
-    real, base_pred = predict(sag=SETTINGS), predict(condition=Condition(features=True))
-    ((images, features, timesteps), _) = recorder.calls[0]
+    real, base_pred = predict(sag=SETTINGS), predict(condition=Condition(features=True, block_inputs=("output.1",)))
+    ((images, maps, timesteps), _) = recorder.calls[0]
     alpha_bar = SCHEDULE.alpha_bar(STEP).float()
     mask = real.terms["sag"].extras["mask"]
     x0_hat = ((X - (1 - alpha_bar).sqrt() * base_pred.eps) / alpha_bar.sqrt()).clamp(-1, 1)
@@ -48,9 +51,10 @@ def test_the_term_is_the_scale_times_the_head_of_the_base_evaluation():
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
     assert mask.any()
     assert not mask.all()
-    assert torch.equal(features, base_pred.features)
+    assert torch.equal(maps[0], base_pred.block_inputs["output.1"])
+    assert torch.equal(maps[1], base_pred.features)
     assert timesteps.tolist() == [int(SCHEDULE.timesteps[STEP])] * 2
-    torch.testing.assert_close(guided.eps, base_pred.eps + SCALE * head(images, features, timesteps))
+    torch.testing.assert_close(guided.eps, base_pred.eps + SCALE * head(images, maps, timesteps))
     assert torch.equal(guided.terms["sag"].extras["mask"].bool(), mask)
     assert guided.nfe == 1
 
@@ -60,15 +64,18 @@ def test_a_head_of_zeros_gives_the_unguided_prediction():
     assert torch.equal(zero.eps, predict().eps)
 
 
-def test_features_are_returned_only_if_they_are_requested():
-    assert predict(sag={**SETTINGS, "direction_head": "file"}).features is None
-    condition = Condition(features=True)
-    assert torch.equal(predict(condition=condition, sag=SETTINGS).features, predict(condition=condition).features)
+def test_maps_are_returned_only_if_they_are_requested():
+    guided = predict(sag={**SETTINGS, "direction_head": "file"})
+    assert (guided.features, guided.block_inputs) == (None, {})
+    condition = Condition(features=True, block_inputs=("output.1",))
+    guided, plain = predict(condition=condition, sag=SETTINGS), predict(condition=condition)
+    assert torch.equal(guided.features, plain.features)
+    assert torch.equal(guided.block_inputs["output.1"], plain.block_inputs["output.1"])
 
 
 @pytest.mark.parametrize("renew_every", [1, 3, 4])
 def test_every_kth_guided_step_has_the_methods_own_term_and_the_others_cost_one_evaluation(renew_every):
-    network = grey_unet()
+    network = grey_unet(**TWO_LEVELS)
     calls = count_calls(network)
     options = {**SETTINGS, "interval": (0.2, 1.0)}
     settings = replace(SAG, **options, direction_head="file", renew_every=renew_every)

@@ -10,7 +10,8 @@ from sagl.settings.network import HeadSettings
 from tests.helpers.networks import draw_weights, grey_unet
 
 SAG = SelfAttentionGuidance(site="output.0", blur_sigma=1.0)
-SHAPE = {"in_channels": 1, "feature_channels": 32, "has_mask": True, "num_timesteps": 1000, "width": 8, "depth": 2}
+SHAPE = {"in_channels": 1, "map_channels": (32,), "has_mask": True, "num_timesteps": 1000}
+SHAPE |= {"width": 8, "depth": 2, "coarse_width": 8}
 
 
 def head_settings(network=None, **changes):

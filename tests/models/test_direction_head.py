@@ -11,24 +11,42 @@ from tests.helpers.heads import head_settings, random_head, write_head
 from tests.helpers.networks import grey_unet
 
 GENERATOR = torch.Generator().manual_seed(0)
-IMAGES, FEATURES = (torch.randn(3, channels, 8, 8, generator=GENERATOR) for channels in (5, 32))
+IMAGES, FINE, COARSE = (torch.randn(3, *shape, generator=GENERATOR) for shape in ((5, 8, 8), (32, 8, 8), (64, 4, 4)))
+MAPS = [COARSE, FINE]
 TIMESTEPS = torch.tensor([0, 400, 999])
 
 
+def two_level_head():
+    """A head of a network with two resolutions, which does not predict zero."""
+    return random_head(map_channels=(64, 32))
+
+
 def test_a_new_head_predicts_zero():
-    assert not DirectionHead(head_settings())(IMAGES, FEATURES, TIMESTEPS).any()
-    assert random_head()(IMAGES, FEATURES, TIMESTEPS).shape == (3, 1, 8, 8)
+    assert not DirectionHead(head_settings(map_channels=(64, 32)))(IMAGES, MAPS, TIMESTEPS).any()
+    assert two_level_head()(IMAGES, MAPS, TIMESTEPS).shape == (3, 1, 8, 8)
+    assert random_head()(IMAGES, [FINE], TIMESTEPS).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_the_prediction_of_a_sample_depends_on_each_of_its_inputs_and_on_no_other_sample(changed):
+    head, inputs = two_level_head(), [IMAGES, COARSE, FINE, TIMESTEPS]
+    images, coarse, fine, timesteps = (
+        torch.cat([value[:2], value[2:] // 2]) if k == changed else value for k, value in enumerate(inputs)
+    )
+    before, after = head(IMAGES, MAPS, TIMESTEPS), head(images, [coarse, fine], timesteps)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.allclose(before[2], after[2])
 
 
 def test_a_head_takes_at_most_three_hundredths_of_the_operations_of_the_bundled_network():
     network, _ = get_unet_settings("emoji")
     options = DirectionHeadOptions()
-    changes = {"in_channels": network.in_channels, "feature_channels": network.widths[0]}
-    settings = head_settings(**changes, width=options.width, depth=options.depth)
-    size = network.image_size
+    changes = {"in_channels": network.in_channels, "map_channels": network.widths[::-1]}
+    settings = head_settings(**changes, width=options.width, depth=options.depth, coarse_width=options.coarse_width)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        images, features = (torch.empty(1, c, size, size) for c in (settings.image_channels, network.widths[0]))
-        DirectionHead(settings)(images, features, torch.zeros(1))
+        images = torch.empty(1, settings.image_channels, network.image_size, network.image_size)
+        maps = [torch.empty(1, c, n, n) for c, n in zip(network.widths, network.resolutions, strict=True)][::-1]
+        DirectionHead(settings)(images, maps, torch.zeros(1))
     assert 0 < counter.get_total_flops() <= 0.03 * flops_per_evaluation(network)
 
 
@@ -44,20 +62,23 @@ def test_sizes_are_interpolated_between_the_timesteps_that_have_them():
 
 
 def test_the_output_is_in_units_of_the_direction_and_inputs_in_those_of_the_high_pass():
-    head = random_head()
-    expected = head(IMAGES, FEATURES, TIMESTEPS)
+    head = two_level_head()
+    expected = head(IMAGES, MAPS, TIMESTEPS)
     factors = torch.tensor([3.0, 5.0, 7.0])
     head.levels *= factors[:, None]
     scaled = IMAGES * torch.tensor([1, 1, 5.0, 7.0, 1])[:, None, None]
-    torch.testing.assert_close(head(scaled, FEATURES, TIMESTEPS), 3 * expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head(scaled, MAPS, TIMESTEPS), 3 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_is_written_with_its_settings_and_read_back(tmp_path):
-    head = random_head()
+    head = two_level_head()
     file = read_checkpoint(write_head(tmp_path / "head.safetensors", head))
     assert file.model_settings == head.settings
     assert file.recommended["sag"]["site"] == "output.0"
-    assert torch.equal(build_head(file)(IMAGES, FEATURES, TIMESTEPS), head(IMAGES, FEATURES, TIMESTEPS))
+    read = build_head(file)
+    assert read.state_dict().keys() == head.state_dict().keys()
+    assert all(torch.equal(value, head.state_dict()[name]) for name, value in read.state_dict().items())
+    torch.testing.assert_close(read(IMAGES, MAPS, TIMESTEPS), head(IMAGES, MAPS, TIMESTEPS), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])

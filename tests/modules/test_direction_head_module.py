@@ -17,10 +17,11 @@ pytestmark = IGNORED_WARNINGS
 def pairs(seed, count=64):
     """Steps whose direction is a function of the inputs that a head can learn."""
     generator = torch.Generator().manual_seed(seed)
-    images, features = (torch.randn(count, channels, 8, 8, generator=generator) for channels in (5, 32))
+    images, fine = (torch.randn(count, channels, 8, 8, generator=generator) for channels in (5, 32))
+    coarse = torch.randn(count, 64, 4, 4, generator=generator)
     timesteps = torch.randint(1000, (count,), generator=generator)
-    direction = images[:, 2:3] * (timesteps > 500)[:, None, None, None] + 0.3 * features[:, :1]
-    return Pairs(images, features, timesteps, direction)
+    direction = images[:, 2:3] * (timesteps > 500)[:, None, None, None] + 0.3 * fine[:, :1]
+    return Pairs(images, (coarse, fine), timesteps, direction)
 
 
 class Source:
@@ -50,7 +51,7 @@ def build(source=None, *, compile=False, **options):
     options = DirectionHeadOptions(**{"batches_per_round": 5, "batch_size": 16, **options})
     optimizer = OptimizerSettings(learning_rate=1e-2)
     settings = HeadTrainingSettings(direction_head=options, optimizer=optimizer, compile=compile)
-    return DirectionHeadModule(settings, head_settings(), DiffusionSettings(), source or Source())
+    return DirectionHeadModule(settings, head_settings(map_channels=(64, 32)), DiffusionSettings(), source or Source())
 
 
 def test_the_loss_is_the_squared_error_in_units_of_the_direction():
@@ -60,7 +61,7 @@ def test_the_loss_is_the_squared_error_in_units_of_the_direction():
         loss = module.training_step((torch.zeros(16), torch.zeros(16)), 0)
         rows = torch.randint(64, (16,), generator=torch.Generator().manual_seed(7))
         part = pairs(1).select(rows)
-        errors = (module.network(part.images, part.features, part.timesteps) - part.direction) / 0.5
+        errors = (module.network(part.images, part.maps, part.timesteps) - part.direction) / 0.5
     torch.testing.assert_close(loss, errors.square().mean())
 
 

@@ -16,7 +16,7 @@ from tests.helpers.heads import SAG
 from tests.helpers.networks import count_calls, grey_unet
 from tests.helpers.predictors import guidances_of
 
-NETWORK = grey_unet()
+NETWORK = grey_unet(channel_mult=(1, 2), attention_resolutions=(8, 4))
 OPTIONS = DirectionHeadOptions(num_groups=3, group_size=2, num_steps=(3, 5), num_validation_groups=1, null_fraction=1.0)
 
 
@@ -35,10 +35,13 @@ def test_a_pair_is_the_difference_of_both_predictions_for_an_x_t_of_a_guided_cha
     for row in range(0, len(pairs.timesteps), 5):
         x_t, step = pairs.images[row : row + 1, :1], int(pairs.timesteps[row])
         with torch.no_grad():
-            base = predict(x_t, step, replace(guidance.prepare_condition(Condition()), features=True))
+            condition = replace(guidance.prepare_condition(Condition()), features=True, block_inputs=("output.1",))
+            base = predict(x_t, step, condition)
             term = guidance.term(predict, x_t, step, Condition(), base)
         torch.testing.assert_close(pairs.direction[row : row + 1], term.eps, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(pairs.features[row : row + 1].float(), base.features, rtol=1e-3, atol=1e-2)
+        coarse, fine = (feature_map[row : row + 1].float() for feature_map in pairs.maps)
+        torch.testing.assert_close(coarse, base.block_inputs["output.1"], rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(fine, base.features, rtol=1e-3, atol=1e-2)
 
 
 def test_chains_without_scale_are_those_of_unguided_sampling_and_others_are_not():

@@ -136,7 +136,7 @@ def test_the_heads_in_use_have_digests(folder):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("in_channels", 3), ("feature_channels", 64), ("has_mask", False), ("num_timesteps", 10)],
+    [("in_channels", 3), ("map_channels", (64, 32)), ("has_mask", False), ("num_timesteps", 10)],
 )
 def test_a_head_of_another_shape_is_refused(name, value, tmp_path):
     path = write_head(tmp_path / "head.safetensors", random_head(**{name: value}))

@@ -1,0 +1,214 @@
+"""Explained variance of direction heads of several shapes and of low-rank adapters, trained on the same chains.
+
+    python benchmarks/head_shapes.py --groups 8 --steps 300
+
+All predict SAG's direction on the bundled network of emoji, for chains without labels. An adapter evaluates the last
+two output blocks a second time, with a low-rank change of their weights (LoRA, Hu et al. 2021, arXiv 2106.09685), and
+a head reads the result in place of the network's last feature map. Parameters are those that are trained; operations
+are those of head and blocks, as a part of an evaluation.
+"""
+
+import argparse
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from sagl.models.adm import UNet
+from sagl.models.checkpoints import build_network
+from sagl.models.direction_head import DirectionHead, Pairs
+from sagl.models.flops import flops_per_evaluation
+from sagl.models.loading import load
+from sagl.modules.direction_head_module import DirectionHeadModule
+from sagl.modules.training_module import seeded_init
+from sagl.sampling.direction_pairs import DirectionPairs
+from sagl.sampling.pipeline import build_pipeline
+from sagl.settings.direction_head import DirectionHeadOptions, HeadTrainingSettings
+from sagl.settings.guidance import SelfAttentionGuidance
+from sagl.settings.network import HeadSettings
+from sagl.settings.sampling import SamplerSettings
+from sagl.settings.training import OptimizerSettings
+from sagl.shapes import Image, Timestep
+
+ADAPTED_BLOCKS = 2
+"""Last output blocks that an adapter changes."""
+
+
+class LowRank(nn.Module):
+    """Weight + B A, with B zero at first."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        columns = weight[0].numel()
+        self.a = nn.Parameter(torch.randn(rank, columns) / math.sqrt(columns))
+        self.b = nn.Parameter(torch.zeros(len(weight), rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).view_as(weight)
+
+
+class AdaptedHead(DirectionHead):
+    """A head whose only feature map is that of the network with adapted last blocks."""
+
+    def __init__(self, settings: HeadSettings, network: UNet, rank: int) -> None:
+        super().__init__(replace(settings, map_channels=settings.map_channels[-1:]))
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.first_block = network.settings.output_blocks[-ADAPTED_BLOCKS]
+        for block in self.network.output_blocks[-ADAPTED_BLOCKS:]:
+            for layer in list(block.modules()):
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+
+    def forward(self, images: Tensor, maps: Sequence[Tensor], timesteps: Timestep) -> Image:
+        """Predict the direction; the last of `maps` is the input of the first adapted block."""
+        x_t, block_input = images[:, : self.settings.in_channels], maps[-1].to(images.dtype)
+        output = self.network(x_t, timesteps, start=(self.first_block, block_input), features=True)
+        return super().forward(images, [output.features], timesteps)
+
+
+class LastMapHead(DirectionHead):
+    """A head that reads the last feature map alone."""
+
+    def __init__(self, settings: HeadSettings) -> None:
+        super().__init__(replace(settings, map_channels=settings.map_channels[-1:]))
+
+    def forward(self, images: Tensor, maps: Sequence[Tensor], timesteps: Timestep) -> Image:
+        """Predict the direction from the last of `maps`."""
+        return super().forward(images, maps[-1:], timesteps)
+
+
+class StoredPairs:
+    """Pairs of one round, sampled once, as the source of every training."""
+
+    def __init__(self, source: DirectionPairs) -> None:
+        self._levels = source.levels()
+        self.training, self.validation = source.training_round(0), source.validation_pairs()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "StoredPairs":
+        return self
+
+    def to(self, device: torch.device) -> None:
+        """Leave the pairs on the CPU."""
+
+    def levels(self) -> Tensor:
+        """Return the sizes of direction and inputs by timestep."""
+        return self._levels
+
+    def training_round(self, index: int, rank: int, world_size: int) -> Pairs:
+        """Return the pairs of the only round."""
+        return self.training
+
+    def validation_pairs(self, rank: int, world_size: int) -> Pairs:
+        """Return the held-out pairs."""
+        return self.validation
+
+    def with_block_inputs(self, network: UNet, block: str) -> "StoredPairs":
+        """Return the same pairs with the input of an output block in place of the maps."""
+        stored = copy.copy(self)
+        stored.training = _with_block_input(self.training, network, block)
+        stored.validation = _with_block_input(self.validation, network, block)
+        return stored
+
+
+@torch.no_grad()
+def _with_block_input(pairs: Pairs, network: UNet, block: str) -> Pairs:
+    inputs = []
+    for rows in torch.arange(len(pairs.timesteps)).split(64):
+        x_t = pairs.images[rows, : network.settings.in_channels]
+        inputs.append(network(x_t, pairs.timesteps[rows], block_inputs=[block]).block_inputs[block].half())
+    return pairs._replace(maps=(torch.cat(inputs),))
+
+
+def fit(head: DirectionHead, stored: StoredPairs, options: DirectionHeadOptions, args: argparse.Namespace) -> float:
+    """Train a head; return its explained variance on the held-out chains."""
+    optimizer = OptimizerSettings(
+        learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, decay_steps=args.steps - 50, decay="cosine"
+    )
+    settings = HeadTrainingSettings(direction_head=options, optimizer=optimizer, seed=args.seed)
+    module = DirectionHeadModule(settings, head.settings, load("emoji").diffusion, stored)
+    module.network = head
+    trainer = Trainer(
+        max_steps=args.steps,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        val_check_interval=args.steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return float(trainer.callback_metrics["val/r2"])
+
+
+def operations(head: DirectionHead, pairs: Pairs) -> int:
+    """Count the operations of a head for one image: its own, and those of adapted blocks."""
+    row = pairs.select(torch.tensor([0]))
+    with torch.no_grad(), FlopCounterMode(display=False, depth=10) as counter:
+        head(row.images, row.maps, row.timesteps)
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    encoder = sum(count for name, count in counts.items() if name.endswith("network.input_blocks"))
+    return counts["Global"] - encoder  # an adapter in a sampler would keep the skip connections
+
+
+def main() -> None:
+    """Train every shape and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=8, help="groups of 8 chains for training")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the optimiser")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    file = load("emoji")
+    network, sag = build_network(file).eval().requires_grad_(False), SelfAttentionGuidance(**file.recommended["sag"])
+    options = DirectionHeadOptions(num_groups=args.groups, null_fraction=1.0)
+    pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
+    source = DirectionPairs(pipeline=pipeline, guidance=sag, options=options, seed=args.seed)
+    stored = StoredPairs(source)
+    s = network.settings
+    decoder = HeadSettings(
+        method="sag",
+        in_channels=s.in_channels,
+        map_channels=s.widths[::-1],
+        has_mask=source.has_mask,
+        num_timesteps=file.diffusion.num_timesteps,
+        width=options.width,
+        depth=options.depth,
+        coarse_width=options.coarse_width,
+        network_rms=(),
+    )
+    deep = replace(decoder, depth=2)
+    adapted = stored.with_block_inputs(network, s.output_blocks[-ADAPTED_BLOCKS])
+    shapes = {
+        "all maps, 1 convolution": (lambda: DirectionHead(decoder), stored),
+        "all maps, 2 convolutions": (lambda: DirectionHead(deep), stored),
+        "last map, 2 convolutions": (lambda: LastMapHead(deep), stored),
+        f"adapters of rank {args.rank}, 2 convolutions": (lambda: AdaptedHead(deep, network, args.rank), adapted),
+    }
+    print(
+        f"{len(stored.training.timesteps)} steps of {8 * args.groups} chains, "
+        f"{len(stored.validation.timesteps)} of {8 * options.num_validation_groups} held-out ones"
+    )
+    print("| shape | parameters | operations | R² |\n|---|---|---|---|", flush=True)
+    for name, (build, pairs) in shapes.items():
+        head = seeded_init(build, args.seed)
+        share = operations(head, pairs.validation) / flops_per_evaluation(s)
+        count = sum(p.numel() for p in head.parameters() if p.requires_grad)
+        print(f"| {name} | {count:,} | {share:.1%} | {fit(head, pairs, options, args):.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
