@@ -1,17 +1,18 @@
 """Explained variance of direction heads of several shapes and of low-rank adapters, trained on the same chains.
 
-    python benchmarks/head_shapes.py --groups 8 --steps 300
+    python benchmarks/head_shapes.py --groups 4 --steps 300
 
 All predict SAG's direction on the bundled network of emoji, for chains without labels. An adapter evaluates the last
-two output blocks a second time, with a low-rank change of their weights (LoRA, Hu et al. 2021, arXiv 2106.09685), and
-a head reads the result in place of the network's last feature map. Parameters are those that are trained; operations
-are those of head and blocks, as a part of an evaluation.
+two output blocks a second time, with a low-rank change of the weights of their convolutions and linear layers (LoRA, Hu
+et al. 2021, arXiv 2106.09685), and a head reads the result in place of the network's last feature map. `parameters`
+counts trained ones. `operations` are those of head and adapted blocks, as a share of a network evaluation.
 """
 
 import argparse
 import copy
 import logging
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ ADAPTED_BLOCKS = 2
 
 
 class LowRank(nn.Module):
-    """Weight + B A, with B zero at first."""
+    """Parametrisation of a weight W as W + B A; B starts at zero."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -158,14 +159,14 @@ def operations(head: DirectionHead, pairs: Pairs) -> int:
     with torch.no_grad(), FlopCounterMode(display=False, depth=10) as counter:
         head(row.images, row.maps, row.timesteps)
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    encoder = sum(count for name, count in counts.items() if name.endswith("network.input_blocks"))
-    return counts["Global"] - encoder  # an adapter in a sampler would keep the skip connections
+    recomputed = sum(count for name, count in counts.items() if re.search(r"network\.input_blocks\.\d+$", name))
+    return counts["Global"] - recomputed  # a sampler with an adapter would keep the skip connections
 
 
 def main() -> None:
     """Train every shape and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=8, help="groups of 8 chains for training")
+    parser.add_argument("--groups", type=int, default=4, help="groups of chains for training")
     parser.add_argument("--steps", type=int, default=300, help="steps of the optimiser")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,15 +175,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     file = load("emoji")
     network, sag = build_network(file).eval().requires_grad_(False), SelfAttentionGuidance(**file.recommended["sag"])
-    options = DirectionHeadOptions(num_groups=args.groups, null_fraction=1.0)
+    options = DirectionHeadOptions(num_groups=args.groups, group_size=16, num_validation_groups=4, null_fraction=1.0)
     pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
     source = DirectionPairs(pipeline=pipeline, guidance=sag, options=options, seed=args.seed)
     stored = StoredPairs(source)
     s = network.settings
-    decoder = HeadSettings(
+    settings = HeadSettings(
         method="sag",
         in_channels=s.in_channels,
-        map_channels=s.widths[::-1],
+        map_channels=s.map_channels,
         has_mask=source.has_mask,
         num_timesteps=file.diffusion.num_timesteps,
         width=options.width,
@@ -190,17 +191,20 @@ def main() -> None:
         coarse_width=options.coarse_width,
         network_rms=(),
     )
-    deep = replace(decoder, depth=2)
-    adapted = stored.with_block_inputs(network, s.output_blocks[-ADAPTED_BLOCKS])
+    two_convolutions = replace(settings, depth=2)
+    block_input_pairs = stored.with_block_inputs(network, s.output_blocks[-ADAPTED_BLOCKS])
     shapes = {
-        "all maps, 1 convolution": (lambda: DirectionHead(decoder), stored),
-        "all maps, 2 convolutions": (lambda: DirectionHead(deep), stored),
-        "last map, 2 convolutions": (lambda: LastMapHead(deep), stored),
-        f"adapters of rank {args.rank}, 2 convolutions": (lambda: AdaptedHead(deep, network, args.rank), adapted),
+        "all maps, 1 convolution": (lambda: DirectionHead(settings), stored),
+        "all maps, 2 convolutions": (lambda: DirectionHead(two_convolutions), stored),
+        "last map, 2 convolutions": (lambda: LastMapHead(two_convolutions), stored),
+        f"adapters of rank {args.rank}, 2 convolutions": (
+            lambda: AdaptedHead(two_convolutions, network, args.rank),
+            block_input_pairs,
+        ),
     }
     print(
-        f"{len(stored.training.timesteps)} steps of {8 * args.groups} chains, "
-        f"{len(stored.validation.timesteps)} of {8 * options.num_validation_groups} held-out ones"
+        f"{len(stored.training.timesteps)} steps of {options.group_size * args.groups} chains, "
+        f"{len(stored.validation.timesteps)} of {options.group_size * options.num_validation_groups} held-out ones"
     )
     print("| shape | parameters | operations | R² |\n|---|---|---|---|", flush=True)
     for name, (build, pairs) in shapes.items():

@@ -88,7 +88,7 @@ def test_a_step_with_a_direction_head_copies_its_noise_alone(monkeypatch):
     shape = HeadSettings(
         method="sag",
         network_rms=(1.0,),
-        **SHAPE | {"in_channels": 3, "map_channels": UNetSettings(**COLOUR).widths[::-1]},
+        **SHAPE | {"in_channels": 3, "map_channels": UNetSettings(**COLOUR).map_channels},
     )
     with torch.device("meta"):
         head = DirectionHead(shape).requires_grad_(False)

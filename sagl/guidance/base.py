@@ -59,8 +59,8 @@ Term = Callable[[NoisePredictor, Image, int, Condition, Prediction], GuidanceTer
 MaskOfStep = Callable[[Image, int, Condition, Prediction], Mask]
 """(x_t, step, condition, base prediction) -> the mask."""
 Head = Callable[[Tensor, Sequence[Tensor], Timestep], Image]
-"""A direction head: (images, feature maps, timesteps) -> eps - eps of the weak prediction; see
-`guidance.direction_head`."""
+"""A direction head: (images of `direction_head.head_inputs`, maps of `direction_head.head_maps`, timesteps) -> eps -
+eps of the weak prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def request_maps(condition: Condition, settings: UNetSettings) -> Condition:
 def head_maps(base_pred: Prediction, settings: UNetSettings) -> list[Tensor]:
     """Return the feature maps that a head reads, one per resolution, the coarsest first.
 
-    They are the inputs of the last output block of every coarser resolution and of the last convolution.
+    They are the inputs of `settings.coarse_blocks`, before the skip connection, and of the last convolution.
     """
     assert base_pred.features is not None  # `request_maps` requests them
     return [*(base_pred.block_inputs[name] for name in settings.coarse_blocks), base_pred.features]

@@ -1,4 +1,4 @@
-"""Direction heads: a few convolutions that predict eps - eps_weak of a guidance method from the base evaluation."""
+"""Direction heads: small decoders that predict eps - eps_weak of a guidance method from the base evaluation."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,8 @@ from sagl.shapes import Image, Timestep
 
 EMBEDDING = 64
 """Channels of the timestep embedding."""
-COARSE_OUT = 16
-"""Channels of the coarser resolutions' features at full resolution."""
+COARSE_CHANNELS = 16
+"""Channels to which the output of the last coarse stage is projected before it is upsampled."""
 NUM_LEVELS = 50
 """Timesteps at which the sizes of direction and high-pass are stored, evenly spaced over the process."""
 
@@ -60,7 +60,11 @@ class FilmConv(nn.Module):
 
 
 class CoarseStage(nn.Module):
-    """One coarser resolution: sum of the normalised map, the images and the stage before it, and a convolution."""
+    """One resolution below that of the image.
+
+    It adds projections of the normalised map and of the images to the upsampled output of the coarser stage, and
+    applies a residual convolution.
+    """
 
     def __init__(self, map_channels: int, image_channels: int, width: int) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class CoarseStage(nn.Module):
         Args:
             feature_map: (B, map_channels, H', W') map of the network.
             images: (B, image_channels, H, W), which are averaged to the size of the map.
-            coarser: (B, width, H'/2, W'/2) features of the stage before, if there is one.
+            coarser: (B, width, H'/2, W'/2) output of the coarser stage, if there is one.
             emb: (B, EMBEDDING) timestep embedding.
         """
         size = (feature_map.shape[-2], feature_map.shape[-1])
@@ -88,9 +92,10 @@ class CoarseStage(nn.Module):
 class DirectionHead(nn.Module):
     """A small decoder of the network's feature maps, and a weight of every image input by the timestep.
 
-    It has a stage at each coarser resolution, and hidden convolutions at full resolution. The scale of the guidance is
-    no input: at a fixed x_t the direction does not depend on it. A new head predicts 0. `levels` holds the root mean
-    squares of direction, high-pass and masked high-pass by timestep. Inputs and output are in these units.
+    It has one stage for each resolution below that of the image, then hidden convolutions at full resolution. The scale
+    of the guidance is no input: at a fixed x_t the direction does not depend on it. A new head predicts 0. `levels`
+    holds the root mean squares of direction, high-pass and masked high-pass by timestep. Inputs and output are in
+    these units.
     """
 
     def __init__(self, settings: HeadSettings) -> None:
@@ -99,8 +104,8 @@ class DirectionHead(nn.Module):
         *coarse_channels, last_channels = s.map_channels
         self.embed = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU())
         self.coarse = nn.ModuleList(CoarseStage(n, s.image_channels, s.coarse_width) for n in coarse_channels)
-        self.project_coarse = Conv1x1(s.coarse_width, COARSE_OUT) if coarse_channels else None
-        first_channels = last_channels + s.image_channels + (COARSE_OUT if coarse_channels else 0)
+        self.project_coarse = Conv1x1(s.coarse_width, COARSE_CHANNELS) if coarse_channels else None
+        first_channels = last_channels + s.image_channels + (COARSE_CHANNELS if coarse_channels else 0)
         widths = [first_channels, *[s.width] * s.depth]
         self.convs = nn.ModuleList(FilmConv(a, b) for a, b in itertools.pairwise(widths))
         self.gains = zero_module(nn.Linear(EMBEDDING, s.num_images))

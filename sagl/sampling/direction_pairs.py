@@ -25,6 +25,8 @@ from sagl.shapes import Image, Labels
 
 FIRST_ID, FIRST_VALIDATION_ID = 2**31, 2**30
 """Ids of the first chains of training and validation, far from those of samples."""
+FLOAT16_RANGE = (-65_504.0, 65_504.0)
+"""Smallest and largest number of float16, in which feature maps are stored."""
 GROUPS_KEY = 5
 """Last word of the seeds that draw the samplers, steps, scales and labels of groups."""
 
@@ -119,7 +121,7 @@ class DirectionPairs:
             assert isinstance(direction, Tensor)
             timesteps = schedule.timestep(step, len(x_t), x_t.device)
             images = inputs_of(x_t, step, condition, base_pred)
-            maps = tuple(feature_map.half() for feature_map in head_maps(base_pred, settings))
+            maps = tuple(feature_map.clamp(*FLOAT16_RANGE).half() for feature_map in head_maps(base_pred, settings))
             pairs.append(Pairs(images, maps, timesteps, direction))
             return replace(base_pred, eps=base_pred.eps + scales * direction)
 

@@ -68,7 +68,7 @@ def load_head(
     expected = {
         "method": settings.group,
         "in_channels": network.settings.in_channels,
-        "map_channels": network.settings.widths[::-1],
+        "map_channels": network.settings.map_channels,
         "has_mask": has_mask,
         "num_timesteps": diffusion.num_timesteps,
     }

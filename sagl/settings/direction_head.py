@@ -16,9 +16,9 @@ class DirectionHeadOptions:
     width: int = 32
     """Channels of the hidden convolutions at full resolution."""
     depth: int = 1
-    """Number of hidden convolutions at full resolution, besides that of the output."""
+    """Number of hidden convolutions at full resolution, without the output convolution."""
     coarse_width: int = 48
-    """Channels of the hidden convolution at each coarser resolution of the network."""
+    """Channels of the hidden convolution at each resolution below that of the image."""
     samplers: tuple[Sampler, ...] = ("ddim", "ddpm")
     """Samplers of the chains, drawn for each group of chains."""
     num_steps: tuple[int, int] = (10, 50)
@@ -55,7 +55,7 @@ class DirectionHeadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTrainingSettings(TrainingSettings):
-    """Training of a direction head: guidance of a frozen network distilled into a few convolutions."""
+    """Training of a direction head: guidance of a frozen network distilled into a small decoder of its feature maps."""
 
     direction_head: DirectionHeadOptions
     """The head and the chains that it learns from."""

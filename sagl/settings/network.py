@@ -97,11 +97,7 @@ class EncoderSettings:
             self.image_size % factor == 0,
             f"`image_size` must be divisible by {factor} for {len(self.channel_mult)} levels, got {self.image_size}.",
         )
-        require(
-            all(0 < width <= MAX_WIDTH and width % 32 == 0 for width in self.widths),
-            "`num_channels` times each of `channel_mult` must be a positive multiple of 32 (groups of the "
-            f"normalisation), at most {MAX_WIDTH}, got {self.widths}.",
-        )
+        _require_widths("`num_channels` times each of `channel_mult`", self.widths)
         missing = [side for side in self.attention_resolutions if side not in self.resolutions]
         require(
             not missing,
@@ -170,6 +166,11 @@ class UNetSettings(EncoderSettings):
         """Names of the last output block of each resolution below that of the image, the coarsest first."""
         blocks_per_level = self.num_res_blocks + 1
         return self.output_blocks[blocks_per_level - 1 : -blocks_per_level : blocks_per_level]
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Channels of the inputs of `coarse_blocks` without skip connections, and of the last convolution."""
+        return self.widths[::-1]
 
     def require_output_block(self, name: str, *, group: str) -> None:
         """Check that the weak evaluation can start at an output block, `reuse_before`.
@@ -268,7 +269,7 @@ class HeadSettings:
     depth: int
     """Number of hidden convolutions at full resolution."""
     coarse_width: int
-    """Channels of the hidden convolution at each coarser resolution."""
+    """Channels of the hidden convolution at each resolution below that of the image."""
     network_rms: tuple[float, ...]
     """Root mean square of each of the network's tensors, in the order of their names."""
 
@@ -277,12 +278,8 @@ class HeadSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
         for name in ("in_channels", "width", "coarse_width"):
             require_range(name, getattr(self, name), 1, MAX_WIDTH)
-        require(
-            1 <= len(self.map_channels) <= MAX_LEVELS
-            and all(0 < channels <= MAX_WIDTH and channels % 32 == 0 for channels in self.map_channels),
-            f"`map_channels` must be 1 to {MAX_LEVELS} positive multiples of 32 (groups of the normalisation), at most "
-            f"{MAX_WIDTH}, got {self.map_channels!s:.60}.",
-        )
+        require_range("number of map_channels", len(self.map_channels), 1, MAX_LEVELS)
+        _require_widths("each of `map_channels`", self.map_channels)
         require_range("depth", self.depth, 1, MAX_DEPTH)
         require_range("num_timesteps", self.num_timesteps, 1, MAX_TIMESTEPS)
 
@@ -295,6 +292,15 @@ class HeadSettings:
     def image_channels(self) -> int:
         """Channels of the image inputs and of the mask, if there is one."""
         return self.num_images * self.in_channels + self.has_mask
+
+
+def _require_widths(name: str, widths: tuple[int, ...]) -> None:
+    """Check that the group normalisation can divide the channels."""
+    require(
+        all(0 < width <= MAX_WIDTH and width % 32 == 0 for width in widths),
+        f"{name} must be a positive multiple of 32 (groups of the normalisation), at most {MAX_WIDTH}, got "
+        f"{widths!s:.60}.",
+    )
 
 
 NetworkSettings = UNetSettings | ClassifierSettings | HeadSettings

@@ -47,7 +47,7 @@ def build_head_module(
     head = HeadSettings(
         method=name,
         in_channels=network.settings.in_channels,
-        map_channels=network.settings.widths[::-1],
+        map_channels=network.settings.map_channels,
         has_mask=source.has_mask,
         num_timesteps=num_timesteps,
         width=options.width,

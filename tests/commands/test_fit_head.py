@@ -20,6 +20,7 @@ pytestmark = IGNORED_WARNINGS
 OPTIONS = {"num_groups": 2, "group_size": 2, "num_steps": [2, 4], "batches_per_round": 4, "batch_size": 8}
 TRAINER = {"max_steps": 6, "accelerator": "cpu", "devices": 1, "val_check_interval": 3}
 TRAINER |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "enable_progress_bar": False}
+TWO_LEVELS = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
 SAG = {"site": "output.0", "blur_sigma": 1.0}
 GUIDED = ["--sag.scale", 0.5, "--sag.site", "output.0", "--sag.blur_sigma", 1, "--respacing", 5, "--num_samples", 4]
 GUIDED += ["--batch_size", 2, "--trainer.precision", "32-true"]
@@ -28,7 +29,7 @@ GUIDED += ["--batch_size", 2, "--trainer.precision", "32-true"]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("head")
-    network = write_grey_unet(folder / "net.safetensors")
+    network = write_grey_unet(folder / "net.safetensors", **TWO_LEVELS)
     options = {**OPTIONS, "num_validation_groups": 2}
     content = {"checkpoint": str(network), "model": {"direction_head": options}, "sag": SAG, "trainer": TRAINER}
     path = folder / "config.yaml"
@@ -53,7 +54,7 @@ def head(run):
 
 def test_a_fit_ends_in_a_head_that_names_its_network_and_its_guidance(head):
     file = read_checkpoint(head)
-    assert file.model_settings.network_rms == pytest.approx(network_rms(grey_unet()))
+    assert file.model_settings.network_rms == pytest.approx(network_rms(grey_unet(**TWO_LEVELS)))
     assert {name: file.recommended["sag"][name] for name in SAG} == SAG
     network = build_head(file)
     assert network.out.weight.any()

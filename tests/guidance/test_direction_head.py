@@ -73,11 +73,12 @@ def test_maps_are_returned_only_if_they_are_requested():
     assert torch.equal(guided.block_inputs["output.1"], plain.block_inputs["output.1"])
 
 
-@pytest.mark.parametrize("renew_every", [1, 3, 4])
-def test_every_kth_guided_step_has_the_methods_own_term_and_the_others_cost_one_evaluation(renew_every):
+@pytest.mark.parametrize(("renew_every", "reuse_before"), [(1, None), (3, None), (4, None), (3, "output.1")])
+def test_every_kth_guided_step_has_the_methods_own_term_and_the_others_cost_one_evaluation(renew_every, reuse_before):
     network = grey_unet(**TWO_LEVELS)
     calls = count_calls(network)
-    options = {**SETTINGS, "interval": (0.2, 1.0)}
+    options = {**SETTINGS, "site": "output.2", "interval": (0.2, 1.0), "reuse_before": reuse_before}
+    cost = 0.5 if reuse_before else 1
     settings = replace(SAG, **options, direction_head="file", renew_every=renew_every)
     guidances = guidances_of(
         SCHEDULE, network=network, head=head, sag={**options, "direction_head": "file", "renew_every": renew_every}
@@ -88,12 +89,13 @@ def test_every_kth_guided_step_has_the_methods_own_term_and_the_others_cost_one_
         with torch.no_grad():
             prediction = predictor(X, step, Condition())
         is_real = renew_every > 1 and k >= 2 and (k - 2) % renew_every == 0
-        assert prediction.nfe == len(calls) == 1 + is_real
+        assert len(calls) == 1 + is_real
+        assert prediction.nfe == 1 + is_real * cost
         if is_real:
             assert torch.equal(prediction.eps, predict(step, sag=options).eps)
     pipeline = build_pipeline(network, DiffusionSettings(), SamplerSettings(sampler="ddim", respacing="10"))
     count = replace(pipeline, guidances=guidances).nfe
-    assert count == NUM_STEPS + (0 if renew_every == 1 else len(range(0, 8, settings.renew_every)))
+    assert count == NUM_STEPS + cost * (0 if renew_every == 1 else len(range(0, 8, settings.renew_every)))
 
 
 @pytest.mark.parametrize("method", [name for name, e in GUIDANCES.items() if e.settings_class.has_weak_prediction])

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -182,6 +183,22 @@ def test_an_evaluation_that_starts_at_a_block_has_the_rest_of_the_network_and_al
         with block.register_forward_pre_hook(replace_input):
             assert torch.equal(replaced, unet(other, timesteps).out)
         assert not torch.equal(replaced, whole.out)
+
+
+@pytest.mark.parametrize("num_res_blocks", [1, 2])
+@pytest.mark.parametrize("num_levels", [1, 2, 3])
+def test_the_coarse_blocks_are_the_last_of_each_resolution_below_that_of_the_image(num_res_blocks, num_levels):
+    levels = {"channel_mult": (1, 2, 3)[:num_levels], "attention_resolutions": (8,)}
+    network = grey_unet(num_res_blocks=num_res_blocks, **levels)
+    s = network.settings
+    with torch.no_grad():
+        x, timesteps = torch.zeros(2, 1, 8, 8), torch.tensor([5, 600])
+        inputs = network(x, timesteps, block_inputs=s.output_blocks).block_inputs
+    sides = {name: inputs[name].shape[-1] for name in s.output_blocks}
+    last = [a for a, b in itertools.pairwise(s.output_blocks) if sides[b] == 2 * sides[a]]
+    assert s.coarse_blocks == last
+    assert [inputs[name].shape[1] for name in last] == list(s.map_channels[:-1])
+    assert [sides[name] for name in last] == list(s.resolutions[:0:-1])
 
 
 def test_a_site_without_attention_is_refused():

@@ -11,29 +11,30 @@ from tests.helpers.heads import head_settings, random_head, write_head
 from tests.helpers.networks import grey_unet
 
 GENERATOR = torch.Generator().manual_seed(0)
-IMAGES, FINE, COARSE = (torch.randn(3, *shape, generator=GENERATOR) for shape in ((5, 8, 8), (32, 8, 8), (64, 4, 4)))
-MAPS = [COARSE, FINE]
+SHAPES = [(96, 2, 2), (64, 4, 4), (32, 8, 8)]
+IMAGES, *MAPS = (torch.randn(3, *shape, generator=GENERATOR) for shape in [(5, 8, 8), *SHAPES])
 TIMESTEPS = torch.tensor([0, 400, 999])
 
 
-def two_level_head():
-    """A head of a network with two resolutions, which does not predict zero."""
-    return random_head(map_channels=(64, 32))
+def three_level_head():
+    """A head of a network with three resolutions, which does not predict zero."""
+    return random_head(map_channels=(96, 64, 32))
 
 
 def test_a_new_head_predicts_zero():
-    assert not DirectionHead(head_settings(map_channels=(64, 32)))(IMAGES, MAPS, TIMESTEPS).any()
-    assert two_level_head()(IMAGES, MAPS, TIMESTEPS).shape == (3, 1, 8, 8)
-    assert random_head()(IMAGES, [FINE], TIMESTEPS).shape == (3, 1, 8, 8)
+    assert not DirectionHead(head_settings(map_channels=(96, 64, 32)))(IMAGES, MAPS, TIMESTEPS).any()
+    assert three_level_head()(IMAGES, MAPS, TIMESTEPS).shape == (3, 1, 8, 8)
+    assert random_head()(IMAGES, MAPS[-1:], TIMESTEPS).shape == (3, 1, 8, 8)
 
 
-@pytest.mark.parametrize("changed", range(4))
+@pytest.mark.parametrize("changed", range(5))
 def test_the_prediction_of_a_sample_depends_on_each_of_its_inputs_and_on_no_other_sample(changed):
-    head, inputs = two_level_head(), [IMAGES, COARSE, FINE, TIMESTEPS]
-    images, coarse, fine, timesteps = (
-        torch.cat([value[:2], value[2:] // 2]) if k == changed else value for k, value in enumerate(inputs)
+    head = three_level_head()
+    images, *maps, timesteps = (
+        torch.cat([value[:2], value[2:] // 2]) if k == changed else value
+        for k, value in enumerate([IMAGES, *MAPS, TIMESTEPS])
     )
-    before, after = head(IMAGES, MAPS, TIMESTEPS), head(images, [coarse, fine], timesteps)
+    before, after = head(IMAGES, MAPS, TIMESTEPS), head(images, maps, timesteps)
     assert torch.equal(before[:2], after[:2])
     assert not torch.allclose(before[2], after[2])
 
@@ -41,7 +42,7 @@ def test_the_prediction_of_a_sample_depends_on_each_of_its_inputs_and_on_no_othe
 def test_a_head_takes_at_most_three_hundredths_of_the_operations_of_the_bundled_network():
     network, _ = get_unet_settings("emoji")
     options = DirectionHeadOptions()
-    changes = {"in_channels": network.in_channels, "map_channels": network.widths[::-1]}
+    changes = {"in_channels": network.in_channels, "map_channels": network.map_channels}
     settings = head_settings(**changes, width=options.width, depth=options.depth, coarse_width=options.coarse_width)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         images = torch.empty(1, settings.image_channels, network.image_size, network.image_size)
@@ -62,7 +63,7 @@ def test_sizes_are_interpolated_between_the_timesteps_that_have_them():
 
 
 def test_the_output_is_in_units_of_the_direction_and_inputs_in_those_of_the_high_pass():
-    head = two_level_head()
+    head = three_level_head()
     expected = head(IMAGES, MAPS, TIMESTEPS)
     factors = torch.tensor([3.0, 5.0, 7.0])
     head.levels *= factors[:, None]
@@ -71,7 +72,7 @@ def test_the_output_is_in_units_of_the_direction_and_inputs_in_those_of_the_high
 
 
 def test_a_head_is_written_with_its_settings_and_read_back(tmp_path):
-    head = two_level_head()
+    head = three_level_head()
     file = read_checkpoint(write_head(tmp_path / "head.safetensors", head))
     assert file.model_settings == head.settings
     assert file.recommended["sag"]["site"] == "output.0"

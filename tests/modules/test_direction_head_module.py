@@ -21,6 +21,7 @@ def pairs(seed, count=64):
     coarse = torch.randn(count, 64, 4, 4, generator=generator)
     timesteps = torch.randint(1000, (count,), generator=generator)
     direction = images[:, 2:3] * (timesteps > 500)[:, None, None, None] + 0.3 * fine[:, :1]
+    direction += 0.3 * coarse[:, :1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return Pairs(images, (coarse, fine), timesteps, direction)
 
 

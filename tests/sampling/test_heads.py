@@ -10,6 +10,7 @@ from sagl.models.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from sagl.models.direction_head import network_rms
 from sagl.models.zoo import BUNDLED
 from sagl.sampling.heads import head_digests, head_path, load_head
 from sagl.sampling.pipeline import build_pipeline
@@ -82,13 +83,19 @@ def test_a_head_of_zeros_gives_the_unguided_images(tmp_path):
     assert torch.equal(images, sample(replace(SAG, scale=0.0))[0])
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_a_head_has_the_precision_of_its_network(folder, precision):
-    network = cast_weights(grey_unet(), precision, torch.device("cpu"))
-    head = load(sag(folder), network)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_a_head_has_the_precision_of_its_network(tmp_path, precision, num_levels):
+    levels = {"channel_mult": (1, 2)[:num_levels], "attention_resolutions": (8, 4)[:num_levels]}
+    network = grey_unet(**levels)
+    changes = {"map_channels": network.settings.map_channels, "network_rms": network_rms(network)}
+    settings = sag(tmp_path, direction_head=str(write_head(tmp_path / "head.safetensors", random_head(**changes))))
+    network = cast_weights(network, precision, torch.device("cpu"))
+    head = load(settings, network)
     assert head.out.weight.dtype == next(network.parameters()).dtype
     assert head.levels.dtype == torch.float32
-    images, _ = sample(sag(folder), network)
+    images, calls = sample(settings, network)
+    assert calls == 6
     assert images.dtype == torch.float32
     assert images.isfinite().all()
 

@@ -92,6 +92,8 @@ def test_a_training_without_end_has_no_decay():
         (BlurAwareSettings, "blur_sigma", (1.0, math.inf)),
         (DirectionHeadOptions, "scales", (0.0, math.inf)),
         (HeadSettings, "depth", 60_000),
+        (HeadSettings, "coarse_width", 0),
+        *((HeadSettings, "map_channels", channels) for channels in ((), (48,), (-32,), (32,) * 13)),
     ],
 )
 def test_numbers_with_which_no_training_can_run_are_refused(settings_class, name, value):
