@@ -17,7 +17,7 @@ from sagl.metrics.features import Features
 from sagl.settings.evaluation import ExtractionSettings
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 120
 IMAGES = torch.randint(0, 256, (47, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
