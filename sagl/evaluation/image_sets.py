@@ -95,6 +95,7 @@ class RunImages(ImageSet):
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, stop: int) -> ImageUint8:
+        """Return images start … stop - 1, from one shard or several."""
         images: list[Pixels] = []
         shard = bisect_right(self._ends, start)
         while len(images) < stop - start:
@@ -135,6 +136,11 @@ class SourceImages(ImageSet):
         return height, width
 
     def read(self, start: int, stop: int) -> ImageUint8:
+        """Return those of images start … stop - 1 that can be decoded.
+
+        Raises:
+            UserError: the images have several sizes, and there is no `crop_size`.
+        """
         images: list[torch.Tensor] = []
         for index in range(start, stop):
             if (image := self._decode(index, self.unreadable)) is None:

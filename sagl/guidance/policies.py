@@ -81,6 +81,7 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
         def ending_term(
             predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
+            """Return the term without the samples whose guidance has ended, and update which have."""
             nonlocal has_ended, last
             if has_ended is not None and bool(has_ended.all()):
                 return replace(zero_samples(last, has_ended), nfe=0.0)

@@ -38,6 +38,7 @@ def shape_guidance(guidance: Guidance, settings: GuidanceSettings, schedule: Sch
         def shaped_term(
             predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
         ) -> GuidanceTerm:
+            """Return the shaped term of a step."""
             result, alpha_bar = term(predict, x_t, step, condition, base_pred), schedule.alpha_bar(step)
             factor, mask = norm_factor(result, settings, alpha_bar), result.extras.get("mask", 1.0)
             x0_hat = x0_hat_from_eps(x_t, base_pred.eps, alpha_bar, clip=True)

@@ -79,6 +79,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """Sum in chunks, after subtracting the mean of the first one."""
         chunks = _pixels(x).split(max(1, CHUNK // x.shape[:2].numel()), dim=1)
         shift = chunks[0].mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
         total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
@@ -105,6 +106,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # noqa: ANN401
+        """Apply one multiply-add, or batch normalisation without moments to large maps in 16 bits."""
         ctx.save_for_backward(x, gain)
         dtype = torch.promote_types(x.dtype, gain.dtype)  # 16 bits are too few for a large offset
         gain, offset = gain.to(dtype), offset.to(dtype)

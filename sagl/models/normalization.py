@@ -69,6 +69,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """Reduce over the pixels; 16-bit inputs are summed in float32."""
         if x.element_size() < 4:  # the results of var_mean would be rounded to 16 bits
             mean = x.mean(dim=(2, 3), dtype=torch.float32)
             norm = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32)

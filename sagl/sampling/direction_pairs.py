@@ -25,8 +25,6 @@ from sagl.shapes import Image, Labels
 
 FIRST_ID, FIRST_VALIDATION_ID = 2**31, 2**30
 """Ids of the first chains of training and validation, far from those of samples."""
-FLOAT16_RANGE = (-65_504.0, 65_504.0)
-"""Smallest and largest number of float16, in which feature maps are stored."""
 GROUPS_KEY = 5
 """Last word of the seeds that draw the samplers, steps, scales and labels of groups."""
 
@@ -121,7 +119,7 @@ class DirectionPairs:
             assert isinstance(direction, Tensor)
             timesteps = schedule.timestep(step, len(x_t), x_t.device)
             images = inputs_of(x_t, step, condition, base_pred)
-            maps = tuple(feature_map.clamp(*FLOAT16_RANGE).half() for feature_map in head_maps(base_pred, settings))
+            maps = tuple(to_float16(feature_map) for feature_map in head_maps(base_pred, settings))
             pairs.append(Pairs(images, maps, timesteps, direction))
             return replace(base_pred, eps=base_pred.eps + scales * direction)
 
@@ -136,3 +134,9 @@ class DirectionPairs:
         is_null = torch.from_numpy(rng.random(size) < self.options.null_fraction)
         may_be_null = s.null_label and not self.guidance.needs_labels
         return torch.where(is_null, s.num_classes, labels) if may_be_null else labels
+
+
+def to_float16(feature_map: Tensor) -> Tensor:
+    """Convert to float16; numbers beyond its range become its largest or smallest."""
+    limit = torch.finfo(torch.float16).max
+    return feature_map.half().clamp(-limit, limit)

@@ -6,7 +6,7 @@ import torch
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
 from sagl.models.direction_head import NUM_LEVELS
-from sagl.sampling.direction_pairs import DirectionPairs
+from sagl.sampling.direction_pairs import DirectionPairs, to_float16
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import DirectionHeadOptions
@@ -74,3 +74,9 @@ def test_sizes_are_measured_by_timestep(guidance):
     assert levels.shape == (3 if guidance is SAG else 2, NUM_LEVELS)
     assert (levels > 0).all()
     assert levels[1, 0] > levels[1, -1]  # the high-pass in units of eps grows as the noise falls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_beyond_the_range_of_float16_stay_finite(dtype):
+    stored = to_float16(torch.tensor([-1e6, -2.5, 0.0, 2.5, 1e6], dtype=dtype))
+    assert stored.tolist() == [-65504.0, -2.5, 0.0, 2.5, 65504.0]
