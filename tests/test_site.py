@@ -49,6 +49,13 @@ def test_pages_request_nothing_from_other_servers(site):
     assert [found for text in (*site.values(), *styles) for found in re.findall(requests, text)] == []
 
 
+def test_lists_are_rendered_as_lists(site):
+    """Python-Markdown makes a paragraph of a list without an empty line before it."""
+    assert [
+        (path.name, found) for path, html in site.items() for found in re.findall(r"^(?:<p>)?- .{,40}", html, re.M)
+    ] == []
+
+
 def test_equations_are_rendered(site):
     (equations,) = (html for path, html in site.items() if path.name == "equations.html")
     assert equations.count("<math") > 50
