@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,20 +26,18 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from sagl.models.adm import UNet
-from sagl.models.checkpoints import build_network
 from sagl.models.direction_head import DirectionHead, Pairs
 from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.modules.training_module import seeded_init
 from sagl.sampling.direction_pairs import DirectionPairs
-from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.direction_head import DirectionHeadOptions, HeadTrainingSettings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import HeadSettings
-from sagl.settings.sampling import SamplerSettings
 from sagl.settings.training import OptimizerSettings
 from sagl.shapes import Image, Timestep
+from sagl.training.direction_head import build_head_module
 
 ADAPTED_BLOCKS = 2
 """Last output blocks that an adapter changes."""
@@ -129,19 +128,14 @@ def _with_block_input(pairs: Pairs, network: UNet, block: str) -> Pairs:
     return pairs._replace(maps=(torch.cat(inputs),))
 
 
-def fit(head: DirectionHead, stored: StoredPairs, options: DirectionHeadOptions, args: argparse.Namespace) -> float:
-    """Train a head; return its explained variance on the held-out chains."""
-    optimizer = OptimizerSettings(
-        learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, decay_steps=args.steps - 50, decay="cosine"
-    )
-    settings = HeadTrainingSettings(direction_head=options, optimizer=optimizer, seed=args.seed)
-    module = DirectionHeadModule(settings, head.settings, load("emoji").diffusion, stored)
-    module.network = head
+def fit(module: DirectionHeadModule, head: DirectionHead, stored: StoredPairs, num_steps: int) -> float:
+    """Train a head in place of that of `module`; return its explained variance on the held-out chains."""
+    module.network, module.source = head, stored
     trainer = Trainer(
-        max_steps=args.steps,
+        max_steps=num_steps,
         accelerator="cpu",
         gradient_clip_val=1.0,
-        val_check_interval=args.steps,
+        val_check_interval=num_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -173,26 +167,18 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    file = load("emoji")
-    network, sag = build_network(file).eval().requires_grad_(False), SelfAttentionGuidance(**file.recommended["sag"])
-    options = DirectionHeadOptions(num_groups=args.groups, group_size=16, num_validation_groups=4, null_fraction=1.0)
-    pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
-    source = DirectionPairs(pipeline=pipeline, guidance=sag, options=options, seed=args.seed)
-    stored = StoredPairs(source)
-    s = network.settings
-    settings = HeadSettings(
-        method="sag",
-        in_channels=s.in_channels,
-        map_channels=s.map_channels,
-        has_mask=source.has_mask,
-        num_timesteps=file.diffusion.num_timesteps,
-        width=options.width,
-        depth=options.depth,
-        coarse_width=options.coarse_width,
-        network_rms=(),
+    optimizer = OptimizerSettings(
+        learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=50, decay_steps=args.steps - 50, decay="cosine"
     )
+    options = DirectionHeadOptions(num_groups=args.groups, group_size=16, num_validation_groups=4, null_fraction=1.0)
+    training = HeadTrainingSettings(direction_head=options, optimizer=optimizer, seed=args.seed)
+    sag = SelfAttentionGuidance(**load("emoji").recommended["sag"])
+    build_module = partial(build_head_module, training, {"sag": sag}, "emoji", "ema")
+    source = build_module().source
+    assert isinstance(source, DirectionPairs)
+    stored, network, settings = StoredPairs(source), source.pipeline.network, build_module().network.settings
     two_convolutions = replace(settings, depth=2)
-    block_input_pairs = stored.with_block_inputs(network, s.output_blocks[-ADAPTED_BLOCKS])
+    block_input_pairs = stored.with_block_inputs(network, network.settings.output_blocks[-ADAPTED_BLOCKS])
     shapes = {
         "all maps, 1 convolution": (lambda: DirectionHead(settings), stored),
         "all maps, 2 convolutions": (lambda: DirectionHead(two_convolutions), stored),
@@ -209,9 +195,9 @@ def main() -> None:
     print("| shape | parameters | operations | R² |\n|---|---|---|---|", flush=True)
     for name, (build, pairs) in shapes.items():
         head = seeded_init(build, args.seed)
-        share = operations(head, pairs.validation) / flops_per_evaluation(s)
+        share = operations(head, pairs.validation) / flops_per_evaluation(network.settings)
         count = sum(p.numel() for p in head.parameters() if p.requires_grad)
-        print(f"| {name} | {count:,} | {share:.1%} | {fit(head, pairs, options, args):.3f} |", flush=True)
+        print(f"| {name} | {count:,} | {share:.1%} | {fit(build_module(), head, pairs, args.steps):.3f} |", flush=True)
 
 
 if __name__ == "__main__":
