@@ -12,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
+from sagl.data.dataloader import ResumableDataLoader
 from sagl.settings.training import CheckpointSettings, PreviewSettings
 from sagl.utils.files import atomic_file, partial_pattern, remove_partial
 from sagl.utils.signals import Interrupted
 
 MAX_SAVING_SHARE = 0.05
-"""Largest share of the time that periodic saves may take; large checkpoints are saved less often."""
+"""Largest share of the time that saves every so many minutes may take; large checkpoints are saved less often."""
 
 
 class SaveConfig(Callback):
@@ -75,9 +76,13 @@ class ResumableCheckpoint(Checkpoint):
         self._stop_signal = number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the resumed step, and remove unfinished files of a killed run."""
+        """Count from the resumed step and the loader's position, and remove unfinished files of a killed run."""
         self._step = self._saved_step = trainer.global_step
         self._saved_time, self._stepped = time.monotonic(), False
+        loader = trainer.train_dataloader
+        if trainer.global_step and isinstance(loader, ResumableDataLoader):  # its batches may have another size now
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            progress.ready = progress.started = progress.processed = progress.completed = loader.num_batches_of_epoch
         if trainer.is_global_zero:
             remove_partial(self.path.parent, "*")
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from sagl.errors import UserError
+from sagl.errors import UserError, require
 from sagl.metrics.extractors import get_extractor
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.models.adm import UNet
@@ -77,14 +77,23 @@ class SAGPreviews(Callback):
         If `sag` has its default site, and the network has no attention there, previews are unguided.
 
         Raises:
-            UserError: the site has no attention, the kernel is too large, or the respacing is impossible.
+            UserError: the site has no attention, the kernel is too large, or the respacing is impossible; or there is
+                no validation that could find the best checkpoints.
         """
         if not (self.settings.num_samples or self.settings.num_metric_samples):
+            return
+        if not trainer.enable_validation:
+            require(
+                self.settings.keep_best == 0,
+                f"`preview.keep_best` must be 0 without validation images, got {self.settings.keep_best}. Set "
+                "`data.num_validation`.",
+            )
             return
         try:
             pipelines = self._build_pipelines(pl_module)
         except UserError as error:
-            if self.sag.site != SelfAttentionGuidance().site or set(self.settings.scales) == {0.0}:
+            selects_guided = self.settings.keep_best > 0 and self.settings.best_scale != 0
+            if self.sag.site != SelfAttentionGuidance().site or set(self.settings.scales) == {0.0} or selects_guided:
                 raise
             print(f"Previews are unguided: {error}")
             self.settings = replace(self.settings, scales=(0.0,), best_scale=0.0)
@@ -130,7 +139,9 @@ class SAGPreviews(Callback):
         """Write a grid with a row of images for each scale and a row of masks under each guided one."""
         rows: list[ImageUint8] = []
         for pipeline in pipelines.values():
-            batches = [_sample(pipeline, ids) for ids in self._rank_batches(trainer, self.settings.num_samples)]
+            batches = [
+                _sample(trainer, pipeline, ids) for ids in self._rank_batches(trainer, self.settings.num_samples)
+            ]
             images, mask_frequencies = zip(*batches, strict=True)
             rows.append(self._all_gather(trainer, images))
             if mask_frequencies[0] is not None:
@@ -146,7 +157,7 @@ class SAGPreviews(Callback):
         """Sample this rank's images for metrics."""
         count = self.settings.num_metric_samples
         ids = ([i for i in batch if i < count] for batch in self._rank_batches(trainer, count))
-        return [_sample(pipeline, batch)[0].cpu() for batch in ids if batch]
+        return [_sample(trainer, pipeline, batch)[0].cpu() for batch in ids if batch]
 
     def _log_metrics(
         self, trainer: Trainer, module: LightningModule, images: Mapping[float, Sequence[ImageUint8]]
@@ -180,10 +191,14 @@ def log_image(logger: Any, name: str, image: ImageUint8, step: int) -> None:  # 
         logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
 
 
-def _sample(pipeline: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
-    """Sample images of these ids, of every class in turn, and their mask frequencies."""
-    num_classes = pipeline.network.settings.num_classes
-    samples = RunSettings(num_samples=len(ids), labels="null" if num_classes is None else "balanced")
+def _sample(trainer: Trainer, pipeline: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
+    """Sample images of these ids and their mask frequencies: of every class in turn, if the training images have any.
+
+    On images without labels, only the null label of a network with classes is trained.
+    """
+    has_classes = pipeline.network.settings.num_classes is not None
+    has_labels = has_classes and getattr(trainer.datamodule, "has_labels", True)  # type: ignore[attr-defined]
+    samples = RunSettings(num_samples=len(ids), labels="balanced" if has_labels else "null")
     x, mask_frequency = pipeline.sample(samples.seed, ids, make_labels(samples, ids, pipeline.network))
     return to_uint8(x), mask_frequency
 

@@ -67,13 +67,21 @@ class ResumableDistributedSampler(Sampler[int]):
     a global batch do not depend on the number of ranks.
     """
 
-    def __init__(self, num_images: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_images: int, seed: int, rank: int = 0, world_size: int = 1, *, step_size: int = 1) -> None:
+        """Start with the first epoch; `step_size` is the number of images of an optimiser step on each rank."""
         self.num_images, self.seed, self.rank, self.world_size = num_images, seed, rank, world_size
+        self.step_size = step_size
         self.num_consumed = 0  # by this rank, over all epochs
 
     def __len__(self) -> int:
-        """Return the images per rank and epoch, equal on all ranks; up to world_size - 1 images are left out."""
-        return self.num_images // self.world_size
+        """Return the images per rank and epoch: as many whole steps as all ranks have. The others are left out."""
+        return self.num_images // (self.world_size * self.step_size) * self.step_size
+
+    def continue_after(self, num_images: int) -> None:
+        """Continue after so many images of all ranks, with whole steps up to the end of the epoch."""
+        epoch, consumed = divmod(num_images, self.num_images)
+        remaining = max(0, len(self) - consumed // self.world_size) // self.step_size * self.step_size
+        self.num_consumed = (epoch + 1) * len(self) - remaining
 
     def __iter__(self) -> Iterator[int]:
         epoch, start = divmod(self.num_consumed, max(1, len(self)))
@@ -250,8 +258,13 @@ class ResumableDataLoader(ImageLoader):
     def __iter__(self) -> Any:  # noqa: ANN401
         """Iterate over the rest of the current epoch."""
         for images, labels in super().__iter__():
-            self._advance(len(images))
+            self.position.num_consumed += len(images)
             yield images, labels
+
+    @property
+    def num_batches_of_epoch(self) -> int:
+        """Number of batches of the current epoch before the position."""
+        return self.position.num_consumed % len(self.position) // self.settings.batch_size
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of images consumed by all ranks; those left out at the end of an epoch count too."""
@@ -260,16 +273,7 @@ class ResumableDataLoader(ImageLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the images of `state`; the number of ranks and the batch size may have changed."""
-        epoch, consumed = divmod(state["images"], self.position.num_images)
-        per_rank = min(consumed // self.position.world_size, len(self.position))
-        self.position.num_consumed = epoch * len(self.position) + per_rank
-        self._advance(0)
-
-    def _advance(self, count: int) -> None:
-        self.position.num_consumed += count
-        remaining = -self.position.num_consumed % len(self.position)
-        if remaining < self.settings.batch_size:  # too few for a batch, so the next epoch begins
-            self.position.num_consumed += remaining
+        self.position.continue_after(state["images"])
 
 
 def training_loader(
@@ -279,18 +283,27 @@ def training_loader(
     trainer: Trainer | None,
     corrupt_log: CorruptImageLog | None = None,
 ) -> ResumableDataLoader:
-    """Return the training loader of this rank.
+    """Return the training loader of this rank; an epoch ends with a whole optimiser step.
 
     Raises:
-        UserError: there are too few images for one batch.
+        UserError: there are too few images for one step.
     """
     rank, world_size = rank_and_world_size(trainer)
-    sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size)
+    num_accumulated = trainer.accumulate_grad_batches if trainer else 1
+    largest = len(dataset) // world_size
     require(
-        len(sampler) >= settings.batch_size,
-        f"`data.batch_size` must be at most {len(sampler)}, the number of training images per process, "
+        settings.batch_size <= largest,
+        f"`data.batch_size` must be at most {largest}, the number of training images per process, "
         f"got {settings.batch_size}.",
     )
+    step_size = settings.batch_size * num_accumulated
+    require(
+        step_size <= largest,
+        f"`global_batch_size` must be at most {len(dataset)}, the number of training images, got "
+        f"{step_size * world_size}: {num_accumulated} batches of {settings.batch_size} on each of {world_size} "
+        "processes.",
+    )
+    sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size, step_size=step_size)
     return ResumableDataLoader(dataset, sampler, settings, corrupt_log)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from sagl.data.dataloader import (
     CorruptImageLog,
@@ -28,9 +28,9 @@ from sagl.data.dataloader import (
 )
 from sagl.data.transforms import CropResize, Pixels, decode_image
 from sagl.errors import UserError, require, require_range, require_seed
-from sagl.settings.network import LARGEST, UNetSettings
+from sagl.settings.network import LARGEST, ClassifierSettings, UNetSettings
 from sagl.settings.sampling import MAX_BATCH_SIZE
-from sagl.utils.environment import available_cpus
+from sagl.utils.environment import cores_per_process
 from sagl.utils.files import cache_file, cache_folder, file_version
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -190,7 +190,7 @@ class ImageDataModule(LightningDataModule):
             f"`data.max_corrupt_fraction` must be in [0, 1], got {self.max_corrupt_fraction}.",
         )
         if network := self._network:
-            _check_labels(self.images, network)
+            check_classes(self.images.num_classes, network)
 
     def train_dataloader(self) -> ResumableDataLoader:
         crop = self._crop(random_crop=self.random_crop, random_flip=self.random_flip)
@@ -214,7 +214,7 @@ class ImageDataModule(LightningDataModule):
         num_devices = self.trainer.num_devices if self.trainer else 1
         num_workers = self.num_workers
         if num_workers is None:
-            num_workers = min(8, max(1, available_cpus() // num_devices))
+            num_workers = min(8, cores_per_process(num_devices))
         return LoaderSettings(batch_size=self.batch_size, num_workers=num_workers, start_method=self.start_method)
 
     @cached_property
@@ -227,6 +227,11 @@ class ImageDataModule(LightningDataModule):
         return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images) / world_size))
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the images have classes."""
+        return self.images.num_classes is not None
+
+    @property
     def _shuffled_indices(self) -> Indices:
         """Order that splits the images into validation, test and training; independent of the seed."""
         return np.random.default_rng(0).permutation(len(self.images))
@@ -235,24 +240,39 @@ class ImageDataModule(LightningDataModule):
         size, channels = self.image_size, 3
         if network := self._network:
             size, channels = size or network.image_size, network.in_channels
+            require(
+                channels in (1, 3),
+                f"`data` are read as greyscale or RGB images, and the network has in_channels {channels}. Set "
+                "in_channels to 1 or 3.",
+            )
         if not size:
             raise UserError("`data.image_size` must be given without a network.")
         return CropResize(image_size=size, channels=channels, random_crop=random_crop, random_flip=random_flip)
 
     @property
-    def _network(self) -> UNetSettings | None:
-        """Settings of the network in training, if there is one."""
-        return getattr(self.trainer and self.trainer.lightning_module, "network_settings", None)
+    def _network(self) -> UNetSettings | ClassifierSettings | None:
+        return network_in_training(self.trainer)
 
 
-def _check_labels(source: ImageSource, network: UNetSettings) -> None:
+def network_in_training(trainer: Trainer | None) -> UNetSettings | ClassifierSettings | None:
+    """Return the settings of the network in training, if there is one."""
+    return getattr(trainer and trainer.lightning_module, "network_settings", None)
+
+
+def check_classes(num_classes: int | None, network: UNetSettings | ClassifierSettings) -> None:
+    """Compare the number of classes of images with that of a network.
+
+    Raises:
+        UserError: the network needs labels, and there are none; or it has fewer classes.
+    """
     if network.num_classes is None:
         return
+    has_null_label = isinstance(network, UNetSettings) and network.null_label
     require(
-        source.num_classes is not None or network.null_label,
+        num_classes is not None or has_null_label,
         f"`data` must have labels for a network of {network.num_classes} classes, and these images have none.",
     )
     require(
-        (source.num_classes or 0) <= network.num_classes,
-        f"`data` must have at most {network.num_classes} classes, the network's number, got {source.num_classes}.",
+        (num_classes or 0) <= network.num_classes,
+        f"`data` must have at most {network.num_classes} classes, the network's number, got {num_classes}.",
     )

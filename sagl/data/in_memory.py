@@ -18,7 +18,8 @@ from sagl.data.dataloader import (
     eval_loader,
     training_loader,
 )
-from sagl.errors import require
+from sagl.data.image_data import RANGES, check_classes, network_in_training
+from sagl.errors import require, require_range, require_seed
 from sagl.shapes import ImageUint8, Labels
 
 
@@ -62,6 +63,16 @@ class InMemoryData(LightningDataModule):
         super().__init__()
         require(self.num_validation >= 0, f"`data.num_validation` must be at least 0, got {self.num_validation}.")
 
+    def setup(self, stage: str) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: one of them is out of range.
+        """
+        for name in ("batch_size", "num_workers"):
+            require_range(f"data.{name}", getattr(self, name), *RANGES[name])
+        require_seed("data.seed", self.seed)
+
     @property
     @abstractmethod
     def folder(self) -> Path:
@@ -72,7 +83,7 @@ class InMemoryData(LightningDataModule):
         """Load the test split or the training split."""
 
     def train_dataloader(self) -> ResumableDataLoader:
-        return training_loader(self.split(test=False), self._loader_settings, self.seed, self.trainer)
+        return training_loader(self._fitting_split(test=False), self._loader_settings, self.seed, self.trainer)
 
     def val_dataloader(self) -> ImageLoader:
         return self._eval_loader(slice(self.num_validation))
@@ -83,9 +94,27 @@ class InMemoryData(LightningDataModule):
         return loader
 
     def _eval_loader(self, part: slice) -> ImageLoader:
-        split = self.split(test=True)
+        split = self._fitting_split(test=True)
         dataset = InMemoryImages(split.images[part], split.labels[part])
         return eval_loader(dataset, self._loader_settings, self.trainer)
+
+    def _fitting_split(self, *, test: bool) -> InMemoryImages:
+        """Load a split, and compare its images and labels with the network in training, if there is one.
+
+        Raises:
+            UserError: the network has another image size, other channels or too few classes.
+        """
+        split = self.split(test=test)
+        if network := network_in_training(self.trainer):
+            _, channels, size, _ = split.images.shape
+            require(
+                (size, channels) == (network.image_size, network.in_channels),
+                f"`data` has images of {size}x{size} pixels with {channels} channels, and the network is for "
+                f"image_size {network.image_size} and in_channels {network.in_channels}. Choose other data, or another "
+                "`model.network`.",
+            )
+            check_classes(int(split.labels.max()) + 1, network)
+        return split
 
     @property
     def _loader_settings(self) -> LoaderSettings:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sagl.diffusion.noise import SampleRngs
 from sagl.diffusion.predictor import Condition, NoisePredictor, split_eps_and_variance
 from sagl.diffusion.process import add_noise, cast_like, posterior_mean, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
@@ -64,14 +65,15 @@ def bits_per_dim(
     return BitsPerDim(total=vlb_terms.sum(dim=1) + prior, vlb_terms=vlb_terms, prior=prior)
 
 
-def sample_vlb_timesteps(batch: int, num_timesteps: int, generator: torch.Generator) -> tuple[Timestep, PerSample]:
+def sample_vlb_timesteps(rngs: SampleRngs, num_timesteps: int) -> tuple[Timestep, PerSample]:
     """Draw one timestep per sample for `estimated_bits_per_dim`: -> (B,) int64 and the weights 1 / p, (B,) float32.
 
     Half of the probability is uniform, half in proportion to 1 / (t + 1), because the terms are large at small t.
     """
     harmonic = 1 / torch.arange(1, num_timesteps + 1, dtype=torch.float64)
     p = harmonic / (2 * harmonic.sum()) + 0.5 / num_timesteps
-    timesteps = torch.multinomial(p, batch, replacement=True, generator=generator)
+    uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64)
+    timesteps = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=num_timesteps - 1)
     return timesteps, (1 / p[timesteps]).float()
 
 

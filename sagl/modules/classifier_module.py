@@ -36,6 +36,7 @@ class ClassifierModule(TrainingModule):
             classifier, diffusion = get_classifier_settings(classifier)
         classifier = settings.apply_to(classifier)
         super().__init__(replace(settings, classifier=classifier), settings.diffusion or diffusion)
+        self.network_settings = classifier  # read by the data module
         self.network = seeded_init(lambda: Classifier(classifier), settings.seed)
         freeze(self.network, settings.freeze)
         self.timestep_sampler = UniformTimesteps(num_timesteps=self.diffusion_settings.num_timesteps)
@@ -56,7 +57,7 @@ class ClassifierModule(TrainingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate loss and accuracies, over all timesteps and by range."""
         x_0 = self._to_float(batch[0])
-        timesteps, noise = self._validation_noise(x_0)
+        timesteps, noise = self._validation_noise(self._next_validation_ids(len(x_0)), x_0.shape[1:])
         result = self._compute_loss(x_0, batch[1], timesteps, noise)
         self._accumulate("loss", result.loss, timesteps)
         for name, k in self._topk.items():

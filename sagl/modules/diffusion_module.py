@@ -1,5 +1,6 @@
 """LightningModule of the ADM diffusion model: loss and validation of a batch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from sagl.diffusion.likelihood import estimated_bits_per_dim, sample_vlb_timesteps
 from sagl.diffusion.losses import Losses, mask_vlb, training_losses
-from sagl.diffusion.noise import SampleRngs, bernoulli
+from sagl.diffusion.noise import SampleRngs, batch_rngs, bernoulli, randn
 from sagl.diffusion.timestep_samplers import LossSecondMomentTimesteps, UniformTimesteps
 from sagl.errors import require
 from sagl.guidance.blur_aware import degrade_batch
@@ -92,12 +93,13 @@ class DiffusionModule(TrainingModule):
         """Accumulate losses at fixed timesteps and noise; outside of `fit` also bits/dim, from one more pass."""
         x_0 = self._to_float(batch[0])
         labels = self._drop_labels(batch[1], torch.zeros_like(batch[1], dtype=torch.bool))
-        timesteps, noise = self._validation_noise(x_0)
+        ids = self._next_validation_ids(len(x_0))
+        timesteps, noise = self._validation_noise(ids, x_0.shape[1:])
         losses = self._compute_losses(x_0, timesteps, noise, labels)
         self._accumulate("loss", losses.total, timesteps)
         self._accumulate("mse", losses.mse)
         if self.trainer.state.fn != "fit":
-            bits = self._estimate_bits_per_dim(x_0, labels, batch_idx)
+            bits = self._estimate_bits_per_dim(x_0, labels, ids)
             self._accumulate("bits_per_dim", bits)
             self._accumulate("bits_per_dim_squared", bits.square())
 
@@ -144,10 +146,10 @@ class DiffusionModule(TrainingModule):
             return None
         return torch.where(to_device(dropped, labels.device) | (labels < 0), null_label, labels)
 
-    def _estimate_bits_per_dim(self, x_0: Image, labels: Labels | None, batch_idx: int) -> PerSample:
-        generator = torch.Generator().manual_seed(batch_idx + 1)
-        timesteps, weights = sample_vlb_timesteps(len(x_0), self.schedule.num_steps, generator)
-        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    def _estimate_bits_per_dim(self, x_0: Image, labels: Labels | None, ids: Sequence[int]) -> PerSample:
+        rngs = batch_rngs(0, 0, ids)
+        timesteps, weights = sample_vlb_timesteps(rngs, self.schedule.num_steps)
+        noise = randn(rngs, x_0.shape[1:]).to(x_0.device)
         return estimated_bits_per_dim(
             lambda x_t, t: self.network(x_t, t, labels).out,
             x_0,

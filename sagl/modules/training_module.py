@@ -1,7 +1,7 @@
 """Base class of the LightningModules: random numbers, optimiser, skipped batches, validation means and logs."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -199,13 +199,15 @@ class TrainingModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._num_validated, self._sums = 0, {}
 
-    def _validation_noise(self, x_0: Image) -> tuple[Timestep, Image]:
-        """Return timesteps and noise that depend on the index of an image alone, for any batch size and world size."""
-        first, size = self._num_validated, len(x_0)
-        ids = [index * self.trainer.world_size + self.global_rank for index in range(first, first + size)]
+    def _next_validation_ids(self, size: int) -> list[int]:
+        """Return the indices of a batch's images among those of all ranks, which determine their random numbers."""
+        first = self._num_validated
         self._num_validated += size
-        timesteps = van_der_corput_timesteps(ids, self.diffusion_settings.num_timesteps)
-        return timesteps, initial_noise(0, ids, x_0.shape[1:])
+        return [index * self.trainer.world_size + self.global_rank for index in range(first, first + size)]
+
+    def _validation_noise(self, ids: Sequence[int], shape: torch.Size) -> tuple[Timestep, Image]:
+        """Return timesteps (B,) and noise (B, C, H, W) of images of a shape (C, H, W)."""
+        return van_der_corput_timesteps(ids, self.diffusion_settings.num_timesteps), initial_noise(0, ids, shape)
 
     def _accumulate(self, name: str, values: PerSample, timesteps: Timestep | None = None) -> None:
         """Add (B,) values to the mean that is logged as val/NAME; with timesteps, also to the means by range."""

@@ -68,6 +68,8 @@ def prepare_fit(parser: ArgumentParser, config: Namespace, settings: CheckpointS
     if not options["fast_dev_run"]:
         callbacks.append(SaveConfig(output / "config.yaml", text))
     options["plugins"] = fit_plugins(options["plugins"])
+    if getattr(init.get("data"), "num_validation", None) == 0:
+        options["limit_val_batches"] = 0  # Lightning would count on validations, and saves would wait for them
     if options["logger"] is None:
         options["logger"] = not options["fast_dev_run"] and TensorBoardLogger(output, name="logs", version="")
     trainer = build_trainer({**options, "default_root_dir": str(output)}, callbacks)

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from sagl.callbacks.checkpointing import AtomicCheckpointIO
-from sagl.errors import UserError, require
-from sagl.settings.sampling import Accelerator, DeviceSettings
+from sagl.errors import UserError, require, require_range
+from sagl.settings.sampling import MAX_BATCH_SIZE, Accelerator, DeviceSettings
 from sagl.utils.distributed import global_rank, report_unused_gpu, require_launcher, select_device
 from sagl.utils.environment import gpu_has_bfloat16, has_fast_bfloat16
 
@@ -101,6 +101,7 @@ def num_accumulated(global_batch_size: int, batch_size: int, trainer: Trainer) -
         f"`trainer.accumulate_grad_batches` must be left out with `global_batch_size` {global_batch_size}, got "
         f"{trainer.accumulate_grad_batches}. Set global_batch_size to null to use it.",
     )
+    require_range("data.batch_size", batch_size, 1, MAX_BATCH_SIZE)
     num_batches, rest = divmod(global_batch_size, batch_size * trainer.world_size)
     require(
         num_batches > 0 and rest == 0,

@@ -190,6 +190,13 @@ def available_cpus() -> int:
     return min(cores, math.ceil(int(quota) / int(period))) if quota.isdecimal() and period.isdecimal() else cores
 
 
+def cores_per_process(num_processes: int) -> int:
+    """Return the cores of each of several processes on this machine. SLURM gives each of its tasks cores of its own."""
+    tasks = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    num_sharing = num_processes // max(1, int(tasks)) if tasks.isdecimal() else num_processes
+    return max(1, available_cpus() // max(1, num_sharing))
+
+
 def set_threads(processes: int = 1) -> int:
     """Limit torch to this process's share of the cores, unless OMP_NUM_THREADS is set, and return its threads.
 
@@ -198,7 +205,7 @@ def set_threads(processes: int = 1) -> int:
     """
     import torch
 
-    share = max(1, available_cpus() // processes)
+    share = cores_per_process(processes)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > share:
         torch.set_num_threads(share)
     return torch.get_num_threads()

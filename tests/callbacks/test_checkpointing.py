@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, Trainer
 from sagl.callbacks import checkpointing
 from sagl.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoints, ResumableCheckpoint, SaveConfig
 from sagl.callbacks.ema import EMA
+from sagl.data.dataloader import EpochDataset, Item, LoaderSettings, training_loader
 from sagl.errors import UserError
 from sagl.settings.training import CheckpointSettings, PreviewSettings
 from sagl.utils.signals import STOP_SIGNALS, Interrupted, on_stop_signal
-from tests.helpers.training import IGNORED_WARNINGS, fit_line
+from tests.helpers.training import IGNORED_WARNINGS, Line, fit_line, line_data, trainer
 
 pytestmark = [
     *IGNORED_WARNINGS,
@@ -288,6 +289,46 @@ def test_a_run_stopped_before_a_due_validation_validates_when_it_is_resumed(tmp_
     counts = Counts()
     fit_line(callbacks=[counts, last(path)], ckpt_path=path, **options)
     assert counts.validations == [4, 6, 8, 10, 12]
+
+
+class Ones(EpochDataset):
+    """Twenty-four images of two pixels."""
+
+    image_shape = (1, 1, 2)
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, item):
+        return Item(torch.ones(2, 1, 1, dtype=torch.uint8), 0)
+
+
+class LineOnImages(Line):
+    """A `Line` on batches of images."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0].float().mean(dim=0).flatten(), batch_idx)
+
+
+def fit_images(path, batch_size, accumulated, max_steps, ckpt_path=None):
+    """Fit, and return (batch, step, epoch) at every batch."""
+    counts, fake = Counts(), SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=accumulated)
+    loader = training_loader(Ones(), LoaderSettings(batch_size=batch_size), 0, fake)
+    callbacks = [counts, last(path, save_every_steps=1)]
+    run = trainer(callbacks=callbacks, max_steps=max_steps, accumulate_grad_batches=accumulated)
+    run.fit(LineOnImages(), loader, line_data(1), ckpt_path=ckpt_path)
+    return [(batch, step, epoch) for batch, _, step, _, epoch in counts.batches]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(2, 4), (8, 1), (1, 8)])
+def test_a_run_resumed_with_another_batch_size_makes_the_steps_of_the_same_images(batch_size, accumulated, tmp_path):
+    """Three steps of 8 images are an epoch; the run is resumed after the first of them."""
+    path = tmp_path / "last.ckpt"
+    assert fit_images(path, 4, 2, 1) == [(0, 0, 0), (1, 0, 0)]
+    resumed = fit_images(path, batch_size, accumulated, 4, ckpt_path=path)
+    batches = [(step, batch) for step in range(3) for batch in range(step * accumulated, (step + 1) * accumulated)]
+    expected = [(batch, step, 0) for step, batch in batches[accumulated:]]
+    assert resumed == [*expected, *((batch, 3, 1) for batch in range(accumulated))]
 
 
 # ---------------------------------------------------------------------------------------------- best checkpoints

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from sagl.callbacks.ema import EMA
@@ -71,12 +72,12 @@ def preview(folder, sag=SAG, **settings):
     return SAGPreviews(folder, PreviewSettings(**{**defaults, **settings}), sag)
 
 
-def sample(module, ids, scale):
+def sample(module, ids, scale, labels="balanced"):
     sag = SelfAttentionGuidance(site="output.0", blur_sigma=1.0, scale=scale)
     sampler, network = SamplerSettings(sampler="ddim", respacing="3"), module.network.eval()
     pipeline = build_pipeline(network, module.diffusion_settings, sampler, {"sag": sag})
     with torch.inference_mode():
-        labels = make_labels(RunSettings(num_samples=len(ids), labels="balanced"), ids, network)
+        labels = make_labels(RunSettings(num_samples=len(ids), labels=labels), ids, network)
         x, mask_frequency = pipeline.sample(0, ids, labels)
     return to_uint8(x), mask_frequency
 
@@ -99,6 +100,28 @@ def test_every_validation_writes_a_grid_of_the_same_samples_with_masks_under_gui
     assert abs(second.astype(int) - expected).mean() < 1  # sampled two at a time here, and five at a time there
     assert (rows[1] != rows[0]).any()
     assert (first == second).mean() > 0.99
+
+
+class UnlabelledData(LightningDataModule):
+    """The images without labels."""
+
+    has_labels = False
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(IMAGES, torch.full_like(LABELS, -1)), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_previews_of_a_training_without_labels_have_the_null_label_that_it_trains(tmp_path):
+    module = build_module()
+    callbacks = [preview(tmp_path, scales=(0.0,))]
+    validation = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer(callbacks=callbacks, max_steps=2, **validation).fit(module, datamodule=UnlabelledData())
+    (path,) = (tmp_path / "previews").iterdir()
+    expected = {name: image_grid([sample(module, range(5), 0.0, name)[0]]) for name in ("null", "balanced")}
+    assert (read_png(path) == expected["null"].permute(1, 2, 0).numpy()).all()
+    assert not torch.equal(expected["null"], expected["balanced"])
 
 
 def test_the_ema_weights_are_sampled(tmp_path):
@@ -193,3 +216,22 @@ def test_previews_are_unguided_if_the_network_lacks_the_default_site(tmp_path):
     fit(build_module(), [preview(tmp_path, SelfAttentionGuidance(), scales=(0.0, 0.5))], steps=2)
     (path,) = (tmp_path / "previews").iterdir()
     assert read_png(path).shape == image_grid([IMAGES[:5]]).permute(1, 2, 0).shape
+
+
+@pytest.mark.parametrize(
+    ("sag", "validation", "names"),
+    [
+        (SelfAttentionGuidance(), {}, ["sag.site", "output.2"]),
+        (SAG, {"limit_val_batches": 0}, ["preview.keep_best", "data.num_validation"]),
+    ],
+)
+def test_best_checkpoints_whose_distance_would_never_be_logged_are_refused_before_the_first_step(
+    sag, validation, names, tmp_path
+):
+    """The network lacks the default site, so that previews would be unguided; or there is no validation."""
+    settings = {"scales": (0.0, 0.5), "num_metric_samples": 4, "keep_best": 1, "best_scale": 0.5}
+    module = build_module()
+    with pytest.raises(UserError) as error:
+        fit(module, [preview(tmp_path, sag, **settings)], steps=2, **validation)
+    assert all(name in str(error.value) for name in names)
+    assert module.trainer.global_step == 0

@@ -38,9 +38,10 @@ class Ramps(EpochDataset):
         return Item(torch.stack([index, x]), item)
 
 
-def loader(num_images=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0, start_method=None):
+def loader(num_images=23, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0, start_method=None, accumulated=1):
     settings = LoaderSettings(batch_size=batch_size, num_workers=num_workers, start_method=start_method)
-    sampler = ResumableDistributedSampler(num_images, seed, rank, world_size)
+    step_size = batch_size * accumulated
+    sampler = ResumableDistributedSampler(num_images, seed, rank, world_size, step_size=step_size)
     return ResumableDataLoader(Ramps(num_images), sampler, settings)
 
 
@@ -120,9 +121,42 @@ def test_a_remainder_smaller_than_the_new_batch_size_is_left_out():
     assert {item // 23 for batch in items(second) for item in batch} == {1}
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_ends_with_a_whole_optimiser_step(world_size):
+    """23 images are two steps of 8; the other 7 would be a step with a smaller gradient."""
+    batch_size, accumulated = 2, 4 // world_size
+    ranks = [
+        items(loader(batch_size=batch_size, rank=rank, world_size=world_size, accumulated=accumulated), 3)
+        for rank in range(world_size)
+    ]
+    assert [len(batches) for batches in ranks] == [3 * 2 * accumulated] * world_size
+    assert [item // 23 for item in ranks[0][2 * accumulated]] == [1] * batch_size
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(2, 4), (4, 2), (1, 8), (8, 1), (4, 1), (3, 2)])
+def test_a_resumed_epoch_has_whole_steps_whatever_the_batch_size(batch_size, accumulated):
+    """8 of the 23 images of the epoch are consumed."""
+    first, second = loader(batch_size=4, accumulated=2), loader(batch_size=batch_size, accumulated=accumulated)
+    list(zip(range(2), first, strict=False))
+    second.load_state_dict(first.state_dict())
+    assert second.num_batches_of_epoch % accumulated == 0
+    rest = items(second)
+    assert len(rest) % accumulated == 0
+    assert second.num_batches_of_epoch == 0  # the next epoch
+    step_size = batch_size * accumulated
+    assert len(rest) == (23 // step_size * step_size - 8) // step_size * accumulated
+
+
 def test_too_few_images_for_a_batch_are_refused():
     with pytest.raises(UserError, match=r"`data.batch_size`.* 3.* 4"):
         training_loader(Ramps(3), LoaderSettings(batch_size=4), 0, None)
+
+
+def test_too_few_images_for_an_optimiser_step_are_refused():
+    trainer = SimpleNamespace(global_rank=0, world_size=2, accumulate_grad_batches=3)
+    with pytest.raises(UserError, match=r"`global_batch_size`.* 23.* 24"):
+        training_loader(Ramps(23), LoaderSettings(batch_size=4), 0, trainer)
+    assert len(training_loader(Ramps(24), LoaderSettings(batch_size=4), 0, trainer)) == 3
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)

@@ -7,10 +7,12 @@ import torch
 from sagl.data.image_data import ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
-from sagl.settings.network import UNetSettings
+from sagl.modules.classifier_module import ClassifierModule
+from sagl.settings.network import ClassifierSettings, UNetSettings
+from sagl.settings.training import ClassifierTrainingSettings
 from tests.helpers.errors import refused
 from tests.helpers.files import MemorySource, encode, grey, ramp
-from tests.helpers.networks import COLOUR, GREY
+from tests.helpers.networks import COLOUR, GREY, GREY_CLASSIFIER
 
 
 def dataset(*files, num_classes=None, **options):
@@ -62,10 +64,11 @@ class MemoryData(ImageDataModule):
 class FakeTrainer:
     """The attributes of a trainer that a data module reads."""
 
-    num_devices, state = 1, SimpleNamespace(fn="validate")
+    num_devices, state, accumulate_grad_batches = 1, SimpleNamespace(fn="validate"), 1
 
     def __init__(self, network, rank=0, world_size=1):
-        self.lightning_module = SimpleNamespace(network_settings=UNetSettings(**network))
+        settings = UNetSettings(**network) if isinstance(network, dict) else network
+        self.lightning_module = SimpleNamespace(network_settings=settings)
         self.global_rank, self.world_size = rank, world_size
 
 
@@ -97,6 +100,23 @@ def test_size_and_channels_are_those_of_the_network():
     assert next(iter(module.train_dataloader()))[0].shape == (2, 1, 8, 8)
     with pytest.raises(UserError, match=r"`data.image_size`"):
         data_module(image_size=None).train_dataloader()
+
+
+def test_images_are_read_as_greyscale_or_rgb_alone():
+    module = data_module(FakeTrainer({**GREY, "in_channels": 2, "num_classes": None, "null_label": False}))
+    with pytest.raises(UserError, match=r"in_channels 2"):
+        module.train_dataloader()
+
+
+def test_a_classifier_in_training_determines_size_and_channels_and_needs_labels_of_its_classes():
+    settings = ClassifierSettings(**{**GREY_CLASSIFIER, "num_classes": 3})
+    trainer = FakeTrainer(ClassifierModule(ClassifierTrainingSettings(classifier=settings)).network_settings)
+    size = settings.image_size
+    shape = next(iter(data_module(trainer, settings.num_classes, image_size=None).train_dataloader()))[0].shape
+    assert shape == (2, settings.in_channels, size, size)
+    for num_classes in (None, settings.num_classes + 1):
+        with pytest.raises(UserError, match=rf"`data`.* {settings.num_classes} classes"):
+            data_module(trainer, num_classes)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +161,7 @@ def test_corrupt_images_of_training_and_validation_count_together():
 
 def test_the_default_number_of_workers_is_the_number_of_cores_and_at_most_eight(monkeypatch):
     for cores, workers in ((1, 1), (6, 6), (64, 8)):
-        monkeypatch.setattr("sagl.data.image_data.available_cpus", lambda cores=cores: cores)
+        monkeypatch.setattr("sagl.utils.environment.available_cpus", lambda cores=cores: cores)
         assert data_module(num_workers=None)._loader_settings.num_workers == workers
 
 

@@ -100,7 +100,7 @@ def test_the_mean_of_the_estimates_over_all_timesteps_is_the_whole_bound(varianc
 
 
 def test_timesteps_of_the_estimate_have_the_probability_that_their_weights_imply():
-    timesteps, weights = sample_vlb_timesteps(40_000, 20, generator(0))
+    timesteps, weights = sample_vlb_timesteps([np.random.default_rng(0)] * 40_000, 20)
     frequency = torch.bincount(timesteps, minlength=20) / len(timesteps)
     expected = torch.stack([1 / weights[timesteps == t][0] for t in range(20)])
     assert float(expected.sum()) == pytest.approx(1)

@@ -166,6 +166,19 @@ def test_outside_of_fit_validation_also_estimates_bits_per_dim_with_one_more_for
     assert logged["val/bits_per_dim_squared"] >= logged["val/bits_per_dim"] ** 2 > 0
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bits_per_dim_depend_on_neither_batch_size_nor_number_of_ranks(ranks):
+    module = build()
+    module.trainer.state.fn = "validate"
+    whole = validate(module, (IMAGES, LABELS))["val/bits_per_dim"]
+    parts = []
+    for rank in range(ranks):
+        module.trainer.global_rank, module.trainer.world_size = rank, ranks
+        images, labels = IMAGES[rank::ranks], LABELS[rank::ranks]
+        parts.append(validate(module, (images[:3], labels[:3]), (images[3:], labels[3:]))["val/bits_per_dim"])
+    assert sum(parts) / ranks == pytest.approx(whole, rel=1e-6)
+
+
 def test_a_handful_of_images_is_overfitted_in_a_few_dozen_steps():
     settings = DiffusionTrainingSettings(network=UNetSettings(**GREY), optimizer=OptimizerSettings(learning_rate=3e-3))
     module, run = DiffusionModule(settings), trainer(max_steps=60, gradient_clip_val=1.0)

@@ -34,6 +34,7 @@ def test_accumulation_follows_from_the_global_batch_and_the_processes(devices, b
     ("flags", "names"),
     [
         (("--data.batch_size", "3"), ("global_batch_size", "256", "3")),
+        (("--data.batch_size", "0"), ("data.batch_size", "0")),
         (("--global_batch_size", "4"), ("global_batch_size", "4", "8")),
         (("--trainer.accumulate_grad_batches", "2"), ("accumulate_grad_batches", "global_batch_size", "2")),
         (("--trainer.strategy", "fsdp"), ("trainer.strategy", "fsdp")),
@@ -45,6 +46,12 @@ def test_what_cannot_be_trained_is_refused(flags, names, setup):
     with pytest.raises(UserError) as error:
         setup(*CPU, *flags)
     assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize("num_validation", [0, 1])
+def test_there_is_no_validation_without_images_for_which_a_due_save_would_wait(num_validation, setup):
+    trainer = setup(*CPU, "--data.num_validation", str(num_validation)).trainer
+    assert (trainer.limit_val_batches > 0) == (num_validation > 0)
 
 
 @pytest.mark.parametrize("flag", ["model.use_checkpoint", "model.network.use_checkpoint"])

@@ -89,6 +89,14 @@ def test_cores_are_those_of_the_affinity_and_of_the_quota(quota, cores, files, m
     assert environment.available_cpus() == cores
 
 
+@pytest.mark.parametrize(("tasks", "cores"), [("", 2), ("1", 2), ("4", 8), ("8", 8), ("2", 4)])
+def test_processes_share_the_cores_but_tasks_of_slurm_have_their_own(tasks, cores, monkeypatch):
+    monkeypatch.setattr(environment, "available_cpus", lambda: 8)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks)
+    assert environment.cores_per_process(4) == cores
+
+
+
 @pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
 def test_threads_are_no_more_than_cores_unless_the_user_sets_them(setting, threads, monkeypatch):
     before = torch.get_num_threads()
