@@ -82,7 +82,7 @@ class ResumableCheckpoint(Checkpoint):
         loader = trainer.train_dataloader
         if trainer.global_step and isinstance(loader, ResumableDataLoader):  # its batches may have another size now
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            progress.ready = progress.started = progress.processed = progress.completed = loader.num_batches_of_epoch
+            progress.load_state_dict(dict.fromkeys(progress.state_dict(), loader.num_batches_of_epoch))
         if trainer.is_global_zero:
             remove_partial(self.path.parent, "*")
 
