@@ -60,6 +60,7 @@ SENSIBLE = {
     "seg.blur_sigma": st.floats(0.1, 1e4) | st.none(),
     "tsg.noise_exponent": st.floats(0, 3),
     "history.decay": st.floats(0, 0.99),
+    "history.renew_every": st.just(1),
     **dict.fromkeys(["eps_scaling.scale", "eps_scaling.slope"], st.floats(0, 1)),
     "autoguidance.scale": st.just(0.0),
     "classifier.scale": st.just(0.0),

@@ -51,6 +51,10 @@ class GuidanceTerm:
     """Network evaluations per sample that the term took."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors for display, such as SAG's mask."""
+    guided: Tensor | None = None
+    """(B, 1, 1, 1) bool: samples that the term guides at this step; None: all."""
+    ended: Tensor | None = None
+    """(B, 1, 1, 1) bool: samples that it guides at no later step; None: not known of any."""
 
 
 @dataclass(frozen=True, kw_only=True)

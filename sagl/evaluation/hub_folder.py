@@ -12,16 +12,16 @@ from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.conversion import read_network
 from sagl.models.hub import HubUNet
+from sagl.models.loading import find_file
 from sagl.models.metadata import settings_from_metadata
 from sagl.sampling.run_folder import is_run, read_run_json
+from sagl.settings.guidance import FILE_SETTINGS
 from sagl.settings.network import UNetSettings
 from sagl.utils.config_files import flatten
+from sagl.utils.digest_cache import weights_sha256
 
 SAMPLING_SETTINGS = ("sampler", "respacing", "eta", "clip_x0", "labels", "seed", "precision")
 """Settings of a run that its model card shows, besides those of the guidance that is on."""
-
-FILE_SETTINGS = ("checkpoint", "direction_head")
-"""Ends of the names of settings that are paths."""
 
 
 def write_hub_folder(folder: Path, run: str, repository: str, *, licence: str, weights: str = "ema") -> None:
@@ -35,7 +35,7 @@ def write_hub_folder(folder: Path, run: str, repository: str, *, licence: str, w
         weights: weights of a training checkpoint: ema, ema:DECAY or raw; a sampling run has its own.
 
     Raises:
-        UserError: the network or the run cannot be read.
+        UserError: the network or the run cannot be read, or the weight file has changed since the run was sampled.
     """
     source = Path(run)
     metadata = read_run_json(source, "run") if is_run(source) else {}
@@ -43,6 +43,8 @@ def write_hub_folder(folder: Path, run: str, repository: str, *, licence: str, w
     weights = settings.get("weights", weights)
     last = source / "checkpoints" / "last.ckpt"
     checkpoint = metadata.get("checkpoint") or (str(last) if last.is_file() else run)
+    if "weights_sha256" in settings and not Path(checkpoint).is_dir():
+        _check_weights(run, find_file(checkpoint), settings["weights_sha256"])
     if "network" in settings:  # the weight file does not contain them
         network = read_network(checkpoint, weights, *settings_from_metadata(settings, source))
     else:
@@ -63,6 +65,17 @@ def write_hub_folder(folder: Path, run: str, repository: str, *, licence: str, w
         "metrics": metrics(source) if metadata else [],
     }
     HubUNet.from_checkpoint(network).save_pretrained(folder, model_card_kwargs=card)
+
+
+def _check_weights(run: str, checkpoint: Path, expected: object) -> None:
+    """Refuse a weight file that is not the one whose images, metrics and settings the run has."""
+    digest = weights_sha256(checkpoint)
+    require(
+        digest == expected,
+        f"`run` must be a run of the weights that its file has now, and {checkpoint} has changed since {run} was "
+        f"sampled: sha256 {expected!s:.12}…, got {digest:.12}…. Sample again into a new folder, or give the weight "
+        "file as `run`.",
+    )
 
 
 def _find_grid(run: Path) -> Path | None:

@@ -9,7 +9,7 @@ from sagl.shapes import Image
 def build_autoguidance(settings: Autoguidance, context: GuidanceContext) -> Guidance:
     """Guide away from the prediction of a weaker network: eps + s (eps - eps'), where s is the paper's w - 1.
 
-    A guided step costs one evaluation of the weaker network.
+    A guided step costs one evaluation of the weaker network, which needs labels if it has classes and no null label.
 
     Raises:
         UserError: no such network, or one for other images, classes or noise.
@@ -21,4 +21,6 @@ def build_autoguidance(settings: Autoguidance, context: GuidanceContext) -> Guid
     def term(_: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> GuidanceTerm:
         return extrapolate(weak_predict(x_t, step, condition), base_pred, settings.scale)
 
-    return Guidance(term=term)
+    weak_settings = getattr(weak_network, "settings", context.network_settings)
+    needs_labels = weak_settings.num_classes is not None and not weak_settings.null_label
+    return Guidance(term=term, needs_labels=needs_labels)

@@ -81,6 +81,8 @@ class Guidance:
     """Function that computes the mask of a step without a further evaluation; None for a method without masks."""
     start_chain: Callable[[], Term] | None = None
     """Function that returns the term of a new chain, in place of `term`, for a term that remembers earlier steps."""
+    needs_labels: bool = False
+    """True if this term needs a class label of every sample, even if `GuidanceSettings.needs_labels` is False."""
 
 
 def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) -> NoisePredictor:

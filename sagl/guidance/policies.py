@@ -14,7 +14,10 @@ from sagl.shapes import Image
 
 
 def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
-    """Evaluate the term in every k-th guided step, from the noisiest on; the steps between add the last one again."""
+    """Evaluate the term in every k-th guided step, from the noisiest on; the steps between add the last one again.
+
+    A sample whose guidance has ended gets no term in the steps between either.
+    """
     guided = [step for step in reversed(range(num_steps)) if guidance.is_active(step)]
     renewed = set(guided[::every])
 
@@ -27,7 +30,7 @@ def renew_every(guidance: Guidance, every: int, num_steps: int) -> Guidance:
         ) -> GuidanceTerm:
             nonlocal last
             if last is not None and step not in renewed:
-                return replace(last, nfe=0.0)
+                return replace(last if last.ended is None else zero_samples(last, last.ended), nfe=0.0)
             last = term(predict, x_t, step, condition, base_pred)
             return last
 
@@ -84,7 +87,7 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
             """Return the term without the samples whose guidance has ended, and update which have."""
             nonlocal has_ended, last
             if has_ended is not None and bool(has_ended.all()):
-                return replace(zero_samples(last, has_ended), nfe=0.0)
+                return replace(zero_samples(last, has_ended), ended=has_ended, nfe=0.0)
             last = term(predict, x_t, step, condition, base_pred)
             result = last if has_ended is None else zero_samples(last, has_ended)
             alpha_bar = schedule.alpha_bar(step)
@@ -93,7 +96,7 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
                 x0_hat = x0_hat_from_eps(x_t, base_pred.eps, alpha_bar, clip=True)
                 is_close = rms(shift) < settings.stop_below * abs(settings.scale) * rms(x0_hat)
                 has_ended = is_close if has_ended is None else has_ended | is_close
-            return result
+            return replace(result, ended=has_ended)
 
         return ending_term
 
@@ -101,10 +104,10 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
 
 
 def zero_samples(term: GuidanceTerm, samples: Tensor) -> GuidanceTerm:
-    """Set eps, score and extras of some samples, (B, 1, 1, 1) bool, to 0."""
+    """Set eps, score and extras of some samples, (B, 1, 1, 1) bool, to 0: they are not guided."""
 
     def zero(value: Tensor | float) -> Tensor | float:
         return value.masked_fill(samples, 0) if isinstance(value, Tensor) else value
 
     extras = {name: value.masked_fill(samples, 0) for name, value in term.extras.items()}
-    return replace(term, eps=zero(term.eps), score=zero(term.score), extras=extras)
+    return replace(term, eps=zero(term.eps), score=zero(term.score), extras=extras, guided=~samples)

@@ -165,7 +165,13 @@ def network_rms(network: nn.Module) -> tuple[float, ...]:
     return tuple(float(tensor.float().square().mean().sqrt()) for _, tensor in tensors)
 
 
-def is_same_network(expected: tuple[float, ...], network: nn.Module) -> bool:
+def is_same_network(expected: Sequence[float], network: nn.Module) -> bool:
     """Return whether a network has the root mean squares of another, as far as rounding to bfloat16 allows."""
-    actual = torch.tensor(network_rms(network))
-    return len(actual) == len(expected) and torch.allclose(actual, torch.tensor(expected), rtol=2**-8, atol=1e-6)
+    return is_same_rms(expected, network_rms(network))
+
+
+def is_same_rms(expected: Sequence[float], actual: Sequence[float]) -> bool:
+    """Return whether two results of `network_rms` agree, as far as rounding to bfloat16 allows."""
+    if len(actual) != len(expected):
+        return False
+    return torch.allclose(torch.tensor(actual), torch.tensor(expected), rtol=2**-8, atol=1e-6)

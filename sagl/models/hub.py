@@ -10,9 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 from sagl.errors import UserError
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import NetworkWeights, read_state_dict, write_checkpoint
-from sagl.models.hub_files import WEIGHT_FILE
+from sagl.models.hub_files import WEIGHT_FILE, is_hub_name
 from sagl.models.state_dicts import check_state_dict
+from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES
 from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.guidance import FILE_SETTINGS
 from sagl.settings.network import UNetSettings
 from sagl.utils.config_files import flatten
 
@@ -56,6 +58,27 @@ Please add: training data, intended use, quality of the images.
 """
 
 
+def without_paths(recommended: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Return recommended settings without those that hold the path of a weight file, and the full names of the latter.
+
+    Names of released networks and of networks of the Hub, and the direction head `auto`, are no paths.
+    """
+    kept, paths = dict[str, Any](), list[str]()
+    for name, value in recommended.items():
+        if isinstance(value, dict):
+            kept[name], inner = without_paths(value, f"{prefix}{name}.")
+            paths += inner
+        elif value is None or not name.endswith(FILE_SETTINGS) or _is_name(value):
+            kept[name] = value
+        else:
+            paths.append(f"{prefix}{name}")
+    return kept, paths
+
+
+def _is_name(value: object) -> bool:
+    return value in ("auto", *UNET_NAMES, *CLASSIFIER_NAMES) or is_hub_name(value)
+
+
 class HubUNet(
     UNet,
     PyTorchModelHubMixin,
@@ -81,7 +104,9 @@ class HubUNet(
 
     @classmethod
     def from_checkpoint(cls, checkpoint: NetworkWeights) -> "HubUNet":
-        """Build the network of a checkpoint, in evaluation mode.
+        """Build the network of a checkpoint, in evaluation mode, without the paths among its recommended settings.
+
+        Those that are left out are printed.
 
         Raises:
             UserError: It is a classifier or head, or its weights do not match its settings.
@@ -89,7 +114,10 @@ class HubUNet(
         settings = checkpoint.model_settings
         if not isinstance(settings, UNetSettings):
             raise UserError("`checkpoint` must be a diffusion model, but it is a classifier or a head.")
-        network = cls(settings, checkpoint.diffusion, dict(checkpoint.recommended))
+        recommended, paths = without_paths(checkpoint.recommended)
+        if paths:
+            print(f"Left out of the recommended settings, as they are paths of this machine: {', '.join(paths)}.")
+        network = cls(settings, checkpoint.diffusion, recommended)
         check_state_dict(network.state_dict(), checkpoint.state_dict)
         network.load_state_dict(checkpoint.state_dict)
         return network.eval()

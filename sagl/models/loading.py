@@ -7,7 +7,7 @@ from sagl.models.checkpoints import NetworkWeights, meta_state_dict, read_checkp
 from sagl.models.hub_files import download_from_hub, is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.state_dicts import check_state_dict
-from sagl.models.zoo import BUNDLED, get_entry, name_from_filename
+from sagl.models.zoo import BUNDLED, RELEASED, get_entry, name_from_filename
 from sagl.utils.digest_cache import cached_sha256
 from sagl.utils.download import download
 from sagl.utils.files import cache_folder
@@ -24,22 +24,34 @@ def load(name_or_file: str | Path, weights: str = "ema") -> NetworkWeights:
     Raises:
         UserError: There is no such name or file, the download fails, or the file is not a network.
     """
+    name = None if Path(name_or_file).is_file() or str(name_or_file) not in RELEASED else str(name_or_file)
+    require(
+        name is None or weights == "ema",
+        f"`weights` must be left out for {name}, got {weights!r}: only a training checkpoint (.ckpt) has several.",
+    )
+    path = find_file(name_or_file)
+    name = name or name_from_filename(path)
+    if name is None:
+        return read_checkpoint(path, weights)
+    return read_checkpoint(path, weights, get_entry(name).settings, get_entry(name).diffusion)
+
+
+def find_file(name_or_file: str | Path) -> Path:
+    """Return the weight file of a network; a released one, or one of the Hub, is downloaded if it is missing.
+
+    Args:
+        name_or_file: As of `load`.
+
+    Raises:
+        UserError: There is no such name or file, or the download fails.
+    """
     path = download_from_hub(str(name_or_file), "checkpoint") if is_hub_name(name_or_file) else Path(name_or_file)
     if path.is_file():
-        if (name := name_from_filename(path)) is None:
-            return read_checkpoint(path, weights)
-        return read_checkpoint(path, weights, get_entry(name).settings, get_entry(name).diffusion)
+        return path
     if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(f"`checkpoint` must be a file, and {path} does not exist.")
     name = str(name_or_file)
-    if name in BUNDLED:
-        return read_checkpoint(BUNDLED[name], weights)
-    entry = get_entry(name)
-    require(
-        weights == "ema",
-        f"`weights` must be left out for {name}, got {weights!r}: only a training checkpoint (.ckpt) has several.",
-    )
-    return read_checkpoint(download_pretrained(name), weights, entry.settings, entry.diffusion)
+    return BUNDLED[name] if name in BUNDLED else download_pretrained(name)
 
 
 def download_pretrained(name: str) -> Path:

@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sagl.errors import require, require_range
 from sagl.guidance.registry import GUIDANCES
+from sagl.models.hub_files import is_hub_name
 from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES
 from sagl.sampling.run import SampleConfig
+from sagl.settings.guidance import FILE_SETTINGS
 from sagl.settings.sampling import RunSettings, SamplerSettings
 
 Value = str | float | bool | None
@@ -132,13 +134,21 @@ class Form:
             yield Control(name=name, kind=kind, choices=choices, help=self.command_line.help_texts[name])
 
     def _network_arguments(self, network: str) -> list[str]:
-        """Return the arguments for a network: that of the start, a name, or with `allow_files` a file."""
+        """Return the arguments for a network.
+
+        Raises:
+            UserError: it is neither that of the start nor a pretrained one, and files are not allowed.
+        """
         if network == self.network:
             chosen = list(self.network_arguments)
         elif self.allow_files and network not in UNET_NAMES:
-            chosen = [f"--checkpoint={network}"]
+            chosen = [f"--{'model' if is_hub_name(network) else 'checkpoint'}={network}"]
         else:
-            self._check_files({"model": network})
+            require(
+                network in UNET_NAMES,
+                f"`model` must be one of {', '.join(UNET_NAMES)} on this page, got {network!r}. For another network, "
+                "start sagl playground with it, or with --allow_files.",
+            )
             chosen = [f"--model={network}"]
         return [*chosen, *self.device_arguments]
 
@@ -189,7 +199,7 @@ def _to_value(value: object) -> Value:
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith(("checkpoint", "direction_head"))
+    return name.endswith(FILE_SETTINGS)
 
 
 def _kind(hint: Any) -> tuple[Kind, tuple[str, ...]]:  # noqa: ANN401

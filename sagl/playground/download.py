@@ -27,8 +27,9 @@ class Download:
         """Write the run folder, and return it as a zip file.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: a weight file is not that of the images any more, or the folder cannot be written.
         """
+        self._check_files()
         with tempfile.TemporaryDirectory() as parent:
             sampled = self.row.run.config  # with the batch size and the precision of the images
             config = replace(
@@ -38,12 +39,19 @@ class Download:
                 samples=sampled.samples,
                 devices=sampled.devices,
             )
-            self._write(SamplingRun.open(config, self.command))
+            run = SamplingRun.open(config, self.command)
+            self._check_files()  # it has read them for their digests
+            self._write(run)
             file = io.BytesIO()
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(config.output.rglob("*")):
                     archive.write(path, path.relative_to(parent))
         return file.getvalue()
+
+    def _check_files(self) -> None:
+        for row in (self.row, self.unguided):
+            if row is not None:
+                row.check_files()
 
     def _write(self, run: SamplingRun) -> None:
         """Write the shards, run.json and the exports."""

@@ -3,16 +3,18 @@
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event, Thread
 
 from sagl.diffusion.predictor import Trajectory
+from sagl.errors import require
 from sagl.models.adm import UNet
 from sagl.playground.steps import StepRecord, record_steps
 from sagl.sampling.batch import BatchImages, encode_pngs, sample_images
 from sagl.sampling.exports import evenly_spaced_steps
+from sagl.sampling.guidance_files import guidance_files
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.diffusion import DiffusionSettings
@@ -43,6 +45,8 @@ class Row:
     run: SamplingRun
     key: str
     """Text that is equal for rows of equal settings and weights."""
+    versions: Mapping[str, bytes]
+    """Versions of the weight files, by parameter, before they were read."""
     pipeline: SamplingPipeline
     batches: Sequence[BatchImages]
     chains: Sequence[Sequence[StepRecord]]
@@ -75,6 +79,18 @@ class Row:
         """Network evaluations per sample."""
         return sum(batch.nfe for batch in self.batches) / len(self.batches)
 
+    def check_files(self) -> None:
+        """Check that the weight files are still those of the images.
+
+        Raises:
+            UserError: one was replaced or removed.
+        """
+        for name, version in file_versions(self.run).items():
+            require(
+                self.versions[name] == version,
+                f"`{name}` must be the file that these images were sampled with, and it was replaced. Sample again.",
+            )
+
     def find(self, sample_id: int) -> tuple[Sequence[StepRecord], int]:
         """Return the chain of a sample, and its position in the batch."""
         for batch, chain in zip(self.batches, self.chains, strict=True):
@@ -100,14 +116,15 @@ class RowSampler:
         """
         active = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
         run = SamplingRun.without_folder(replace(config, guidances=active, compare=False))
-        key = _row_key(run)
+        versions = file_versions(run)
+        key = _row_key(run, versions)
         if key in self._rows:
             self._rows.move_to_end(key)
             yield self._rows[key]
             return
         updates: SimpleQueue[Frame | Row | BaseException] = SimpleQueue()
         stop = Event()
-        thread = Thread(target=self._sample, args=(run, updates.put, stop), daemon=True)
+        thread = Thread(target=self._sample, args=(run, versions, updates.put, stop), daemon=True)
         thread.start()
         try:
             while not isinstance(update := updates.get(), Row):
@@ -122,12 +139,18 @@ class RowSampler:
             self._rows.popitem(last=False)
         yield update
 
-    def _sample(self, run: SamplingRun, put: Callable[[Frame | Row | BaseException], None], stop: Event) -> None:
+    def _sample(
+        self,
+        run: SamplingRun,
+        versions: Mapping[str, bytes],
+        put: Callable[[Frame | Row | BaseException], None],
+        stop: Event,
+    ) -> None:
         try:
             network, diffusion = self._load(run)
             config = run.config
             pipeline = build_pipeline(network, diffusion, config.sampler, config.guidances, checkpoint=run.checkpoint)
-            put(_sample_row(run, pipeline, put, stop))
+            put(_sample_row(run, versions, pipeline, put, stop))
         except BaseException as error:  # it belongs to the thread that waits for the row
             put(error)
 
@@ -140,7 +163,13 @@ class RowSampler:
         return self._network[1:]
 
 
-def _sample_row(run: SamplingRun, pipeline: SamplingPipeline, put: Callable[[Frame], None], stop: Event) -> Row:
+def _sample_row(
+    run: SamplingRun,
+    versions: Mapping[str, bytes],
+    pipeline: SamplingPipeline,
+    put: Callable[[Frame], None],
+    stop: Event,
+) -> Row:
     """Sample all batches of a row; pass a frame to `put` after every step.
 
     Raises:
@@ -169,10 +198,29 @@ def _sample_row(run: SamplingRun, pipeline: SamplingPipeline, put: Callable[[Fra
         chains.append([])
         batches.append(sample_images(pipeline, samples, ids, track_steps))
         seconds.append(time.monotonic() - start)
-    return Row(run=run, key=_row_key(run), pipeline=pipeline, batches=batches, chains=chains, seconds=seconds)
+    return Row(
+        run=run,
+        key=_row_key(run, versions),
+        versions=versions,
+        pipeline=pipeline,
+        batches=batches,
+        chains=chains,
+        seconds=seconds,
+    )
 
 
-def _row_key(run: SamplingRun) -> str:
+def file_versions(run: SamplingRun) -> dict[str, bytes]:
+    """Return the versions of the weight files of the network and of its guidance, by parameter.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    require(run.checkpoint.is_file(), f"`checkpoint` must be a file, and {run.checkpoint} does not exist any more.")
+    files = {"checkpoint": run.checkpoint, **guidance_files(run.config.guidances, run.checkpoint)}
+    return {name: file_version(path) for name, path in files.items()}
+
+
+def _row_key(run: SamplingRun, versions: Mapping[str, bytes]) -> str:
     samples = run.config.samples
     settings = [run.config.image_settings, samples.num_samples, samples.batch_size, repr(run.config.source.network)]
-    return json.dumps([repr(file_version(run.checkpoint)), *settings], sort_keys=True)
+    return json.dumps([{name: repr(version) for name, version in versions.items()}, *settings], sort_keys=True)

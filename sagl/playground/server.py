@@ -16,6 +16,7 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 import gradio as gr
 import uvicorn
 
+from sagl.errors import UserError
 from sagl.playground.html import CSS
 from sagl.playground.page import Page
 from sagl.playground.session import Playground
@@ -30,10 +31,8 @@ def make_app(playground: Playground) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/runs/{key}.zip")
-    def download(key: str) -> Response:
-        if key not in playground.downloads:
-            return PlainTextResponse("These images are not kept any more. Sample again.", status_code=404)
-        return Response(playground.downloads[key].zip(), media_type="application/zip")
+    def run_folder(key: str) -> Response:
+        return download(playground, key)
 
     @app.middleware("http")
     async def add_policy(request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -52,6 +51,16 @@ def make_app(playground: Playground) -> FastAPI:
         app, blocks, path="/", css=CSS, theme=theme, ssr_mode=False, enable_monitoring=False, footer_links=[]
     )
     return app
+
+
+def download(playground: Playground, key: str) -> Response:
+    """Return a run folder as a zip file, or one line that says why it cannot be had."""
+    if key not in playground.downloads:
+        return PlainTextResponse("These images are not kept any more. Sample again.", status_code=404)
+    try:
+        return Response(playground.downloads[key].zip(), media_type="application/zip")
+    except UserError as error:
+        return PlainTextResponse(playground.message(error), status_code=409)
 
 
 class PageServer(uvicorn.Server):

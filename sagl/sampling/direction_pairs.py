@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
@@ -25,6 +26,8 @@ from sagl.shapes import Image, Labels
 
 FIRST_ID, FIRST_VALIDATION_ID = 2**31, 2**30
 """Ids of the first chains of training and validation, far from those of samples."""
+ANY_STEPS = SamplerSettings(respacing="1")
+"""Sampler of a pipeline that samples nothing; every process has one step."""
 GROUPS_KEY = 5
 """Last word of the seeds that draw the samplers, steps, scales and labels of groups."""
 
@@ -59,22 +62,25 @@ class DirectionPairs:
     def levels(self) -> Tensor:
         """Return the root mean squares of direction, high-pass and masked high-pass by timestep.
 
-        They are those of one group of ancestral chains without labels, as far as the network allows that.
+        They are those of one group of ancestral chains without labels, as far as network and method allow that; in a
+        process of fewer than NUM_LEVELS timesteps, they are interpolated between these.
 
         Returns:
             (2 or 3, NUM_LEVELS), at evenly spaced timesteps, the cleanest first.
         """
-        options = replace(self.options, null_fraction=1.0, samplers=("ddpm",), num_steps=(NUM_LEVELS, NUM_LEVELS))
+        count = min(NUM_LEVELS, self.pipeline.diffusion.num_timesteps)
+        options = replace(self.options, null_fraction=1.0, samplers=("ddpm",), num_steps=(count, count))
         pairs = replace(self, options=options)._sample(FIRST_ID, 0, range(1))
         images = pairs.images[:, :-1] if self.has_mask else pairs.images
         _x_t, _x0_hat, *high_pass = images.split(self.pipeline.network.settings.in_channels, dim=1)
-        by_step = torch.stack([pairs.direction, *high_pass]).unflatten(1, (NUM_LEVELS, -1)).flip(1)
-        return by_step.square().mean(dim=(2, 3, 4, 5)).sqrt().clamp(min=1e-6)
+        by_step = torch.stack([pairs.direction, *high_pass]).unflatten(1, (count, -1)).flip(1)
+        levels = by_step.square().mean(dim=(2, 3, 4, 5)).sqrt().clamp(min=1e-6)
+        return F.interpolate(levels[None], size=NUM_LEVELS, mode="linear", align_corners=True)[0]
 
     @property
     def has_mask(self) -> bool:
         """True if the method has a mask, as SAG has."""
-        return self._guided(SamplerSettings()).guidances[self.guidance.group].mask is not None
+        return self._guided(ANY_STEPS).guidances[self.guidance.group].mask is not None
 
     def _guided(self, sampler: SamplerSettings) -> SamplingPipeline:
         """Return the pipeline with the method at scale 1 in every step."""
@@ -96,7 +102,8 @@ class DirectionPairs:
         respacing = str(rng.integers(o.num_steps[0], o.num_steps[1] + 1))
         pipeline = self._guided(SamplerSettings(sampler=sampler, respacing=respacing))
         scales = torch.from_numpy(rng.uniform(*o.scales, o.group_size)).float()[:, None, None, None].to(device)
-        labels = self._draw_labels(rng)
+        needs_labels = self.guidance.needs_labels or pipeline.guidances[self.guidance.group].needs_labels
+        labels = self._draw_labels(rng, may_be_null=not needs_labels)
         condition = Condition(labels=None if labels is None else labels.to(device), samples=SampleKeys(self.seed, ids))
         x_T = initial_noise(self.seed, ids, pipeline.image_shape).to(device)
         noise = step_noise(self.seed, ids, pipeline.image_shape, device)
@@ -125,15 +132,14 @@ class DirectionPairs:
 
         return record
 
-    def _draw_labels(self, rng: np.random.Generator) -> Labels | None:
+    def _draw_labels(self, rng: np.random.Generator, *, may_be_null: bool) -> Labels | None:
         """Draw a label for every chain of a group; the null label has the number behind the classes."""
         s, size = self.pipeline.network.settings, self.options.group_size
         if s.num_classes is None:
             return None
         labels = torch.from_numpy(rng.integers(s.num_classes, size=size))
         is_null = torch.from_numpy(rng.random(size) < self.options.null_fraction)
-        may_be_null = s.null_label and not self.guidance.needs_labels
-        return torch.where(is_null, s.num_classes, labels) if may_be_null else labels
+        return torch.where(is_null, s.num_classes, labels) if s.null_label and may_be_null else labels
 
 
 def to_float16(feature_map: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, NetworkWeights, build_classifier, build_network, cast_weights
 from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
-from sagl.models.metadata import WEIGHT_SUFFIXES
-from sagl.models.zoo import get_classifier_settings
+from sagl.sampling.guidance_files import check_classifier_name
 from sagl.sampling.heads import load_head
 from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
@@ -178,11 +177,8 @@ def build_pipeline(
 
 
 def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
-    parameter = "classifier.checkpoint"
-    if not Path(name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES:  # refused before a download
-        settings = get_classifier_settings(name, parameter)
-        check_second_network(parameter, *settings, network.settings, diffusion)
-    return _load_second_network(parameter, name, "ema", build_classifier, network, diffusion)
+    check_classifier_name(name, network.settings, diffusion)
+    return _load_second_network("classifier.checkpoint", name, "ema", build_classifier, network, diffusion)
 
 
 def _load_weak_network(name: str, weights: str, network: UNet, diffusion: DiffusionSettings) -> UNet:
@@ -217,17 +213,17 @@ def run_to_end(trajectory: Trajectory) -> tuple[Image, Tensor | None]:
     """Run a sampler to its end.
 
     Returns:
-        The images, (B, C, H, W), and the fraction of guided steps in which each pixel was masked, (B, 1, H, W);
-        None if no step had a mask.
+        The images, (B, C, H, W), and the fraction of a sample's guided steps in which each pixel was masked,
+        (B, 1, H, W); None if no step had a mask.
     """
     num_masked: Tensor | None = None
-    num_masks = 0
+    num_guided = torch.zeros(())
     x = torch.empty(0)
     for _, x, prediction in trajectory:  # noqa: B007 (the last x is the result)
-        for mask in _masks(prediction):
+        for mask, guided in _masks(prediction):
             num_masked = mask.float() if num_masked is None else num_masked + mask.float()
-            num_masks += 1
-    return x, None if num_masked is None else num_masked / num_masks
+            num_guided = num_guided + (1.0 if guided is None else guided.float())
+    return x, None if num_masked is None else num_masked / num_guided
 
 
 def make_labels(samples: RunSettings, ids: Sequence[int], network: UNet) -> Labels | None:
@@ -257,9 +253,10 @@ def x0_predictions(
     x = initial_noise(seed, ids, pipeline.image_shape)
     for step, x_next, prediction in pipeline.sample_progressive(seed, ids, labels):
         x0_hat = x0_hat_from_eps(x.to(x_next), prediction.eps, pipeline.schedule.alpha_bar(step), clip=True)
-        yield step, x0_hat, next(_masks(prediction), None)
+        yield step, x0_hat, next((mask for mask, _ in _masks(prediction)), None)
         x = x_next
 
 
-def _masks(prediction: Prediction) -> Iterator[Mask]:
-    return (term.extras["mask"] for term in prediction.terms.values() if "mask" in term.extras)
+def _masks(prediction: Prediction) -> Iterator[tuple[Mask, Tensor | None]]:
+    """Yield the masks of a step, each with the samples that its term guides; None: all."""
+    return ((term.extras["mask"], term.guided) for term in prediction.terms.values() if "mask" in term.extras)

@@ -17,6 +17,7 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
 from sagl.models.sources import NetworkSource
 from sagl.sampling.choices import choose_batch_size, choose_precision
+from sagl.sampling.guidance_files import check_classifier_name, guidance_digests
 from sagl.sampling.run_folder import (
     Sample,
     check_same_run,
@@ -32,17 +33,17 @@ from sagl.sampling.run_folder import (
 )
 from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import GuidanceSettings
+from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
-from sagl.utils.digest_cache import cached_sha256
+from sagl.utils.digest_cache import weights_sha256
 from sagl.utils.distributed import num_processes, require_launcher, select_device
 from sagl.utils.environment import (
     disable_tf32,
     set_threads,
     use_deterministic_algorithms,
 )
-from sagl.utils.files import cache_folder, require_writable, sha256
+from sagl.utils.files import require_writable
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_folder
 
@@ -150,11 +151,11 @@ class SamplingRun:
         metadata = read_run_json(config.output)
         network, diffusion, checkpoint = _check_network(config)
         config = choose_precision(config, metadata)
-        settings = {**config.image_settings, "weights_sha256": _sha256(checkpoint)}
+        settings = {**config.image_settings, "weights_sha256": weights_sha256(checkpoint)}
         if config.source.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
-        if heads := _head_digests(config, checkpoint):
-            settings["direction_heads"] = heads
+        if digests := guidance_digests(config.guidances, checkpoint):
+            settings["guidance_sha256"] = digests
         check_same_run(config.output, settings)
         config = choose_batch_size(config, network, metadata)
         metadata = {
@@ -341,17 +342,8 @@ def _check_network(config: SampleConfig) -> tuple[UNetSettings, DiffusionSetting
     network, diffusion = config.source.read_settings()
     check_compatible(network, diffusion, config.guidances)
     check_labels(config.samples, network, config.guidances)
+    for guidance in config.guidances.values():
+        if isinstance(guidance, ClassifierGuidance) and guidance.scale and guidance.checkpoint is not None:
+            check_classifier_name(guidance.checkpoint, network, diffusion)
     respaced_timesteps(config.sampler.respacing, diffusion.num_timesteps)  # refuses one that does not fit
     return network, diffusion, config.source.find_file()
-
-
-def _sha256(path: Path) -> str:
-    return cached_sha256(path) if path.is_relative_to(cache_folder()) else sha256(path)
-
-
-def _head_digests(config: SampleConfig, checkpoint: Path) -> dict[str, str]:
-    if all(guidance.direction_head is None for guidance in config.guidances.values()):
-        return {}
-    from sagl.sampling.heads import head_digests
-
-    return head_digests(config.guidances, checkpoint)

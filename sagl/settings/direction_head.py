@@ -26,7 +26,7 @@ class DirectionHeadOptions:
     scales: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest guidance scale of a chain, drawn uniformly."""
     null_fraction: float = 0.5
-    """Probability that a chain has no label, for networks with labels and a null label."""
+    """Probability that a chain has no label, for networks with labels and a null label (the weaker one too)."""
     num_groups: int = 8
     """Groups of chains of a round, over all processes; a group shares sampler and steps."""
     group_size: int = 8

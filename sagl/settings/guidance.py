@@ -22,6 +22,10 @@ TERM_OPTIONS = (
 """Settings of every method that the help of a command describes once."""
 
 
+FILE_SETTINGS = ("checkpoint", "direction_head")
+"""Ends of the names of settings that are weight files, by path or by name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
     """Base class of the settings of a guidance method."""
@@ -86,6 +90,12 @@ class GuidanceSettings:
         """Settings that determine the weak prediction, by name: all but those that every method has."""
         shared = GuidanceSettings.__dataclass_fields__
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in shared}
+
+    @property
+    def file_settings(self) -> list[str]:
+        """Names of the settings that hold a weight file which the method uses."""
+        names = [name for name in self.__dataclass_fields__ if name.endswith(FILE_SETTINGS)]
+        return [name for name in names if getattr(self, name) is not None]
 
     def check_network(self, network: UNetSettings) -> None:
         """Raise a `UserError` if the method cannot guide this network. Called if the scale is not 0."""
@@ -171,6 +181,11 @@ class SelfAttentionGuidance(BlurGuidance):
     def sites(self) -> list[str]:
         """Blocks whose attention is read; the first one's grid is that of the mask. None for a global mask."""
         return [] if self.mask == "global" else [name.strip() for name in self.site.split(",")]
+
+    @property
+    def file_settings(self) -> list[str]:
+        """Names of the settings that hold a weight file which the method uses: DINO's only for its mask."""
+        return [name for name in super().file_settings if name != "dino_checkpoint" or self.mask == "dino"]
 
     def check_network(self, network: UNetSettings) -> None:
         """Require attention at the sites, the head, DINO's weights, and an image large enough for the kernel."""
@@ -330,6 +345,11 @@ class HistoryGuidance(GuidanceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.renew_every == 1,
+            "`history.renew_every` must be 1, because the average needs every step, and the term costs no evaluation; "
+            f"got {self.renew_every}.",
+        )
         require(0 <= self.decay < 1, f"`history.decay` must be at least 0 and below 1, got {self.decay}.")
 
 

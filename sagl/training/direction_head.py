@@ -8,12 +8,11 @@ from sagl.models.checkpoints import build_network
 from sagl.models.direction_head import network_rms
 from sagl.models.loading import load
 from sagl.modules.direction_head_module import DirectionHeadModule
-from sagl.sampling.direction_pairs import DirectionPairs
+from sagl.sampling.direction_pairs import ANY_STEPS, DirectionPairs
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.direction_head import HeadTrainingSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import HeadSettings
-from sagl.settings.sampling import SamplerSettings
 
 
 def build_head_module(
@@ -42,7 +41,7 @@ def build_head_module(
         options.num_steps[1] <= num_timesteps,
         f"`direction_head.num_steps` must be at most {num_timesteps}, got {options.num_steps[1]!s:.60}.",
     )
-    pipeline = build_pipeline(network, file.diffusion, SamplerSettings())
+    pipeline = build_pipeline(network, file.diffusion, ANY_STEPS)
     source = DirectionPairs(pipeline=pipeline, guidance=guidance, options=options, seed=settings.seed)
     head = HeadSettings(
         method=name,

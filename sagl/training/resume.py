@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from sagl.errors import UserError, require
+from sagl.models.direction_head import is_same_rms
 from sagl.models.metadata import TRAINING_ONLY
 from sagl.settings.network import SETTINGS_CLASSES
 from sagl.utils.config_files import flatten
@@ -33,6 +34,13 @@ def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) 
         require((settings is None) == (saved.get(key) is None), f"`model.{key}` must be that of the run, got another.")
         for name, value in (settings or {}).items():
             old = saved[key].get(name, value)
+            if name == "network_rms":  # its last digits depend on the processor and the number of threads
+                require(
+                    is_same_rms(old, value),
+                    "`checkpoint` must be the network with which the training of the head began, got another one. "
+                    "Restore its file, or choose a new `output`.",
+                )
+                continue
             require(
                 name in TRAINING_ONLY or _plain(value) == _plain(old),
                 f"`model.{key}.{name}` must be {old}, as in the run that is resumed, got {value}.",

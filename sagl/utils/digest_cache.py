@@ -5,7 +5,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from sagl.errors import UserError, require
-from sagl.utils.files import cache_file, sha256
+from sagl.utils.files import cache_file, cache_folder, sha256
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the hex digest of a weight file; that of a file in the cache folder is computed once.
+
+    Raises:
+        UserError: As `cached_sha256`, for a file in the cache folder.
+    """
+    return cached_sha256(path) if path.is_relative_to(cache_folder()) else sha256(path)
 
 
 def cached_sha256(path: Path) -> str:

@@ -75,7 +75,7 @@ def test_samples_of_a_head_cost_one_evaluation_a_step_and_record_it(head, tmp_pa
         assert exit_code(*command) == 0
     by_name = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in ("auto", "file", "renewed")}
     assert [by_name[name]["nfe"] for name in by_name] == [5, 5, 8]
-    assert len(by_name["auto"]["settings"]["direction_heads"]["sag"]) == 64
+    assert len(by_name["auto"]["settings"]["guidance_sha256"]["sag.direction_head"]) == 64
     first, second = ((tmp_path / name / "grid.png").read_bytes() for name in ("auto", "file"))
     assert first == second
 

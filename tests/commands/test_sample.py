@@ -165,6 +165,18 @@ def test_a_run_of_other_settings_is_refused_by_the_first_that_differs(
     refusal(capsys, compared, *command, *flags, names=["--output", *parts])
 
 
+def test_a_run_is_not_continued_with_another_file_of_a_network_that_guides_it(tiny, tmp_path, capsys):
+    weak = write_grey_unet(tmp_path / "weak.safetensors", num_res_blocks=2)
+    flags = [*SHORT, "--autoguidance.scale", "1", "--autoguidance.checkpoint", weak]
+    run = sample(tmp_path / "run", "--num_samples", "2", *flags, network=tiny)
+    old = hashlib.sha256(weak.read_bytes()).hexdigest()
+    assert metadata_of(run)["settings"]["guidance_sha256"] == {"autoguidance.checkpoint": old}
+    sample(run, "--num_samples", "2", *flags, network=tiny)
+    write_grey_unet(weak)
+    command = ["sample", "--checkpoint", tiny, "--output", run, "--num_samples", "6", *flags]
+    refusal(capsys, run, *command, names=["--output", "autoguidance.checkpoint", old])
+
+
 def test_a_run_that_appears_while_the_command_waits_for_the_folder_is_not_changed(
     compared, tiny, tmp_path, monkeypatch
 ):

@@ -7,6 +7,7 @@ from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import HistoryGuidance
+from tests.helpers.errors import refused
 from tests.helpers.networks import toy_network
 from tests.helpers.predictors import NO_CONDITION, Recorder, guidances_of
 
@@ -63,6 +64,12 @@ def test_the_history_holds_base_predictions_whatever_the_other_terms():
     for step in (5, 4, 3):
         terms = [p(CHAIN[step], step, labelled).terms["history"].eps for p in (both, alone)]
     torch.testing.assert_close(*terms, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("every", [0, 2, 100])
+def test_a_history_without_some_of_the_steps_is_refused(every):
+    with refused("`history.renew_every`", every):
+        HistoryGuidance(renew_every=every)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])

@@ -12,7 +12,7 @@ from sagl.guidance.base import Guidance, extrapolate, limit_to_interval, with_gu
 from sagl.guidance.policies import renew_every, stop_when_close
 from sagl.models.checkpoints import cast_weights
 from sagl.models.flops import flops_per_evaluation
-from sagl.sampling.pipeline import build_pipeline
+from sagl.sampling.pipeline import build_pipeline, run_to_end
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import (
     Autoguidance,
@@ -83,7 +83,7 @@ def test_every_chain_has_its_own_last_term():
 # ----------------------------------------------------------------------------------------------------- stop_when_close
 
 
-def close_from_step(differences, scale=0.5, stop_below=0.1):
+def close_from_step(differences, scale=0.5, stop_below=0.1, every=1):
     """A guidance whose weak x0_hat differs from the base one by `differences[step]`, (B,), times x0_hat."""
 
     def base(x_t, step, condition):  # x0_hat is 0.5 everywhere
@@ -94,21 +94,43 @@ def close_from_step(differences, scale=0.5, stop_below=0.1):
         bar = float(SCHEDULE.alpha_bar(step))
         change = torch.tensor(differences[step])[: len(x_t), None, None, None] * 0.5 * bar**0.5 / (1 - bar) ** 0.5
         weak_pred = replace(predict(x_t, step, condition), eps=base_pred.eps - change)
-        return extrapolate(weak_pred, base_pred, scale)
+        mask = torch.ones(len(x_t), 1, *x_t.shape[2:], dtype=torch.bool)
+        return replace(extrapolate(weak_pred, base_pred, scale), extras={"mask": mask})
 
     settings = SelfAttentionGuidance(scale=scale, stop_below=stop_below)
     network = Recorder(base)
-    return network, with_guidance(network, {"a": stop_when_close(Guidance(term=term), settings, SCHEDULE)})
+    guidance = renew_every(stop_when_close(Guidance(term=term), settings, SCHEDULE), every, NUM_STEPS)
+    return network, with_guidance(network, {"a": guidance})
+
+
+def guided_samples(prediction):
+    """Whether each sample's term differs from 0."""
+    return prediction.terms["a"].eps.flatten(1).abs().amax(dim=1).gt(0).tolist()
 
 
 def test_a_sample_is_guided_up_to_the_first_step_that_is_close_and_not_again():
     big, small = 0.2, 0.05
     _, predict = close_from_step({7: [big] * 3, 6: [small, big, big], 5: [big, small, big], 4: [big] * 3})
-    guided = []
-    for step in (7, 6, 5, 4):
-        prediction = predict(X, step, NO_CONDITION)
-        guided.append(prediction.terms["a"].eps.flatten(1).abs().amax(dim=1).gt(0).tolist())
+    guided = [guided_samples(predict(X, step, NO_CONDITION)) for step in (7, 6, 5, 4)]
     assert guided == [[True, True, True], [True, True, True], [False, True, True], [False, False, True]]
+
+
+def test_a_term_is_not_added_again_for_a_sample_that_ended_in_the_step_that_evaluated_it():
+    big, small = 0.2, 0.05
+    network, predict = close_from_step({7: [small, big, big], 4: [big, small, big], 1: [big, big, small]}, every=3)
+    guided = [guided_samples(predict(X, step, NO_CONDITION)) for step in STEPS]
+    first, second, third = [True] * 3, [False, True, True], [False, False, True]
+    assert guided == [first, second, second, second, third, third, third, [False] * 3]
+    assert len(network.calls) == NUM_STEPS + 3
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_steps_after_a_samples_guidance_has_ended_do_not_count_in_its_mask_frequency(every):
+    big, small = 0.2, 0.05
+    differences = {7: [small, big, big], 6: [big] * 3, 5: [big] * 3, 4: [big, small, big]}
+    _, predict = close_from_step({**dict.fromkeys(STEPS, [big] * 3), **differences}, every=every)
+    _, frequency = run_to_end((step, X, predict(X, step, NO_CONDITION)) for step in STEPS)
+    assert torch.equal(frequency, torch.ones(3, 1, 8, 8))
 
 
 @pytest.mark.parametrize("scale", [0.5, -3.0])
@@ -184,15 +206,18 @@ def test_masks_shapes_and_policies_work_with_a_network_in_bfloat16(mask):
     assert 0 < float(mask_frequency.mean()) <= 1
 
 
-def test_a_guidance_that_ends_takes_fewer_evaluations_than_nfe_and_masks_nothing_more():
+@pytest.mark.parametrize("shape", [{}, {"shape": "off_unsharp", "max_norm": 0.1}], ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_guidance_that_ends_takes_fewer_evaluations_than_nfe_and_masks_nothing_more(every, shape):
     network = stable_unet()
-    pipeline = pipeline_of(network, stop_below=1e9)
+    pipeline = pipeline_of(network, stop_below=1e9, renew_every=every, **shape)
     with torch.inference_mode():
         steps = list(pipeline.sample_progressive(0, [0, 1], LABELS))
-        unguided = pipeline_of(network, interval=(0, 0.125)).sample(0, [0, 1], LABELS)[0]
+        one_step, mask_frequency = pipeline_of(network, interval=(0, 0.125), **shape).sample(0, [0, 1], LABELS)
     assert [prediction.nfe for _, _, prediction in steps] == [3, 2, 2, 2, 2, 2, 2, 2]
     assert [bool(p.terms["sag"].extras["mask"].any()) for _, _, p in steps] == [True] + [False] * 7
-    assert torch.equal(steps[-1][1], unguided)
+    assert torch.equal(steps[-1][1], one_step)
+    assert torch.equal(run_to_end(iter(steps))[1], mask_frequency)
 
 
 @pytest.mark.parametrize("settings", [ClassifierGuidance, HistoryGuidance, EpsScaling, Autoguidance])

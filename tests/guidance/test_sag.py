@@ -58,6 +58,25 @@ def test_the_blur_keeps_the_dtype_in_any_memory_format(dtype):
     torch.testing.assert_close(actual, gaussian_blur(x, 9, 2.0), rtol=0, atol=1e-6)
 
 
+def test_the_blur_has_the_same_bits_under_autocast_and_a_constant_image_stays_the_same():
+    x, constant = images(), torch.full((1, *SHAPE), 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        blurred, blurred_constant = (gaussian_blur(image, 9, 2.0) for image in (x, constant))
+    assert torch.equal(blurred, gaussian_blur(x, 9, 2.0))
+    torch.testing.assert_close(blurred_constant, constant, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shape": "off_unsharp"}, {"shape": "high_pass", "max_norm": 0.1}], ids=str)
+@pytest.mark.parametrize("method", ["sag", "blur"])
+def test_autocast_does_not_change_the_arithmetic_outside_of_the_network(method, settings):
+    base = SAG if method == "sag" else {"scale": 0.5, "blur_sigma": 1.0}
+    predict = make_predictor(toy_network, SCHEDULE, "learned_range")  # has no operation in 16 bits under autocast
+    guided = with_guidance(predict, guidances_of(SCHEDULE, **{method: {**base, **settings}}))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = guided(images(), 3, NO_CONDITION).eps
+    assert torch.equal(actual, guided(images(), 3, NO_CONDITION).eps)
+
+
 @pytest.mark.parametrize("masked_fraction", [0.0, 0.4, 1.0])
 def test_blending_before_the_noise_is_eq_16_which_blends_after_it(masked_fraction):
     x_t, eps = images(2, 2, *SHAPE).double()

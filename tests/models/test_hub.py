@@ -11,6 +11,7 @@ from sagl.errors import UserError
 from sagl.models.adm import UNet
 from sagl.models.hub import HubUNet
 from sagl.models.hub_files import download_from_hub
+from sagl.models.metadata import read_metadata
 from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.networks import grey_unet, grey_weights
 
@@ -70,6 +71,25 @@ def test_the_model_card_describes_the_network(saved):
     card = (saved / "README.md").read_text()
     parts = "library_name: sagl", "8x8 images", "3 classes", "| `noise_schedule` | cosine |", "HubUNet.from_pretrained"
     assert [part for part in parts if part not in card] == []
+
+
+def test_no_path_of_the_machine_is_in_a_file_and_those_left_out_are_printed(tmp_path, capsys):
+    names = {"autoguidance": {"scale": 1.0, "checkpoint": "hf:me/weak"}, "pag": {"direction_head": "auto"}}
+    names |= {"classifier": {"checkpoint": "fashion_mnist_classifier"}, "respacing": "5"}
+    paths = {"sag": {"scale": 0.5, "direction_head": "secret/head.safetensors", "dino_checkpoint": "/secret/dino.pth"}}
+    paths |= {"blur": {"direction_head": "secret.safetensors"}, "seg": {"direction_head": None}}
+    network = HubUNet.from_checkpoint(grey_weights(recommended={**names, **paths}))
+    (line,) = capsys.readouterr().out.splitlines()
+    for name in ("sag.direction_head", "sag.dino_checkpoint", "blur.direction_head"):
+        assert name in line
+    network.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir() if b"secret" in path.read_bytes()} == set()
+    kept = HubUNet.from_pretrained(tmp_path / "saved").checkpoint.recommended
+    assert kept == {**names, "sag": {"scale": 0.5}, "blur": {}, "seg": {"direction_head": None}}
+    assert read_metadata(tmp_path / "saved" / "model.safetensors")["recommended"] == kept
+    capsys.readouterr()
+    HubUNet.from_checkpoint(grey_weights(recommended=names))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_push_uploads_weights_settings_and_card(monkeypatch):

@@ -7,6 +7,7 @@ from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
 from sagl.playground.controls import flat_settings
 from tests.helpers.commands import exit_code
+from tests.helpers.errors import refused
 from tests.helpers.networks import write_grey_unet
 from tests.helpers.playground import compare, make_playground, values_of
 
@@ -71,12 +72,12 @@ def test_settings_of_a_method_that_is_off_are_not_on_the_command_line(playground
 )
 def test_a_value_is_refused_with_the_message_of_the_command_line(playground, capsys, tmp_path, name, value):
     values = values_of(playground, **{"labels": "0", name: value})
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         compare(playground, **values)
     flags = [f"--{name}={'null' if value is None else value}" for name, value in values.items()]
     flags = [flag.lower() if flag.endswith(("True", "False")) else flag for flag in flags]
     assert exit_code("sample", *playground.form.network_arguments, *flags, "--output", tmp_path / "run") == 2
-    assert capsys.readouterr().err == f"sagl sample: {playground.message(refused.value)}\n"
+    assert capsys.readouterr().err == f"sagl sample: {playground.message(error.value)}\n"
 
 
 def test_the_page_samples_a_bounded_number_of_images(playground):
@@ -96,6 +97,23 @@ def test_a_network_of_the_page_is_a_name(playground, tmp_path):
     assert playground.form.start_values("fashion_mnist")["labels"] == "balanced"
 
 
+def test_no_network_is_downloaded_from_the_hub_for_the_page(playground, monkeypatch):
+    for module in ("sagl.models.sources", "sagl.models.zoo"):
+        monkeypatch.setattr(f"{module}.download_from_hub", lambda *_: pytest.fail("downloaded"))
+    with refused("`model`", "hf:someone/net", "--allow_files"):
+        playground.form.start_values("hf:someone/net")
+    with refused("`model`", "hf:someone/net"):
+        playground.form.request("hf:someone/net", values_of(playground))
+
+
+def test_with_allow_files_a_network_may_be_one_of_the_hub(tmp_path, monkeypatch):
+    form, other = make_playground(tmp_path, "--allow_files").form, write_grey_unet(tmp_path / "other.safetensors")
+    monkeypatch.setattr("sagl.models.sources.download_from_hub", lambda name: other)
+    request = form.request("hf:someone/net", form.start_values("hf:someone/net"))
+    assert request.config.source.checkpoint == other
+    assert "--model=hf:someone/net" in request.arguments
+
+
 def test_with_allow_files_networks_and_settings_may_be_paths(tmp_path):
     form, other = make_playground(tmp_path, "--allow_files").form, str(write_grey_unet(tmp_path / "other.safetensors"))
     request = form.request(
@@ -107,9 +125,9 @@ def test_with_allow_files_networks_and_settings_may_be_paths(tmp_path):
 
 @pytest.mark.parametrize("value", ["$HOME", "~", "${PATH}"])
 def test_variables_and_home_folders_are_not_expanded(playground, value):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         compare(playground, labels=value)
-    assert value in str(refused.value)
+    assert value in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["--config=secret.yaml", "--checkpoint=/etc/passwd", "0 --output=/tmp"])

@@ -8,6 +8,7 @@ import pytest
 from sagl.playground.session import GUIDED, KEPT, UNGUIDED
 from sagl.sampling.run_folder import iter_samples
 from tests.helpers.commands import exit_code
+from tests.helpers.networks import write_grey_unet
 from tests.helpers.playground import compare, make_playground, values_of
 
 REQUESTS = {
@@ -99,6 +100,19 @@ def test_unguided_images_are_reused_when_only_guidance_changes(playground):
     first, second = compare(playground, seed=3), compare(playground, seed=3, sag__scale=0.7)
     assert first.rows[UNGUIDED] is second.rows[UNGUIDED]
     assert first.rows[GUIDED].images != second.rows[GUIDED].images
+
+
+def test_images_of_a_weaker_network_that_was_replaced_are_not_shown_again(tmp_path):
+    weak = write_grey_unet(tmp_path / "weak.safetensors", num_res_blocks=2)
+    playground = make_playground(
+        tmp_path, "--sag.scale=0", "--autoguidance.scale=1", f"--autoguidance.checkpoint={weak}"
+    )
+    first = compare(playground).rows[GUIDED]
+    assert compare(playground).rows[GUIDED] is first
+    write_grey_unet(weak)
+    second = compare(playground).rows
+    assert second[GUIDED].images != first.images
+    assert second[UNGUIDED] is compare(playground).rows[UNGUIDED]
 
 
 def test_an_interrupted_request_ends_and_leaves_nothing_behind(playground):

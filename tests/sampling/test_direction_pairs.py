@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,18 +11,19 @@ from sagl.sampling.direction_pairs import DirectionPairs, to_float16
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import DirectionHeadOptions
-from sagl.settings.guidance import PerturbedAttentionGuidance
+from sagl.settings.guidance import Autoguidance, PerturbedAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
 from tests.helpers.heads import SAG
-from tests.helpers.networks import count_calls, grey_unet
+from tests.helpers.networks import count_calls, grey_unet, write_grey_unet
 from tests.helpers.predictors import guidances_of
 
 NETWORK = grey_unet(channel_mult=(1, 2), attention_resolutions=(8, 4))
 OPTIONS = DirectionHeadOptions(num_groups=3, group_size=2, num_steps=(3, 5), num_validation_groups=1, null_fraction=1.0)
 
 
-def source(network=NETWORK, guidance=SAG, **changes):
-    pipeline = build_pipeline(network, DiffusionSettings(), SamplerSettings())
+def source(network=NETWORK, guidance=SAG, num_timesteps=1000, **changes):
+    diffusion = DiffusionSettings(num_timesteps=num_timesteps)
+    pipeline = build_pipeline(network, diffusion, SamplerSettings(respacing="2"))
     return DirectionPairs(pipeline=pipeline, guidance=guidance, options=replace(OPTIONS, **changes), seed=0)
 
 
@@ -74,6 +76,29 @@ def test_sizes_are_measured_by_timestep(guidance):
     assert levels.shape == (3 if guidance is SAG else 2, NUM_LEVELS)
     assert (levels > 0).all()
     assert levels[1, 0] > levels[1, -1]  # the high-pass in units of eps grows as the noise falls
+
+
+@pytest.mark.parametrize("num_timesteps", [21, 50])
+def test_sizes_of_a_short_process_are_interpolated_between_its_timesteps(num_timesteps):
+    levels = source(num_timesteps=num_timesteps).levels()
+    chains = {"samplers": ("ddpm",), "num_steps": (num_timesteps, num_timesteps), "num_groups": 1}
+    pairs = source(num_timesteps=num_timesteps, **chains).training_round(0)
+    parts = [pairs.direction, pairs.images[:, 2:3], pairs.images[:, 3:4]]  # the last two: high-pass, and masked
+    for level, part in zip(levels, parts, strict=True):
+        rms = [float(part[pairs.timesteps == t].square().mean().sqrt()) for t in range(num_timesteps)]
+        positions = np.linspace(0, num_timesteps - 1, NUM_LEVELS)
+        np.testing.assert_allclose(level, np.interp(positions, range(num_timesteps), rms), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("null_label", [True, False])
+def test_chains_are_without_label_only_if_the_weaker_network_has_a_null_label(null_label, tmp_path):
+    weaker = write_grey_unet(tmp_path / "weak.safetensors", null_label=null_label)
+    network = grey_unet()
+    calls = count_calls(network)
+    pairs = source(network, Autoguidance(checkpoint=str(weaker)), null_fraction=1.0).training_round(0)
+    labels = torch.cat([args[2] for args in calls])
+    assert pairs.direction.isfinite().all()
+    assert set((labels == network.settings.num_classes).tolist()) == {null_label}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

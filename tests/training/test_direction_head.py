@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from sagl.guidance.registry import GUIDANCES
+from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import DirectionHeadOptions, HeadTrainingSettings
 from sagl.training.direction_head import build_head_module
 from tests.helpers.errors import refused
@@ -25,3 +27,16 @@ def test_chains_have_at_most_the_steps_of_the_process(tmp_path):
     with refused("`direction_head.num_steps`", "1000", "1001"):
         build(network, num_steps=(1, 1001))
     assert build(network, num_steps=(1, 1000)).source.options.num_steps == (1, 1000)
+
+
+@pytest.mark.parametrize("num_timesteps", [21, 100])
+def test_a_head_is_trained_for_a_process_of_any_length(num_timesteps, tmp_path):
+    network = write_grey_unet(tmp_path / "net.safetensors", diffusion=DiffusionSettings(num_timesteps=num_timesteps))
+    with refused("`direction_head.num_steps`", num_timesteps, num_timesteps + 1):
+        build(network, num_steps=(1, num_timesteps + 1))
+    module = build(network, num_steps=(2, 3), num_groups=1, group_size=1)
+    assert module.network.settings.num_timesteps == num_timesteps
+    module.network.levels.data.copy_(module.source.levels())
+    pairs = module.source.training_round(0)
+    with torch.no_grad():
+        assert module.network(pairs.images, pairs.maps, pairs.timesteps).isfinite().all()

@@ -6,6 +6,8 @@ from sagl.training.resume import changed_settings, check_same_parameters
 from tests.helpers.errors import refused
 
 HPARAMS = {"network": {"num_channels": 32, "channel_mult": (1, 2), "dropout": 0.0}, "freeze": ()}
+HEAD = {"width": 8, "network_rms": (0.5, 0.0, 1.25)}
+"""Hyperparameters of a direction head of a network with three tensors."""
 
 
 def test_changed_settings_are_listed_by_full_names_with_both_values(tmp_path):
@@ -47,6 +49,18 @@ def test_the_network_and_the_trained_parameters_must_stay_the_same():
 def test_another_network_or_other_frozen_parts_are_refused_by_name(changed, name):
     with pytest.raises(UserError, match=f"`{name}"):
         check_same_parameters(HPARAMS, HPARAMS | changed)
+
+
+@pytest.mark.parametrize("rounding", [1e-7, -1e-7, 2**-9])
+def test_a_head_is_resumed_whatever_the_rounding_of_its_networks_root_mean_squares(rounding):
+    changed = [value * (1 + rounding) for value in HEAD["network_rms"]]
+    check_same_parameters({"direction_head": HEAD}, {"direction_head": HEAD | {"network_rms": changed}})
+
+
+@pytest.mark.parametrize("changed", [(0.5, 0.0, 1.27), (0.5, 0.1, 1.25), (0.5, 0.0), (0.5, 0.0, float("nan"))])
+def test_a_head_of_another_network_is_not_resumed(changed):
+    with refused("`checkpoint`", "another"):
+        check_same_parameters({"direction_head": HEAD}, {"direction_head": HEAD | {"network_rms": changed}})
 
 
 @pytest.mark.parametrize(
