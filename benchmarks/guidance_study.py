@@ -20,6 +20,7 @@ from typing import Any
 from sagl.commands.tune import parse_search
 from sagl.configuration.parser import Parser
 from sagl.configuration.sample import network_parser, parse_sample_config
+from sagl.data.webdataset_files import local_path
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_report
 from sagl.evaluation.study import Measurement, Setting
@@ -28,7 +29,6 @@ from sagl.evaluation.tuning_report import COLUMNS, describe_setting, measurement
 from sagl.metrics.bootstrap import Interval
 from sagl.models.zoo import default_reference
 from sagl.sampling.run import SamplingRun
-from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch
 from sagl.utils.environment import disable_malloc_trim
@@ -86,8 +86,7 @@ def study_network(
         candidates=candidates,
         settings=TuningSettings(bootstrap=flags.bootstrap),
         reference=reference,
-        extraction=ExtractionSettings(progress=config.progress),
-        extractor=flags.extractor or default_extractor(Path(reference)),
+        extractor=flags.extractor or default_extractor(Path(local_path(reference, "reference"))),
     )
     with launch(config.devices) as ranks:
         study, comparison = tuning.open(config.output / "features", ranks)

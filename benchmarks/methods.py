@@ -20,6 +20,7 @@ from sagl.analysis.figures import figure
 from sagl.commands.tune import parse_search
 from sagl.configuration.parser import Parser
 from sagl.configuration.sample import network_parser, parse_sample_config
+from sagl.data.webdataset_files import local_path
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.study import Comparison, Measurement, Setting, Study
 from sagl.evaluation.tuning import Tuning, make_candidates
@@ -27,7 +28,6 @@ from sagl.evaluation.tuning_report import describe_setting
 from sagl.metrics.bootstrap import Interval
 from sagl.models.zoo import default_reference
 from sagl.sampling.run import SampleConfig, SamplingRun
-from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch
 from sagl.utils.environment import disable_malloc_trim
@@ -105,8 +105,7 @@ def main(arguments: list[str]) -> None:
         candidates=(),
         settings=TuningSettings(bootstrap=flags.bootstrap),
         reference=reference,
-        extraction=ExtractionSettings(progress=config.progress),
-        extractor=flags.extractor or default_extractor(Path(reference)),
+        extractor=flags.extractor or default_extractor(Path(local_path(reference, "reference"))),
     )
     choice_ids = range(flags.choice_samples)
     with launch(config.devices) as ranks:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from sagl.configuration.parser import Parser
 from sagl.configuration.sample import network_parser, parse_sample_config
+from sagl.data.webdataset_files import local_path
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Report, Section, Table, print_report
 from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Tuning
 from sagl.evaluation.tuning_report import COLUMNS, measurement_row
 from sagl.sampling.run import SamplingRun
-from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.sampling import SAMPLERS
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch
@@ -63,8 +63,7 @@ def main(arguments: list[str]) -> None:
         candidates=[setting for group in settings.values() for setting in group],
         settings=TuningSettings(bootstrap=flags.bootstrap),
         reference=flags.reference,
-        extraction=ExtractionSettings(progress=config.progress),
-        extractor=flags.extractor or default_extractor(Path(flags.reference)),
+        extractor=flags.extractor or default_extractor(Path(local_path(flags.reference, "reference"))),
     )
     with launch(config.devices) as ranks:
         study, comparison = tuning.open(config.output / "features", ranks)

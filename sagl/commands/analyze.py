@@ -11,7 +11,7 @@ from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.utils.distributed import select_device
 from sagl.utils.environment import disable_malloc_trim, set_threads
-from sagl.utils.files import require_writable
+from sagl.utils.files import require_writable, sha256
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_file
 
@@ -61,5 +61,6 @@ def main(arguments: list[str]) -> None:
             classifier=classifier.checkpoint or BUNDLED_CLASSIFIERS.get(config.source.model or ""),
         )
         command = shlex.join(["sagl", "analyze", *arguments])
-        numbers = run_analysis(flags.analysis, request, {"command": command, **run.config.image_settings})
+        settings = {"command": command, **run.config.image_settings, "weights_sha256": sha256(run.checkpoint)}
+        numbers = run_analysis(flags.analysis, request, settings)
     print(f"{figure}, {numbers}: {config.samples.num_samples} samples.")

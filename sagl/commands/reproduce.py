@@ -4,7 +4,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -13,19 +14,23 @@ from sagl.analysis.registry import check_object_masks
 from sagl.commands import analyze, evaluate, sample
 from sagl.configuration.parser import Parser
 from sagl.configuration.sample import recommended_settings
+from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.paper import PaperItem, paper_items
+from sagl.evaluation.reference import reference_digest
 from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduction
-from sagl.evaluation.reproduction_report import ANALYSES, RUNS, store_item, write_report
+from sagl.evaluation.reproduction_report import ANALYSES, RUNS, read_weights_sha256, store_item, write_report
 from sagl.evaluation.results import read_results
 from sagl.models.hub_files import is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
-from sagl.models.sources import resolve_network
+from sagl.models.sources import NetworkSource, resolve_network
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
+from sagl.sampling.run_folder import count_images
 from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_image_set
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.utils.distributed import has_launched_peers, num_processes
+from sagl.utils.files import sha256
 from sagl.utils.run_lock import lock_folder
 
 SMOKE = {"num_samples": 4, "sampler": "ddim", "respacing": "2", "bootstrap": 0}
@@ -66,7 +71,7 @@ def main(arguments: list[str]) -> None:
         UserError: a setting is not valid; what has been sampled and evaluated is kept.
     """
     args, items = reproduce_parser().parse(arguments), paper_items()
-    folder, chosen = Path(args.output), list[PaperItem]()
+    folder, chosen, evaluation = Path(args.output), list[PaperItem](), None
     choices = [*items, "table7", "all", "report"]
     require(args.item in choices, f"`item` must be one of {', '.join(choices)}, got {args.item}.")
     require(
@@ -83,11 +88,11 @@ def main(arguments: list[str]) -> None:
         _print_plan(chosen, plans)
         if args.item == "table7":
             return
-        if args.reference is None and any(not (item.analysis or item.shows_samples) for item in chosen):
-            default_reference(args.model)  # refuses networks without one before anything is sampled
+        if any(not (item.analysis or item.shows_samples) for item in chosen):
+            evaluation = _Evaluation.plan(args)  # refuses a missing reference before anything is sampled
     with lock_folder(folder):
         for item in chosen:
-            _reproduce(item, plans[item.name], args, folder)
+            _reproduce(item, plans[item.name], args, folder, evaluation)
         print("Report: " + ", ".join(map(str, write_report(folder))))
 
 
@@ -104,8 +109,7 @@ def _target(args: Namespace) -> Target:
     )
     if model is None:
         return target
-    is_file = Path(model).suffix in WEIGHT_SUFFIXES and not is_hub_name(model)
-    source = resolve_network(None if is_file else model, model if is_file else None)
+    source = _find_network(model)
     network, _ = source.read_settings()
     return replace(
         target,
@@ -140,7 +144,54 @@ def _print_plan(items: list[PaperItem], plans: dict[str, list[ReproductionRow]])
     print(f"{len(runs)} runs to sample, {analyses} analyses; what is in the folder already is not repeated.")
 
 
-def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, folder: Path) -> None:
+@dataclass(frozen=True)
+class _Evaluation:
+    """Reference, extractor and bootstrap of the evaluation of every run."""
+
+    reference: str
+    path: str
+    """Name or path of the reference, the local copy of a URL."""
+    extractor: str
+    bootstrap: int
+
+    @classmethod
+    def plan(cls, args: Namespace) -> "_Evaluation":
+        """Find the reference, which is downloaded if it is a URL, and the extractor.
+
+        Raises:
+            UserError: the reference does not exist, or its extractor must be given.
+        """
+        reference = args.reference or default_reference(args.model)
+        path = local_path(reference, "reference")
+        return cls(reference, path, args.extractor or default_extractor(Path(path)), args.bootstrap)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the reference, which takes long for many images."""
+        return reference_digest(self.path)
+
+    def is_done(self, run: Path) -> bool:
+        """Return whether the last result of a run, which the report shows, is of this evaluation of all its images.
+
+        A result without a digest is of images that never change, or of a version that stored none.
+        """
+        last = next(reversed(read_results(run)), None)
+        own = (self.reference, self.extractor, self.bootstrap, count_images(run))
+        return (
+            last is not None
+            and (last.reference, last.extractor, last.settings.get("bootstrap"), last.num_samples) == own
+            and (not last.reference_digest or last.reference_digest == self.digest)
+        )
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags of `sagl evaluate`."""
+        return ["--reference", self.reference, "--extractor", self.extractor, "--bootstrap", str(self.bootstrap)]
+
+
+def _reproduce(
+    item: PaperItem, rows: list[ReproductionRow], args: Namespace, folder: Path, evaluation: _Evaluation | None
+) -> None:
     """Make what is missing of a table or figure, and store the commands of its rows."""
     commands = []
     for row in rows:
@@ -149,10 +200,12 @@ def _reproduce(item: PaperItem, rows: list[ReproductionRow], args: Namespace, fo
         commands.append(shlex.join(["sagl", *words, "--output", str(target)]) if words else "")
         if not words:
             continue
-        if item.analysis is None or not (target / f"{item.analysis}.json").is_file():
+        if item.analysis is None or not _is_analysed(target / f"{item.analysis}.json", row):
             _run([*words, "--output", str(target)], args.devices)
         if not (item.analysis or item.shows_samples):
-            _evaluate(target, args)
+            assert evaluation is not None
+            if not evaluation.is_done(target):
+                _run(["evaluate", str(target), *evaluation.flags, *_devices(args)], args.devices)
     store_item(folder, item, rows, commands)
 
 
@@ -167,19 +220,22 @@ def _devices(args: Namespace) -> list[str]:
     return ["--trainer.devices", args.devices] if args.devices != "auto" else []
 
 
-def _evaluate(run: Path, args: Namespace) -> None:
-    """Evaluate a run unless its last result, which the report shows, is of this reference, extractor and bootstrap."""
-    reference = args.reference or default_reference(args.model)
-    extractor = args.extractor or default_extractor(Path(reference))
-    last = next(reversed(read_results(run)), None)
-    if last is not None and (last.reference, last.extractor, last.settings.get("bootstrap")) == (
-        reference,
-        extractor,
-        args.bootstrap,
-    ):
-        return
-    flags = ["--reference", reference, "--extractor", extractor, "--bootstrap", args.bootstrap]
-    _run(["evaluate", *map(str, (run, *flags)), *_devices(args)], args.devices)
+def _is_analysed(numbers: Path, row: ReproductionRow) -> bool:
+    """Return whether the file of an analysis exists, and is of the weights that are in the row's weight file now.
+
+    A file of a version that did not store the digest of the weights is kept.
+    """
+    if not numbers.is_file():
+        return False
+    stored = read_weights_sha256(numbers)
+    _, name, *_ = row.options  # the network comes first
+    return stored is None or stored == sha256(_find_network(name).find_file())
+
+
+def _find_network(name: str) -> NetworkSource:
+    """Return a network by its name or weight file."""
+    is_file = Path(name).suffix in WEIGHT_SUFFIXES and not is_hub_name(name)
+    return resolve_network(None if is_file else name, name if is_file else None)
 
 
 def _run(words: Sequence[str], devices: str) -> None:

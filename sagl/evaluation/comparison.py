@@ -190,7 +190,9 @@ def _metric_section(conditions: Conditions, rows: Iterable[Row], notes: Iterable
     count = f" ({c.num_reference:,} images)" if c.num_reference else ""
     crop = f"images cropped to {c.crop_size}×{c.crop_size}" if c.crop_size else ""
     digest = c.reference_digest and f"reference {c.reference_digest[:8]}"
-    parts = (f"features of {c.extractor}", c.resize, crop, digest)
+    size = c.reference_crop_size
+    reference_crop = f"its images cropped to {size}×{size}" if size not in (None, c.crop_size) else ""
+    parts = (f"features of {c.extractor}", c.resize, crop, digest, reference_crop)
     return Section(
         title=f"{c.num_samples:,} images against {printable(c.reference)}{count}",
         note=". ".join(filter(None, (", ".join(filter(None, parts)), " ".join(notes)))),

@@ -72,6 +72,7 @@ def evaluate(
         num_samples=fake.num_samples,
         reference=reference,
         reference_digest=real.digest,
+        reference_crop_size=real.crop_size,
         num_reference=real.statistics.num_samples or None,
         extractor=name,
         resize=resize,

@@ -7,7 +7,7 @@ import torch
 
 from sagl.evaluation.image_sets import ImageSet, describe_unreadable, require_few_unreadable
 from sagl.metrics.accumulator import FeatureAccumulator, FeatureStatistics
-from sagl.metrics.extractors import get_extractor
+from sagl.metrics.extractors import extractor_version, get_extractor
 from sagl.metrics.features import Extractor, Features, check_features
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.shapes import ImageUint8
@@ -22,6 +22,8 @@ class FeatureExtraction:
 
     name: str
     """Name of the extractor."""
+    version: str = ""
+    """Text that differs for other weights or code under this name, see `extractor_version`."""
     extract: Extractor
     ranks: Ranks
     settings: ExtractionSettings
@@ -33,7 +35,9 @@ class FeatureExtraction:
         Raises:
             UserError: there is no such extractor, or its packages or weights are missing.
         """
-        return cls(name=name, extract=get_extractor(name)(ranks.device), ranks=ranks, settings=settings)
+        extract = get_extractor(name)(ranks.device)
+        version = extractor_version(name, extract)
+        return cls(name=name, version=version, extract=extract, ranks=ranks, settings=settings)
 
     def statistics(
         self, images: ImageSet, num_samples: int, *, max_features: int, title: str, keep_logits: bool = False

@@ -145,12 +145,15 @@ class SourceImages(ImageSet):
         for index in range(start, stop):
             if (image := self._decode(index, self.unreadable)) is None:
                 continue
-            images.append(image if self._crop is None else self._crop(image, np.random.default_rng(0)))
+            if self._crop is not None:
+                images.append(self._crop(image, np.random.default_rng(0)))
+                continue
             require(
-                images[-1].shape == images[0].shape,
+                image.shape == self._first.shape,
                 f"`image_size` must be given for images of several sizes: {self.source.name(index)} has "
-                f"{_size(images[-1])} pixels, the one before {_size(images[0])}. All are then cropped and resized.",
+                f"{_size(image)} pixels, the first image {_size(self._first)}. All are then cropped and resized.",
             )
+            images.append(image)
         return torch.stack(images).permute(0, 3, 1, 2) if images else torch.empty((0, 3, 1, 1), dtype=torch.uint8)
 
     def digest(self) -> str:

@@ -38,13 +38,13 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
         return _from_file(name, extraction, max_features)
     size = extraction.settings.image_size or (image_size[0] if image_size[0] == image_size[1] else None)
     images = open_image_set(name, size, "reference")
-    path = _cache_path(name, images, extraction.name, max_features)
+    path = _cache_path(name, images, extraction, max_features)
     if extraction.ranks.broadcast(path is not None and path.is_file()):
         assert path is not None
         if extraction.ranks.rank > 0:
             return None
         cached = read_reference(path)
-        return _with_notes(replace(cached, digest=cached.digest or content_digest(name, images)), images, name)
+        return _as_read(replace(cached, digest=cached.digest or content_digest(name, images)), images, name)
     reference = _from_images(name, images, extraction, max_features)
     if reference is not None and path is not None:
         remove_partial(path.parent, partial_pattern(path))
@@ -52,13 +52,28 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
             write_reference(reference, path, "SAGL_CACHE")
         except UserError as error:  # the cache only saves time
             print(error, file=sys.stderr)
-    return None if reference is None else _with_notes(reference, images, name)
+    return None if reference is None else _as_read(reference, images, name)
 
 
-def _with_notes(reference: Reference, images: ImageSet, name: str) -> Reference:
-    """Add notes on how the images were read."""
+def reference_digest(name: str) -> str:
+    """Return the digest of a reference as `load_reference` gives it, without extracting features.
+
+    Args:
+        name: an image set, see `open_image_set`, or a statistics file.
+
+    Raises:
+        UserError: it does not exist, or is damaged.
+    """
+    if has_statistics(Path(name)):
+        return sha256(Path(name))[:DIGEST_DIGITS]
+    return content_digest(name, open_image_set(name, None, "reference"))
+
+
+def _as_read(reference: Reference, images: ImageSet, name: str) -> Reference:
+    """Add the size that the images were cropped to, and notes on how they were read."""
     notes = (images.preprocessing_note, describe_unreadable(len(images), reference.statistics.num_samples))
-    return replace(reference, notes=(*images.source_notes, *(f"{Path(name).name}: {note}" for note in notes if note)))
+    described = (f"{Path(name).name}: {note}" for note in notes if note)
+    return replace(reference, crop_size=images.crop_size, notes=(*images.source_notes, *described))
 
 
 def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max_features: int) -> Reference | None:
@@ -96,15 +111,16 @@ def _from_file(name: str, extraction: FeatureExtraction, max_features: int) -> R
     return replace(reference, notes=(note,))
 
 
-def _cache_path(name: str, images: ImageSet, extractor: str, max_features: int) -> Path | None:
+def _cache_path(name: str, images: ImageSet, extraction: FeatureExtraction, max_features: int) -> Path | None:
     """Return the cached statistics file of a data set.
 
     Runs and npz files, which change often, and extractors of the user, whose code may change, are not cached.
     """
-    if extractor not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix.lower() == ".npz":
+    if extraction.name not in EXTRACTOR_NAMES or isinstance(images, RunImages) or Path(name).suffix.lower() == ".npz":
         return None
     key = cache_key(name, images)
     if key is None:
         return None
-    crop = [f"{images.crop_size}px"] if images.crop_size else []
-    return cache_folder() / "statistics" / ("-".join([key, extractor, *crop, f"{max_features}"]) + ".npz")
+    crop = f"{images.crop_size}px" if images.crop_size else ""
+    parts = (key, extraction.name, extraction.version, crop, f"{max_features}")
+    return cache_folder() / "statistics" / ("-".join(filter(None, parts)) + ".npz")

@@ -74,6 +74,15 @@ def store_item(folder: Path, item: PaperItem, rows: Sequence[ReproductionRow], c
     write_text(folder / f"{item.name}.json", json.dumps([asdict(row) for row in stored], indent=1))
 
 
+def read_weights_sha256(analysis: Path) -> str | None:
+    """Return the sha256 of the weights of an analysis from its JSON file; None if it is of a version without it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read(analysis, lambda content: content["settings"].get("weights_sha256"))
+
+
 def write_report(folder: Path) -> list[Path]:
     """Write README.md and index.html of everything that was stored in the folder; return their paths.
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ class Conditions(NamedTuple):
 
     reference: str
     reference_digest: str
+    reference_crop_size: int | None
+    """Size that the images of the reference were cropped to; None for images as they are."""
     num_reference: int | None
     extractor: str
     resize: str
@@ -44,6 +46,9 @@ class EvaluationResult:
     """Number of images, the first of the run."""
     reference_digest: str = ""
     """Digest that distinguishes references of one name, see `image_sets.content_digest`."""
+    reference_crop_size: int | None = None
+    """Size that the images of the reference were cropped to, which may be that of the evaluated images. None for images
+    as they are, and in files of versions that did not store it."""
     num_reference: int | None = None
     """Number of reference images, if it is known."""
     resize: str = ""
@@ -69,6 +74,7 @@ class EvaluationResult:
         return Conditions(
             reference=self.reference,
             reference_digest=self.reference_digest,
+            reference_crop_size=self.reference_crop_size,
             num_reference=self.num_reference,
             extractor=self.extractor,
             resize=self.resize,
@@ -77,8 +83,12 @@ class EvaluationResult:
         )
 
     def is_same_measurement(self, other: "EvaluationResult") -> bool:
-        """Return whether both were computed under the same conditions and with the same settings."""
-        return self.conditions == other.conditions and self.settings == other.settings
+        """Return whether both results of one run were computed under the same conditions and with the same settings.
+
+        The crop size of the reference follows from the run and the settings, and earlier versions did not store it.
+        """
+        same_size = replace(other, reference_crop_size=self.reference_crop_size)
+        return self.conditions == same_size.conditions and self.settings == other.settings
 
     def difference(self, other: "EvaluationResult", name: str) -> "Interval | None":
         """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.

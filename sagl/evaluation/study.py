@@ -25,13 +25,13 @@ from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.metrics.precision_recall import NUM_NEIGHBORS, knn_radii, precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.sampling.batch import sample_batch
-from sagl.sampling.heads import head_digests
+from sagl.sampling.guidance_files import guidance_digests, guidance_files
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.archives import read_arrays
-from sagl.utils.files import atomic_file, json_sha256, sha256
+from sagl.utils.files import atomic_file, file_version, json_sha256, sha256
 from sagl.utils.images import to_rgb, to_uint8
 from sagl.utils.progress import ProgressReporter
 
@@ -83,6 +83,8 @@ class Study:
     """Everything that determines features besides the setting and the id, as JSON values."""
     _pipelines: dict[str, SamplingPipeline] = field(default_factory=dict)
     """The pipeline of the last setting, which may hold further networks."""
+    _versions: dict[Path, bytes] = field(default_factory=dict)
+    """Versions of the weight files of guidance methods at their first use."""
 
     @classmethod
     def open(cls, run: SamplingRun, folder: Path, extraction: FeatureExtraction) -> "Study":
@@ -94,6 +96,8 @@ class Study:
         config, varying = run.config, {"compare", "first_id", *asdict(run.config.sampler), *GUIDANCES}
         identity = {name: value for name, value in config.image_settings.items() if name not in varying}
         identity |= {"weights_sha256": sha256(run.checkpoint), "extractor": extraction.name}
+        if extraction.version:  # weights or code of the user, which change under the same name
+            identity["extractor_version"] = extraction.version
         identity["batch_size"] = config.samples.effective_batch_size
         network, diffusion = config.source.network, config.source.diffusion
         if network is not None:  # the weight file does not contain them
@@ -110,9 +114,9 @@ class Study:
         """Return the pipeline of a setting.
 
         Raises:
-            UserError: the setting does not fit the network.
+            UserError: the setting does not fit the network, or a weight file of its guidance has changed.
         """
-        key = str(setting.values)
+        key = str(self._values(setting))
         if key not in self._pipelines:
             base, sampler, guidances = self.pipeline, setting.sampler, setting.guidances
             pipeline = build_pipeline(base.network, base.diffusion, sampler, guidances, checkpoint=base.checkpoint)
@@ -179,10 +183,23 @@ class Study:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
 
     def _path(self, setting: Setting, batch: list[int]) -> Path:
-        identity = {**self.identity, **setting.values}
-        if heads := head_digests(setting.guidances, self.pipeline.checkpoint):
-            identity["direction_heads"] = heads
-        return self.folder / json_sha256(identity)[:16] / f"{batch[0]}.npz"
+        return self.folder / json_sha256({**self.identity, **self._values(setting)})[:16] / f"{batch[0]}.npz"
+
+    def _values(self, setting: Setting) -> dict[str, Any]:
+        """Return the values of a setting, with the digests of the weight files that its guidance uses.
+
+        Raises:
+            UserError: such a file does not exist, or has changed since its first use in this study.
+        """
+        for name, path in guidance_files(setting.guidances, self.pipeline.checkpoint).items():
+            version = file_version(path)
+            require(
+                self._versions.setdefault(path, version) == version,
+                f"`{name}` must be a file that does not change during a study, and {path} was replaced. Repeat the "
+                "command: features of the earlier file are not used again.",
+            )
+        digests = guidance_digests(setting.guidances, self.pipeline.checkpoint)
+        return {**setting.values, **({"guidance_sha256": digests} if digests else {})}
 
 
 def is_whole(path: Path) -> bool:

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.extraction import FeatureExtraction
@@ -20,7 +21,7 @@ from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import with_default_classifier
 from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.compatibility import check_labels
-from sagl.settings.evaluation import ExtractionSettings, MetricSettings
+from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_extractor
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import ProgressKind
 from sagl.settings.tuning import TuningSettings
@@ -75,9 +76,9 @@ class Tuning:
     candidates: Sequence[Setting]
     settings: TuningSettings
     reference: str
-    """An image set, or a statistics file."""
-    extraction: ExtractionSettings
+    """An image set, or a statistics file: a name, a path or a URL."""
     extractor: str
+    """Feature extractor."""
 
     @classmethod
     def plan(
@@ -89,12 +90,14 @@ class Tuning:
             config: network, sampler and samples.
             settings: method and sizes of the search.
             search: values by setting; they replace or extend those of the method.
-            reference: an image set, or a statistics file.
+            reference: an image set, or a statistics file. That of a URL is downloaded once.
             extractor: feature extractor; None: that of the reference.
 
         Raises:
-            UserError: the search space, the network or the reference is invalid.
+            UserError: the search space, the network, the extractor or the reference is invalid.
         """
+        if extractor is not None:
+            require_extractor(extractor)
         num_samples = config.samples.num_samples
         require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
         run = SamplingRun.without_folder(config)
@@ -107,8 +110,7 @@ class Tuning:
             candidates=candidates,
             settings=settings,
             reference=reference,
-            extraction=ExtractionSettings(extractor=extractor, progress=config.progress),
-            extractor=extractor or default_extractor(Path(reference)),
+            extractor=extractor or default_extractor(Path(local_path(reference, "reference"))),
         )
 
     @property
@@ -129,9 +131,10 @@ class Tuning:
         Raises:
             UserError: one of them does not exist, or is damaged.
         """
-        extraction = FeatureExtraction.load(self.extractor, self.extraction, ranks)
-        size = self.run.network.image_size
-        reference = load_reference(self.reference, extraction, (size, size), MetricSettings.max_features)
+        settings = ExtractionSettings(extractor=self.extractor, progress=self.run.config.progress)
+        extraction = FeatureExtraction.load(self.extractor, settings, ranks)
+        size, reference_path = self.run.network.image_size, local_path(self.reference, "reference")
+        reference = load_reference(reference_path, extraction, (size, size), MetricSettings.max_features)
         study = Study.open(self.run, folder, extraction)
         num_resamples = self.settings.bootstrap
         return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)

@@ -1,16 +1,20 @@
 """Registry of feature extractors."""
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from sagl.errors import UserError, require
 from sagl.metrics.dinov2 import dinov2
 from sagl.metrics.effnet import effnet_lite0
-from sagl.metrics.features import Extractor
+from sagl.metrics.features import Extractor, weights_version
 from sagl.metrics.inception import inception
 from sagl.settings.evaluation import require_extractor
+from sagl.utils.files import sha256
 
 ExtractorFactory = Callable[[torch.device], Extractor]
 EXTRACTORS: dict[str, ExtractorFactory] = {
@@ -54,3 +58,24 @@ def get_extractor(name: str) -> ExtractorFactory:
         return extract
 
     return load
+
+
+def extractor_version(name: str, extract: Extractor) -> str:
+    """Return a text that differs for other weights or other code of an extractor; empty for sagl's own as published.
+
+    For package.function, it has the sha256 of the file that defines the function. Code without a file has none.
+    """
+    parts = [weights_version(extract)]
+    if name not in EXTRACTORS:
+        module, _, function = name.rpartition(".")
+        parts.append(_source_digest(import_module(module), function))
+    return "-".join(filter(None, parts))
+
+
+def _source_digest(module: ModuleType, function: str) -> str:
+    """Return the first digits of the sha256 of the file that defines a function of a module."""
+    try:
+        file = inspect.getfile(inspect.unwrap(getattr(module, function)))
+    except (TypeError, OSError):  # neither a function nor a class of a file
+        file = getattr(module, "__file__", None) or ""
+    return sha256(Path(file))[:16] if Path(file).is_file() else ""

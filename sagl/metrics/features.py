@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 Extractor = Callable[[ImageUint8], Features | Tensor]
 """Maps (B, 1 or 3, H, W) uint8 to features; a single tensor (B, D) is taken as pooled features. An optional attribute
-`resize` describes how images are resized."""
+`resize` describes how images are resized; one of `version` differs for other weights."""
 
 
 @torch.inference_mode()
@@ -64,6 +64,11 @@ def check_features(output: Features | Tensor, batch_size: int) -> Features:
             f"{tuple(getattr(part, 'shape', ())) or type(part).__name__}.",
         )
     return features.map(lambda part: part.float().cpu())
+
+
+def weights_version(extract: Extractor) -> str:
+    """Return the extractor's text that differs for other weights; empty for published and packaged ones."""
+    return str(getattr(extract, "version", ""))
 
 
 def describe_resize(extract: Extractor) -> str:

@@ -35,7 +35,9 @@ class Inception:
 
     resize = "bilinear to 299×299, as TensorFlow 1 does, no antialias"
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, version: str = "") -> None:
+        """Hold a network; `version` identifies weights other than the published ones."""
+        self.version = version
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def __call__(self, images_uint8: ImageUint8) -> Features:
@@ -87,7 +89,7 @@ def inception(device: torch.device) -> Inception:
         raise UserError(
             f"`extractor` inception needs the weights of {FILE}, and {path} holds another network's."
         ) from error
-    return Inception(network.to(device))
+    return Inception(network.to(device), _version(path))
 
 
 def weights_file() -> Path:
@@ -107,10 +109,16 @@ def weights_file() -> Path:
     return download(URL, cached, check=_check_digest, licence="Apache-2.0")
 
 
+def _version(path: Path) -> str:
+    """Return the first digits of a file's sha256; empty for the published file, whose name ends with eight of them."""
+    digest = sha256(path)[:16]
+    return "" if FILE.endswith(f"{digest[:8]}.pth") else digest
+
+
 def _check_digest(path: Path) -> None:
-    """Check that the sha256 begins with the eight digits at the end of the published file's name."""
-    digest = sha256(path)[:8]
-    require(FILE.endswith(f"{digest}.pth"), f"`extractor` inception: {URL} has an unexpected sha256, {digest}….")
+    """Check that this is the published file."""
+    version = _version(path)
+    require(not version, f"`extractor` inception: {URL} has an unexpected sha256, {version}….")
 
 
 def _check_weights(path: Path) -> None:

@@ -35,6 +35,9 @@ class Reference:
     """Path or name of the images, if the file has it."""
     image_size: tuple[int, int] | None = None
     """(H, W) of the images before the extractor resized them, if the file has it."""
+    crop_size: int | None = None
+    """Size that the images were cropped to for this evaluation; None for images as they are. Not written to the
+    file."""
     digest: str = ""
     """Digest of the images or of the file, which distinguishes references of one name; empty for images that never
     change."""

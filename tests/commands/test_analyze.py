@@ -6,6 +6,7 @@ from PIL import Image
 
 from sagl.analysis import overlap
 from sagl.analysis.registry import ANALYSES
+from sagl.utils.files import sha256
 from tests.helpers.commands import exit_code, refusal
 from tests.helpers.networks import write_grey_unet
 
@@ -22,6 +23,7 @@ def test_every_study_writes_a_figure_and_its_numbers_with_their_settings(analysi
         assert len(set(image.convert("L").tobytes())) > 20
     content = json.loads((output / f"{analysis}.json").read_text())
     assert content["settings"]["seed"] == 5
+    assert content["settings"]["weights_sha256"] == sha256(network)
     assert content["settings"]["command"].startswith(f"sagl analyze {analysis} ")
     assert content["numbers"]
 

@@ -2,17 +2,22 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from sagl.commands.reproduce import _target, reproduce_parser
 from sagl.evaluation.paper import paper_items
+from sagl.evaluation.results import read_results
+from sagl.models.checkpoints import write_checkpoint
 from sagl.models.zoo import RELEASED
+from sagl.utils.files import sha256
 from sagl.utils.run_lock import LOCK_NAME, lock_folder
 from tests.helpers.commands import exit_code
-from tests.helpers.extractors import use_fast_extractors, write_npz
-from tests.helpers.networks import write_grey_classifier, write_grey_unet, write_training_checkpoint
+from tests.helpers.extractors import serve_files, use_fast_extractors, write_npz
+from tests.helpers.networks import grey_weights, write_grey_classifier, write_grey_unet, write_training_checkpoint
 
+LEVELS = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
 ITEMS = ("table1", "table5", "table6", "figure13")
 
 
@@ -20,7 +25,7 @@ ITEMS = ("table1", "table5", "table6", "figure13")
 def reproduce(tmp_path, monkeypatch):
     """Run sagl reproduce on a tiny network; return the exit code."""
     use_fast_extractors(monkeypatch, tmp_path / "cache")
-    network = write_grey_unet(tmp_path / "n.safetensors", channel_mult=(1, 2), attention_resolutions=(8, 4))
+    network = write_grey_unet(tmp_path / "n.safetensors", **LEVELS)
     reference, _ = write_npz(tmp_path / "reference.npz", 20, 0, size=8)
 
     def run(item, *flags):
@@ -52,6 +57,81 @@ def test_tables_and_figures_are_reproduced_once_and_reported_together(reproduce,
         assert tmp_path / "r" / "runs" / name in runs
     rows = json.loads((tmp_path / "r" / "table6.json").read_text())
     assert [bool(row["obstacle"]) for row in rows] == [False, False, True, False]
+
+
+def files_of(folder, name):
+    """Return content and time of the files of a name."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob(name)}
+
+
+def last_results(folder):
+    return [read_results(path.parent)[-1] for path in folder.rglob("evaluation.json")]
+
+
+def test_an_analysis_is_repeated_when_the_weights_have_changed_under_their_name(reproduce, tmp_path):
+    assert reproduce("table1") == 0
+    (first,) = files_of(tmp_path, "overlap.json").items()
+    assert reproduce("table1") == 0
+    assert files_of(tmp_path, "overlap.json") == dict([first])
+    network = grey_weights(**LEVELS)
+    trained = {name: 1.5 * tensor for name, tensor in network.state_dict.items()}
+    write_checkpoint(replace(network, state_dict=trained), tmp_path / "n.safetensors")
+    assert reproduce("table1") == 0
+    (path,) = files_of(tmp_path, "overlap.json")
+    stored = json.loads(path.read_text())
+    assert stored["settings"]["weights_sha256"] == sha256(tmp_path / "n.safetensors")
+    assert stored["numbers"] != json.loads(first[1][0])["numbers"]
+
+
+def test_an_analysis_of_a_version_that_did_not_store_its_weights_is_kept(reproduce, tmp_path):
+    assert reproduce("table1") == 0
+    (path,) = files_of(tmp_path, "overlap.json")
+    content = json.loads(path.read_text())
+    del content["settings"]["weights_sha256"]
+    path.write_text(json.dumps(content))
+    before = files_of(tmp_path, "overlap.json")
+    assert reproduce("table1") == 0
+    assert files_of(tmp_path, "overlap.json") == before
+
+
+def test_runs_are_evaluated_again_when_the_reference_has_changed_under_its_name(reproduce, tmp_path):
+    assert reproduce("table5") == 0
+    before = files_of(tmp_path, "evaluation.json")
+    assert reproduce("table5") == 0
+    assert files_of(tmp_path, "evaluation.json") == before
+    reference, _ = write_npz(tmp_path / "reference.npz", 20, 1, size=8)
+    assert reproduce("table5") == 0
+    assert {result.reference_digest for result in last_results(tmp_path)} == {sha256(reference)[:16]}
+
+
+def test_a_run_that_was_evaluated_over_fewer_images_is_evaluated_again(reproduce, tmp_path):
+    assert reproduce("table5") == 0
+    run = next((tmp_path / "r" / "runs").iterdir())
+    flags = ("--reference", tmp_path / "reference.npz", "--num_samples", 3, "--num_neighbors", 2)
+    assert exit_code("evaluate", run, *flags) == 0
+    assert {result.num_samples for result in last_results(tmp_path)} == {3, 4}
+    assert reproduce("table5") == 0
+    assert {result.num_samples for result in last_results(tmp_path)} == {4}
+
+
+def test_results_without_a_digest_of_the_reference_are_kept(reproduce, tmp_path):
+    assert reproduce("table5") == 0
+    for path in files_of(tmp_path, "evaluation.json"):
+        results = json.loads(path.read_text())["results"]
+        for name in ("reference_digest", "reference_crop_size"):
+            del results[0][name]
+        path.write_text(json.dumps({"results": results}))
+    before = files_of(tmp_path, "evaluation.json")
+    assert reproduce("table5") == 0
+    assert files_of(tmp_path, "evaluation.json") == before
+
+
+def test_the_extractor_is_that_of_a_statistics_file_at_a_url(reproduce, tmp_path, monkeypatch):
+    serve_files(monkeypatch, tmp_path)
+    statistics = ("--extractor", "inception", "--output", tmp_path / "s.npz")
+    assert exit_code("statistics", tmp_path / "reference.npz", *statistics) == 0
+    assert reproduce("table5", "--reference", "https://host/s.npz") == 0
+    assert {(r.extractor, r.reference) for r in last_results(tmp_path)} == {("inception", "https://host/s.npz")}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from sagl.models.checkpoints import write_checkpoint
 from sagl.sampling.run import SamplingRun
 from tests.helpers.commands import exit_code, refusal
 from tests.helpers.errors import refused
-from tests.helpers.extractors import use_fast_extractors, write_npz
+from tests.helpers.extractors import serve_files, use_fast_extractors, write_npz
 from tests.helpers.networks import grey_weights
 
 SEARCH = ["--search", "sag.scale", 0.1, 0.5, 1, "--search", "sag.site", "middle", "output.1"]
@@ -144,6 +144,17 @@ def test_a_report_says_that_the_configured_guidance_is_the_best(tmp_path, argume
     assert results(tmp_path / "a")["difference_from_configured"][0] == 0
 
 
+def test_a_statistics_file_at_a_url_gives_the_reference_and_the_extractor(tmp_path, arguments, monkeypatch):
+    statistics = ("--extractor", "inception", "--output", tmp_path / "s.npz")
+    assert exit_code("statistics", tmp_path / "real.npz", *statistics) == 0
+    assert exit_code(*arguments, tmp_path / "file", "--candidates", 2, "--reference", tmp_path / "s.npz") == 0
+    serve_files(monkeypatch, tmp_path)
+    assert exit_code(*arguments, tmp_path / "url", "--candidates", 2, "--reference", "https://host/s.npz") == 0
+    result = results(tmp_path / "url")
+    assert (result["extractor"], result["reference"]) == ("inception", "https://host/s.npz")
+    assert result["rounds"] == results(tmp_path / "file")["rounds"]
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -156,6 +167,7 @@ def test_a_report_says_that_the_configured_guidance_is_the_best(tmp_path, argume
         (("--num_samples", 1), ("--num_samples", "1")),
         (("--bootstrap", 5), ("--bootstrap", "5")),
         (("--reference", "nowhere"), ("--reference", "nowhere")),
+        (("--extractor", "nothing"), ("--extractor", "nothing")),
     ],
 )
 def test_a_search_that_cannot_be_done_is_refused_in_one_line(flags, parts, tmp_path, arguments, capsys):

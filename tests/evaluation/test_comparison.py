@@ -181,6 +181,7 @@ def test_a_metric_with_resamples_has_a_row_of_paired_differences_from_the_first_
         {"num_reference": None},
         {"resize": "bicubic"},
         {"reference_digest": "b" * 16},
+        {"reference_crop_size": 64},
         {"settings": {"image_size": 32}},
     ],
     ids=str,
@@ -190,6 +191,13 @@ def test_values_of_different_conditions_never_share_a_row(change):
     sections = metric_sections([run(results=[one]), run(results=[other])])
     assert [texts(section)["Fréchet distance ↓"] for section in sections] == [["12.30", ABSENT], [ABSENT, "1.00"]]
     assert not any(map(best, sections))
+
+
+def test_the_size_that_the_images_of_the_reference_were_cropped_to_is_shown():
+    runs = [run(results=[result({"fd": 12.3}, reference_crop_size=size)]) for size in (32, 64)]
+    notes = [section.note for section in metric_sections(runs)]
+    assert ["32×32" in note for note in notes] == [True, False]
+    assert ["64×64" in note for note in notes] == [False, True]
 
 
 def test_several_results_of_a_run_are_matched_with_those_of_the_other():

@@ -24,6 +24,7 @@ from tests.helpers.extractors import (
     random_images,
     result_of,
     row_means,
+    serve_files,
     to_tensor,
     use_fast_extractors,
     write_folder,
@@ -72,6 +73,7 @@ def test_a_result_has_the_values_and_all_that_they_depend_on(pair):
         "num_samples": 40,
         "reference": str(reference),
         "reference_digest": sha256(reference)[:16],
+        "reference_crop_size": None,
         "num_reference": 50,
         "extractor": "effnet_lite0_64",
         "resize": "its own",
@@ -145,6 +147,18 @@ def test_images_are_cropped_as_for_training(tmp_path, pair):
     assert result_of(pair[0], folder).num_reference == 8  # cropped to the size of the run
 
 
+def test_images_of_two_sizes_have_different_conditions_against_a_folder_that_is_cropped_to_their_size(tmp_path, pair):
+    folder = write_folder(tmp_path / "folder", random_images(20, 3, size=24))
+    runs = [write_run(tmp_path / str(size), ids=range(8), image_size=size) for size in (16, 20)]
+    for _ in range(2):  # the second results come from the cache
+        first, second = (result_of(run, folder, bootstrap=20) for run in runs)
+        assert (first.reference_crop_size, second.reference_crop_size) == (16, 20)
+        assert first.reference_digest == second.reference_digest
+        assert first.difference(second, "fd") is None
+    first, second = (result_of(run, pair[1], bootstrap=20) for run in runs)  # an npz file stays as it is
+    assert first.difference(second, "fd") is not None
+
+
 def test_a_split_of_fashion_mnist_is_an_image_set(tmp_path):
     write_fashion_mnist(tmp_path / "cache")
     result = result_of("fashion_mnist_train", "fashion_mnist_test", num_samples=150)
@@ -209,6 +223,18 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path, pair):
     assert result_of(folder, pair[1], image_size=16).num_samples == 4
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_of_several_sizes_need_an_image_size_in_whatever_batches_they_are_read(batch_size, tmp_path, pair):
+    folder = write_folder(tmp_path / "sizes", [*random_images(3, 0), *random_images(3, 1, 24)])
+    np.savez(tmp_path / "wide.npz", arr_0=np.concatenate([random_images(8, 3)] * 2, axis=2))
+    for images, reference in (
+        (folder, pair[1]),
+        (tmp_path / "wide.npz", folder),
+    ):  # those of wide images are not cropped
+        with pytest.raises(UserError, match=r"`image_size` .*003\.png"):
+            result_of(images, reference, batch_size=batch_size)
+
+
 def test_up_to_one_percent_of_the_images_may_be_unreadable_and_they_are_counted_and_named(tmp_path, pair, capsys):
     images = random_images(200, 3)
     folder = write_folder(tmp_path / "images", images)
@@ -247,16 +273,7 @@ def test_images_behind_a_link_that_change_are_measured_again(tmp_path, pair):
 
 
 def test_files_at_http_addresses_are_downloaded_once(tmp_path, pair, monkeypatch):
-    addresses = []
-
-    def download(url, target, *, check, **_):
-        addresses.append(url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((tmp_path / url.rpartition("/")[2]).read_bytes())
-        check(target)
-        return target
-
-    monkeypatch.setattr("sagl.data.webdataset_files.download", download)
+    addresses = serve_files(monkeypatch, tmp_path)
     expected = result_of(*pair[:2])
     result = result_of("http://host/a.npz", "https://host/path/b.npz")
     assert (result.values, result.reference_digest) == (expected.values, expected.reference_digest)
@@ -287,6 +304,24 @@ def test_features_of_a_user_s_extractor_and_those_that_are_not_finite_are_not_ca
     with pytest.raises(UserError, match=r"`reference` .*finite"):
         result_of(pair[0], folder)
     assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
+def test_cached_statistics_are_those_of_the_extractor_s_weights(tmp_path, pair, monkeypatch):
+    folder, values = write_folder(tmp_path / "images", random_images(20, 3)), {}
+
+    class Scaled:
+        def __init__(self, scale, version):
+            self.scale, self.version = scale, version
+
+        def __call__(self, images_uint8):
+            return self.scale * row_means(images_uint8)
+
+    for scale, version in ((1, ""), (2, "a"), (1, "")):
+        monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", lambda device, s=scale, v=version: Scaled(s, v))
+        values[version] = result_of(pair[0], folder).values["fd"]
+    assert values["a"] == pytest.approx(4 * values[""], rel=1e-6)
+    names = [path.name.partition("-effnet")[2] for path in (tmp_path / "cache").rglob("*.npz")]
+    assert sorted(names) == ["_lite0_64-16px-10000.npz", "_lite0_64-a-16px-10000.npz"]
 
 
 def test_a_cache_that_is_not_writable_is_no_error(tmp_path, pair, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.image_sets import TensorImages
 from sagl.metrics.features import Features
 from sagl.settings.evaluation import ExtractionSettings
+from sagl.utils.files import sha256
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 120
@@ -79,6 +80,11 @@ def test_statistics_do_not_depend_on_the_number_of_ranks(world_size, num_samples
         assert getattr(result, part).covariance.equal(getattr(expected, part).covariance)
     assert result.features.equal(expected.features)
     assert result.logits.equal(means("cpu")(IMAGES[:num_samples]).logits)
+
+
+def test_an_extractor_of_the_user_has_the_version_of_its_code():
+    extraction = FeatureExtraction.load(f"{__name__}.means", ExtractionSettings(), ThreadRanks(0, 1, None, []))
+    assert extraction.version == sha256(Path(__file__))[:16]
 
 
 def test_an_unknown_extractor_is_refused():

@@ -93,6 +93,14 @@ def test_a_saved_result_replaces_the_same_measurement(tmp_path):
     assert read_results(tmp_path) == (other, replace(first, values={"fd": 3.0}))
 
 
+def test_a_result_of_a_version_without_the_size_of_the_reference_is_replaced_by_the_same_measurement(tmp_path):
+    write(tmp_path, json_result({"fd": 12.3}))
+    (earlier,) = read_results(tmp_path)
+    assert earlier.reference_crop_size is None
+    save_result(tmp_path, later := replace(earlier, reference_crop_size=64))
+    assert read_results(tmp_path) == (later,)
+
+
 def test_results_whose_values_were_changed_are_refused(tmp_path):
     save_result(tmp_path, EvaluationResult(extractor="tiny", reference="r", num_samples=9, values={"fd": 12.5}))
     path = tmp_path / RESULTS_FILE
@@ -140,6 +148,7 @@ def sample_statistics(features):
         {"extractor": "other"},
         {"reference": "other"},
         {"reference_digest": "other"},
+        {"reference_crop_size": 64},
         {"num_reference": 3},
         {"resize": "other"},
     ],

@@ -15,11 +15,13 @@ from sagl.models.checkpoints import write_checkpoint
 from sagl.sampling.exports import write_npz
 from sagl.sampling.run import SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
-from sagl.settings.guidance import ClassifierFreeGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import Autoguidance, ClassifierFreeGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.distributed import Ranks
+from sagl.utils.files import json_sha256
 from tests.helpers.commands import exit_code
-from tests.helpers.networks import grey_weights
+from tests.helpers.errors import refused
+from tests.helpers.networks import grey_weights, write_grey_unet
 
 UNGUIDED = Setting(sampler=SamplerSettings(sampler="ddim", respacing="2"))
 GUIDED = Setting(sampler=UNGUIDED.sampler, guidances={"sag": SelfAttentionGuidance(scale=0.5, site="middle")})
@@ -30,7 +32,7 @@ def columns(images_uint8):
     return images_uint8[:, 0].float().mean(dim=1)
 
 
-def open_study(tmp_path, *flags):
+def open_study(tmp_path, *flags, version=""):
     checkpoint = tmp_path / "network.safetensors"
     if not checkpoint.exists():
         write_checkpoint(grey_weights(), checkpoint)
@@ -38,7 +40,7 @@ def open_study(tmp_path, *flags):
     arguments = ["--checkpoint", checkpoint, "--trainer.accelerator", "cpu", *flags]
     run = SamplingRun.without_folder(parse_sample_config(list(map(str, arguments))))
     ranks, settings = Ranks(device=torch.device("cpu")), ExtractionSettings(progress="off")
-    extraction = FeatureExtraction(name="columns", extract=columns, ranks=ranks, settings=settings)
+    extraction = FeatureExtraction(name="columns", version=version, extract=columns, ranks=ranks, settings=settings)
     return Study.open(run, tmp_path / "study", extraction)
 
 
@@ -80,6 +82,42 @@ def test_settings_of_a_method_that_is_off_do_not_matter_but_all_others_do(tmp_pa
     assert study.missing([GUIDED], range(4)) != []
     for flags in (("--seed", "1"), ("--labels", "null"), ("--trainer.precision", "bf16-true"), ("--batch_size", "2")):
         assert open_study(tmp_path, *flags).missing([UNGUIDED], range(4)) != []
+
+
+def weak(tmp_path):
+    """Autoguidance by a weaker network in a file."""
+    path = tmp_path / "weak.safetensors"
+    return Setting(sampler=UNGUIDED.sampler, guidances={"autoguidance": Autoguidance(scale=1.0, checkpoint=str(path))})
+
+
+def test_features_of_a_weaker_network_that_was_replaced_are_not_used_again(tmp_path):
+    setting, study = weak(tmp_path), open_study(tmp_path)
+    write_grey_unet(tmp_path / "weak.safetensors", num_res_blocks=2)
+    before = sampled(study, setting, range(4)).pooled
+    assert open_study(tmp_path).missing([setting], range(4)) == []
+    write_grey_unet(tmp_path / "weak.safetensors")
+    assert open_study(tmp_path).missing([setting], range(4)) != []
+    assert not torch.equal(sampled(open_study(tmp_path), setting, range(4)).pooled, before)
+    with refused("`autoguidance.checkpoint`", tmp_path / "weak.safetensors"):
+        study.sample([setting], range(8))  # its first features are of the file before
+
+
+def test_features_without_further_weight_files_have_the_place_that_they_always_had(tmp_path):
+    study = open_study(tmp_path)
+    study.sample([GUIDED], range(4))
+    (path,) = study.folder.rglob("*.npz")
+    assert path.parent.name == json_sha256({**study.identity, **GUIDED.values})[:16]
+
+
+def test_features_of_other_weights_or_code_of_the_extractor_are_not_used_again(tmp_path):
+    study = open_study(tmp_path)
+    assert "extractor_version" not in study.identity  # features of earlier versions of sagl are found
+    study.sample([UNGUIDED], range(4))
+    assert open_study(tmp_path).missing([UNGUIDED], range(4)) == []
+    for version in ("a", "b"):
+        other = open_study(tmp_path, version=version)
+        assert other.missing([UNGUIDED], range(4)) != []
+        other.sample([UNGUIDED], range(4))
 
 
 def test_metrics_and_differences_are_those_of_the_metrics_package():

@@ -42,6 +42,21 @@ def use_fast_extractors(monkeypatch, cache):
     monkeypatch.setenv("SAGL_CACHE", str(cache))
 
 
+def serve_files(monkeypatch, folder):
+    """Download the files of a folder in place of those of any host; return the list of addresses that are asked for."""
+    addresses = []
+
+    def download(url, target, *, check, **_):
+        addresses.append(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / url.rpartition("/")[2]).read_bytes())
+        check(target)
+        return target
+
+    monkeypatch.setattr("sagl.data.webdataset_files.download", download)
+    return addresses
+
+
 def random_images(count, seed, size=16):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagl.errors import UserError
-from sagl.metrics.extractors import EXTRACTORS, get_extractor
+from sagl.metrics.extractors import EXTRACTORS, extractor_version, get_extractor
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 
 CPU = torch.device("cpu")
@@ -23,6 +23,34 @@ def test_a_function_is_found_by_its_full_name():
     assert get_extractor("effnet_lite0_64") is EXTRACTORS["effnet_lite0_64"]
     extract = get_extractor(f"{__name__}.brightness")(CPU)
     assert extract(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)).flatten().tolist() == [7.0, 7.0]
+
+
+def test_other_code_or_weights_under_one_name_have_another_version(tmp_path, monkeypatch):
+    def extract(images):
+        return images.float()
+
+    name, file = "extractor_of_mine.load", tmp_path / "extractor_of_mine.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for scale, weights in ((1, ""), (1, ""), (2, ""), (2, "a"), (2, "b")):
+        file.write_text(f"def load(device):\n    return lambda images: {scale} * images.float()\n")
+        extract.version = weights
+        versions.append(extractor_version(name, extract))
+    assert versions[0] == versions[1]
+    assert len(set(versions)) == 4
+    extract.version = ""
+    assert extractor_version("inception", extract) == ""
+
+
+def test_a_function_has_the_version_of_the_module_that_defines_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "names_of_mine.py").write_text("from code_of_mine import load\n")
+    code = tmp_path / "code_of_mine.py"
+    code.write_text("def load(device):\n    return lambda images: images.float()\n")
+    before = extractor_version("names_of_mine.load", brightness)
+    code.write_text("def load(device):\n    return lambda images: 2 * images.float()\n")
+    assert extractor_version("names_of_mine.load", brightness) != before != ""
+    assert extractor_version("os.getpid", brightness) != ""
 
 
 @pytest.mark.parametrize("name", ["inception_of_mine", "no.such.module.f", f"{__name__}.missing", f"{__name__}.COUNT"])

@@ -9,8 +9,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from sagl.errors import UserError
 from sagl.metrics import inception as module
 from sagl.metrics.extractors import EXTRACTORS
-from sagl.metrics.features import describe_resize, extract_features
+from sagl.metrics.features import describe_resize, extract_features, weights_version
 from sagl.metrics.inception import tf1_resize_bilinear
+from sagl.utils.files import sha256
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -115,6 +116,13 @@ def test_a_single_channel_is_repeated(extract):
     grey = IMAGES[:1, :1]
     assert torch.equal(extract(grey).pooled, extract(grey.expand(-1, 3, -1, -1)).pooled)
     assert "as TensorFlow 1 does" in describe_resize(extract)
+
+
+def test_weights_other_than_the_published_ones_have_the_version_of_their_content(file, extract, monkeypatch):
+    assert weights_version(extract) == sha256(file)[:16]
+    monkeypatch.setenv("SAGL_INCEPTION", str(file))
+    monkeypatch.setattr(module, "FILE", f"weights-{sha256(file)[:8]}.pth")
+    assert weights_version(EXTRACTORS["inception"](CPU)) == ""
 
 
 def test_the_weights_are_found_in_both_caches(file, tmp_path, monkeypatch):
