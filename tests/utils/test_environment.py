@@ -96,7 +96,6 @@ def test_processes_share_the_cores_but_tasks_of_slurm_have_their_own(tasks, core
     assert environment.cores_per_process(4) == cores
 
 
-
 @pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
 def test_threads_are_no_more_than_cores_unless_the_user_sets_them(setting, threads, monkeypatch):
     before = torch.get_num_threads()
