@@ -301,7 +301,7 @@ def training_loader(
         step_size <= largest,
         f"`global_batch_size` must be at most {len(dataset)}, the number of training images, got "
         f"{step_size * world_size}: {num_accumulated} batches of {settings.batch_size} on each of {world_size} "
-        "processes.",
+        "processes. Choose a smaller one.",
     )
     sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size, step_size=step_size)
     return ResumableDataLoader(dataset, sampler, settings, corrupt_log)
