@@ -189,7 +189,7 @@ class ImageDataModule(LightningDataModule):
             0 <= self.max_corrupt_fraction <= 1,
             f"`data.max_corrupt_fraction` must be in [0, 1], got {self.max_corrupt_fraction}.",
         )
-        if network := self._network:
+        if network := network_in_training(self.trainer):
             check_classes(self.images.num_classes, network)
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -228,7 +228,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def has_labels(self) -> bool:
-        """Whether the images have classes."""
+        """True if the images have classes."""
         return self.images.num_classes is not None
 
     @property
@@ -238,7 +238,7 @@ class ImageDataModule(LightningDataModule):
 
     def _crop(self, *, random_crop: bool = False, random_flip: bool = False) -> CropResize:
         size, channels = self.image_size, 3
-        if network := self._network:
+        if network := network_in_training(self.trainer):
             size, channels = size or network.image_size, network.in_channels
             require(
                 channels in (1, 3),
@@ -248,10 +248,6 @@ class ImageDataModule(LightningDataModule):
         if not size:
             raise UserError("`data.image_size` must be given without a network.")
         return CropResize(image_size=size, channels=channels, random_crop=random_crop, random_flip=random_flip)
-
-    @property
-    def _network(self) -> UNetSettings | ClassifierSettings | None:
-        return network_in_training(self.trainer)
 
 
 def network_in_training(trainer: Trainer | None) -> UNetSettings | ClassifierSettings | None:

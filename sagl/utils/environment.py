@@ -205,7 +205,7 @@ def set_threads(processes: int = 1) -> int:
     """
     import torch
 
-    share = cores_per_process(processes)
+    share = max(1, available_cpus() // processes)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > share:
         torch.set_num_threads(share)
     return torch.get_num_threads()
