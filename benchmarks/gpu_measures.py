@@ -75,7 +75,8 @@ def seconds(machine: Machine, function: Callable[[], object], repeats: int = 3) 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a share of the largest value."""
-    return float((actual.detach().cpu().double() - expected.detach().double()).abs().max() / expected.abs().max())
+    actual, expected = actual.detach().cpu().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def kernels(machine: Machine) -> None:

@@ -7,12 +7,12 @@ import pytest
 from tests.helpers.commands import (
     LOSS_SECOND_MOMENT,
     MODEL,
-    OVERFLOWING,
     checkpoint_of,
     curves,
     differences,
     logs,
     losses_in,
+    overflow,
     write_folder_config,
 )
 
@@ -70,7 +70,7 @@ def test_two_processes_have_the_losses_of_one_in_float32(fit, two, record_proper
 @pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one_in_float64_and_skip_the_same_batches(fit, record_property):
     flags = ["--trainer.precision", "64-true"]
-    one, two = (fit(f"{ranks}64", ranks, *flags, program=OVERFLOWING) for ranks in (1, 2))
+    one, two = (fit(f"{ranks}64", ranks, *flags, prepare=overflow) for ranks in (1, 2))
     by_one, by_two = checkpoint_of(one.finish()), checkpoint_of(two.finish())
     record_property("largest difference of weights", worst := largest_difference(by_one, by_two))
     assert worst < 1e-9

@@ -15,6 +15,7 @@ from sagl.sampling.run_folder import iter_samples, list_shards
 from sagl.utils.run_lock import lock_folder
 from tests.helpers.commands import exit_code
 from tests.helpers.networks import write_grey_unet
+from tests.helpers.processes import Process
 
 COUNT, BATCH = 90, 3
 FLAGS = ["--sampler", "ddpm", "--respacing", 30, "--num_samples", COUNT, "--batch_size", BATCH, "--exports", "npz"]
@@ -34,15 +35,12 @@ def sampling(network, tmp_path):
     """Start the command with one thread per process in a session of its own, which ends with the test."""
     processes_started = []
 
-    def start(name, processes, *flags, env=None, **options):
-        command = [sys.executable, "-m", "sagl.cli", "sample", "--checkpoint", network, "--output", tmp_path / name]
-        command += [*FLAGS, "--trainer.devices", processes, *flags]
-        full_env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        with (tmp_path / f"{len(processes_started)}.output").open("w") as log:
-            process = subprocess.Popen(
-                [str(part) for part in command], env=full_env, stdout=log, stderr=log, start_new_session=True, **options
-            )
-        process.output = tmp_path / f"{len(processes_started)}.output"
+    def start(name, processes, *flags, prepare=os.setsid, variables=None):
+        command = ["sample", "--checkpoint", network, "--output", tmp_path / name, *FLAGS]
+        command += ["--trainer.devices", processes, *flags]
+        variables, log = {"OMP_NUM_THREADS": "1", **(variables or {})}, tmp_path / f"{len(processes_started)}.output"
+        process = Process(command, Path.cwd(), log, variables, prepare=prepare)
+        process.output = log
         processes_started.append(process)
         return process
 
@@ -51,6 +49,12 @@ def sampling(network, tmp_path):
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+
+
+def start_session_with_small_files():
+    """Start a session whose processes cannot write files of more than 2,000 bytes."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
 
 def sample_here(network, folder, *flags):
@@ -72,8 +76,7 @@ def files(folder):
 
 
 def wait_for_success(run):
-    run.wait(TIMEOUT_SECONDS)
-    assert run.returncode == 0, run.output.read_text()
+    assert run.wait(TIMEOUT_SECONDS) == 0, run.output.read_text()
     return run.output.read_text()
 
 
@@ -125,8 +128,7 @@ def test_kills_damage_and_other_numbers_of_processes_change_no_byte(expected, sa
             os.killpg(run.pid, signal.SIGKILL)
         else:
             os.kill(run.pid if victim == "first" else others[-1], signal.SIGKILL)
-        run.wait(TIMEOUT_SECONDS)
-        assert run.returncode == -signal.SIGKILL
+        assert run.wait(TIMEOUT_SECONDS) == -signal.SIGKILL
         wait_for(lambda others=others: not any(map(is_alive, others)))
     num_shards = len(list_shards(folder))
     assert 0 < num_shards < COUNT // BATCH
@@ -149,11 +151,11 @@ def test_a_run_that_another_command_holds_is_not_changed(network, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_full_disk_of_one_process_ends_all_with_one_line_and_the_run_can_be_continued(expected, sampling, tmp_path):
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
-    run = sampling("run", 2, env={"PYTHONDONTWRITEBYTECODE": "1"}, preexec_fn=small)
-    run.wait(TIMEOUT_SECONDS)
+    variables = {"PYTHONDONTWRITEBYTECODE": "1"}
+    run = sampling("run", 2, prepare=start_session_with_small_files, variables=variables)
+    exit_code = run.wait(TIMEOUT_SECONDS)
     output = run.output.read_text()
-    assert run.returncode == 2, output
+    assert exit_code == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("sagl sample:")]
     assert "--output" in line
     assert "Traceback" not in output

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from sagl.models.checkpoints import build_head, read_checkpoint
 from sagl.models.direction_head import network_rms
 from tests.helpers.commands import checkpoint_of, differences, exit_code, refusal
 from tests.helpers.networks import grey_unet, write_grey_unet
+from tests.helpers.processes import run_program
 from tests.helpers.training import IGNORED_WARNINGS
 
 pytestmark = IGNORED_WARNINGS
@@ -82,14 +82,15 @@ def test_samples_of_a_head_cost_one_evaluation_a_step_and_record_it(head, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_sample_the_bytes_of_one(head, tmp_path):
-    command = [sys.executable, "-m", "sagl.cli", "sample", "--checkpoint", head.with_name("net.safetensors"), *GUIDED]
+    command = ["sample", "--checkpoint", head.with_name("net.safetensors"), *GUIDED]
     command += ["--sag.direction_head", "auto", "--trainer.accelerator", "cpu"]
     shards = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        flags = [str(part) for part in (*command, "--output", folder, "--trainer.devices", processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(flags, env=environment, start_new_session=True, check=True, timeout=100)
+        arguments = [*command, "--output", folder, "--trainer.devices", processes]
+        log, variables = tmp_path / f"{processes}.output", {"OMP_NUM_THREADS": "1"}
+        code, output = run_program(arguments, Path.cwd(), log, variables=variables, prepare=os.setsid)
+        assert code == 0, output
         shards.append({path.name: path.read_bytes() for path in folder.glob("shards/*.tar")})
     assert len(shards[0]) == 2
     assert shards[0] == shards[1]

@@ -1,12 +1,10 @@
 """Commands in this process, and trainings in child processes which tests kill, resume and compare."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from tensorboard.util import tensor_util
 from sagl import cli
 from tests.helpers.files import contents
 from tests.helpers.networks import GREY
+from tests.helpers.processes import Process
 
 MODEL = {"network": {**GREY, "dropout": 0.1}, "optimizer": {"learning_rate": 1e-4}, "label_dropout": 0.2}
 MODEL |= {"diffusion": {"noise_schedule": "cosine"}}
@@ -72,16 +71,20 @@ def refusal(capture, folder, *arguments, names=()):
 
 
 class Fit:
-    """`sagl fit` in one child process, or in several as torchrun starts them."""
+    """`sagl fit` in one child process, or in several as torchrun starts them.
 
-    def __init__(self, config, output, *flags, ranks=1, program=("-m", "sagl.cli")):
+    `prepare` is a function that is called in each process before the command.
+    """
+
+    def __init__(self, config, output, *flags, ranks=1, prepare=None):
         self.output, self.log = output, output.with_suffix(".output")
         self.first_save, self.first_logs = save_time(output), logs(output)
-        command = [sys.executable, *program, "fit", "--config", str(config), "--output", str(output), *flags]
+        command = ["fit", "--config", config, "--output", output, *flags]
         if ranks > 1:
-            command += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
-        with self.log.open("a") as log:
-            self.processes = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for env in environments(ranks)]
+            command += ["--trainer.devices", ranks, "--trainer.strategy", "ddp"]
+        self.processes = [
+            Process(command, Path.cwd(), self.log, variables, prepare=prepare) for variables in environments(ranks)
+        ]
 
     def wait(self, timeout=100):
         """Wait for the end; return the exit codes."""
@@ -134,8 +137,8 @@ class Fit:
 
 
 def environments(ranks):
-    """Return the environment of each process: one thread, and torchrun's variables for several processes."""
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    """Return the variables of each process: one thread, and torchrun's variables for several processes."""
+    base = {"OMP_NUM_THREADS": "1"}
     if ranks == 1:
         return [base]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -143,10 +146,6 @@ def environments(ranks):
     shared = {**base, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "run"}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-OVERFLOWING = ("-c", "from tests.helpers.commands import overflow; from sagl import cli; overflow(); cli.run()")
-"""The command line with losses that are not finite at times."""
 
 
 def overflow():
