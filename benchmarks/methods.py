@@ -2,7 +2,7 @@ r"""Guidance methods side by side on one network, each at its best scale, beside
 
     python benchmarks/methods.py --sampler unipc --respacing logsnr10 --labels null --sag.scale 0 --output methods
     python benchmarks/methods.py --model fashion_mnist --labels balanced --methods SAG CFG --sampler unipc \
-        --respacing logsnr10 --sag.scale 0 --output garments
+        --respacing logsnr10 --sag.scale 0 --output fashion
 
 Takes the flags of `sagl sample`. The values of each method in METHODS are compared over --choice_samples ids from 0 on;
 the best is reported over --num_samples other ids, from --first_id on, with paired intervals. Features of all images are
@@ -39,12 +39,12 @@ UNSHAPED, OFF_UNSHARP = {"sag.shape": ("none",)}, {"sag.shape": ("off_unsharp",)
 """Shapes of SAG, whatever the network recommends."""
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "SAG": {"sag.scale": SCALES, **UNSHAPED},
-    "SAG, off the unsharp mask": {"sag.scale": SCALES, **OFF_UNSHARP},
-    "SAG, off the unsharp mask, every second step": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.renew_every": ("2",)},
+    "SAG, off_unsharp": {"sag.scale": SCALES, **OFF_UNSHARP},
+    "SAG, off_unsharp, every second step": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.renew_every": ("2",)},
     "SAG, every second step": {"sag.scale": SCALES, **UNSHAPED, "sag.renew_every": ("2",)},
     "SAG, every fourth step": {"sag.scale": SCALES, **UNSHAPED, "sag.renew_every": ("4",)},
-    "SAG, off the unsharp mask, shallow": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.reuse_before": ("output.3",)},
-    "SAG, off the unsharp mask, shallow, every second step": {
+    "SAG, off_unsharp, shallow": {"sag.scale": SCALES, **OFF_UNSHARP, "sag.reuse_before": ("output.3",)},
+    "SAG, off_unsharp, shallow, every second step": {
         "sag.scale": SCALES,
         **OFF_UNSHARP,
         "sag.reuse_before": ("output.3",),

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from sagl.callbacks.checkpointing import ResumableCheckpoint
 from sagl.configuration.parser import Parser, from_namespace
 from sagl.errors import require
+from sagl.models.adm import Classifier, UNet
 from sagl.models.transfer import load_initial_weights
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.settings.training import CheckpointSettings
@@ -52,7 +53,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
             return
         trainer, module, data, _ = prepare_evaluation(parser, config)
         assert not isinstance(module, DirectionHeadModule)
-        load_initial_weights(module.network, config.checkpoint, config.weights)
+        _load_weights(module.network, config)
         report_slow_precision(trainer.precision, trainer.strategy.root_device)
         with refuse_out_of_memory(*MEMORY_HINT):
             (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
@@ -66,8 +67,8 @@ def fit(parser: Parser, config: Namespace) -> None:
         Interrupted: a stop signal ended the training after a save.
     """
     trainer, module, data, resume_from = prepare_fit(parser, config, from_namespace(CheckpointSettings, config))
-    if config.checkpoint and resume_from is None and not isinstance(module, DirectionHeadModule):
-        load_initial_weights(module.network, config.checkpoint, config.weights)
+    if resume_from is None and not isinstance(module, DirectionHeadModule):
+        _load_weights(module.network, config)
     report_slow_precision(trainer.precision, trainer.strategy.root_device)
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
     with (
@@ -76,3 +77,12 @@ def fit(parser: Parser, config: Namespace) -> None:
         on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
     ):
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+
+
+def _load_weights(network: UNet | Classifier, config: Namespace) -> None:
+    """Load the weights of `checkpoint` if it is given, and say on rank 0 if they are random or were adapted."""
+    message = "The training starts from random weights, as there is no checkpoint."
+    if config.checkpoint:
+        message = load_initial_weights(network, config.checkpoint, config.weights)
+    if message and global_rank() == 0:
+        print(message)

@@ -21,8 +21,11 @@ DEGRADED = "degraded_emb"
 """Embedding (width,) that is added if x_t was degraded."""
 
 
-def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: str = "ema") -> None:
-    """Load weights from a file, or of a network by its name, and print how its classes were adapted.
+def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: str = "ema") -> str:
+    """Load weights from a file, or of a network by its name.
+
+    Returns:
+        A message on how its classes were adapted; empty if they match.
 
     Raises:
         UserError: the checkpoint cannot be read, or has weights of other shapes.
@@ -30,8 +33,7 @@ def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: s
     path = Path(checkpoint)
     is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
     state_dict = read_state_dict(path, weights) if is_file else load(checkpoint, weights).state_dict
-    if message := load_pretrained_weights(network, state_dict):
-        print(message)
+    return load_pretrained_weights(network, state_dict) or ""
 
 
 def load_pretrained_weights(network: UNet | Classifier, state_dict: Mapping[str, Tensor]) -> str | None:

@@ -297,10 +297,16 @@ class SamplingRun:
     # ------------------------------------------------------------------------------------------------- exports
 
     def missing_exports(self) -> list[str]:
-        """Return the exports that were not made from all images in the folder."""
+        """Return the exports that were not made from all images in the folder, or were deleted."""
         count = count_images(self.folder)
         requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= DEFAULT_EXPORTS_MAX_IMAGES else ())}
-        return [name for name in EXPORTS if name in requested and self.metadata["exports"].get(name) != count]
+        made = [
+            name
+            for name, patterns in EXPORTS.items()
+            if self.metadata["exports"].get(name) == count
+            and all(any(self.folder.glob(pattern.strip("/"))) for pattern in patterns.split(", "))
+        ]
+        return [name for name in EXPORTS if name in requested and name not in made]
 
     def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
         """Write the missing exports, and record them in run.json.

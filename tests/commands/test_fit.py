@@ -219,6 +219,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint_and_frozen_ones_remain
     output = capsys.readouterr().out
     assert "11" in output  # rows of the label embedding with the null label, before and after
     assert "13" in output
+    assert "random weights" not in output
     first, second = recorder.weights
     expected = build_network(read_checkpoint(last(run))).state_dict()
     del expected["label_emb.weight"]
@@ -254,10 +255,13 @@ def test_what_the_trainer_refuses_during_a_fit_is_one_line(config, tmp_path, cap
     assert "val_check_interval" in line
 
 
-def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone(config, tmp_path):
+def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone_and_says_how_it_starts(
+    config, tmp_path, capsys
+):
     options = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "1"]
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 0
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["config.yaml"]
+    assert "random weights" in capsys.readouterr().out
 
 
 def test_a_fit_without_an_output_folder_is_refused(config, capsys):

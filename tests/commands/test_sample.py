@@ -236,6 +236,15 @@ def test_the_batch_size_of_a_run_remains_unless_it_is_set(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------- exports and dry runs
 
 
+@pytest.mark.parametrize("name", ["grid.png", "images", "samples_6x8x8x3.npz"])
+def test_the_same_command_writes_a_deleted_export_again(name, compared, tiny, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "run")
+    shutil.rmtree(folder / name) if name == "images" else (folder / name).unlink()
+    sample(folder, "--num_samples", "6", "--compare", *GUIDED, network=tiny)
+    names = [{str(path.relative_to(run)) for path in contents(run)} for run in (folder, compared)]
+    assert names[0] == names[1]
+
+
 def test_large_runs_have_only_the_requested_exports(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sagl.sampling.run.DEFAULT_EXPORTS_MAX_IMAGES", 1)
     folder = sample(tmp_path / "run", *TWO, "--exports", "npz", network=tiny)
