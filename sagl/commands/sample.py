@@ -18,7 +18,7 @@ from sagl.utils.distributed import (
     refuse_on_all_ranks,
     select_device,
 )
-from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, set_threads
+from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, refuse_out_of_memory, set_threads
 from sagl.utils.files import remove_partial
 from sagl.utils.progress import ProgressReporter
 
@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
         return
     command = shlex.join(["sagl", "sample", *arguments])
     if config.dry_run:
-        print_cost(config, SamplingRun.open(config, command))
+        with refuse_out_of_memory("batch_size"):
+            print_cost(config, SamplingRun.open(config, command))
         return
     with ExitStack() as stack:
         with refuse_on_all_ranks(config.devices):
@@ -82,10 +83,9 @@ def sample_missing(
                 progress.update(run.count_sampled(batches))
 
             for ids in ranks.share(batches):
-                start = time.monotonic()
-                nfe = run.write_batch(pipeline, ids, progress)
+                nfe, seconds = run.write_batch(pipeline, ids, progress)
                 if ranks.rank == 0:
-                    run.record_batch(pipeline, nfe, (time.monotonic() - start) * ranks.world_size)
+                    run.record_batch(pipeline, nfe, seconds * ranks.world_size)
                     update_progress()
             ranks.wait(update_progress)
             update_progress()  # another rank may have written the last shard after the last poll
@@ -114,7 +114,8 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
 def print_summary(run: SamplingRun) -> None:
     """Print the content of the run folder, its cost and the next commands."""
     count, cost = count_images(run.folder), run.metadata
-    print(f"{count} images in {run.folder}. Computing time of all processes: {cost['seconds']:.1f} s.")
+    rest = " without that of unguided images" if run.config.compare else ""
+    print(f"{count} images in {run.folder}. Computing time of all processes{rest}: {cost['seconds']:.1f} s.")
     print(
         f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
         f"{cost['seconds'] / count:.3g} s."
@@ -143,9 +144,11 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
                 x.sum().item()  # waits for a GPU
                 seconds = (time.monotonic() - start) / prediction.nfe
     evaluations = pipeline.nfe + pipeline.unguided.nfe * config.compare
-    num_batches = len(run.missing_batches())
+    num_batches, num_ranks = len(run.missing_batches()), num_processes(config.devices)[1]
+    duration = seconds * evaluations * -(-num_batches // num_ranks)
+    shared = f" in {num_ranks} processes" if num_ranks > 1 else ""
     print(
         f"{settings.num_samples} images, {pipeline.nfe:g} network evaluations each, {num_batches} batches of "
-        f"{len(ids)} to do: about {seconds * evaluations * num_batches:.1f} s ({seconds:.3f} s per evaluation of "
-        f"{len(ids)} images), {peak_gigabytes():.1f} GB of memory. Nothing was written."
+        f"{len(ids)} to do{shared}: about {duration:.1f} s ({seconds:.3f} s per evaluation of {len(ids)} images), "
+        f"{peak_gigabytes():.1f} GB of memory. Nothing was written."
     )

@@ -7,6 +7,7 @@ from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext
 from sagl.settings.guidance import ClassifierGuidance
 from sagl.shapes import Image
+from sagl.utils.environment import strictly_deterministic
 
 
 def build_classifier_guidance(settings: ClassifierGuidance, context: GuidanceContext) -> Guidance:
@@ -28,6 +29,8 @@ def build_classifier_guidance(settings: ClassifierGuidance, context: GuidanceCon
             x = x_t.detach().clone().requires_grad_()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             log_prob = log_p.gather(1, condition.labels.clone()[:, None]).sum()
-            return GuidanceTerm(score=settings.scale * torch.autograd.grad(log_prob, x)[0])
+            with strictly_deterministic():
+                (gradient,) = torch.autograd.grad(log_prob, x)
+            return GuidanceTerm(score=settings.scale * gradient)
 
     return Guidance(term=term, extra_nfe=0)

@@ -102,13 +102,14 @@ def read_checkpoint(
     )
 
 
-def read_state_dict(path: Path, weights: str = "ema") -> Mapping[str, Tensor]:
-    """Read the weights of a file, with or without settings; see `read_checkpoint`.
+def read_state_dict(path: Path, weights: str = "ema") -> tuple[Mapping[str, Tensor], NetworkSettings | None]:
+    """Read the weights of a file, and the settings of its network if it has them; see `read_checkpoint`.
 
     Raises:
         UserError: As `read_checkpoint`.
     """
-    return _read(path, weights)[0]
+    state_dict, metadata = _read(path, weights)
+    return state_dict, settings_from_metadata(metadata, path)[0] if metadata else None
 
 
 def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:
@@ -218,7 +219,8 @@ def meta_state_dict(settings: NetworkSettings) -> dict[str, Tensor]:
 def cast_weights(network: AnyNetwork, precision: WeightPrecision, device: torch.device) -> AnyNetwork:
     """Move a network to a device and cast its weights; computations outside of the network stay in float32.
 
-    The first convolution stays float32: in 16 bits, x_t would be rounded by as much as the noise of the last steps.
+    The first convolution computes in float32, with weights that are rounded as all others: in 16 bits, x_t would be
+    rounded by as much as the noise of the last steps.
     """
     network.to(device=device, dtype=DTYPES[precision])
     network.input_blocks[0].float()

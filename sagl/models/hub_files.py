@@ -9,7 +9,8 @@ from urllib.error import HTTPError
 
 from sagl.errors import UserError, require
 from sagl.models.metadata import read_metadata
-from sagl.utils.files import cache_folder
+from sagl.utils.digest_cache import forget_sha256
+from sagl.utils.files import cache_folder, file_version
 
 HUB_PREFIX = "hf:"
 """Prefix of the names of networks on the Hub."""
@@ -44,11 +45,14 @@ def download_from_hub(name: str, argument: str = "model") -> Path:
 
         folder = cache_folder() / "hub" / (f"{repository}@{revision}" if revision else repository)
         offline = not is_reachable()
+        before = file_version(folder / WEIGHT_FILE) if (folder / WEIGHT_FILE).is_file() else None
         path = Path(
             hf_hub_download(
                 repository, WEIGHT_FILE, revision=revision or None, local_dir=folder, local_files_only=offline
             )
         )
+    if file_version(path) != before:
+        forget_sha256(path)
     require(
         bool(read_metadata(path)),
         f"`{argument}` must be a network that sagl push uploaded, and {name} has none: its {WEIGHT_FILE} holds no "

@@ -13,7 +13,7 @@ from sagl.models.checkpoints import read_state_dict
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.state_dicts import check_state_dict
-from sagl.settings.network import UNetSettings
+from sagl.settings.network import NetworkSettings, UNetSettings
 
 LABELS = "label_emb.weight"
 """Label embeddings (classes, width), followed by that of the null label if there is one."""
@@ -31,17 +31,26 @@ def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: s
         UserError: the checkpoint cannot be read, or has weights of other shapes.
     """
     path = Path(checkpoint)
-    is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
-    state_dict = read_state_dict(path, weights) if is_file else load(checkpoint, weights).state_dict
-    return load_pretrained_weights(network, state_dict) or ""
+    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
+        return load_pretrained_weights(network, *read_state_dict(path, weights)) or ""
+    pretrained = load(checkpoint, weights)
+    return load_pretrained_weights(network, pretrained.state_dict, pretrained.model_settings) or ""
 
 
-def load_pretrained_weights(network: UNet | Classifier, state_dict: Mapping[str, Tensor]) -> str | None:
+def load_pretrained_weights(
+    network: UNet | Classifier, state_dict: Mapping[str, Tensor], settings: NetworkSettings | None = None
+) -> str | None:
     """Load weights into a network of the same architecture, which may have other classes.
 
-    New label embeddings start as the mean of the old ones; without old ones they start as zeros, which do not change
-    the output. If only the null label is added or removed, the classes are kept. A classifier with other classes keeps
-    the initial weights of its last layer.
+    New label embeddings start as the mean of the old classes; without old ones they start as zeros, which do not change
+    the output. A null label is kept. If only the null label is added or removed, the classes are kept. A classifier
+    with other classes keeps the initial weights of its last layer.
+
+    Args:
+        network: the network.
+        state_dict: the weights.
+        settings: settings of the network that they are of; None if they are not known, as of a plain state dict, whose
+            label embeddings are then those of classes, as ADM's are.
 
     Returns:
         A message on how the classes were adapted; None if they match.
@@ -53,7 +62,7 @@ def load_pretrained_weights(network: UNet | Classifier, state_dict: Mapping[str,
     if isinstance(network, Classifier):
         message = _adapt_logits(target, source)
     else:
-        message = _adapt_embeddings(network.settings, target, source)
+        message = _adapt_embeddings(network.settings, target, source, settings)
     check_state_dict(target, source, " Only the classes of a checkpoint may differ from those of the network.")
     network.load_state_dict(source)
     return message
@@ -73,7 +82,12 @@ def _adapt_logits(target: Mapping[str, Tensor], source: dict[str, Tensor]) -> st
     )
 
 
-def _adapt_embeddings(settings: UNetSettings, target: Mapping[str, Tensor], source: dict[str, Tensor]) -> str | None:
+def _adapt_embeddings(
+    settings: UNetSettings,
+    target: Mapping[str, Tensor],
+    source: dict[str, Tensor],
+    source_settings: NetworkSettings | None,
+) -> str | None:
     """Replace the embeddings in `source` by embeddings of the UNet's shapes."""
     if DEGRADED in target and DEGRADED not in source:
         source[DEGRADED] = torch.zeros_like(target[DEGRADED])  # does not change the output
@@ -85,16 +99,23 @@ def _adapt_embeddings(settings: UNetSettings, target: Mapping[str, Tensor], sour
     if LABELS not in source:
         source[LABELS] = torch.zeros_like(new)
         return f"The checkpoint has no labels: the {len(new)} of the network start as zeros."
-    old, classes = source[LABELS], settings.num_classes or 0
-    if len(old) == len(new):
+    old, has_null = source[LABELS], isinstance(source_settings, UNetSettings) and source_settings.null_label
+    num_old, classes = len(old) - has_null, settings.num_classes or 0
+    if len(old) == len(new) and (has_null == settings.null_label or source_settings is None):
         return None
-    mean = old.float().mean(dim=0, keepdim=True).to(new)
-    if {len(old), len(new)} == {classes, classes + 1}:
-        source[LABELS] = torch.cat([old, mean])[: len(new)]
-        null_label = "starts as the mean of the classes" if len(new) > len(old) else "is dropped"
-        return f"The {classes} classes of the checkpoint are kept; the null label {null_label}."
-    source[LABELS] = mean.repeat(len(new), 1)
-    return f"The checkpoint has {len(old)} labels: the {len(new)} of the network start as their mean."
+    mean = old[:num_old].float().mean(dim=0, keepdim=True).to(new)
+    rows = old[:num_old] if num_old == classes else mean.repeat(classes, 1)
+    null_row = old[num_old:] if has_null else mean
+    source[LABELS] = torch.cat([rows.to(new), null_row.to(new)])[: len(new)]
+    kept = num_old == classes
+    message = (
+        f"The {classes} classes of the checkpoint are kept"
+        if kept
+        else (f"The checkpoint has {num_old} classes: the {classes} of the network start as their mean")
+    )
+    if has_null != settings.null_label:
+        message += "; the null label is dropped" if has_null else "; the null label starts as the mean of the classes"
+    return f"{message}."
 
 
 def freeze(network: UNet | Classifier, patterns: Sequence[str]) -> None:

@@ -54,7 +54,10 @@ def sample_batch(
     require(
         bool(images.isfinite().all()),
         "`sag.scale` and other guidance scales must leave the images finite, but these overflowed. Lower the "
-        "scales, or set `trainer.precision` to 32-true.",
+        "scales, or set `trainer.precision` to 32-true."
+        if pipeline.guidances
+        else "`checkpoint` must give finite images, but these overflowed without guidance. Set `trainer.precision` to "
+        "32-true, or use other weights.",
     )
     return SampledBatch(labels, images, mask_frequency, sum(nfe))
 

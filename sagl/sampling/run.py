@@ -5,6 +5,7 @@ torch is imported inside the functions that compute, so that a request can be re
 
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -250,11 +251,14 @@ class SamplingRun:
             network.compile(dynamic=False)  # all batches have the same size
         return network, checkpoint.diffusion
 
-    def write_batch(self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter) -> float:
+    def write_batch(
+        self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter
+    ) -> tuple[float, float]:
         """Sample the whole batch that contains these ids, and write the images of these ids as a shard.
 
         Returns:
-            The network evaluations per image.
+            The network evaluations per image, and the seconds it took, without those of unguided images for
+            `compare`.
 
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
@@ -264,9 +268,10 @@ class SamplingRun:
         samples, unguided = self.config.samples, None
         if self.config.compare:
             unguided = sample_images(pipeline.unguided, samples, ids, progress.track_steps)
+        start = time.monotonic()
         batch = sample_images(pipeline, samples, ids, progress.track_steps)
         self.write_samples(pipeline, make_samples(samples.seed, batch, unguided))
-        return batch.nfe
+        return batch.nfe, time.monotonic() - start
 
     def write_samples(self, pipeline: "SamplingPipeline", samples: Sequence[Sample]) -> None:
         """Write the samples of a batch as a shard.
@@ -275,7 +280,9 @@ class SamplingRun:
             UserError: the shard cannot be written.
         """
         if not is_run(self.folder):  # a run that never gets an image leaves no folder behind
-            write_run_json(self.folder, self.metadata | pipeline.cost(pipeline.nfe))
+            metadata = self.metadata | pipeline.cost(pipeline.nfe)  # takes seconds at the first call
+            if not is_run(self.folder):  # another process may have recorded a batch meanwhile
+                write_run_json(self.folder, metadata)
         write_shard(self.folder, samples)
 
     def record_batch(self, pipeline: "SamplingPipeline", nfe: float, seconds: float) -> None:

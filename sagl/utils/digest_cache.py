@@ -27,7 +27,7 @@ def cached_sha256(path: Path) -> str:
         UserError: The file does not exist, or its content has changed since the first call.
     """
     require(path.is_file(), f"`path` must be a file, but {path} does not exist. Download it again.")
-    record_path = path.with_name(path.name + ".sha256")
+    record_path = _record_path(path)
     stat, record = path.stat(), _read_record(record_path)
     if record and (record["length"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
         return str(record["sha256"])
@@ -41,6 +41,15 @@ def cached_sha256(path: Path) -> str:
     with suppress(UserError), cache_file(record_path, "path") as partial:
         partial.write_text(json.dumps(record) + "\n")
     return digest
+
+
+def forget_sha256(path: Path) -> None:
+    """Delete the stored digest of a file that was replaced on purpose."""
+    _record_path(path).unlink(missing_ok=True)
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
 
 
 def _read_record(path: Path) -> dict[str, object]:

@@ -125,13 +125,32 @@ def disable_tf32() -> None:
 def use_deterministic_algorithms() -> None:
     """Let the gradients of classifier guidance have the same bits every time; on GPUs some sums have a random order.
 
-    Call it before the first product on a GPU. Operations without a deterministic algorithm still run, with a warning.
+    Call it before the first product on a GPU. Operations without a deterministic algorithm still run, with a warning,
+    but for those inside of `strictly_deterministic`.
     """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def strictly_deterministic() -> Iterator[None]:
+    """After `use_deterministic_algorithms`, refuse operations in the body that have no deterministic algorithm.
+
+    The gradients of scaled_dot_product_attention have one that PyTorch chooses in this mode alone.
+    """
+    import torch
+
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if was_enabled:
+        torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_enabled, warn_only=warn_only)
 
 
 # --------------------------------------------------------------------------------------------------- memory

@@ -1,7 +1,7 @@
 """`sagl push` and `--model hf:…`, against a server with the Hub's interface on this machine."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -75,6 +75,19 @@ def test_a_network_of_the_hub_is_converted_and_stays_in_the_cache(hub, run, weig
     assert again.recommended == original.recommended
     code, output = run("convert", "hf:me/cached", "offline.safetensors", address="http://127.0.0.1:9")
     assert code == 0, output
+
+
+def test_new_weights_of_a_repository_are_used(run, weights, tmp_path):
+    digests = set()
+    for name in ("first", "second"):
+        checkpoint = grey_weights()
+        state_dict = {key: tensor * (1.01 if name == "second" else 1) for key, tensor in checkpoint.state_dict.items()}
+        write_checkpoint(replace(checkpoint, state_dict=state_dict), weights)
+        assert run("push", "tiny.safetensors", "me/updated", "--licence", "mit")[0] == 0
+        code, output = run("sample", "--model", "hf:me/updated", *SHORT, "--output", name)
+        assert code == 0, output
+        digests.add(json.loads((tmp_path / name / "run.json").read_text())["settings"]["weights_sha256"])
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize(

@@ -253,10 +253,14 @@ def test_large_runs_have_only_the_requested_exports(tiny, tmp_path, monkeypatch)
     assert {"grid.png", "images", "strip.png", "strip.gif"} < {path.name for path in folder.iterdir()}
 
 
-def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_prints_the_cost_and_writes_nothing(processes, tiny, tmp_path, capsys):
     command = ["sample", "--checkpoint", tiny, "--output", tmp_path / "run", "--num_samples", "6", *GUIDED]
-    assert exit_code(*command, "--dry_run") == 0
-    assert re.search(r"6 images, 8 network evaluations each, 2 batches of 4", capsys.readouterr().out)
+    assert exit_code(*command, "--dry_run", "--trainer.accelerator", "cpu", "--trainer.devices", processes) == 0
+    output = capsys.readouterr().out
+    assert "6 images, 8 network evaluations each, 2 batches of 4" in output
+    total, evaluation = map(float, re.search(r"about ([\d.]+) s \(([\d.]+) s per", output).groups())
+    assert total == pytest.approx(evaluation * 8 * 2 / processes, abs=0.1)
     assert not (tmp_path / "run").exists()
 
 

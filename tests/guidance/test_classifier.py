@@ -42,6 +42,26 @@ def sampled(classifier, scale, sample, variance="learned_range"):
     return [x.clone() for _, x, _ in sample(predict, x, condition, SCHEDULE, noise)]
 
 
+def test_after_use_deterministic_algorithms_the_gradient_is_strictly_deterministic():
+    """The gradient of attention is deterministic in this mode alone."""
+    warn_only = []
+
+    def classifier(x, timesteps):
+        hooked = x.clone()
+        hooked.register_hook(lambda _: warn_only.append(torch.is_deterministic_algorithms_warn_only_enabled()))
+        return linear_classifier(hooked, timesteps)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        score(classifier=classifier)
+        assert warn_only == [False]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    score()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("scale", [-0.5, 1.0, 3.0])
 def test_the_score_is_scale_times_the_gradient_of_the_log_probability(scale):
     x = images()

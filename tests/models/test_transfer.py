@@ -33,15 +33,32 @@ def test_labels_of_an_unconditional_network_change_nothing_at_first():
 
 def test_other_classes_start_as_the_mean_of_the_old():
     old, new = grey_unet(num_classes=3), grey_unet(num_classes=5)
-    message = load_pretrained_weights(new, old.state_dict())
-    assert "4 labels" in message
-    torch.testing.assert_close(new.state_dict()[LABELS][4], old.state_dict()[LABELS].mean(dim=0))
+    message = load_pretrained_weights(new, old.state_dict(), old.settings)
+    assert "3 classes" in message
+    embeddings = old.state_dict()[LABELS]
+    torch.testing.assert_close(new.state_dict()[LABELS][4], embeddings[:3].mean(dim=0))
+    assert torch.equal(new.state_dict()[LABELS][5], embeddings[3])  # the null label
+
+
+@pytest.mark.parametrize("has_null", [False, True])
+def test_the_null_label_does_not_become_one_of_more_classes(has_null):
+    old, new = grey_unet(num_classes=3, null_label=True), grey_unet(num_classes=4, null_label=has_null)
+    embeddings = old.state_dict()[LABELS]
+    message = load_pretrained_weights(new, old.state_dict(), old.settings)
+    assert ("3 classes" in message, "null label" in message) == (True, not has_null)
+    torch.testing.assert_close(new.state_dict()[LABELS][:4], embeddings[:3].mean(dim=0).expand(4, -1))
+
+
+def test_labels_of_unknown_origin_are_classes():
+    old, new = grey_unet(num_classes=4, null_label=False), grey_unet(num_classes=3, null_label=True)
+    assert load_pretrained_weights(new, old.state_dict()) is None
+    assert torch.equal(new.state_dict()[LABELS], old.state_dict()[LABELS])
 
 
 @pytest.mark.parametrize("had_null", [False, True])
 def test_adding_or_removing_the_null_label_keeps_the_classes(had_null):
     old, new = grey_unet(num_classes=3, null_label=had_null), grey_unet(num_classes=3, null_label=not had_null)
-    assert "3 classes" in load_pretrained_weights(new, old.state_dict())
+    assert "3 classes" in load_pretrained_weights(new, old.state_dict(), old.settings)
     torch.testing.assert_close(output(new, torch.tensor([0, 2])), output(old, torch.tensor([0, 2])), rtol=0, atol=0)
     if not had_null:
         torch.testing.assert_close(new.state_dict()[LABELS][3], old.state_dict()[LABELS].mean(dim=0))

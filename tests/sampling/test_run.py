@@ -1,24 +1,64 @@
 from dataclasses import replace
 
+import pytest
+
 from sagl.configuration.sample import parse_sample_config
 from sagl.models.flops import flops_per_evaluation
-from sagl.sampling import run
+from sagl.sampling import batch, run
 from sagl.sampling.pipeline import build_pipeline
-from sagl.sampling.run_folder import read_run_json
+from sagl.sampling.run_folder import read_run_json, write_run_json
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.sampling import SamplerSettings
+from sagl.utils.progress import ProgressReporter
 from tests.helpers.networks import stable_unet
 
+NO_COST = {"settings": {}, "nfe": 0, "flops": 0, "seconds": 0.0, "num_timed_batches": 0}
 
-def test_the_recorded_evaluations_are_the_mean_of_the_batches(tmp_path):
+
+@pytest.fixture
+def pipeline():
+    return build_pipeline(stable_unet(), DiffusionSettings(), SamplerSettings(respacing="2"))
+
+
+def run_in(folder, *flags):
+    config = replace(parse_sample_config(["--labels", "null", *flags]), output=folder)
+    return run.SamplingRun(config=config, checkpoint=folder, network=None, metadata=dict(NO_COST))
+
+
+def test_the_recorded_evaluations_are_the_mean_of_the_batches(pipeline, tmp_path):
     """Guidance methods may decide while they run whether to evaluate the network."""
-    pipeline = build_pipeline(stable_unet(), DiffusionSettings(), SamplerSettings(respacing="2"))
-    metadata = {"settings": {}, "nfe": 0, "flops": 0, "seconds": 0.0, "num_timed_batches": 0}
-    sampling_run = run.SamplingRun(
-        config=replace(parse_sample_config([]), output=tmp_path), checkpoint=tmp_path, network=None, metadata=metadata
-    )
+    sampling_run = run_in(tmp_path)
     for nfe in (2.0, 3.0, 4.0):
         sampling_run.record_batch(pipeline, nfe, 1.5)
     recorded = read_run_json(tmp_path)
     assert (recorded["nfe"], recorded["seconds"]) == (3.0, 4.5)
     assert recorded["flops"] == 3 * flops_per_evaluation(pipeline.network.settings)
+
+
+def test_the_seconds_of_a_batch_are_without_its_unguided_images(pipeline, tmp_path, monkeypatch):
+    seconds, sample_images = [0.0], batch.sample_images
+
+    def sample_with_times(pipeline, *args):
+        seconds[0] += 5 if len(seconds) == 1 else 2
+        seconds.append(0)
+        return sample_images(pipeline, *args)
+
+    monkeypatch.setattr(batch, "sample_images", sample_with_times)
+    monkeypatch.setattr(run.time, "monotonic", lambda: seconds[0])
+    sampling_run = run_in(tmp_path / "run", "--compare", "--num_samples", "2", "--batch_size", "2")
+    with ProgressReporter("sampling", 2, "off") as progress:
+        assert sampling_run.write_batch(pipeline, [0, 1], progress) == (2.0, 2.0)
+
+
+def test_a_record_of_another_process_is_not_replaced_by_that_of_the_beginning(pipeline, tmp_path, monkeypatch):
+    recorded = {**NO_COST, "seconds": 3.0, "num_timed_batches": 1}
+
+    def cost(_, nfe):
+        write_run_json(tmp_path / "run", recorded)  # while this process counts operations
+        return {"nfe": nfe, "flops": 1}
+
+    monkeypatch.setattr(type(pipeline), "cost", cost)
+    sampling_run = run_in(tmp_path / "run", "--num_samples", "2", "--batch_size", "2")
+    with ProgressReporter("sampling", 2, "off") as progress:
+        sampling_run.write_batch(pipeline, [0, 1], progress)
+    assert read_run_json(tmp_path / "run")["num_timed_batches"] == 1
