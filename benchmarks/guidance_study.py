@@ -21,6 +21,7 @@ from sagl.commands.tune import parse_search
 from sagl.configuration.parser import Parser
 from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.data.webdataset_files import local_path
+from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_report
 from sagl.evaluation.study import Measurement, Setting
@@ -30,7 +31,7 @@ from sagl.metrics.bootstrap import Interval
 from sagl.models.zoo import default_reference
 from sagl.sampling.run import SamplingRun
 from sagl.settings.tuning import TuningSettings
-from sagl.utils.distributed import launch
+from sagl.utils.distributed import launch, num_processes
 from sagl.utils.environment import disable_malloc_trim
 
 ALL = 10_000
@@ -56,6 +57,12 @@ def main(arguments: list[str]) -> None:
     """Sample what is missing, network by network, and print a table of each."""
     disable_malloc_trim()
     flags, rows = study_parser().parse(arguments), list[JSONObject]()
+    config = parse_sample_config(arguments, study_parser())
+    require(
+        not flags.also or num_processes(config.devices)[1] == 1,
+        "`devices` must be 1 with --also, as the processes of a command end with its first network. Give "
+        "--trainer.devices 1, or one command for each network.",
+    )
     first: Measurement | None = None
     for variant in ["", *flags.also]:
         first = study_network([*arguments, *shlex.split(variant)], variant or "the first network", first, rows)

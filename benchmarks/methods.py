@@ -162,7 +162,8 @@ def format_table(results: Mapping[str, Any]) -> Iterator[str]:
     yield _line(HEADINGS)
     yield "|---" * len(HEADINGS) + "|"
     for row in _plain_rows(results):
-        difference = _text(row["from_unguided"]) if row["from_unguided"][0] else ""
+        difference = row["from_unguided"]
+        difference = _text(difference) if difference and difference[0] else ""
         yield _line(("plain sampling", row["setting"]["respacing"], *_numbers(row), difference, "", *_shares(row)))
     for name, result in results.items():
         row = result["guided"]
@@ -184,7 +185,7 @@ def plot_front(results: Mapping[str, Any], path: Path) -> None:
         ax.plot(*zip(*plain, strict=True), color="black", marker="o", label="plain sampling")
         for number, (name, result) in enumerate(results.items()):
             row, marker = result["guided"], "sD^vP*X"[number // 10]
-            cost, (estimate, low, high) = row["nfe"], row["from_unguided"]
+            cost, (estimate, low, high) = row["nfe"], row["from_unguided"] or (0.0, 0.0, 0.0)
             x = cost + spacing * (placed[cost] - (by_cost[cost] - 1) / 2)
             placed[cost] += 1
             error = [[max(0.0, estimate - low)], [max(0.0, high - estimate)]]
@@ -207,16 +208,17 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _text(difference: Interval | Sequence[float]) -> str:
-    return "{:+.1f} ({:+.1f} … {:+.1f})".format(*difference)
+def _text(difference: Interval | Sequence[float] | None) -> str:
+    return "{:+.1f} ({:+.1f} … {:+.1f})".format(*difference) if difference else ""
 
 
 def _numbers(row: Mapping[str, Any]) -> tuple[str, str]:
     return f"{round(row['nfe'], 1):g}", f"{row['fd']:,.1f}"
 
 
-def _shares(row: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{row['precision']:.3f}", f"{row['recall']:.3f}"
+def _shares(row: Mapping[str, Any]) -> list[str]:
+    """Return precision and recall; empty without features of the reference."""
+    return [f"{row[name]:.3f}" if name in row else "" for name in ("precision", "recall")]
 
 
 if __name__ == "__main__":

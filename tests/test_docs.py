@@ -86,7 +86,8 @@ def test_every_command_of_the_readme_runs_in_the_order_of_the_page(tmp_path):
     commands = re.findall(r"^\| `sagl ([^`]+)`", (ROOT / "README.md").read_text(), flags=re.M)
     assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (before,) = re.findall(r"^\t\$\(BIN\)/sagl (sample .*)$", (ROOT / "Makefile").read_text(), flags=re.M)  # make sample
+    makefile = (ROOT / "Makefile").read_text()
+    (before,) = re.findall(r"^\t\$\(BIN\)/sagl (sample .*)$", makefile, flags=re.M)  # make sample
     for command in (before, *commands):
         subcommand, *arguments = shlex.split(command)
         run_sagl(tmp_path, subcommand, *arguments, *SHORTER.get(subcommand, []))

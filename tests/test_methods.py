@@ -21,15 +21,27 @@ def test_the_values_to_try_are_settings_of_the_method(method):
     assert [len(values) for key, values in space.items() if key.endswith(".scale")] in ([4], [5])
 
 
-def test_the_best_scale_of_each_method_is_reported_beside_plain_sampling_at_equal_cost(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """A short comparison of methods on a tiny network, with 20 resamples."""
     use_fast_extractors(monkeypatch, tmp_path / "cache")
     write_checkpoint(grey_weights(), tmp_path / "network.safetensors")
     write_npz(tmp_path / "real.npz", 30, 1, size=8)
     flags = ["--checkpoint", tmp_path / "network.safetensors", "--reference", tmp_path / "real.npz", "--labels", "null"]
     flags += ["--num_samples", 8, "--choice_samples", 4, "--batch_size", 4, "--bootstrap", 20, "--progress", "off"]
     flags += ["--sampler", "ddim", "--respacing", 2, "--trainer.accelerator", "cpu", "--output", tmp_path / "out"]
+    return [*map(str, flags), "--methods"]
+
+
+def test_without_resamples_the_table_and_the_figure_have_no_intervals(flags, tmp_path):
+    main([*flags, "history, previous step", "--bootstrap", "0"])
+    assert "(" not in (tmp_path / "out/methods.md").read_text()
+    assert (tmp_path / "out/methods.png").exists()
+
+
+def test_the_best_scale_of_each_method_is_reported_beside_plain_sampling_at_equal_cost(flags, tmp_path, capsys):
     methods = ["PAG", "history, previous step"]
-    main([*map(str, flags), "--methods", *methods])
+    main([*flags, *methods])
     results = json.loads((tmp_path / "out/methods.json").read_text())
     assert list(results) == methods
     assert [results[name]["guided"]["nfe"] for name in methods] == [4, 2]

@@ -133,6 +133,10 @@ class Study:
             if not is_whole(self._path(setting, batch))
         ]
 
+    def num_images(self, ids: range) -> int:
+        """Return the number of images in the whole batches that contain `ids`."""
+        return sum(map(len, self._batches(ids)))
+
     def sample(self, settings: Sequence[Setting], ids: range, title: str = "", progress: ProgressKind = "off") -> None:
         """Sample the missing batches in all ranks, and store their features.
 

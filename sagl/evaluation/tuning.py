@@ -140,16 +140,17 @@ class Tuning:
         return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)
 
     def count_evaluations(self, study: Study) -> float:
-        """Return the largest number of network evaluations that search and report can take."""
+        """Return the largest number of network evaluations that search and report can take, in whole batches."""
         nfe = [study.pipeline_for(candidate).nfe for candidate in self.candidates]
         unguided_nfe = study.pipeline_for(self.candidates[0].unguided).nfe
         configured = configured_setting(self.run)
         configured_nfe = study.pipeline_for(configured).nfe if configured else 0.0
-        search = sum(
-            sum(sorted(nfe, reverse=True)[:size], start=unguided_nfe) * (len(ids) if k == 0 else len(ids) // 2)
-            for k, (size, ids) in enumerate(self.rounds)
-        )
-        return search + len(self.report_ids) * (unguided_nfe + 2 * max(nfe) + configured_nfe)
+        search, sampled = 0.0, 0
+        for size, ids in self.rounds:
+            count = study.num_images(ids)
+            search += (count - sampled) * sum(sorted(nfe, reverse=True)[:size], start=unguided_nfe)
+            sampled = count
+        return search + study.num_images(self.report_ids) * (unguided_nfe + 2 * max(nfe) + configured_nfe)
 
     def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
         """Compare the candidates round by round, in all ranks."""

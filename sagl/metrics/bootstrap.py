@@ -28,7 +28,9 @@ def shifted_interval(estimate: float, values: Tensor) -> Interval:
         estimate: the metric of all samples.
         values: (num_resamples,) the metric of each resample.
     """
-    return Interval(estimate, *_quantiles(values - values.mean() + estimate))
+    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+    low, high = torch.quantile(values - values.mean() + estimate, tails)
+    return Interval(estimate, float(low), float(high))
 
 
 def resample(features: Tensor, metric: Callable[[Tensor], float], *, num_resamples: int, seed: int) -> Tensor:
@@ -50,15 +52,11 @@ def resampled_rows(num_rows: int, num_resamples: int, seed: int) -> Iterator[Ten
 def paired_difference(estimate: float, first: Tensor, second: Tensor) -> Interval:
     """Return the interval of the difference `second - first` of two sets from the values of their resamples.
 
+    It is shifted as that of one set: the bias of the resamples differs between the sets.
+
     Args:
         estimate: difference of the metric of both sets.
         first: (num_resamples,) values of `resample`.
         second: those of the other set, with the same seed.
     """
-    return Interval(estimate, *_quantiles(second - first))
-
-
-def _quantiles(values: Tensor) -> tuple[float, float]:
-    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-    low, high = torch.quantile(values, tails)
-    return float(low), float(high)
+    return shifted_interval(estimate, second - first)

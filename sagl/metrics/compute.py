@@ -42,7 +42,8 @@ def compute_metrics(
 
     Returns:
         fid or fd; with spatial features sfid or sfd; with logits is, the mean over consecutive chunks of 5,000, and
-        is_all, over all images at once; with features of both sets precision, recall and kid or kd.
+        is_all, over all images at once; with features of both sets precision, recall and kid or kd, whose standard
+        deviation is that over subsets, and is left out if a subset is a whole set.
 
     Raises:
         UserError: features that are not finite, too few samples, or different widths.
@@ -57,9 +58,11 @@ def compute_metrics(
         values |= {"is": inception_score_in_chunks(fake.logits), "is_all": inception_score(fake.logits)}
     if fake.features is not None and real.features is not None:
         values |= precision_recall(fake.features, real.features, num_neighbors=s.num_neighbors)._asdict()
-        values[kid], stds[kid] = kernel_distance(
+        values[kid], std = kernel_distance(
             fake.features, real.features, num_subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
         )
+        if s.kid_subset_size < min(len(fake.features), len(real.features)):  # else the subsets of a set are equal
+            stds[kid] = std
     if fake.features is not None and s.bootstrap:
         rows = resampled_rows(len(fake.features), s.bootstrap, s.seed)
         distances = distance.of_resamples(fake.features, rows)

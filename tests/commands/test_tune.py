@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -64,6 +65,19 @@ def test_the_better_half_of_the_candidates_goes_on_and_the_best_is_reported_on_o
     assert result["report"]["recommended"]["setting"] == result["candidates"][int(best)]
     assert result["report_ids"] == [24, 32]
     assert [result["report"][name]["nfe"] for name in ("unguided", "recommended", "plain")] == [2, 4, 4]
+
+
+def test_the_announced_evaluations_are_those_of_whole_batches(tmp_path, arguments, monkeypatch, capsys):
+    nfe, compute = [], Study._compute_features
+
+    def count(study, setting, batch):
+        nfe.append(study.pipeline_for(setting).nfe * len(batch))
+        return compute(study, setting, batch)
+
+    monkeypatch.setattr(Study, "_compute_features", count)
+    assert exit_code(*arguments, tmp_path / "a", "--batch_size", 3) == 0
+    announced = int(re.search(r"most ([\d,]+) network evaluations", capsys.readouterr().out)[1].replace(",", ""))
+    assert announced == sum(nfe) > 0
 
 
 def test_the_recommended_config_gives_the_best_candidate_to_sample(tmp_path, arguments):

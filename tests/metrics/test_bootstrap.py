@@ -40,5 +40,13 @@ def test_resamples_depend_on_the_seed():
     assert interval(*pair, seed=1) != interval(*pair)
 
 
+def test_the_bias_of_resamples_does_not_move_the_interval_of_a_difference():
+    first, second = torch.tensor([10.0, 11, 12, 13, 14]).double(), torch.tensor([22.0, 21, 23, 25, 24]).double()
+    estimate, low, high = paired_difference(5.0, first, second)
+    assert (low + high) / 2 == pytest.approx(estimate, abs=(high - low) / 2)
+    values = second - first
+    assert (low, high) == pytest.approx(tuple(np.quantile(values - values.mean() + 5, [0.025, 0.975])))
+
+
 def test_the_sign_is_second_minus_first():
     assert all(end == pytest.approx(1) for end in interval(features(), features() + 1))
