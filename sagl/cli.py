@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 after a `UserError` or an error of the file system, which are printed as one line; 128 + its
-        number after a signal, except 0 for a training that SIGTERM ends.
+        number after a signal, except 0 for a training that SIGTERM ends after a save.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as end:
         if global_rank() == 0:
             print_error(command, str(end))
-        ends_well = global_rank() > 0 or (command == "fit" and end.number == signal.SIGTERM)
+        ends_well = global_rank() > 0 or (command == "fit" and end.number == signal.SIGTERM and not end.is_lost)
         return 0 if ends_well else 128 + end.number  # launchers kill rank 0 after the failure of another rank
 
 

@@ -15,7 +15,7 @@ from sagl.diffusion.process import add_noise
 from sagl.guidance.masks import average_sites
 from sagl.guidance.sag import attention_sites, blend, build_degrade
 from sagl.sampling.batch import sample_batch
-from sagl.sampling.pipeline import build_pipeline, make_labels
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import id_batches
 from sagl.shapes import ImageUint8
@@ -29,9 +29,21 @@ NUM_SHOWN = 8
 
 def sample_guided(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> ImageUint8:
     """Sample the request's images with these guidances: -> (N, C, H, W) on the CPU."""
-    base, samples, batches = request.pipeline, request.samples, []
-    # outside of inference mode: classifier guidance needs gradients
-    pipeline = build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
+    return sample_pipeline(request, guided_pipeline(request, guidances))
+
+
+def guided_pipeline(request: AnalysisRequest, guidances: Mapping[str, GuidanceSettings]) -> SamplingPipeline:
+    """Return the request's pipeline with these guidances.
+
+    Do not call it in inference mode: classifier guidance needs gradients.
+    """
+    base = request.pipeline
+    return build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
+
+
+def sample_pipeline(request: AnalysisRequest, pipeline: SamplingPipeline) -> ImageUint8:
+    """Sample the request's images with a pipeline, in whole batches: -> (N, C, H, W) on the CPU."""
+    samples, batches = request.samples, []
     for batch in id_batches(samples):
         images = sample_batch(pipeline, samples, batch, request.progress.track_steps).images
         batches.append(to_uint8(images).cpu())

@@ -45,12 +45,18 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     set_threads()
     host, port = listener.getsockname()[:2]
-    print(f"Open http://{host}:{port} in a browser. Ctrl-C ends the page.", flush=True)
+    print(f"Open {page_address(host, port)} in a browser. Ctrl-C ends the page.", flush=True)
     server = make_server(Playground(form))
     try:
         server.run(sockets=[listener])
     except Interrupted as end:
         raise Interrupted(end.number, "the page has ended; images that were not downloaded are gone") from None
+
+
+def page_address(host: str, port: int) -> str:
+    """Return the address of the page in a browser of this machine; of all addresses (0.0.0.0), that of itself."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,12 +15,12 @@ from sagl.models.transfer import load_initial_weights
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.settings.training import CheckpointSettings
 from sagl.training.setup import prepare_evaluation, prepare_fit
-from sagl.training.trainer import report_slow_precision, trainer_errors
-from sagl.utils.distributed import exit_when_parent_dies, global_rank
+from sagl.training.trainer import report_slow_precision
+from sagl.utils.distributed import exit_when_parent_dies, global_rank, lightning_errors
 from sagl.utils.environment import disable_malloc_trim, disable_tf32, refuse_out_of_memory, set_threads
 from sagl.utils.files import NO_SPACE, file_errors
 from sagl.utils.run_lock import lock_folder
-from sagl.utils.signals import on_stop_signal
+from sagl.utils.signals import Interrupted, on_stop_signal
 
 IGNORED_MESSAGES = ("💡 Tip", "TPU available: False", "`weights_only` was not set")
 """Prefixes of messages of Lightning that are not shown, because users cannot act on them."""
@@ -44,7 +44,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
         handler.addFilter(lambda record: not record.getMessage().startswith(IGNORED_MESSAGES))
     if command != "fit":
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with trainer_errors():
+    with lightning_errors():
         if command == "fit":
             require(config.output is not None, "`output` must be a folder, got none.")
             writes = global_rank() == 0 and not config.trainer.fast_dev_run
@@ -74,9 +74,18 @@ def fit(parser: Parser, config: Namespace) -> None:
     with (
         file_errors(Path(config.output), numbers=NO_SPACE),  # of a logger
         refuse_out_of_memory(*MEMORY_HINT),
-        on_stop_signal(savers[0].request_stop) if savers else nullcontext(),
+        on_stop_signal(savers[0].request_stop if savers else _end_without_save),
     ):
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+
+
+def _end_without_save(number: int) -> None:
+    """Handle a stop signal of a training that writes no checkpoints.
+
+    Raises:
+        Interrupted: always.
+    """
+    raise Interrupted(number, "the training has ended, and nothing of it was saved", is_lost=True)
 
 
 def _load_weights(network: UNet | Classifier, config: Namespace) -> None:

@@ -1,9 +1,11 @@
 """Configuration of `sagl sample`. Precedence: flags, config, recommendation of the weight file, defaults."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from sagl.configuration.parser import Parser, field_names, from_namespace
 from sagl.configuration.training import TRAINING_SETTINGS
@@ -100,16 +102,18 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         f"`config` must describe a diffusion model, and {config_names} describes a classifier. Classifiers go into "
         "`classifier.checkpoint`.",
     )
+    checkpoint, weights = _weights_of(sampling, flags)
     source = resolve_network(
         flags.model or model.get("network"),
-        flags.checkpoint or sampling.get("checkpoint"),
+        flags.checkpoint or checkpoint,
         model.get("diffusion"),
-        flags.weights or sampling.get("weights") or "ema",
+        flags.weights or weights or "ema",
     )
     recommended = recommended_settings(source.model, source.checkpoint)
-    set_recommended_defaults(p, recommended)
+    given = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    set_recommended_defaults(p, recommended, given | sampling.keys() - GUIDANCES.keys())
     known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
-    _set_defaults(p, known, f"`config` {config_names}: ")
+    _set_defaults(p, known, f"`config` {config_names}: ", given)
     if recommended or known:  # the first parse found the network, this one has the new defaults
         flags = p.parse(arguments)
     guidances = {
@@ -128,6 +132,32 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         progress=flags.progress,
         dry_run=flags.get("dry_run", False),
     )
+
+
+def _weights_of(sampling: Mapping[str, Any], flags: Namespace) -> tuple[str | None, str | None]:
+    """Return the weight file of a config and which of its weights; None where flags name the network.
+
+    A file without settings of its own is used beside --model, which names its architecture.
+
+    Raises:
+        UserError: they are no texts.
+    """
+    for name in ("checkpoint", "weights"):
+        value = sampling.get(name)
+        require(value is None or isinstance(value, str), f"`{name}` in a config must be a text, got {value!r:.60}.")
+    checkpoint, weights = sampling.get("checkpoint"), sampling.get("weights")
+    if flags.checkpoint or (flags.model and checkpoint and read_metadata(Path(checkpoint))):
+        return None, None
+    return checkpoint, weights
+
+
+def _without(values: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    """Return settings without those of these names, such as sag.scale, which flags replace."""
+    rest = {name: value for name, value in values.items() if name not in names}
+    for group, value in rest.items():
+        if isinstance(value, dict):
+            rest[group] = {name: part for name, part in value.items() if f"{group}.{name}" not in names}
+    return rest
 
 
 # ---------------------------------------------------------------------------------------------- recommendations
@@ -184,9 +214,19 @@ def _device_settings(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             key in names or not similar,
             f"there is no setting 'trainer.{key}'. Did you mean trainer.{similar and similar[0]}?",
         )
-        is_mixed = key == "precision" and str(value).endswith("-mixed")  # for training only
-        if key in names and value is not None and not is_mixed:
+        if key not in names or value is None or (key == "precision" and _is_mixed(str(value))):
+            continue
+        if key == "precision":
+            yield key, f"{value}-true" if str(value) == "32" else value
+        elif key == "accelerator":
+            yield key, "gpu" if value == "cuda" else value
+        else:
             yield key, _to_text(value) if key == "devices" else value
+
+
+def _is_mixed(precision: str) -> bool:
+    """Return whether a precision of Lightning is a mixed one, which is for training only."""
+    return precision.endswith("-mixed") or precision in ("16", "bf16")
 
 
 def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,8 +262,8 @@ def _to_text(value: object) -> str:
 # ----------------------------------------------------------------------------------------------------- defaults
 
 
-def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any]) -> None:
-    """Make recommended settings the defaults of the parser of `sagl sample`.
+def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any], replaced: Set[str] = frozenset()) -> None:
+    """Make recommended settings the defaults of the parser of `sagl sample`, but for the names in `replaced`.
 
     Raises:
         UserError: they are not settings of `sagl sample`, or may not be recommended.
@@ -234,22 +274,27 @@ def set_recommended_defaults(p: Parser, recommended: Mapping[str, Any]) -> None:
             f"`recommended` settings of a weight file may set sampler, labels and guidance, but not {name}. Replace "
             "them: sagl convert FILE NEW_FILE --recommended JSON.",
         )
-    _set_defaults(p, dict(recommended), f"`recommended` must be settings of sagl sample, got {dict(recommended)}: ")
+    source = f"`recommended` must be settings of sagl sample, got {dict(recommended)}: "
+    _set_defaults(p, dict(recommended), source, replaced)
 
 
-def _set_defaults(p: Parser, values: dict[str, Any], source: str) -> None:
-    """Check settings and make them the parser's defaults; messages begin with `source`."""
-    if not values:
-        return
+def _set_defaults(p: Parser, values: dict[str, Any], source: str, replaced: Set[str]) -> None:
+    """Check settings and make them the parser's defaults, but for the names in `replaced`.
+
+    Messages begin with `source`. Settings that contradict each other are left to the end if some of them are replaced.
+    """
+    rest = _without(values, replaced)
     try:
         for group in _groups():
             value = values.get(group, {})
             require(isinstance(value, dict), f"`{group}` must be a mapping of settings, got {value!r}.")
-        namespace = p.parse_object(values)
-        from_namespace(RunSettings, namespace)
-        from_namespace(SamplerSettings, namespace)
-        for group, cls in _groups().items():
-            from_namespace(cls, namespace[group], f"{group}.")
+        namespace = p.parse_object(rest)
+        if rest == values:
+            from_namespace(RunSettings, namespace)
+            from_namespace(SamplerSettings, namespace)
+            for group, cls in _groups().items():
+                from_namespace(cls, namespace[group], f"{group}.")
     except UserError as error:
         raise UserError(f"{source}{error}") from error
-    p.set_defaults(values)
+    if rest:
+        p.set_defaults(rest)

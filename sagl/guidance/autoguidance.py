@@ -23,4 +23,4 @@ def build_autoguidance(settings: Autoguidance, context: GuidanceContext) -> Guid
 
     weak_settings = getattr(weak_network, "settings", context.network_settings)
     needs_labels = weak_settings.num_classes is not None and not weak_settings.null_label
-    return Guidance(term=term, needs_labels=needs_labels)
+    return Guidance(term=term, weak_network_settings=weak_settings, needs_labels=needs_labels)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sagl.diffusion.predictor import Condition, EpsNetwork, GuidanceTerm, NoisePredictor, Prediction
 from sagl.diffusion.schedule import Schedule
+from sagl.guidance.masks import LoadClassAttention, load_class_attention
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
@@ -36,6 +37,8 @@ class GuidanceContext:
     """Load another network: (name or file, weights of a .ckpt), with the device and precision of `network`."""
     load_classifier: Callable[[str], NoisyClassifier]
     """Load a classifier of noisy images by name or file, with the device and precision of `network`."""
+    load_attention: LoadClassAttention = load_class_attention
+    """Load the class attention of a DINO transformer from a file."""
     load_head: Callable[[GuidanceSettings, bool], "Head"]
     """Load the direction head of a method: (its settings, whether it has a mask), with the device and precision of
     `network`."""
@@ -77,6 +80,10 @@ class Guidance:
     """Function (step) -> whether a guided step evaluates the term; other guided steps cost nothing."""
     extra_nfe: float = 1
     """Network evaluations of a guided step besides the base prediction."""
+    weak_network_settings: UNetSettings | None = None
+    """Settings of the network that these evaluations are of; None: the network that is guided."""
+    may_end: bool = False
+    """True if the guidance may end early, so that a chain takes fewer evaluations than its guided steps stand for."""
     mask: MaskOfStep | None = None
     """Function that computes the mask of a step without a further evaluation; None for a method without masks."""
     start_chain: Callable[[], Term] | None = None

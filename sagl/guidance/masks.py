@@ -6,6 +6,7 @@ pixels, so that strategies differ in the choice of tokens alone. The grid is tha
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,15 +25,32 @@ MaskFunction = Callable[[Image, int, Condition, Mapping[AttentionSite, TokenMap]
 """(x0_hat, step, condition, attention received at the sites) -> the mask."""
 Scores = Callable[[Image, int, Condition, TokenMap], TokenMap]
 """(x0_hat, step, condition, the sites' average) -> (B, 1, H', W') scores on the grid of that average."""
+LoadClassAttention = Callable[[str], Callable[[Image], TokenMap]]
+"""File of DINO weights -> function that computes the class attention of images, as `load_class_attention` returns."""
 
 
-def build_mask(settings: SelfAttentionGuidance, sites: Sequence[AttentionSite]) -> MaskFunction:
+def load_class_attention(path: str) -> Callable[[Image], TokenMap]:
+    """Load a DINO transformer, and return the function (images) -> its class attention.
+
+    Raises:
+        UserError: the file does not exist or is not a DINO transformer.
+    """
+    from sagl.guidance.dino import class_attention, load_dino  # imports torchvision's models
+
+    return partial(class_attention, load_dino(path))
+
+
+def build_mask(
+    settings: SelfAttentionGuidance,
+    sites: Sequence[AttentionSite],
+    load_attention: LoadClassAttention = load_class_attention,
+) -> MaskFunction:
     """Return the function that masks the images of a step; without sites it masks everything (eq. 15).
 
     Raises:
         UserError: the DINO network cannot be loaded.
     """
-    score = _build_scores(settings)
+    score = _build_scores(settings, load_attention)
 
     def mask(x0_hat: Image, step: int, condition: Condition, attention: Mapping[AttentionSite, TokenMap]) -> Mask:
         size = (x0_hat.shape[-2], x0_hat.shape[-1])
@@ -45,7 +63,7 @@ def build_mask(settings: SelfAttentionGuidance, sites: Sequence[AttentionSite]) 
     return mask
 
 
-def _build_scores(settings: SelfAttentionGuidance) -> Scores:
+def _build_scores(settings: SelfAttentionGuidance, load_attention: LoadClassAttention) -> Scores:
     """Return the scores of the strategy `settings.mask`."""
     if settings.mask == "random":
         return lambda _, step, condition, grid: uniform_scores(_rngs(condition, step), grid.shape[-2:]).to(grid)
@@ -58,11 +76,9 @@ def _build_scores(settings: SelfAttentionGuidance) -> Scores:
 
         return square
     if settings.mask == "dino":
-        from sagl.guidance.dino import class_attention, load_dino  # imports torchvision's models
-
         assert settings.dino_checkpoint is not None, "check_network requires it"
-        dino = load_dino(settings.dino_checkpoint)
-        return lambda x0_hat, _, __, grid: to_grid(class_attention(dino, x0_hat), grid)
+        class_attention = load_attention(settings.dino_checkpoint)
+        return lambda x0_hat, _, __, grid: to_grid(class_attention(x0_hat), grid)
     return lambda _, __, ___, attention_received: attention_received
 
 

@@ -100,7 +100,7 @@ def stop_when_close(guidance: Guidance, settings: GuidanceSettings, schedule: Sc
 
         return ending_term
 
-    return map_term(guidance, wrap)
+    return replace(map_term(guidance, wrap), may_end=True)
 
 
 def zero_samples(term: GuidanceTerm, samples: Tensor) -> GuidanceTerm:

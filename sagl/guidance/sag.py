@@ -13,7 +13,7 @@ from sagl.diffusion.predictor import Condition, GuidanceTerm, NoisePredictor, Pr
 from sagl.diffusion.process import add_noise, x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule
 from sagl.guidance.base import Guidance, GuidanceContext, extrapolate
-from sagl.guidance.masks import build_mask
+from sagl.guidance.masks import LoadClassAttention, build_mask, load_class_attention
 from sagl.settings.guidance import BlurGuidance, SelfAttentionGuidance, effective_kernel_size
 from sagl.shapes import AlphaBar, AttentionSite, Image, Mask
 
@@ -36,7 +36,7 @@ def build_sag(settings: SelfAttentionGuidance, context: GuidanceContext) -> Guid
 
     A guided step costs one more network evaluation. The term's `extras` hold the mask.
     """
-    degrade = build_degrade(settings, context.schedule)
+    degrade = build_degrade(settings, context.schedule, context.load_attention)
 
     def term(
         predict: NoisePredictor, x_t: Image, step: int, condition: Condition, base_pred: Prediction
@@ -59,13 +59,15 @@ def attention_sites(settings: SelfAttentionGuidance) -> tuple[AttentionSite, ...
     return tuple(AttentionSite(name, settings.heads) for name in settings.sites)
 
 
-def build_degrade(settings: SelfAttentionGuidance, schedule: Schedule) -> Degrade:
+def build_degrade(
+    settings: SelfAttentionGuidance, schedule: Schedule, load_attention: LoadClassAttention = load_class_attention
+) -> Degrade:
     """Return the function that degrades x_t as Algorithm 1 does before the second evaluation.
 
     Raises:
         UserError: the DINO network cannot be loaded.
     """
-    mask_of = build_mask(settings, attention_sites(settings))
+    mask_of = build_mask(settings, attention_sites(settings), load_attention)
 
     def degrade(x_t: Image, step: int, condition: Condition, base_pred: Prediction) -> DegradedStep:
         alpha_bar = schedule.alpha_bar(step)

@@ -22,12 +22,14 @@ sampler = {sampler}
 guidances = {guidances}
 pipeline = build_pipeline(network, checkpoint.diffusion, sampler, guidances{checkpoint})
 samples = {samples}
-for ids in id_batches(samples):
+run_ids = range(samples.first_id, samples.first_id + samples.num_samples)
+for ids in id_batches(samples):  # whole batches: an image may differ in its last bits in a smaller one
     labels = make_labels(samples, ids, network)
     with torch.inference_mode():
         images, mask_frequency = pipeline.sample(samples.seed, ids, labels)
     for sample_id, image in zip(ids, to_rgb(to_uint8(images)).cpu(), strict=True):
-        save_png(image, Path(f"{{sample_id:06d}}.png"))
+        if sample_id in run_ids:
+            save_png(image, Path(f"{{sample_id:06d}}.png"))
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sagl.playground.rows import Row
 from sagl.sampling.batch import make_samples
+from sagl.sampling.pipeline import SamplingPipeline
 from sagl.sampling.run import SampleConfig, SamplingRun
 
 
@@ -27,9 +28,11 @@ class Download:
         """Write the run folder, and return it as a zip file.
 
         Raises:
-            UserError: a weight file is not that of the images any more, or the folder cannot be written.
+            UserError: a weight file is not that of the images any more, another network was loaded since, or the folder
+                cannot be written.
         """
         self._check_files()
+        pipeline = self.row.pipeline
         with tempfile.TemporaryDirectory() as parent:
             sampled = self.row.run.config  # with the batch size and the precision of the images
             config = replace(
@@ -41,7 +44,7 @@ class Download:
             )
             run = SamplingRun.open(config, self.command)
             self._check_files()  # it has read them for their digests
-            self._write(run)
+            self._write(run, pipeline)
             file = io.BytesIO()
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(config.output.rglob("*")):
@@ -53,12 +56,12 @@ class Download:
             if row is not None:
                 row.check_files()
 
-    def _write(self, run: SamplingRun) -> None:
-        """Write the shards, run.json and the exports."""
+    def _write(self, run: SamplingRun, pipeline: SamplingPipeline) -> None:
+        """Write the shards, run.json with the cost of the pipeline, and the exports."""
         run.prepare_folder(run.missing_batches())
         row = self.row
         others = [None] * len(row.batches) if self.unguided is None else self.unguided.batches
         for batch, other, seconds in zip(row.batches, others, row.seconds, strict=True):
-            run.write_samples(row.pipeline, make_samples(run.config.samples.seed, batch, other))
-            run.record_batch(row.pipeline, batch.nfe, seconds)
+            run.write_samples(pipeline, make_samples(run.config.samples.seed, batch, other))
+            run.record_batch(pipeline, batch.nfe, seconds)
         run.export()

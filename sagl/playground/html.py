@@ -90,10 +90,15 @@ def show_rows(rows: Mapping[str, Row | Frame | None]) -> str:
 
 
 def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
-    """Return the images of one step of a sample: of the chain, and the attention received at a block by head."""
+    """Return the images of one step of a sample: of the chain, and the attention received at a block by head.
+
+    Raises:
+        UserError: another network was loaded since the row was sampled.
+    """
+    pipeline = row.pipeline
     chain, k = row.find(sample_id)
     record = chain[min(position, len(chain) - 1)]
-    timestep = int(row.pipeline.schedule.timesteps[record.step])
+    timestep = int(pipeline.schedule.timesteps[record.step])
     parts = {
         "xₜ": noise_to_uint8(record.x_t[k])[None],
         "estimate of x₀": noise_to_uint8(record.x0_hat[k])[None],
@@ -106,7 +111,7 @@ def show_step(row: Row, sample_id: int, position: int, site: str) -> str:
     if record.mask is not None:
         parts["mask"] = colorize_masks(record.mask[k][None].float())
     label = row.labels[row.ids.index(sample_id)]
-    attention = attention_received(row.pipeline, record.x_t[k][None], record.step, label, site)
+    attention = attention_received(pipeline, record.x_t[k][None], record.step, label, site)
     maps = {f"head {head}": values for head, values in enumerate(attention)} | {"mean": attention.mean(dim=0)}
     heads = {name: colorize_masks((values / MAX_ATTENTION)[None, None]) for name, values in maps.items()}
     side = attention.shape[-1]

@@ -12,6 +12,7 @@ from sagl.playground.controls import Control, Value
 from sagl.playground.html import show_downloads, show_rows, show_status, show_step
 from sagl.playground.session import Comparison, Playground
 from sagl.settings.guidance import TERM_OPTIONS
+from sagl.utils.environment import refuse_out_of_memory
 
 SCALE_MAXIMA = {"cfg": 8.0, "classifier": 10.0, "eps_scaling": 0.05}
 """Largest scales of the sliders; those of other methods end at 2."""
@@ -212,7 +213,11 @@ class Page:
     def _show_step(self, shown: Comparison | None, row: str, sample_id: int, position: float, site: str) -> str:
         if shown is None or row not in shown.finished_rows:
             return ""
-        return show_step(shown.finished_rows[row], sample_id, int(position), site)
+        try:
+            with refuse_out_of_memory("num_samples"):
+                return show_step(shown.finished_rows[row], sample_id, int(position), site)
+        except UserError as error:
+            return show_status(self.playground.message(error), refused=True)
 
     def _keep(
         self, network: str, methods: list[str], kept: dict[str, Value] | None, *values: Value

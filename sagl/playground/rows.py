@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,10 @@ from queue import SimpleQueue
 from threading import Event, Thread
 
 from sagl.diffusion.predictor import Trajectory
-from sagl.errors import require
+from sagl.errors import UserError, require
+from sagl.guidance.base import Guidance
 from sagl.models.adm import UNet
+from sagl.playground.networks import LoadedNetworks, without_networks
 from sagl.playground.steps import StepRecord, record_steps
 from sagl.sampling.batch import BatchImages, encode_pngs, sample_images
 from sagl.sampling.exports import evenly_spaced_steps
@@ -18,7 +21,7 @@ from sagl.sampling.guidance_files import guidance_files
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
 from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.utils.distributed import select_device
+from sagl.utils.environment import refuse_out_of_memory
 from sagl.utils.files import file_version
 from sagl.utils.images import to_uint8
 
@@ -26,6 +29,9 @@ MAX_STEPS = 25
 """Steps of a chain that are kept for the page; of longer chains, evenly spaced ones."""
 MAX_ROWS = 16
 """Number of the last rows that are kept."""
+NOT_KEPT = "These images are not kept any more. Sample again."
+"""Answer to a request for images that were dropped, or whose network was."""
+MEMORY_ADVICE = "Fewer guidance methods with networks of their own need less, too. "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,11 @@ class Row:
     """Text that is equal for rows of equal settings and weights."""
     versions: Mapping[str, bytes]
     """Versions of the weight files, by parameter, before they were read."""
-    pipeline: SamplingPipeline
+    network: "weakref.ref[UNet]"
+    """The network, while its `RowSampler` keeps it. A page that shows the row must not hold the memory of a GPU."""
+    costs: Mapping[str, Guidance]
+    """Guidances without their networks, for the cost of a run."""
+    diffusion: DiffusionSettings
     batches: Sequence[BatchImages]
     chains: Sequence[Sequence[StepRecord]]
     """Steps of each batch."""
@@ -79,6 +89,24 @@ class Row:
         """Network evaluations per sample."""
         return sum(batch.nfe for batch in self.batches) / len(self.batches)
 
+    @property
+    def is_kept(self) -> bool:
+        """True until another network is loaded."""
+        return self.network() is not None
+
+    @property
+    def pipeline(self) -> SamplingPipeline:
+        """The pipeline of the row, for its cost and for the network; its guidances have no networks to sample with.
+
+        Raises:
+            UserError: another network was loaded since.
+        """
+        network = self.network()
+        if network is None:
+            raise UserError(NOT_KEPT)
+        pipeline = build_pipeline(network, self.diffusion, self.run.config.sampler, checkpoint=self.run.checkpoint)
+        return replace(pipeline, guidances=self.costs)
+
     def check_files(self) -> None:
         """Check that the weight files are still those of the images.
 
@@ -100,10 +128,10 @@ class Row:
 
 
 class RowSampler:
-    """Samples rows, one at a time; keeps the last network and the last rows."""
+    """Samples rows, one at a time; keeps the last network, the last networks that guide it, and its last rows."""
 
     def __init__(self) -> None:
-        self._network: tuple[str, UNet, DiffusionSettings] | None = None
+        self._networks = LoadedNetworks()
         self._rows: OrderedDict[str, Row] = OrderedDict()
 
     def sample(self, config: SampleConfig) -> Iterator[Frame | Row]:
@@ -116,6 +144,7 @@ class RowSampler:
         """
         active = {name: guidance for name, guidance in config.guidances.items() if guidance.scale}
         run = SamplingRun.without_folder(replace(config, guidances=active, compare=False))
+        parameter = "num_samples" if config.samples.batch_size is None else "batch_size"
         versions = file_versions(run)
         key = _row_key(run, versions)
         if key in self._rows:
@@ -124,43 +153,37 @@ class RowSampler:
             return
         updates: SimpleQueue[Frame | Row | BaseException] = SimpleQueue()
         stop = Event()
-        thread = Thread(target=self._sample, args=(run, versions, updates.put, stop), daemon=True)
+        thread = Thread(target=self._sample, args=(run, versions, parameter, updates.put, stop), daemon=True)
         thread.start()
+        update: Frame | Row | BaseException | None = None
         try:
             while not isinstance(update := updates.get(), Row):
                 if isinstance(update, BaseException):
                     raise update
                 yield update
+            self._rows[key] = update
+            if len(self._rows) > MAX_ROWS:
+                self._rows.popitem(last=False)
+            yield update
         finally:
             stop.set()
             thread.join()
-        self._rows[key] = update
-        if len(self._rows) > MAX_ROWS:
-            self._rows.popitem(last=False)
-        yield update
+            update = None  # an error would be kept by its own traceback, and with it the tensors of the step
+            self._rows = OrderedDict((key, row) for key, row in self._rows.items() if row.is_kept)
 
     def _sample(
         self,
         run: SamplingRun,
         versions: Mapping[str, bytes],
+        parameter: str,
         put: Callable[[Frame | Row | BaseException], None],
         stop: Event,
     ) -> None:
         try:
-            network, diffusion = self._load(run)
-            config = run.config
-            pipeline = build_pipeline(network, diffusion, config.sampler, config.guidances, checkpoint=run.checkpoint)
-            put(_sample_row(run, versions, pipeline, put, stop))
+            with refuse_out_of_memory(parameter, MEMORY_ADVICE):
+                put(_sample_row(run, versions, self._networks.build_pipeline(run), put, stop))
         except BaseException as error:  # it belongs to the thread that waits for the row
             put(error)
-
-    def _load(self, run: SamplingRun) -> tuple[UNet, DiffusionSettings]:
-        """Return the network of a run; only the last one is kept."""
-        key = f"{file_version(run.checkpoint)!r} {run.config.source} {run.config.devices}"
-        if self._network is None or self._network[0] != key:
-            self._network = None  # frees its memory first
-            self._network = (key, *run.load_network(select_device(run.config.devices)))
-        return self._network[1:]
 
 
 def _sample_row(
@@ -202,7 +225,9 @@ def _sample_row(
         run=run,
         key=_row_key(run, versions),
         versions=versions,
-        pipeline=pipeline,
+        network=weakref.ref(pipeline.network),
+        costs={name: without_networks(guidance) for name, guidance in pipeline.guidances.items()},
+        diffusion=pipeline.diffusion,
         batches=batches,
         chains=chains,
         seconds=seconds,

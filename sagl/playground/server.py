@@ -19,6 +19,7 @@ import uvicorn
 from sagl.errors import UserError
 from sagl.playground.html import CSS
 from sagl.playground.page import Page
+from sagl.playground.rows import NOT_KEPT
 from sagl.playground.session import Playground
 
 SOURCES = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
@@ -55,10 +56,11 @@ def make_app(playground: Playground) -> FastAPI:
 
 def download(playground: Playground, key: str) -> Response:
     """Return a run folder as a zip file, or one line that says why it cannot be had."""
-    if key not in playground.downloads:
-        return PlainTextResponse("These images are not kept any more. Sample again.", status_code=404)
+    download = playground.downloads.get(key)
+    if download is None:
+        return PlainTextResponse(NOT_KEPT, status_code=404)
     try:
-        return Response(playground.downloads[key].zip(), media_type="application/zip")
+        return Response(download.zip(), media_type="application/zip")
     except UserError as error:
         return PlainTextResponse(playground.message(error), status_code=409)
 

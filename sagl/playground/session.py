@@ -76,9 +76,13 @@ class Playground:
             requests[UNGUIDED] = requests.pop(GUIDED)
             del configs[GUIDED]
         rows: dict[str, Row | Frame | None] = {name: None for name in (UNGUIDED, KEPT, GUIDED) if name in configs}
-        for name, config in configs.items():
-            for rows[name] in self.sampler.sample(config):
-                yield Comparison(rows=dict(rows), requests=requests)
+        try:
+            for name, config in configs.items():
+                for rows[name] in self.sampler.sample(config):
+                    yield Comparison(rows=dict(rows), requests=requests)
+        finally:
+            for key in [key for key, download in self.downloads.items() if not download.row.is_kept]:
+                del self.downloads[key]
 
     def offer(self, comparison: Comparison) -> dict[str, str]:
         """Return the keys of the downloads of a finished comparison by row."""
@@ -90,6 +94,7 @@ class Playground:
             unguided = rows[UNGUIDED] if has_unguided else None
             key = keys[name] = hashlib.sha256(f"{rows[name].key} {command}".encode()).hexdigest()[:32]
             self.downloads[key] = Download(config=request.config, command=command, row=rows[name], unguided=unguided)
+            self.downloads.move_to_end(key)
         while len(self.downloads) > MAX_DOWNLOADS:
             self.downloads.popitem(last=False)
         return keys

@@ -5,7 +5,8 @@ target. A round is a number of whole chains. It is a function of its seed and nu
 stored chains to resume.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from sagl.diffusion.noise import SampleKeys, initial_noise, step_noise
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, make_predictor
 from sagl.errors import require
 from sagl.guidance.direction_head import head_inputs, head_maps, request_maps
+from sagl.guidance.masks import LoadClassAttention, load_class_attention
+from sagl.models.adm import UNet
 from sagl.models.direction_head import NUM_LEVELS, Pairs
-from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
+from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, load_weak_network
 from sagl.settings.direction_head import DirectionHeadOptions
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import SamplerSettings
@@ -42,14 +45,19 @@ class DirectionPairs:
     """Settings of the method; options that do not change its weak prediction are not used."""
     options: DirectionHeadOptions
     seed: int
+    weak_networks: dict[tuple[str, str], UNet] = field(default_factory=dict)
+    """Weaker networks of autoguidance that are loaded, by name and weights."""
+    load_attention: LoadClassAttention = field(default_factory=lambda: cache(load_class_attention))
+    """Load the class attention of a DINO transformer, once per file."""
 
     def __deepcopy__(self, _: dict[int, Any]) -> "DirectionPairs":
         """Return itself: a copy of a module in training shares the frozen network."""
         return self
 
     def to(self, device: torch.device) -> None:
-        """Move the network."""
-        self.pipeline.network.to(device)
+        """Move the network, and the weaker ones that are loaded."""
+        for network in (self.pipeline.network, *self.weak_networks.values()):
+            network.to(device)
 
     def training_round(self, index: int, rank: int = 0, world_size: int = 1) -> Pairs:
         """Sample the chains of a round that are this rank's."""
@@ -85,7 +93,21 @@ class DirectionPairs:
     def _guided(self, sampler: SamplerSettings) -> SamplingPipeline:
         """Return the pipeline with the method at scale 1 in every step."""
         method = type(self.guidance)(scale=1.0, **self.guidance.weak_prediction_settings)
-        return build_pipeline(self.pipeline.network, self.pipeline.diffusion, sampler, {method.group: method})
+        return build_pipeline(
+            self.pipeline.network,
+            self.pipeline.diffusion,
+            sampler,
+            {method.group: method},
+            load_network=self._load_network,
+            load_attention=self.load_attention,
+        )
+
+    def _load_network(self, name: str, weights: str) -> UNet:
+        """Load a weaker network once; every group of chains uses the same."""
+        key = name, weights
+        if key not in self.weak_networks:
+            self.weak_networks[key] = load_weak_network(name, weights, self.pipeline.network, self.pipeline.diffusion)
+        return self.weak_networks[key]
 
     @torch.no_grad()
     def _sample(self, first_id: int, index: int, groups: range) -> Pairs:

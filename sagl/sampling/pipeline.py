@@ -18,6 +18,7 @@ from sagl.diffusion.schedule import Schedule, make_schedule
 from sagl.errors import UserError
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, with_guidance
 from sagl.guidance.build import build_guidances
+from sagl.guidance.masks import LoadClassAttention, load_class_attention
 from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, NetworkWeights, build_classifier, build_network, cast_weights
 from sagl.models.flops import flops_per_evaluation
@@ -99,25 +100,56 @@ class SamplingPipeline:
 
     @property
     def nfe(self) -> float:
-        """Network evaluations per sample, counted by running the sampler on one pixel, without the network.
+        """Network evaluations per sample, of the network itself and of weaker ones.
 
         A guidance that may end early (`stop_below`) counts in full, an evaluation of a part of the network
         (`reuse_before`) by its share of the operations.
         """
+        base_nfe, extra_nfe = self._count_evaluations()
+        return base_nfe + sum(extra_nfe.values())
+
+    def _count_evaluations(self) -> tuple[float, dict[str, float]]:
+        """Return the evaluations of base predictions and those of each guidance, by its name.
+
+        They are counted by running the sampler on one pixel, without the network.
+        """
+        base_nfe, extra_nfe = 0.0, dict.fromkeys(self.guidances, 0.0)
 
         def predict(x_t: Image, step: int, _: Condition) -> Prediction:
-            extra_nfe = sum(
-                g.extra_nfe for g in self.guidances.values() if g.is_active(step) and g.evaluates_term(step)
-            )
-            return Prediction(eps=x_t, log_variance=torch.zeros(()), nfe=1 + extra_nfe)
+            nonlocal base_nfe
+            base_nfe += 1
+            for name, guidance in self.guidances.items():
+                if guidance.is_active(step) and guidance.evaluates_term(step):
+                    extra_nfe[name] += guidance.extra_nfe
+            return Prediction(eps=x_t, log_variance=torch.zeros(()))
 
         pixel = torch.zeros(1, 1, 1, 1)
-        steps = self.sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel)
-        return sum(prediction.nfe for _, _, prediction in steps)
+        for _ in self.sampler(predict, pixel, Condition(), self.schedule, lambda step: pixel):
+            pass
+        return base_nfe, extra_nfe
 
     def cost(self, nfe: float) -> dict[str, float]:
-        """Return the cost of a sample with `nfe` network evaluations for run.json, without classifiers and heads."""
-        return {"nfe": nfe, "flops": nfe * flops_per_evaluation(self.network.settings)}
+        """Return the cost of a sample with `nfe` network evaluations for run.json, without classifiers and heads.
+
+        An evaluation of a weaker network counts as the operations of that network.
+        """
+        flops = flops_per_evaluation(self.network.settings)
+        weak = {name: s for name, g in self.guidances.items() if (s := g.weak_network_settings) is not None}
+        extra_nfe = self._extra_nfe(nfe) if weak else {}
+        excess = sum(extra_nfe[name] * (flops_per_evaluation(settings) - flops) for name, settings in weak.items())
+        return {"nfe": nfe, "flops": nfe * flops + excess}
+
+    def _extra_nfe(self, nfe: float) -> dict[str, float]:
+        """Return the evaluations of each guidance, by its name, in a sample with `nfe` network evaluations.
+
+        A sample has fewer than `self.nfe` because guidance ended early. If several methods may end, each is taken to
+        have left out the same share of its evaluations.
+        """
+        base_nfe, extra_nfe = self._count_evaluations()
+        may_end = [name for name, guidance in self.guidances.items() if guidance.may_end]
+        most = sum(extra_nfe[name] for name in may_end)
+        share = 1 - (base_nfe + sum(extra_nfe.values()) - nfe) / most if most else 1.0
+        return extra_nfe | {name: share * extra_nfe[name] for name in may_end}
 
     @property
     def sampler(self) -> Callable[..., Trajectory]:
@@ -138,6 +170,8 @@ def build_pipeline(
     guidances: Mapping[str, GuidanceSettings] | None = None,
     load_classifier: Callable[[str], NoisyClassifier] | None = None,
     checkpoint: Path | None = None,
+    load_network: Callable[[str, str], UNet] | None = None,
+    load_attention: LoadClassAttention = load_class_attention,
 ) -> SamplingPipeline:
     """Check settings against the network and build the pipeline.
 
@@ -148,6 +182,8 @@ def build_pipeline(
         guidances: settings of guidance methods by their names in `GUIDANCES`; those of scale 0 are left out.
         load_classifier: loads the classifier of classifier guidance by name or file; by default `sagl.load` does.
         checkpoint: weight file of the network, for `direction_head` auto.
+        load_network: loads the weaker network of autoguidance; by default `load_weak_network` does.
+        load_attention: loads the class attention of SAG's mask dino.
 
     Raises:
         UserError: settings that do not fit the network, or a classifier that cannot be loaded or does not fit.
@@ -159,8 +195,9 @@ def build_pipeline(
         network_settings=network.settings,
         diffusion=diffusion,
         schedule=make_schedule(diffusion, sampler_settings.respacing),
-        load_network=lambda name, weights: _load_weak_network(name, weights, network, diffusion),
-        load_classifier=load_classifier or (lambda name: _load_classifier(name, network, diffusion)),
+        load_network=load_network or (lambda name, weights: load_weak_network(name, weights, network, diffusion)),
+        load_classifier=load_classifier or (lambda name: load_noisy_classifier(name, network, diffusion)),
+        load_attention=load_attention,
         load_head=lambda settings, has_mask: load_head(settings, has_mask, network, diffusion, checkpoint),
         share_of_evaluation=lambda start: (
             flops_per_evaluation(network.settings, start) / flops_per_evaluation(network.settings)
@@ -176,12 +213,23 @@ def build_pipeline(
     )
 
 
-def _load_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
+def load_noisy_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
     check_classifier_name(name, network.settings, diffusion)
     return _load_second_network("classifier.checkpoint", name, "ema", build_classifier, network, diffusion)
 
 
-def _load_weak_network(name: str, weights: str, network: UNet, diffusion: DiffusionSettings) -> UNet:
+def load_weak_network(name: str, weights: str, network: UNet, diffusion: DiffusionSettings) -> UNet:
+    """Load the weaker network of autoguidance, in the precision and on the device of the network that it guides.
+
+    Args:
+        name: its name or file.
+        weights: weights of a training checkpoint, as of `sagl.load`.
+        network: the network that it guides.
+        diffusion: process of that network.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit the network.
+    """
     return _load_second_network("autoguidance.checkpoint", name, weights, build_network, network, diffusion)
 
 

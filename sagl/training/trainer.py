@@ -1,39 +1,21 @@
-"""Construction of Lightning's Trainer: its plugins, device and batches, and errors about its settings."""
+"""Construction of Lightning's Trainer: its plugins, device and batches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from traceback import walk_tb
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from sagl.callbacks.checkpointing import AtomicCheckpointIO
-from sagl.errors import UserError, require, require_range
+from sagl.errors import require, require_range
 from sagl.settings.sampling import MAX_BATCH_SIZE, Accelerator, DeviceSettings
 from sagl.utils.distributed import global_rank, report_unused_gpu, require_launcher, select_device
 from sagl.utils.environment import gpu_has_bfloat16, has_fast_bfloat16
 
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
-
-
-@contextmanager
-def trainer_errors() -> Iterator[None]:
-    """Convert errors about the trainer's settings to a UserError: those that Lightning's own code raises."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ZeroDivisionError, ImportError) as error:
-        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
-        if not raised_in.startswith("lightning."):
-            raise
-        raise UserError(f"`trainer` has settings that cannot be used: {error}") from error
 
 
 def fit_plugins(configured: Any) -> list[Any]:  # noqa: ANN401 (Lightning's own union)

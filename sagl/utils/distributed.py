@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sagl.errors import UserError, require
+from sagl.errors import UserError, require, whole_number
 from sagl.settings.sampling import DeviceSettings
 from sagl.utils.environment import disable_tf32, gpu_problem, refuse_out_of_memory, set_threads
 from sagl.utils.launchers import num_launched
+from sagl.utils.signals import end_at_stop_signals
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +104,15 @@ def num_processes(devices: DeviceSettings) -> tuple[int, int]:
     """
     import torch
 
-    launched = num_launched()
-    if devices.devices.isdecimal():
-        local = int(devices.devices)
-    elif launched > 1:
-        local = launched // devices.num_nodes
-    else:
-        local = torch.cuda.device_count() if select_device(devices).type == "cuda" else 1
+    launched, count = num_launched(), whole_number(devices.devices)
+    num_gpus = torch.cuda.device_count() if select_device(devices).type == "cuda" else None
+    local = count or (launched // devices.num_nodes if launched > 1 else num_gpus or 1)
+    advice = " With several machines, give `trainer.num_nodes`." if launched > 1 else ""
+    advice += " Give srun --gpus-per-node, not --gpus-per-task." if "SLURM_PROCID" in os.environ else ""
+    require(
+        num_gpus is None or local <= num_gpus,
+        f"`trainer.devices` must be at most {num_gpus}, the GPUs that this process sees, got {local}.{advice}",
+    )
     require(
         launched in (1, local * devices.num_nodes),
         f"`trainer.devices` times `trainer.num_nodes` must be {launched}, the number of processes that torchrun or "
@@ -260,6 +264,22 @@ def refuse_on_all_ranks(devices: DeviceSettings) -> Iterator[None]:
             raise
 
 
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """Convert errors about the settings of a trainer to a `UserError`: those that Lightning's own code raises."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ZeroDivisionError, ImportError) as error:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
+        if not raised_in.startswith("lightning."):
+            raise
+        raise UserError(f"`trainer` has settings that cannot be used: {error}") from error
+
+
 def _connect(devices: DeviceSettings, num_local: int) -> Ranks:
     """Start the other processes where that is needed, and connect with all of them."""
     from lightning.fabric import Fabric
@@ -269,12 +289,13 @@ def _connect(devices: DeviceSettings, num_local: int) -> Ranks:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning uses a deprecated class of torch
-    fabric = Fabric(
-        accelerator=select_device(devices).type,
-        devices=num_local,
-        num_nodes=devices.num_nodes,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT),
-    )
-    fabric.launch()
+    with lightning_errors(), end_at_stop_signals():
+        fabric = Fabric(
+            accelerator=select_device(devices).type,
+            devices=num_local,
+            num_nodes=devices.num_nodes,
+            strategy=DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT),
+        )
+        fabric.launch()
     store = _get_default_store()
     return Ranks(rank=fabric.global_rank, world_size=fabric.world_size, device=fabric.device, store=store)

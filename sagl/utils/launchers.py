@@ -30,8 +30,9 @@ def ignore_stale_ranks() -> None:
     """
     env = os.environ
     if RENDEZVOUS[0] in env and _has_rendezvous():
-        stale: tuple[str, ...] = SLURM_RANKS
         _check_rank("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        is_alone = int(env["WORLD_SIZE"]) == 1  # as without a launcher; torchrun itself may hold the port
+        stale: tuple[str, ...] = (*SLURM_RANKS, *(dict.fromkeys(RANKS + RENDEZVOUS) if is_alone else ()))
     elif env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
         stale = ("RANK", *SLURM_RANKS)  # of a child process of the launcher in `distributed.py`, or of Lightning's
     elif "SLURM_PROCID" in env and env.get(SLURM_TASKS, "1") != "1":

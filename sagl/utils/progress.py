@@ -59,6 +59,7 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
         self._steps_task: TaskID | None = None
         self._start = time.monotonic()
         self._last_line: float | None = None
+        self._completed_before = 0
 
     def __enter__(self) -> "ProgressReporter":
         self._bars.start()
@@ -78,6 +79,7 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
         has_advanced = completed > self.completed
         self.completed, self.total = completed, total or self.total
         if self._task is None:  # what an earlier command has done does not count as speed
+            self._completed_before = completed
             self._task = self._bars.add_task(self.title, total=self.total, completed=completed)
         self._bars.update(self._task, completed=completed, total=self.total)
         if self.kind == "lines" and has_advanced:
@@ -96,8 +98,9 @@ class ProgressReporter(AbstractContextManager["ProgressReporter"]):
         now, is_last = time.monotonic(), self.completed == self.total
         if self._last_line is not None and now - self._last_line < LINE_INTERVAL_SECONDS and not is_last:
             return
-        self._last_line, rate = now, self.completed / max(now - self._start, 1e-9)
-        left = f", {(self.total - self.completed) / rate:.0f} s left" if self.total and not is_last else ""
+        rate = (self.completed - self._completed_before) / max(now - self._start, 1e-9)
+        left = f", {(self.total - self.completed) / rate:.0f} s left" if self.total and rate and not is_last else ""
+        self._last_line = now
         done = f"{self._format(self.completed)}/{self._format(self.total)}"
         text = f"{done} images, {rate:.2f}/s" if self.unit == "images" else f"{done} MB, {rate / 1e6:.1f} MB/s"
         self.console.print(f"{self.title}: {text}{left}", highlight=False)

@@ -19,11 +19,12 @@ class Interrupted(BaseException):
     Args:
         number: number of the signal.
         consequence: what is on the disk, for the user.
+        is_lost: whether the work of the command is lost.
     """
 
-    def __init__(self, number: int, consequence: str = INTACT) -> None:
+    def __init__(self, number: int, consequence: str = INTACT, *, is_lost: bool = False) -> None:
         super().__init__(f"{signal.Signals(number).name}: {consequence}.")
-        self.number = number
+        self.number, self.is_lost = number, is_lost
 
 
 def raise_interrupted(number: int) -> None:
@@ -41,21 +42,38 @@ def on_stop_signal(handler: Callable[[int], None]) -> Iterator[None]:
 
     A signal that the process was started to ignore, such as SIGHUP by nohup, stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = [number for number in STOP_SIGNALS if previous[number] not in (signal.SIG_IGN, None)]
 
     def handle(number: int, _: Any) -> None:  # noqa: ANN401 (a frame)
         for other in handled:
             signal.signal(other, signal.SIG_DFL)
         handler(number)
 
-    for number in handled:
-        signal.signal(number, handle)
-    try:
+    with _stop_signals_handled_by(handle) as handled:
         yield
+
+
+@contextmanager
+def end_at_stop_signals() -> Iterator[None]:
+    """Let a stop signal end the process at once.
+
+    Python calls handlers between two instructions, and so never while a library waits for another process.
+    """
+    with _stop_signals_handled_by(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _stop_signals_handled_by(action: Any) -> Iterator[list[signal.Signals]]:  # noqa: ANN401 (as of signal.signal)
+    """Set the action of the stop signals that are not ignored, in the main thread only; yields these."""
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if previous[number] not in (signal.SIG_IGN, None)]
+    for number in handled:
+        signal.signal(number, action)
+    try:
+        yield handled
     finally:
         for number in handled:
             signal.signal(number, previous[number])

@@ -1,6 +1,11 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
+from sagl.analysis import cost, guided_images
 from sagl.analysis.cost import analyze_cost
+from sagl.settings.sampling import RunSettings
 from tests.helpers.analyses import analysis_request
 from tests.helpers.networks import grey_unet, write_grey_classifier
 
@@ -15,3 +20,33 @@ def test_the_cost_is_that_of_every_combination_with_the_classifier(has_classifie
     assert all(row["gigabytes"] > 0 for row in numbers.values())
     if has_classifier:  # whose gradients keep the features of all its layers
         assert numbers["classifier"]["gigabytes"] > numbers["unguided"]["gigabytes"]
+
+
+def test_the_seconds_are_those_of_sampling_by_a_warm_pipeline_divided_by_the_images_of_whole_batches(
+    tmp_path, monkeypatch
+):
+    """On a clock on which building takes 100 s, an image 1 s, and the first batch of a pipeline 50 s more."""
+    now, pipelines = 0.0, []
+    build, sample = guided_images.build_pipeline, guided_images.sample_batch
+
+    def slow_build(*args, **kwargs):
+        nonlocal now
+        now += 100
+        return build(*args, **kwargs)
+
+    def slow_sample(pipeline, samples, ids, track_steps):
+        nonlocal now
+        now += len(ids)
+        if not any(pipeline is other for other in pipelines):
+            now += 50
+            pipelines.append(pipeline)
+        return sample(pipeline, samples, ids, track_steps)
+
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(guided_images, "build_pipeline", slow_build)
+    monkeypatch.setattr(guided_images, "sample_batch", slow_sample)
+    classifier = str(write_grey_classifier(tmp_path / "c.safetensors"))
+    request = analysis_request(grey_unet(), tmp_path, classifier=classifier)
+    numbers = analyze_cost(replace(request, samples=RunSettings(num_samples=6, first_id=1, batch_size=4)))
+    assert len(numbers) == 4
+    assert {(row["seconds_per_image"], row["ratio"]) for row in numbers.values()} == {(1.0, 1.0)}

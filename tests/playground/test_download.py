@@ -51,6 +51,19 @@ def test_the_server_says_why_a_run_folder_cannot_be_had(playground, tmp_path):
         (server.download(playground, key), 409, "--checkpoint"),
         (server.download(playground, "unknown"), 404, "Sample again"),
     ):
-        assert response.status_code == status
-        assert len(response.body.decode().splitlines()) == 1
-        assert part in response.body.decode()
+        assert_refused(response, status, part)
+
+
+def test_the_server_keeps_no_images_of_another_network_than_the_last(playground, tmp_path):
+    server = pytest.importorskip("sagl.playground.server", exc_type=ImportError)
+    key = offer(playground)
+    write_grey_unet(tmp_path / "tiny.safetensors")
+    compare(playground)
+    assert_refused(server.download(playground, key), 404, "Sample again")
+
+
+def assert_refused(response, status, part):
+    """Require an answer of one line."""
+    assert response.status_code == status
+    assert len(response.body.decode().splitlines()) == 1
+    assert part in response.body.decode()

@@ -1,13 +1,18 @@
 import io
 import json
 import shlex
+import weakref
 import zipfile
 
 import pytest
+import torch
 
+from sagl.errors import UserError
+from sagl.playground.html import show_step
 from sagl.playground.session import GUIDED, KEPT, UNGUIDED
 from sagl.sampling.run_folder import iter_samples
 from tests.helpers.commands import exit_code
+from tests.helpers.errors import refused
 from tests.helpers.networks import write_grey_unet
 from tests.helpers.playground import compare, make_playground, values_of
 
@@ -48,7 +53,7 @@ def test_command_and_python_make_the_images_of_the_page(playground, tmp_path, mo
     monkeypatch.chdir(tmp_path / "python")
     exec(compile(comparison.python(name), "page.py", "exec"), {})
     files = {path.name: path.read_bytes() for path in (tmp_path / "python").iterdir()}
-    assert [files[f"{sample_id:06d}.png"] for sample_id in rows[name].ids] == rows[name].images
+    assert files == {f"{i:06d}.png": png for i, png in zip(rows[name].ids, rows[name].images, strict=True)}
 
 
 @pytest.mark.parametrize("changes", [REQUESTS["guided"], REQUESTS["several batches"], REQUESTS["unguided"]])
@@ -72,6 +77,16 @@ def test_a_download_is_the_run_folder_of_the_command(playground, tmp_path, capsy
     capsys.readouterr()
     assert exit_code(*shlex.split(comparison.command(name))[1:], "--output", folder) == 0
     assert "already contains" in capsys.readouterr().out
+
+
+def test_a_download_that_is_offered_again_is_kept_longest(playground, monkeypatch):
+    monkeypatch.setattr("sagl.playground.session.MAX_DOWNLOADS", 2)
+    first, second, third = (compare(playground, sag__scale=scale) for scale in (0.1, 0.2, 0.3))
+    (key,) = playground.offer(first).values()
+    playground.offer(second)
+    playground.offer(first)
+    (last_key,) = playground.offer(third).values()
+    assert list(playground.downloads) == [key, last_key]
 
 
 def test_two_settings_are_compared_at_equal_seeds(playground, tmp_path):
@@ -113,6 +128,46 @@ def test_images_of_a_weaker_network_that_was_replaced_are_not_shown_again(tmp_pa
     second = compare(playground).rows
     assert second[GUIDED].images != first.images
     assert second[UNGUIDED] is compare(playground).rows[UNGUIDED]
+
+
+def test_another_network_frees_the_memory_of_the_last_one_and_drops_its_rows_and_downloads(tmp_path):
+    other = str(write_grey_unet(tmp_path / "other.safetensors", num_res_blocks=2))
+    playground = make_playground(tmp_path, "--allow_files")
+    first = compare(playground)
+    (key,) = playground.offer(first).values()
+    row = first.rows[GUIDED]
+    assert row.pipeline.network is row.network()
+    *_, second = playground.compare(other, values_of(playground))
+    assert row.network() is None  # although `first` is still shown
+    assert list(playground.sampler._rows.values()) == list(second.finished_rows.values())[::-1]
+    assert key not in playground.downloads
+    for request in (lambda: row.pipeline, lambda: show_step(row, 0, 0, "output.0")):
+        with refused("Sample again"):
+            request()
+    again = compare(playground)
+    assert again.rows[GUIDED].images == row.images
+    assert again.rows[GUIDED].pipeline
+
+
+@pytest.mark.parametrize(("flags", "parameter"), [([], "num_samples"), (["--batch_size=2"], "batch_size")])
+def test_too_little_memory_is_refused_and_leaves_no_tensors_behind(tmp_path, monkeypatch, flags, parameter):
+    tensors, message = [], ""
+
+    def exhaust_memory(*_):
+        images = torch.zeros(1)
+        tensors.append(weakref.ref(images))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    playground = make_playground(tmp_path, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("sagl.playground.rows.sample_images", exhaust_memory)
+        try:  # as the page does; pytest.raises would keep the frames of the error
+            compare(playground)
+        except UserError as error:
+            message = str(error)
+    assert f"`{parameter}`" in message
+    assert [tensor() for tensor in tensors] == [None]
+    assert compare(playground).is_finished
 
 
 def test_an_interrupted_request_ends_and_leaves_nothing_behind(playground):

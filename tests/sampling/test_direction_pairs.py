@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from sagl.sampling.direction_pairs import DirectionPairs, to_float16
 from sagl.sampling.pipeline import build_pipeline
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.direction_head import DirectionHeadOptions
-from sagl.settings.guidance import Autoguidance, PerturbedAttentionGuidance
+from sagl.settings.guidance import Autoguidance, PerturbedAttentionGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
+from tests.guidance.test_dino import dino_file
 from tests.helpers.heads import SAG
 from tests.helpers.networks import count_calls, grey_unet, write_grey_unet
-from tests.helpers.predictors import guidances_of
+from tests.helpers.predictors import Recorder, guidances_of
 
 NETWORK = grey_unet(channel_mult=(1, 2), attention_resolutions=(8, 4))
 OPTIONS = DirectionHeadOptions(num_groups=3, group_size=2, num_steps=(3, 5), num_validation_groups=1, null_fraction=1.0)
@@ -99,6 +101,42 @@ def test_chains_are_without_label_only_if_the_weaker_network_has_a_null_label(nu
     labels = torch.cat([args[2] for args in calls])
     assert pairs.direction.isfinite().all()
     assert set((labels == network.settings.num_classes).tolist()) == {null_label}
+
+
+def weaker_network(folder):
+    return Autoguidance(checkpoint=str(write_grey_unet(folder / "weak.safetensors", num_channels=64)))
+
+
+def dino_mask(folder):
+    return replace(SAG, mask="dino", dino_checkpoint=dino_file(folder))
+
+
+@pytest.mark.parametrize(
+    ("guidance_in", "loader"),
+    [(weaker_network, "sagl.sampling.pipeline.load"), (dino_mask, "sagl.guidance.dino.load_dino")],
+)
+def test_a_file_of_the_method_is_loaded_once_for_all_groups_and_rounds(guidance_in, loader, tmp_path, monkeypatch):
+    guidance, loads = guidance_in(tmp_path), Recorder(resolve_name(loader))
+    monkeypatch.setattr(loader, loads)
+    fresh = source(guidance=guidance).training_round(1)
+    loads.calls.clear()
+    pairs = source(guidance=guidance)
+    assert pairs.has_mask == isinstance(guidance, SelfAttentionGuidance)
+    pairs.levels()
+    pairs.validation_pairs()
+    pairs.training_round(0)
+    again = pairs.training_round(1)
+    assert len(loads.calls) == 1
+    assert torch.equal(again.direction, fresh.direction)
+    assert torch.equal(again.images, fresh.images)
+
+
+def test_a_weaker_network_moves_with_the_network_that_it_guides(tmp_path):
+    pairs = source(grey_unet(), weaker_network(tmp_path))
+    assert not pairs.has_mask
+    pairs.to(torch.device("meta"))
+    (weak_network,) = pairs.weak_networks.values()
+    assert {p.device.type for n in (weak_network, pairs.pipeline.network) for p in n.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,11 +11,24 @@ from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.models import loading
 from sagl.models.checkpoints import cast_weights
+from sagl.models.flops import flops_per_evaluation
 from sagl.sampling.pipeline import build_pipeline, make_labels, run_to_end, x0_predictions
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierFreeGuidance, ClassifierGuidance, SelfAttentionGuidance
+from sagl.settings.guidance import (
+    Autoguidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    SelfAttentionGuidance,
+)
 from sagl.settings.sampling import SAMPLERS, RunSettings, SamplerSettings, id_batches
-from tests.helpers.networks import count_calls, grey_unet, small_classifier, stable_unet, write_grey_classifier
+from tests.helpers.networks import (
+    count_calls,
+    grey_unet,
+    small_classifier,
+    stable_unet,
+    write_grey_classifier,
+    write_grey_unet,
+)
 
 CHAINS = {
     "ddpm": SamplerSettings(sampler="ddpm", respacing="6"),
@@ -230,6 +243,42 @@ def test_nfe_counts_every_call_of_the_network(sampler, settings, nfe):
         assert [p.nfe for _, _, p in pipeline.sample_progressive(0, [0, 1], LABELS)] == nfe
     assert pipeline.nfe == len(calls) == sum(nfe)
     assert pipeline.unguided.nfe == (7 if sampler == "heun" else 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_weak"),
+    [
+        ({}, 8),
+        ({"scale": 0.0}, 0),
+        ({"interval": (0.25, 0.75)}, 4),
+        ({"renew_every": 3}, 3),
+        ({"stop_below": 1e9}, 1),
+        ({"stop_below": 1e9, "interval": (0.5, 0.5)}, 0),
+        ({"direction_head": "auto"}, 0),
+        ({"direction_head": "auto", "renew_every": 4}, 2),
+        ({"cfg": {"interval": (0.0, 0.5)}}, 8),
+        ({"cfg": {"reuse_before": "output.1"}, "renew_every": 3}, 3),
+        ({"cfg": {"renew_every": 2}, "stop_below": 1e9}, 1),
+        ({"cfg": {"stop_below": 1e9}}, 8),
+        ({"sampler": "heun", "interval": (0.0, 0.5)}, 7),
+    ],
+    ids=str,
+)
+def test_flops_are_those_of_the_networks_that_were_evaluated(settings, num_weak, tmp_path, monkeypatch):
+    """The weaker network is much smaller, and each of its evaluations counts as one."""
+    monkeypatch.setattr("sagl.sampling.pipeline.load_head", lambda *_: lambda images, *_: 0.1 * images[:, :1])
+    weak_file = write_grey_unet(tmp_path / "weak.safetensors")
+    settings = {"sampler": "ddim", "scale": 0.5, **settings}
+    guidances = {"cfg": ClassifierFreeGuidance(scale=0.5, **settings.pop("cfg"))} if "cfg" in settings else {}
+    sampler = SamplerSettings(sampler=settings.pop("sampler"), respacing="8")
+    guidances["autoguidance"] = Autoguidance(checkpoint=str(weak_file), **settings)
+    pipeline = build_pipeline(grey_unet(num_channels=64), DiffusionSettings(), sampler, guidances)
+    with torch.inference_mode():
+        nfe = sum(p.nfe for _, _, p in pipeline.sample_progressive(0, [0], torch.tensor([1])))
+    flops, weak_flops = (flops_per_evaluation(network.settings) for network in (pipeline.network, grey_unet()))
+    expected = (nfe - num_weak) * flops + num_weak * weak_flops
+    assert pipeline.cost(nfe) == {"nfe": nfe, "flops": pytest.approx(expected)}
+    assert weak_flops < flops / 2
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from sagl.training.trainer import build_trainer, report_slow_precision, select_accelerator, trainer_errors
+from sagl.training.trainer import build_trainer, report_slow_precision, select_accelerator
 from sagl.utils import environment
+from sagl.utils.distributed import lightning_errors
 from tests.helpers.errors import refused
 
 
@@ -47,5 +48,5 @@ def test_several_nodes_need_a_launcher(monkeypatch):
 
 def test_a_division_by_zero_of_lightning_is_an_error_about_the_trainer():
     code = compile("1 / 0", "trainer.py", "exec")
-    with refused("`trainer`", "zero"), trainer_errors():
+    with refused("`trainer`", "zero"), lightning_errors():
         exec(code, {"__name__": "lightning.pytorch.loops"})
