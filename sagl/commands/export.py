@@ -37,8 +37,10 @@ def main(arguments: list[str]) -> None:
     num_requested = read_run_json(run).get("num_samples", count)
     if num_requested > count:
         print(f"{run} has {count} of {num_requested} images so far.")
-    from sagl.sampling.exports import write_grid, write_images, write_npz
+    from sagl.sampling.exports import require_no_other_images, write_grid, write_images, write_npz
 
+    if flags.images is not None:
+        require_no_other_images(run, Path(flags.images), num_samples, "images")
     for name, write in (("grid", write_grid), ("images", write_images), ("npz", write_npz)):
         if (path := flags[name]) is not None:
             with (lock_folder if name == "images" else lock_file)(Path(path), name):

@@ -52,15 +52,8 @@ def write_images(run: Path, folder: Path, num_samples: int | None = None, argume
     """Write one PNG per sample, named by its id, with the bytes of the shards.
 
     Raises:
-        UserError: the run is damaged, or the folder has other images or cannot be written (names `argument`).
+        UserError: the run is damaged, or the folder cannot be written (names `argument`).
     """
-    if others := {path.name for path in folder.glob("*.png")}:
-        others -= {f"{sample.id:06d}.png" for sample in iter_samples(run, num_samples)}
-        require(
-            not others,
-            f"`{argument}` must be a folder without other images, and {folder} has {min(others, default='')}. Delete "
-            "them, or choose another folder.",
-        )
     remove_partial(folder, "*.png.*")
     try:
         for sample in iter_samples(run, num_samples):
@@ -70,6 +63,21 @@ def write_images(run: Path, folder: Path, num_samples: int | None = None, argume
         with suppress(OSError):  # not empty
             folder.rmdir()
         raise
+
+
+def require_no_other_images(run: Path, folder: Path, num_samples: int | None, argument: str) -> None:
+    """Refuse a folder with PNG files that `write_images` would leave among those of a run.
+
+    Raises:
+        UserError: it has some (names `argument`).
+    """
+    if others := {path.name for path in folder.glob("*.png")}:
+        others -= {f"{sample.id:06d}.png" for sample in iter_samples(run, num_samples)}
+    require(
+        not others,
+        f"`{argument}` must be a folder without other images, and {folder} has {min(others, default='')}. Delete them, "
+        "or choose another folder.",
+    )
 
 
 def write_npz(run: Path, file: Path, num_samples: int, argument: str = "output") -> None:

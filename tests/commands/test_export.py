@@ -55,6 +55,12 @@ def test_num_samples_selects_the_first(finished_run, run, tmp_path):
         assert all((five[name] == six[name][:5]).all() for name in ("arr_0", "arr_1"))
 
 
+def test_a_folder_with_other_images_is_refused(run, tmp_path, capsys):
+    flags = ["export", run, "--images", tmp_path / "out"]
+    assert exit_code(*flags) == exit_code(*flags) == 0
+    refusal(capsys, tmp_path, *flags, "--num_samples", "4", names=["--images", "000004.png"])
+
+
 def test_an_unfinished_run_is_exported_as_far_as_it_goes(run, tmp_path, capsys):
     (run / "shards" / "000004-000005.tar").unlink()
     assert exit_code("export", run, "--npz", tmp_path / "a.npz") == 0

@@ -1,10 +1,12 @@
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sagl.models.checkpoints import build_network, read_checkpoint
@@ -166,6 +168,12 @@ def test_a_resumed_fit_refuses_another_network_or_start_and_changes_nothing(chan
     refusal(capsys, output, *command, names=[changes[0].lstrip("-")])
 
 
+def test_a_decay_that_nothing_ends_is_refused(config, tmp_path, capsys):
+    flags = ["--model.optimizer.decay_steps", 2, "--trainer.max_steps", -1, "--trainer.max_epochs", 1]
+    command = ["fit", "--config", config, "--output", tmp_path / "run", *flags]
+    refusal(capsys, tmp_path, *command, names=["--model.optimizer.decay_steps", "trainer.max_steps"])
+
+
 @pytest.mark.parametrize("name", ["run", "new"])
 def test_a_trial_writes_nothing(name, run, config, tmp_path):
     shutil.copytree(run, tmp_path / "run")
@@ -262,6 +270,15 @@ def test_a_fit_without_logs_and_checkpoints_writes_its_configuration_alone_and_s
     assert exit_code("fit", "--config", config, "--output", tmp_path / "run", *options) == 0
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["config.yaml"]
     assert "random weights" in capsys.readouterr().out
+
+
+def test_a_signal_that_ends_a_fit_without_checkpoints_says_that_nothing_was_saved(
+    config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    command = ["fit", "--config", config, "--output", tmp_path / "run", "--trainer.enable_checkpointing", "false"]
+    assert exit_code(*command) == 128 + signal.SIGTERM
+    assert "nothing of it was saved" in capsys.readouterr().err
 
 
 def test_a_fit_without_an_output_folder_is_refused(config, capsys):

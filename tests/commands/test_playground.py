@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from sagl.commands.playground import listen
+from sagl.commands.playground import listen, page_address
 from tests.helpers.commands import refusal
 
 
@@ -19,3 +19,11 @@ def test_settings_at_the_start_are_refused_before_the_page_opens(capsys, flags, 
 def test_the_page_is_open_to_this_machine_only():
     with listen("127.0.0.1", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "http://127.0.0.1:7860"), ("0.0.0.0", "http://127.0.0.1:7860"), ("::1", "http://[::1]:7860")],
+)
+def test_the_printed_address_can_be_opened(host, address):
+    assert page_address(host, 7860) == address

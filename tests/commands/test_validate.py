@@ -45,6 +45,11 @@ def test_the_ema_weights_are_validated_unless_others_are_requested(run, capsys):
     assert average["loss"] != raw["loss"]
 
 
+def test_the_folder_of_a_run_may_follow_the_options(run, capsys):
+    options = ["--trainer.accelerator", "cpu", "--data.num_validation=4"]
+    assert table(capsys, "validate", *options, run) == table(capsys, "validate", run, *options)
+
+
 def test_options_of_fit_are_accepted(run, capsys):
     assert table(capsys, "validate", run, "--data.num_validation", "4") != table(capsys, "validate", run)
 

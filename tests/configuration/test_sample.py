@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from sagl.configuration.sample import parse_sample_config
 from sagl.errors import UserError
@@ -31,3 +32,51 @@ def test_a_recommendation_of_unknown_settings_is_refused(tmp_path):
     network = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sag": {"strength": 3}})
     with pytest.raises(UserError, match=r"`recommended`.*strength"):
         parse_sample_config(["--checkpoint", str(network)])
+
+
+def write_config(folder, **settings):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "flag", "expected"),
+    [
+        ({"precision": "64-true"}, ["--trainer.precision", "32-true"], ("precision", "32-true")),
+        ({"accelerator": "tpu"}, ["--trainer.accelerator=cpu"], ("accelerator", "cpu")),
+        ({"devices": [0, 1]}, ["--trainer.devices", "1"], ("devices", "1")),
+        ({"precision": 32}, [], ("precision", "32-true")),
+        ({"precision": "bf16"}, [], ("precision", "auto")),
+        ({"accelerator": "cuda"}, [], ("accelerator", "gpu")),
+    ],
+)
+def test_what_a_training_config_has_for_lightning_is_translated_or_replaced_by_a_flag(
+    trainer, flag, expected, tmp_path
+):
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors")
+    config = parse_sample_config([*write_config(tmp_path, trainer=trainer), "--checkpoint", str(tiny), *flag])
+    assert getattr(config.devices, expected[0]) == expected[1]
+
+
+def test_a_flag_repairs_settings_of_a_config_and_a_weight_file_that_contradict_each_other(tmp_path):
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sampler": "ddim", "eta": 0.5})
+    config = [*write_config(tmp_path, sampler="ddpm"), "--checkpoint", str(tiny)]
+    with pytest.raises(UserError, match="`eta`"):
+        parse_sample_config(config)
+    assert parse_sample_config([*config, "--eta", "0"]).sampler == SamplerSettings(sampler="ddpm", eta=0.0)
+
+
+def test_flags_that_name_a_network_replace_the_weights_of_a_config(tmp_path):
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors")
+    config = write_config(tmp_path, checkpoint=str(write_grey_unet(tmp_path / "other.safetensors")))
+    assert parse_sample_config([*config, "--checkpoint", str(tiny)]).source.checkpoint == tiny
+    assert parse_sample_config([*config, "--model", "emoji"]).source.find_file().name == "emoji.safetensors"
+    raw = write_config(tmp_path, weights="raw", checkpoint="missing.ckpt")
+    assert parse_sample_config([*raw, "--checkpoint", str(tiny)]).source.weights == "ema"
+
+
+@pytest.mark.parametrize("value", [3, ["a", "b"]])
+def test_a_checkpoint_in_a_config_is_a_text(value, tmp_path):
+    with pytest.raises(UserError, match=r"`checkpoint` in a config must be a text"):
+        parse_sample_config(write_config(tmp_path, checkpoint=value))

@@ -146,6 +146,22 @@ def test_processes_are_counted_by_setting_then_by_launcher(devices, nodes, varia
     assert num_processes(DeviceSettings(devices=devices, num_nodes=nodes, accelerator="cpu")) == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "advice"),
+    [
+        ({}, "got 4"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "trainer.num_nodes"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "--gpus-per-node"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused(variables, advice, environ, monkeypatch):
+    environ(**variables)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=rf"`trainer.devices` .*at most 2.*{advice}"):
+        num_processes(DeviceSettings(devices="4"))
+
+
 def test_another_number_of_processes_than_the_launcher_started_is_refused(environ):
     environ(RANK="1", WORLD_SIZE="4")
     for devices, nodes in (("2", 1), ("auto", 3)):

@@ -14,8 +14,9 @@ BATCH = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_
 
 
 @pytest.fixture
-def ranks_of(environ):
+def ranks_of(environ, monkeypatch):
     """Set the variables of launchers to exactly the given ones; return those that remain of the ranks."""
+    monkeypatch.setattr(launchers, "WAIT_SECONDS", 1e6)  # a message would be an output of later tests
 
     def run(**variables):
         environ(**variables)
@@ -38,6 +39,8 @@ def ranks_of(environ):
         {**TORCHRUN, "MASTER_PORT": ""},
         {"LOCAL_RANK": "1", "WORLD_SIZE": "2", PARENT: "1"},  # a child of a process that is not the parent
         BATCH,
+        {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},  # a launcher of one process
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
         {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "5"},  # a shell of salloc
         {**BATCH, "SLURM_JOB_NAME": "bash", SLURM_TASKS: "1"},  # srun --pty bash
     ],
@@ -46,6 +49,11 @@ def ranks_of(environ):
 def test_ranks_that_no_launcher_set_are_ignored(variables, ranks_of):
     assert ranks_of(**variables) == set()
     assert (global_rank(), has_launched_peers(), num_launched()) == (0, False, 1)
+
+
+def test_the_address_of_a_launcher_with_one_process_is_not_used(ranks_of):
+    ranks_of(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
 
 
 def test_the_ranks_of_torchrun_go_before_those_of_slurm(ranks_of):

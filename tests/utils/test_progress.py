@@ -56,6 +56,15 @@ def test_a_line_has_count_rate_and_remaining_time(clock, capsys):
     ]
 
 
+def test_what_an_earlier_command_has_done_does_not_count_as_speed(clock, capsys):
+    with ProgressReporter("file.pt", kind="lines", unit="bytes") as reporter:
+        reporter.update(90_000_000, 100_000_000)
+        clock.seconds += LINE_INTERVAL_SECONDS
+        reporter.update(95_000_000)
+    rate = 5 / LINE_INTERVAL_SECONDS
+    assert f"{rate:.1f} MB/s, {LINE_INTERVAL_SECONDS:.0f} s left" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_lines_keep_their_interval_except_for_the_first_and_the_last(clock, capsys):
     lines = printed_lines(clock, capsys, LINE_INTERVAL_SECONDS / 3, num_batches=10, batch_size=1)
     counts = [int(line.split()[1].split("/")[0]) for line in lines]

@@ -11,6 +11,7 @@ from sagl.utils.signals import (
     STOP_SIGNALS,
     Interrupted,
     block_stop_signals,
+    end_at_stop_signals,
     obey_stop_signals_of_parent,
     on_stop_signal,
     raise_interrupted,
@@ -41,6 +42,14 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_while_processes_connect_a_stop_signal_has_no_handler_of_python():
+    with on_stop_signal(raise_interrupted):
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        with end_at_stop_signals():
+            assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_DFL}
+        assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def test_no_library_catches_the_end_of_a_command():
