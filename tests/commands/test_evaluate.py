@@ -61,7 +61,7 @@ def test_the_result_is_printed_as_a_table_and_written_as_json_and_csv(tmp_path, 
     table = capsys.readouterr().out
     result = json.loads((tmp_path / "deep" / "n.json").read_text())
     low, high = result["intervals"]["fd"]
-    for text in ("Fréchet distance", "recall", "± ", "40 images", "50 images", f"{result['values']['fd']:.2f}"):
+    for text in ("Fréchet distance", "recall", "40 images", "50 images", f"{result['values']['fd']:.2f}"):
         assert text in table
     assert f"{low:,.2f} … {high:,.2f}" in table
     assert "kid_subset_size 40" in table.replace("\n", "")
@@ -72,6 +72,9 @@ def test_the_result_is_printed_as_a_table_and_written_as_json_and_csv(tmp_path, 
     assert (float(rows["fd"]["value"]), float(rows["fd"]["low"])) == (result["values"]["fd"], low)
     assert (rows["kd"]["extractor"], rows["kd"]["num_reference"]) == ("effnet_lite0_64", "50")
     assert "kid_subset_size 40" in rows["kd"]["settings"]
+    assert "±" not in table  # the subsets of the 40 images are equal
+    assert exit_code(*arguments, "--kid_subset_size", 20) == 0
+    assert "± " in capsys.readouterr().out
 
 
 def test_statistics_writes_a_file_that_evaluate_reads(tmp_path, pair, capsys):
