@@ -14,12 +14,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sagl.errors import UserError, require
-from sagl.metrics.extractors import get_extractor
+from sagl.metrics.extractors import extractor_version, get_extractor
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
 from sagl.sampling.exports import colorize_masks
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
+from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.sampling import RunSettings, SamplerSettings
 from sagl.settings.training import PreviewSettings
@@ -32,16 +33,25 @@ Pipelines = Mapping[float, SamplingPipeline]
 
 
 def preview_metrics(extractor: str, real_batches: Iterable[ImageUint8], device: torch.device) -> FeatureMetrics:
-    """Return metrics over all processes; the sums over the real images of this process are cached by their pixels."""
+    """Return metrics over all processes, with the real images of this process.
+
+    The sums over the real images are cached by their pixels and the extractor's weights. Those of an extractor of the
+    user, whose code may change, are not cached.
+    """
     extract, images = get_extractor(extractor)(device), [batch.cpu() for batch in real_batches]
     metrics = FeatureMetrics(extract, images[0][:1], device)
-    path = cache_folder() / "statistics" / f"preview-float32-{extractor}-{_fingerprint(images)}.npz"
-    if path.is_file():
+    path = None
+    if extractor in EXTRACTOR_NAMES:
+        parts = ("preview-float32", extractor, extractor_version(extractor, extract), _fingerprint(images))
+        path = cache_folder() / "statistics" / ("-".join(filter(None, parts)) + ".npz")
+    if path is not None and path.is_file():
         with np.load(path) as arrays:
             metrics.real_state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         return metrics
     for batch in images:
         metrics.update_real(batch)
+    if path is None:
+        return metrics
     state: dict[str, Any] = {name: value.cpu().numpy() for name, value in metrics.real_state.items()}
     with cache_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **state)

@@ -1,5 +1,6 @@
 """`sagl reproduce`: tables and figures of the paper, on its networks or translated to another."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 
 from sagl.analysis.registry import check_object_masks
@@ -22,12 +24,20 @@ from sagl.evaluation.reference import reference_digest
 from sagl.evaluation.reproduction import ReproductionRow, Target, plan_reproduction
 from sagl.evaluation.reproduction_report import ANALYSES, RUNS, read_weights_sha256, store_item, write_report
 from sagl.evaluation.results import read_results
+from sagl.metrics.extractors import extractor_version, get_extractor
+from sagl.metrics.inception import VARIABLE
 from sagl.models.hub_files import is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.sources import NetworkSource, resolve_network
 from sagl.models.zoo import BUNDLED_CLASSIFIERS, default_reference
 from sagl.sampling.run_folder import count_images
-from sagl.settings.evaluation import ExtractionSettings, MetricSettings, require_image_set
+from sagl.settings.evaluation import (
+    EXTRACTOR_NAMES,
+    INCEPTION,
+    ExtractionSettings,
+    MetricSettings,
+    require_image_set,
+)
 from sagl.settings.sampling import DeviceSettings, SamplerSettings
 from sagl.utils.distributed import has_launched_peers, num_processes
 from sagl.utils.files import sha256
@@ -170,6 +180,17 @@ class _Evaluation:
         """Digest of the reference, which takes long for many images."""
         return reference_digest(self.path)
 
+    @cached_property
+    def version(self) -> str:
+        """Version of the extractor, which is loaded for it."""
+        return extractor_version(self.extractor, get_extractor(self.extractor)(torch.device("cpu")))
+
+    def _is_current(self, version: str) -> bool:
+        """Return whether the extractor has this version now. It is not loaded if it has published weights and none."""
+        has_own_weights = self.extractor == INCEPTION and bool(os.environ.get(VARIABLE))
+        is_published = self.extractor in EXTRACTOR_NAMES and not has_own_weights
+        return (is_published and not version) or version == self.version
+
     def is_done(self, run: Path) -> bool:
         """Return whether the last result of a run, which the report shows, is of this evaluation of all its images.
 
@@ -181,6 +202,7 @@ class _Evaluation:
             last is not None
             and (last.reference, last.extractor, last.settings.get("bootstrap"), last.num_samples) == own
             and (not last.reference_digest or last.reference_digest == self.digest)
+            and self._is_current(last.extractor_version)
         )
 
     @property

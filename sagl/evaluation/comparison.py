@@ -192,7 +192,8 @@ def _metric_section(conditions: Conditions, rows: Iterable[Row], notes: Iterable
     digest = c.reference_digest and f"reference {c.reference_digest[:8]}"
     size = c.reference_crop_size
     reference_crop = f"its images cropped to {size}×{size}" if size not in (None, c.crop_size) else ""
-    parts = (f"features of {c.extractor}", c.resize, crop, digest, reference_crop)
+    version = f"version {printable(c.extractor_version)}" if c.extractor_version else ""
+    parts = (f"features of {c.extractor}", version, c.resize, crop, digest, reference_crop)
     return Section(
         title=f"{c.num_samples:,} images against {printable(c.reference)}{count}",
         note=". ".join(filter(None, (", ".join(filter(None, parts)), " ".join(notes)))),

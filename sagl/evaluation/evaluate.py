@@ -1,6 +1,7 @@
 """Evaluation of images against a reference, in all processes of a command."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference
 from sagl.models.zoo import default_reference
-from sagl.sampling.run_folder import is_run, read_run_json
+from sagl.sampling.run_folder import is_run, list_shards, read_run_json
 from sagl.settings.evaluation import (
     DEFAULT_EXTRACTOR,
     EXTRACTOR_NAMES,
@@ -59,6 +60,7 @@ def evaluate(
         reference_path = local_path(reference, "reference")
         name = extraction.extractor or default_extractor(Path(reference_path))
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
+        ids = _format_ids(list_shards(Path(images)), count) if isinstance(image_set, RunImages) else ""
         extractor = FeatureExtraction.load(name, extraction, ranks)
         real = load_reference(reference_path, extractor, image_set.image_size, metrics.max_features)
         fake = extractor.statistics(image_set, count, max_features=count, title=Path(images).name, keep_logits=True)
@@ -70,11 +72,13 @@ def evaluate(
     return EvaluationResult(
         images=images,
         num_samples=fake.num_samples,
+        ids=ids,
         reference=reference,
         reference_digest=real.digest,
         reference_crop_size=real.crop_size,
         num_reference=real.statistics.num_samples or None,
         extractor=name,
+        extractor_version=extractor.version,
         resize=resize,
         values=results.values,
         intervals=results.intervals,
@@ -117,6 +121,7 @@ def write_statistics(
     reference = Reference(
         statistics=statistics,
         extractor=name,
+        extractor_version=extractor.version,
         source=source,
         image_size=images.image_size,
         notes=images.source_notes,
@@ -160,6 +165,24 @@ def _run_notes(run: Path, images: ImageSet) -> list[str]:
     requested = read_run_json(run, "images").get("num_samples", 0) if isinstance(images, RunImages) else 0
     unfinished = f"The run holds {len(images)} of {requested} images so far." if len(images) < requested else ""
     return [note for note in (*images.source_notes, images.preprocessing_note, unfinished) if note]
+
+
+def _format_ids(spans: Iterable[tuple[int, int]], count: int) -> str:
+    """Return the first ids of a run as ranges, "0-63, 128-191".
+
+    Args:
+        spans: first and last id of every shard, in order. Shards may overlap.
+        count: number of ids.
+    """
+    ranges: list[tuple[int, int]] = []
+    for first, last in spans:
+        last = min(last, first + count - 1)
+        if last < first:
+            break
+        count -= last - first + 1
+        start = ranges.pop()[0] if ranges and first == ranges[-1][1] + 1 else first
+        ranges.append((start, last))
+    return ", ".join(f"{first}-{last}" for first, last in ranges)
 
 
 def _comparability_notes(fake: FeatureStatistics, real: Reference, images: ImageSet, resize: str) -> list[str]:

@@ -32,7 +32,7 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
         max_features: maximum number of features of the reference.
 
     Raises:
-        UserError: it does not exist, is damaged, or belongs to another extractor.
+        UserError: it does not exist, is damaged, or belongs to another extractor or to another version of it.
     """
     if has_statistics(Path(name)):
         return _from_file(name, extraction, max_features)
@@ -84,6 +84,7 @@ def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max
     return Reference(
         statistics=statistics,
         extractor=extraction.name,
+        extractor_version=extraction.version,
         source=name,
         image_size=images.image_size,
         digest=content_digest(name, images),
@@ -98,6 +99,11 @@ def _from_file(name: str, extraction: FeatureExtraction, max_features: int) -> R
         same_extractor or has_images(Path(name)),
         f"`extractor` must be {file.extractor}, which {name} was made with, got {extraction.name}. Metrics of "
         "different extractors cannot be compared.",
+    )
+    require(
+        not same_extractor or file.extractor_version in ("", extraction.version),
+        f"`reference` must be of the weights and code that {extraction.name} has now, and {name} is of others (version "
+        f"{file.extractor_version!r:.60}, now {extraction.version!r:.60}). Write it again with sagl statistics.",
     )
     if not has_images(Path(name)) or (file.statistics.features is not None and same_extractor):
         return file

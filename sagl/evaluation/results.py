@@ -26,6 +26,7 @@ class Conditions(NamedTuple):
     """Size that the images of the reference were cropped to; None for images as they are."""
     num_reference: int | None
     extractor: str
+    extractor_version: str
     resize: str
     crop_size: int | None
     """Size that images were cropped to; None for images as they are."""
@@ -40,10 +41,16 @@ class EvaluationResult:
     """Path or name of the images."""
     extractor: str
     """Name of the feature extractor. Values of different ones cannot be compared."""
+    extractor_version: str = ""
+    """Text that differs for other weights or code under this name, see `metrics.extractors.extractor_version`. Empty
+    for sagl's own extractors with published weights, and in files of versions that did not store it."""
     reference: str
     """Path or name of the reference."""
     num_samples: int
     """Number of images, the first of the run."""
+    ids: str = ""
+    """Ids of these images in the run, as ranges "0-63, 128-191". Empty for other images, and in files of versions that
+    did not store it."""
     reference_digest: str = ""
     """Digest that distinguishes references of one name, see `image_sets.content_digest`."""
     reference_crop_size: int | None = None
@@ -77,6 +84,7 @@ class EvaluationResult:
             reference_crop_size=self.reference_crop_size,
             num_reference=self.num_reference,
             extractor=self.extractor,
+            extractor_version=self.extractor_version,
             resize=self.resize,
             crop_size=self.settings.get("image_size"),
             num_samples=self.num_samples,
@@ -93,10 +101,13 @@ class EvaluationResult:
     def difference(self, other: "EvaluationResult", name: str) -> "Interval | None":
         """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.
 
-        Both must have been computed under the same conditions and resampled alike, with as many resamples and the same
-        seed. None if they were not.
+        Both must have been computed over the same ids, under the same conditions, and resampled alike, with as many
+        resamples and the same seed. None if they were not. Results without ids, which earlier versions did not store,
+        count as of the same ids.
         """
         keys = ("bootstrap", "seed")
+        if self.ids and other.ids and self.ids != other.ids:
+            return None
         if self.conditions != other.conditions or any(self.settings.get(k) != other.settings.get(k) for k in keys):
             return None
         first, second = (r.resamples.get(name, ()) for r in (other, self))

@@ -1,7 +1,7 @@
 """Statistics files of reference images: sagl's own, and those published by OpenAI and EDM.
 
 All are npz files with `mu` (D,) and `sigma` (D, D) of pooled features. OpenAI's also hold `mu_s`, `sigma_s` of spatial
-features and 10,000 images as `arr_0`; sagl's also the extractor's name, the number of images and features.
+features and 10,000 images as `arr_0`; sagl's also name and version of the extractor, the number of images and features.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,10 @@ from sagl.utils.files import atomic_file
 
 Arrays = dict[str, Array]
 T = TypeVar("T")
-NAMES = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples", "extractor", "source", "image_size", "digest")
+NAMES = (
+    *("mu", "sigma", "mu_s", "sigma_s", "features", "num_samples"),
+    *("extractor", "extractor_version", "source", "image_size", "digest"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class Reference:
 
     statistics: FeatureStatistics
     extractor: str
+    extractor_version: str = ""
+    """Text that differs for other weights or code of the extractor, if the file has it; see
+    `extractors.extractor_version`."""
     source: str = ""
     """Path or name of the images, if the file has it."""
     image_size: tuple[int, int] | None = None
@@ -91,6 +97,7 @@ def read_reference(path: Path) -> Reference:
             features=_features(arrays, len(pooled.mean), path),
         ),
         extractor=str(arrays.get("extractor", INCEPTION)),
+        extractor_version=str(arrays.get("extractor_version", "")),
         source=str(arrays.get("source", "")),
         digest=str(arrays.get("digest", "")),
         image_size=None if image_size is None or image_size.shape != (2,) else (int(image_size[0]), int(image_size[1])),
@@ -113,8 +120,9 @@ def write_reference(reference: Reference, path: Path, argument: str = "output") 
         arrays["features"] = statistics.features.numpy()
     if reference.image_size is not None:
         arrays["image_size"] = reference.image_size
-    if reference.digest:
-        arrays["digest"] = reference.digest
+    for name, text in (("digest", reference.digest), ("extractor_version", reference.extractor_version)):
+        if text:
+            arrays[name] = text
     with atomic_file(path, argument) as partial, partial.open("wb") as file:
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
 

@@ -24,6 +24,7 @@ from sagl.settings.training import (
     PreviewSettings,
 )
 from sagl.utils.images import image_grid, to_uint8
+from tests.helpers.extractors import USER_EXTRACTOR
 from tests.helpers.files import read_png
 from tests.helpers.networks import GREY, draw_weights
 from tests.helpers.training import IGNORED_WARNINGS, trainer
@@ -202,6 +203,28 @@ def test_real_images_are_processed_once_for_all_runs_and_others_again():
     assert first[0] == 1 + len(IMAGES)  # one for the number of features
     assert compute() == (1, first[1])
     assert compute(real=IMAGES.flip(0)[1:])[1] != first[1]
+
+
+@pytest.mark.parametrize("name", ["inception", USER_EXTRACTOR])
+def test_real_images_are_processed_again_for_other_weights_or_code_of_the_extractor(name, monkeypatch):
+    class Scaled(Extractor):
+        def __init__(self, scale, version):
+            self.scale, self.version = scale, version
+
+        def __call__(self, images):
+            return super().__call__(images).map(lambda part: self.scale * part)
+
+    def compute(extract):
+        monkeypatch.setitem(EXTRACTORS, "inception", lambda device: extract)
+        monkeypatch.setattr("tests.helpers.extractors.user_extractor", lambda device: extract)
+        Extractor.num_images = 0
+        metrics = preview_metrics(name, IMAGES.split(5), torch.device("cpu"))
+        return metrics.compute(IMAGES.flip(2).split(4))["frechet"], Extractor.num_images
+
+    has_version = name == "inception"  # the code of the user's may change without one
+    first, second, third = (compute(Scaled(scale, "ab"[scale - 1] * has_version)) for scale in (1, 2, 2))
+    assert second[0] == pytest.approx(4 * first[0], rel=1e-3) == third[0]
+    assert (third[1] < second[1]) == has_version
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -9,12 +9,13 @@ import pytest
 from sagl.commands.reproduce import _target, reproduce_parser
 from sagl.evaluation.paper import paper_items
 from sagl.evaluation.results import read_results
+from sagl.metrics.extractors import EXTRACTORS
 from sagl.models.checkpoints import write_checkpoint
 from sagl.models.zoo import RELEASED
 from sagl.utils.files import sha256
 from sagl.utils.run_lock import LOCK_NAME, lock_folder
 from tests.helpers.commands import exit_code
-from tests.helpers.extractors import serve_files, use_fast_extractors, write_npz
+from tests.helpers.extractors import USER_EXTRACTOR, row_means, serve_files, use_fast_extractors, write_npz
 from tests.helpers.networks import grey_weights, write_grey_classifier, write_grey_unet, write_training_checkpoint
 
 LEVELS = {"channel_mult": (1, 2), "attention_resolutions": (8, 4)}
@@ -124,6 +125,32 @@ def test_results_without_a_digest_of_the_reference_are_kept(reproduce, tmp_path)
     before = files_of(tmp_path, "evaluation.json")
     assert reproduce("table5") == 0
     assert files_of(tmp_path, "evaluation.json") == before
+
+
+@pytest.mark.parametrize("extractor", ["inception", USER_EXTRACTOR])
+def test_runs_are_evaluated_again_for_other_weights_or_code_of_the_extractor(
+    extractor, reproduce, tmp_path, monkeypatch
+):
+    flags, evaluations = ("table5", "--extractor", extractor), []
+    monkeypatch.setenv("SAGL_INCEPTION", "weights of the user")
+    for version in ("a", "a", "b"):
+
+        def extract(images):
+            return row_means(images)
+
+        extract.version = version
+        monkeypatch.setitem(EXTRACTORS, "inception", lambda device, e=extract: e)
+        monkeypatch.setattr("tests.helpers.extractors.user_extractor", lambda device, e=extract: e)
+        assert reproduce(*flags) == 0
+        evaluations.append(files_of(tmp_path, "evaluation.json"))
+    assert evaluations[0] == evaluations[1] != evaluations[2]
+    assert {result.extractor_version[0] for result in last_results(tmp_path)} == {"b"}
+
+
+def test_an_extractor_with_published_weights_is_not_loaded_for_what_is_done(reproduce, tmp_path, monkeypatch):
+    assert reproduce("table5") == 0
+    monkeypatch.setitem(EXTRACTORS, "effnet_lite0_64", None)
+    assert reproduce("table5") == 0
 
 
 def test_the_extractor_is_that_of_a_statistics_file_at_a_url(reproduce, tmp_path, monkeypatch):

@@ -175,6 +175,7 @@ def test_a_metric_with_resamples_has_a_row_of_paired_differences_from_the_first_
     "change",
     [
         {"extractor": "effnet_lite0_224"},
+        {"extractor_version": "a"},
         {"reference": "train"},
         {"num_samples": 500},
         {"num_reference": 500},
@@ -198,6 +199,22 @@ def test_the_size_that_the_images_of_the_reference_were_cropped_to_is_shown():
     notes = [section.note for section in metric_sections(runs)]
     assert ["32×32" in note for note in notes] == [True, False]
     assert ["64×64" in note for note in notes] == [False, True]
+
+
+def test_runs_of_other_ids_share_a_row_without_a_paired_difference():
+    resampled = {"resamples": {"fd": (10.0, 14.0)}}
+    ids = ("0-19999", "20000-39999", "0-19999", "")  # the last is of a version that did not store them
+    runs = [run(n, results=[result({"fd": 12.3}, ids=i, **resampled)]) for n, i in zip("abcd", ids, strict=True)]
+    (section,) = metric_sections(runs)
+    values, differences = section.rows
+    assert [cell.text for cell in values.cells] == ["12.30"] * 4
+    assert [cell.text for cell in differences.cells] == [ABSENT, ABSENT, "0.00", "0.00"]
+
+
+def test_the_version_of_an_extractor_is_shown():
+    runs = [run(results=[result({"fd": 12.3}, extractor_version=version)]) for version in ("a1\x1b", "b2")]
+    notes = [section.note for section in metric_sections(runs)]
+    assert notes == ["features of effnet_lite0_64, version a1\\x1b", "features of effnet_lite0_64, version b2"]
 
 
 def test_several_results_of_a_run_are_matched_with_those_of_the_other():

@@ -71,11 +71,13 @@ def test_a_result_has_the_values_and_all_that_they_depend_on(pair):
     assert result == {
         "images": str(run),
         "num_samples": 40,
+        "ids": "",
         "reference": str(reference),
         "reference_digest": sha256(reference)[:16],
         "reference_crop_size": None,
         "num_reference": 50,
         "extractor": "effnet_lite0_64",
+        "extractor_version": "",
         "resize": "its own",
         "intervals": {},
         "resamples": {},
@@ -114,6 +116,14 @@ def test_an_unfinished_run_is_evaluated_with_a_note(tmp_path, pair):
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"`images` .*run\.json"):
         result_of(run, pair[1])
+
+
+def test_the_result_of_a_run_has_the_ids_of_its_images(tmp_path, pair):
+    run = write_run(tmp_path / "run", ids=range(20, 30), image_size=16)  # three shards
+    gaps = write_run(tmp_path / "gaps", ids=[*range(4), *range(8, 12)], image_size=16)
+    results = [result_of(run, pair[1]), result_of(run, pair[1], num_samples=5), result_of(gaps, pair[1])]
+    results.append(result_of(gaps, pair[1], num_samples=4))
+    assert [result.ids for result in results] == ["20-29", "20-24", "0-3, 8-11", "0-3"]
 
 
 def test_cropping_of_a_reference_is_noted_from_the_cache_too(tmp_path, pair):
@@ -398,6 +408,31 @@ def test_a_statistics_file_determines_the_extractor_and_the_image_size(tmp_path,
     result = result_of(pair[0], write_own(large, tmp_path / "s.npz", extractor="inception"))
     assert result.extractor == "inception"
     assert "24×24" in result.notes[0]
+
+
+@pytest.mark.parametrize("extractor", ["inception", USER_EXTRACTOR])
+def test_a_statistics_file_of_another_version_of_the_extractor_is_refused(extractor, tmp_path, pair, monkeypatch):
+    def use_version(version):
+        def extract(images):
+            return all_features(images)
+
+        extract.version = version
+        monkeypatch.setitem(EXTRACTORS, "inception", lambda device: extract)
+        monkeypatch.setattr("tests.helpers.extractors.user_extractor", lambda device: extract)
+
+    use_version("a")
+    file = write_own(pair[1], tmp_path / "own.npz", extractor=extractor)
+    expected = result_of(pair[0], file, extractor=extractor)
+    assert expected.extractor_version.startswith("a")
+    use_version("b")
+    with pytest.raises(UserError, match=r"`reference` .*own\.npz.*'a.*'b.*sagl statistics"):
+        result_of(pair[0], file, extractor=extractor)
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in arrays.files if name != "extractor_version"}
+    np.savez(tmp_path / "earlier.npz", **kept)  # a file of a version that did not store it
+    result = result_of(pair[0], tmp_path / "earlier.npz", extractor=extractor)
+    assert result.values == expected.values
+    assert result.extractor_version.startswith("b")
 
 
 def test_code_that_a_statistics_file_names_is_not_imported(tmp_path, pair, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sagl.metrics.compute import compute_metrics
 from sagl.metrics.frechet import FrechetReference, statistics
 from sagl.settings.evaluation import MetricSettings
 from tests.helpers.run_folders import json_result
+
+REPRODUCTION = Path(__file__).parents[2] / "docs" / "reproduction"
 
 
 def write(folder, *entries):
@@ -101,6 +104,21 @@ def test_a_result_of_a_version_without_the_size_of_the_reference_is_replaced_by_
     assert read_results(tmp_path) == (later,)
 
 
+def test_a_result_of_another_version_of_the_extractor_is_added(tmp_path):
+    first = EvaluationResult(extractor="tiny", reference="r", num_samples=9, values={"fd": 1.0}, extractor_version="a")
+    for result in (first, second := replace(first, extractor_version="b"), first):
+        save_result(tmp_path, result)
+    assert read_results(tmp_path) == (second, first)
+
+
+@pytest.mark.parametrize("path", sorted(REPRODUCTION.glob("*/runs/*/evaluation.json"))[:2], ids=str)
+def test_results_of_versions_without_ids_and_version_of_the_extractor_are_read_and_have_differences(path):
+    (result, *_) = read_results(path.parent)
+    assert (result.ids, result.extractor_version) == ("", "")
+    assert result.difference(result, "fd") == (0.0, 0.0, 0.0)
+    assert result.difference(replace(result, ids="0-299"), "fd") is not None
+
+
 def test_results_whose_values_were_changed_are_refused(tmp_path):
     save_result(tmp_path, EvaluationResult(extractor="tiny", reference="r", num_samples=9, values={"fd": 12.5}))
     path = tmp_path / RESULTS_FILE
@@ -141,11 +159,13 @@ def sample_statistics(features):
 @pytest.mark.parametrize(
     "change",
     [
+        {"ids": "0-7, 9-9"},
         {"num_samples": 8},
         {"settings": {"bootstrap": 2, "seed": 1}},
         {"settings": {"bootstrap": 2, "seed": 0, "image_size": 64}},
         {"resamples": {}},
         {"extractor": "other"},
+        {"extractor_version": "other"},
         {"reference": "other"},
         {"reference_digest": "other"},
         {"reference_crop_size": 64},
@@ -156,7 +176,7 @@ def sample_statistics(features):
 )
 def test_results_of_other_conditions_or_resamples_have_no_difference(change):
     common = {"extractor": "tiny", "reference": "r", "num_samples": 9, "settings": {"bootstrap": 2, "seed": 0}}
-    first = EvaluationResult(**common, values={"fd": 1.0}, resamples={"fd": (0.5, 2.0)})
+    first = EvaluationResult(**common, ids="0-8", values={"fd": 1.0}, resamples={"fd": (0.5, 2.0)})
     assert first.difference(first, "fd") == (0.0, 0.0, 0.0)
     assert replace(first, **change).difference(first, "fd") is None
     assert first.difference(replace(first, **change), "fd") is None

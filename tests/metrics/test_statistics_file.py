@@ -34,6 +34,12 @@ def test_a_written_file_is_read_back(tmp_path):
     assert has_statistics(tmp_path / "deep" / "a.npz")
 
 
+@pytest.mark.parametrize("version", ["", "a1"])
+def test_the_version_of_the_extractor_is_read_back(version, tmp_path):
+    write_reference(Reference(statistics=stats(), extractor="tiny", extractor_version=version), tmp_path / "a.npz")
+    assert read_reference(tmp_path / "a.npz").extractor_version == version
+
+
 def test_missing_parts_stay_missing(tmp_path):
     result = roundtrip(tmp_path / "a.npz", spatial=None, features=None).statistics
     assert (result.spatial, result.features) == (None, None)
