@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sagl.commands.compare import _folders_first
+from sagl.commands.compare import FLAGS_WITHOUT_VALUE
 from sagl.commands.subcommands import SUBCOMMANDS
-from sagl.configuration.parser import from_namespace, parse_interval_arg
+from sagl.configuration.parser import from_namespace, parse_interval_arg, positionals_first
 from sagl.configuration.training import put_configs_first, rename_network_flags, training_kind, training_parser
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
@@ -46,7 +46,9 @@ def parse(command):
         training_parser(subcommand, kind=training_kind(arguments), full=has_config).parse(arguments)
     else:
         parser = getattr(import_module(SUBCOMMANDS[subcommand][0]), f"{subcommand}_parser")()
-        flags = parser.parse(_folders_first(arguments) if subcommand == "compare" else arguments)
+        if subcommand == "compare":
+            arguments = positionals_first(arguments, FLAGS_WITHOUT_VALUE)
+        flags = parser.parse(arguments)
         if subcommand in ("sample", "tune", "analyze"):
             from_namespace(RunSettings, flags)
             from_namespace(SamplerSettings, flags)

@@ -1,9 +1,8 @@
 """`sagl compare`: runs side by side, on the terminal or as an HTML page with their images."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from sagl.configuration.parser import Parser
+from sagl.configuration.parser import Parser, positionals_first
 from sagl.errors import require, require_range
 from sagl.evaluation.comparison import build_report
 from sagl.evaluation.report import has_generator_tag, print_report, render_html
@@ -12,7 +11,7 @@ from sagl.settings.sampling import MAX_SAMPLES
 from sagl.utils.files import write_text
 from sagl.utils.run_lock import lock_file
 
-VALUE_FLAGS = ("--output", "--num_samples")
+FLAGS_WITHOUT_VALUE = ("--overwrite", "--help")
 
 
 def compare_parser() -> Parser:
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> None:
         UserError: a folder is no run or is named twice, a file is damaged, the output would replace another file, or
             the runs do not share the requested images.
     """
-    args = compare_parser().parse(_folders_first(arguments))
+    args = compare_parser().parse(positionals_first(arguments, FLAGS_WITHOUT_VALUE))
     output, num_samples = None if args.output is None else Path(args.output), args.num_samples
     if output is not None:
         _require_replaceable(output, args.overwrite)
@@ -52,15 +51,6 @@ def main(arguments: list[str]) -> None:
         write_text(output, render_html(report))
     counts = f"{len(images.ids)} images of each run" if images else "no images"
     print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {counts}.")
-
-
-def _folders_first(arguments: Sequence[str]) -> list[str]:
-    """Move all folders before all flags, as argparse needs them."""
-    folders: list[str] = []
-    flags: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        (flags if argument.startswith("-") or previous in VALUE_FLAGS else folders).append(argument)
-    return folders + flags
 
 
 def _require_replaceable(output: Path, overwrite: bool) -> None:

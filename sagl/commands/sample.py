@@ -120,7 +120,7 @@ def print_summary(run: SamplingRun) -> None:
         f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
         f"{cost['seconds'] / count:.3g} s."
     )
-    exports = ", ".join(EXPORTS[name] for name in run.metadata["exports"]) or "shards/ only"
+    exports = ", ".join(file for name in run.metadata["exports"] for file in EXPORTS[name]) or "shards only"
     print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sagl.commands.fit import run_command
-from sagl.configuration.parser import Parser
+from sagl.configuration.parser import Parser, positionals_first
 from sagl.configuration.training import training_parser
 from sagl.errors import require
 from sagl.utils.files import expand_path
@@ -23,24 +23,16 @@ def expand_run_argument(arguments: list[str]) -> list[str]:
     Raises:
         UserError: it is not the folder of a run.
     """
-    place = next((k for k in range(len(arguments)) if _has_no_flag(arguments, k)), None)
-    if place is None:
+    arguments = positionals_first(arguments, FLAGS_WITHOUT_VALUE)
+    if not arguments or arguments[0].startswith("-"):
         return arguments
-    run = Path(expand_path(arguments[place], "run"))
-    others = arguments[:place] + arguments[place + 1 :]
+    run = Path(expand_path(arguments[0], "run"))
     config, checkpoint = run / "config.yaml", run / "checkpoints" / "last.ckpt"
     require(
         config.is_file() and checkpoint.is_file(),
         f"`run` must be a folder that sagl fit wrote, with config.yaml and checkpoints/last.ckpt, got {run}.",
     )
-    return ["--config", str(config), "--checkpoint", str(checkpoint), "--weights", "ema", *others]
-
-
-def _has_no_flag(arguments: list[str], place: int) -> bool:
-    """Return whether an argument is neither a flag nor the value of one."""
-    before = arguments[place - 1] if place else ""
-    takes_value = before.startswith("--") and "=" not in before and before not in FLAGS_WITHOUT_VALUE
-    return not arguments[place].startswith("-") and not takes_value
+    return ["--config", str(config), "--checkpoint", str(checkpoint), "--weights", "ema", *arguments[1:]]
 
 
 def main(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from traceback import walk_tb
@@ -146,6 +146,20 @@ def float_errors() -> Iterator[None]:
         settings = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
         name = next((setting.dest for setting in settings if isinstance(setting, Action)), "config")
         raise UserError(f"`{name}` must fit a float, got an integer of more than 300 digits.") from error
+
+
+def positionals_first(arguments: Sequence[str], flags_without_value: Container[str]) -> list[str]:
+    """Move the arguments that are neither flags nor values of flags to the front, as argparse needs them.
+
+    Args:
+        arguments: the command line.
+        flags_without_value: flags that take no value, such as --overwrite.
+    """
+    positionals, others = list[str](), list[str]()
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = previous.startswith("--") and "=" not in previous and previous not in flags_without_value
+        (others if argument.startswith("-") or is_value else positionals).append(argument)
+    return positionals + others
 
 
 def parse_interval_arg(arguments: Iterable[str]) -> list[str]:

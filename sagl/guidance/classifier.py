@@ -25,12 +25,11 @@ def build_classifier_guidance(settings: ClassifierGuidance, context: GuidanceCon
         if condition.labels is None:
             raise UserError("`labels` must be given for classifier guidance, got none.")
         timesteps = schedule.timestep(step, len(x_t), x_t.device)
-        with torch.inference_mode(False):  # enables gradients too; enable_grad alone does nothing in inference mode
+        # inference_mode(False) enables gradients too; enable_grad alone does nothing in inference mode
+        with torch.inference_mode(False), strictly_deterministic():
             x = x_t.detach().clone().requires_grad_()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             log_prob = log_p.gather(1, condition.labels.clone()[:, None]).sum()
-            with strictly_deterministic():
-                (gradient,) = torch.autograd.grad(log_prob, x)
-            return GuidanceTerm(score=settings.scale * gradient)
+            return GuidanceTerm(score=settings.scale * torch.autograd.grad(log_prob, x)[0])
 
     return Guidance(term=term, extra_nfe=0)

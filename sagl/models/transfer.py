@@ -107,12 +107,9 @@ def _adapt_embeddings(
     rows = old[:num_old] if num_old == classes else mean.repeat(classes, 1)
     null_row = old[num_old:] if has_null else mean
     source[LABELS] = torch.cat([rows.to(new), null_row.to(new)])[: len(new)]
-    kept = num_old == classes
-    message = (
-        f"The {classes} classes of the checkpoint are kept"
-        if kept
-        else (f"The checkpoint has {num_old} classes: the {classes} of the network start as their mean")
-    )
+    message = f"The {classes} classes of the checkpoint are kept"
+    if num_old != classes:
+        message = f"The checkpoint has {num_old} classes: the {classes} of the network start as their mean"
     if has_null != settings.null_label:
         message += "; the null label is dropped" if has_null else "; the null label starts as the mean of the classes"
     return f"{message}."

@@ -55,7 +55,7 @@ class Row:
     """Versions of the weight files, by parameter, before they were read."""
     network: "weakref.ref[UNet]"
     """The network, while its `RowSampler` keeps it. A page that shows the row must not hold the memory of a GPU."""
-    costs: Mapping[str, Guidance]
+    guidances: Mapping[str, Guidance]
     """Guidances without their networks, for the cost of a run."""
     diffusion: DiffusionSettings
     batches: Sequence[BatchImages]
@@ -105,7 +105,7 @@ class Row:
         if network is None:
             raise UserError(NOT_KEPT)
         pipeline = build_pipeline(network, self.diffusion, self.run.config.sampler, checkpoint=self.run.checkpoint)
-        return replace(pipeline, guidances=self.costs)
+        return replace(pipeline, guidances=self.guidances)
 
     def check_files(self) -> None:
         """Check that the weight files are still those of the images.
@@ -226,7 +226,7 @@ def _sample_row(
         key=_row_key(run, versions),
         versions=versions,
         network=weakref.ref(pipeline.network),
-        costs={name: without_networks(guidance) for name, guidance in pipeline.guidances.items()},
+        guidances={name: without_networks(guidance) for name, guidance in pipeline.guidances.items()},
         diffusion=pipeline.diffusion,
         batches=batches,
         chains=chains,

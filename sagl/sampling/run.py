@@ -54,8 +54,13 @@ if TYPE_CHECKING:
     from sagl.models.adm import UNet
     from sagl.sampling.pipeline import SamplingPipeline
 
-EXPORTS = {"grid": "grid.png", "images": "images/", "npz": "samples_*.npz", "strip": "strip.png, strip.gif"}
-"""Exports and the files that they write."""
+EXPORTS = {
+    "grid": ("grid.png",),
+    "images": ("images",),
+    "npz": ("samples_*.npz",),
+    "strip": ("strip.png", "strip.gif"),
+}
+"""Exports, and patterns of the names that they write."""
 DEFAULT_EXPORTS = ("grid", "images", "npz")
 DEFAULT_EXPORTS_MAX_IMAGES = 1000
 """Runs with more images than this write only the exports that are requested."""
@@ -307,13 +312,12 @@ class SamplingRun:
         """Return the exports that were not made from all images in the folder, or were deleted."""
         count = count_images(self.folder)
         requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= DEFAULT_EXPORTS_MAX_IMAGES else ())}
-        made = [
+        return [
             name
             for name, patterns in EXPORTS.items()
-            if self.metadata["exports"].get(name) == count
-            and all(any(self.folder.glob(pattern.strip("/"))) for pattern in patterns.split(", "))
+            if name in requested
+            and not (self.metadata["exports"].get(name) == count and all(any(self.folder.glob(p)) for p in patterns))
         ]
-        return [name for name in EXPORTS if name in requested and name not in made]
 
     def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
         """Write the missing exports, and record them in run.json.

@@ -56,17 +56,17 @@ def prepare_fit(parser: ArgumentParser, config: Namespace, settings: CheckpointS
     )
     saved = load_training_checkpoint(last)["hyper_parameters"] if resumed else None
     init = parser.instantiate(config)
-    module = _build_module(init)
-    text = parser.dump(config, skip_unset=False)
-    if saved is not None:
-        check_same_parameters(saved, module.hparams)
-        report_changes(output / "config.yaml", text)
     decay_steps = init.model.optimizer.decay_steps
     require(
         not decay_steps or init.trainer.max_steps > 0 or init.trainer.fast_dev_run,
         f"`model.optimizer.decay_steps` {decay_steps} needs `trainer.max_steps`, which the steps are counted from, got "
         f"{init.trainer.max_steps}.",
     )
+    module = _build_module(init)
+    text = parser.dump(config, skip_unset=False)
+    if saved is not None:
+        check_same_parameters(saved, module.hparams)
+        report_changes(output / "config.yaml", text)
     module.hparams["ema_decay"] = settings.ema_decay
     module.hparams["recommended"] = _recommended_settings(init, module)
     options = init.trainer.as_dict()

@@ -139,7 +139,8 @@ def use_deterministic_algorithms() -> None:
 def strictly_deterministic() -> Iterator[None]:
     """After `use_deterministic_algorithms`, refuse operations in the body that have no deterministic algorithm.
 
-    The gradients of scaled_dot_product_attention have one that PyTorch chooses in this mode alone.
+    The gradients of scaled_dot_product_attention have one that PyTorch chooses in this mode alone, in part in the
+    forward pass: it does not use cuDNN's attention then.
     """
     import torch
 
