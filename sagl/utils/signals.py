@@ -95,10 +95,12 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def obey_stop_signals_of_parent(_: int = 0) -> None:
-    """Ignore the stop signals in this worker process, except those of its parent, which end it at once.
+    """Ignore the stop signals in this worker process, except those of its parent, and end with its parent.
 
-    Blocks the signals, because a worker of a fork server that is older than `block_stop_signals` has not inherited the
-    block; such a server itself still ends at SIGTERM and SIGHUP. Takes the number of the worker, which is not used.
+    A worker of a fork server has the server as its parent in the operating system, so that the way in which PyTorch's
+    workers notice the death of the main process misses it. Blocks the signals, because a worker of a fork server that
+    is older than `block_stop_signals` has not inherited the block; such a server itself still ends at SIGTERM and
+    SIGHUP. Takes the number of the worker, which is not used.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):
@@ -111,4 +113,9 @@ def obey_stop_signals_of_parent(_: int = 0) -> None:
             pass
         os._exit(0)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    for target in (watch, end_with_parent):
+        threading.Thread(target=target, daemon=True).start()

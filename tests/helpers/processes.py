@@ -65,6 +65,7 @@ def _run(module, arguments, folder, log, environment, prepare):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # that of a program which no fork server has started
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [module, *arguments]
     if prepare:

@@ -3,7 +3,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +86,38 @@ def test_a_worker_ignores_the_stop_signals_of_others_and_obeys_its_parent(method
 def test_a_worker_need_not_inherit_the_block(method):
     """The fork server of a process may be older than the block."""
     check_worker(method, nullcontext())
+
+
+def start_worker_and_die(method, connection):
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=wait, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    connection.send(worker.pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_ends_when_its_parent_is_killed(method):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("spawn").Process(target=start_worker_and_die, args=(method, sender))
+    parent.start()
+    assert receiver.poll(60)
+    pid = receiver.recv()
+    parent.join(60)
+    assert parent.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(pid)
 
 
 def check_worker(method, start_context):
