@@ -283,6 +283,8 @@ def _set_defaults(p: Parser, values: dict[str, Any], source: str, replaced: Set[
 
     Messages begin with `source`. Settings that contradict each other are left to the end if some of them are replaced.
     """
+    if not values:
+        return
     rest = _without(values, replaced)
     try:
         for group in _groups():
