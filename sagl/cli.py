@@ -82,7 +82,8 @@ def print_error(command: str, message: str) -> None:
 class OptionalOutput(TextIOWrapper):
     """Text output that does not end the command if it cannot be written: `| head` has ended, or its disk is full.
 
-    Characters that its encoding does not have are written as question marks.
+    Characters that its encoding does not have are written as question marks. Every line is written at once, so that the
+    log of a batch job has it while the command runs.
     """
 
     def write(self, text: str) -> int:
@@ -107,8 +108,8 @@ def run() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a test's or a notebook's
-            encoding, by_line = stream.encoding, stream.line_buffering
-            setattr(sys, name, OptionalOutput(stream.detach(), encoding, "replace", line_buffering=by_line))
+            encoding = stream.encoding
+            setattr(sys, name, OptionalOutput(stream.detach(), encoding, "replace", line_buffering=True))
     sys.exit(main())
 
 

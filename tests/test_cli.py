@@ -120,6 +120,14 @@ def test_a_command_whose_text_cannot_be_written_ends_well(target):
     assert (process.returncode, process.stderr) == (0, b"")
 
 
+def test_a_line_is_in_a_log_before_the_command_ends(tmp_path):
+    end = "print('first line'); os.kill(os.getpid(), signal.SIGKILL)"
+    program = f"import os, signal; from sagl import cli; cli.main = lambda: exec({end!r}); cli.run()"
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run([sys.executable, "-c", program], stdout=log, check=False)
+    assert (tmp_path / "log").read_text() == "first line\n"
+
+
 def test_an_error_of_the_file_system_is_one_line_with_the_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sagl.commands.convert.main", lambda arguments: (tmp_path / "absent").read_bytes())
     assert cli.main(["convert"]) == 2
