@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from sagl.callbacks.progress import TrainingProgress
 from sagl.errors import UserError, require
 from sagl.metrics.extractors import extractor_version, get_extractor
 from sagl.metrics.feature_metrics import FeatureMetrics
@@ -80,6 +81,7 @@ class SAGPreviews(Callback):
         get_extractor(settings.extractor)
         self.folder, self.settings, self.sag = folder, settings, sag
         self._metrics: FeatureMetrics | None = None
+        self._num_sampled = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check scales and respacing against the network, and print what each validation will cost.
@@ -115,6 +117,7 @@ class SAGPreviews(Callback):
         """Log a grid of guided images and their metrics, as far as the settings ask for them."""
         if trainer.sanity_checking or not (self.settings.num_samples or self.settings.num_metric_samples):
             return
+        self._num_sampled = 0
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             pipelines = self._build_pipelines(pl_module)
             if self.settings.num_samples:
@@ -150,7 +153,7 @@ class SAGPreviews(Callback):
         rows: list[ImageUint8] = []
         for pipeline in pipelines.values():
             batches = [
-                _sample(trainer, pipeline, ids) for ids in self._rank_batches(trainer, self.settings.num_samples)
+                self._sample(trainer, pipeline, ids) for ids in self._rank_batches(trainer, self.settings.num_samples)
             ]
             images, mask_frequencies = zip(*batches, strict=True)
             rows.append(self._all_gather(trainer, images))
@@ -167,7 +170,7 @@ class SAGPreviews(Callback):
         """Sample this rank's images for metrics."""
         count = self.settings.num_metric_samples
         ids = ([i for i in batch if i < count] for batch in self._rank_batches(trainer, count))
-        return [_sample(trainer, pipeline, batch)[0].cpu() for batch in ids if batch]
+        return [self._sample(trainer, pipeline, batch)[0].cpu() for batch in ids if batch]
 
     def _log_metrics(
         self, trainer: Trainer, module: LightningModule, images: Mapping[float, Sequence[ImageUint8]]
@@ -178,6 +181,23 @@ class SAGPreviews(Callback):
         for scale, batches in images.items():
             for name, value in self._metrics.compute(batches).items():
                 module.log(f"val/{name}_{scale:g}", value, sync_dist=True)
+
+    def _sample(
+        self, trainer: Trainer, pipeline: SamplingPipeline, ids: Sequence[int]
+    ) -> tuple[ImageUint8, Tensor | None]:
+        """Sample images of these ids and their mask frequencies: of every class in turn if the images have classes.
+
+        On images without labels, only the null label of a network with classes is trained.
+        """
+        has_classes = pipeline.network.settings.num_classes is not None
+        has_labels = has_classes and getattr(trainer.datamodule, "has_labels", True)  # type: ignore[attr-defined]
+        samples = RunSettings(num_samples=len(ids), labels="balanced" if has_labels else "null")
+        x, mask_frequency = pipeline.sample(samples.seed, ids, make_labels(samples, ids, pipeline.network))
+        self._num_sampled += len(ids) * trainer.world_size
+        if isinstance(trainer.progress_bar_callback, TrainingProgress):
+            total = (self.settings.num_samples + self.settings.num_metric_samples) * len(self.settings.scales)
+            trainer.progress_bar_callback.update_part("previews", min(self._num_sampled, total), total)
+        return to_uint8(x), mask_frequency
 
     def _rank_batches(self, trainer: Trainer, count: int) -> Iterator[list[int]]:
         """Yield this rank's ids, every world_size-th, in batches; the last ones exceed `count` on some ranks."""
@@ -199,18 +219,6 @@ def log_image(logger: Any, name: str, image: ImageUint8, step: int) -> None:  # 
         logger.experiment.add_image(name, image, step)
     elif hasattr(logger, "log_image"):
         logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
-
-
-def _sample(trainer: Trainer, pipeline: SamplingPipeline, ids: Sequence[int]) -> tuple[ImageUint8, Tensor | None]:
-    """Sample images of these ids and their mask frequencies: of every class in turn, if the training images have any.
-
-    On images without labels, only the null label of a network with classes is trained.
-    """
-    has_classes = pipeline.network.settings.num_classes is not None
-    has_labels = has_classes and getattr(trainer.datamodule, "has_labels", True)  # type: ignore[attr-defined]
-    samples = RunSettings(num_samples=len(ids), labels="balanced" if has_labels else "null")
-    x, mask_frequency = pipeline.sample(samples.seed, ids, make_labels(samples, ids, pipeline.network))
-    return to_uint8(x), mask_frequency
 
 
 def _validation_images(trainer: Trainer) -> Iterator[ImageUint8]:

@@ -170,15 +170,15 @@ class TrainingModule(LightningModule):
             "trainer.gradient_clip_val, and resume.",
         )
         self._step_has_gradient |= finite
-        if self._logs_this_step:
+        if self.logs_this_step:
             self.log("train/skipped_batches", float(self.num_skipped))
-        if self._logs_this_step and finite:
+        if self.logs_this_step and finite:
             self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return finite
 
     @property
-    def _logs_this_step(self) -> bool:
+    def logs_this_step(self) -> bool:
         """Return whether loggers receive the values of this step. Others are not logged: each would make a GPU wait."""
         return self.trainer._logger_connector.should_update_logs
 
@@ -247,11 +247,11 @@ class TrainingModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's own)
         """Log the throughput, data loading included, and the peak memory."""
         now = time.monotonic()
-        if self._batch_end_time is not None and self._logs_this_step:
+        if self._batch_end_time is not None and self.logs_this_step:
             num_images = len(batch[0]) * self.trainer.world_size
             self.log("train/images_per_second", num_images / (now - self._batch_end_time))
         self._batch_end_time = now
-        if self._logs_this_step:
+        if self.logs_this_step:
             self.log("train/peak_memory_gb", peak_gigabytes())
 
     def on_validation_end(self) -> None:
@@ -264,7 +264,7 @@ class TrainingModule(LightningModule):
             optimizer.zero_grad()  # with gradients of 0, AdamW's moments would still move the weights
         self._step_has_gradient = False
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradients and self._logs_this_step:
+        if gradients and self.logs_this_step:
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     # --------------------------------------------------------------------------------------------- checkpoints

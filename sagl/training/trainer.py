@@ -6,9 +6,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from sagl.callbacks.checkpointing import AtomicCheckpointIO
+from sagl.callbacks.progress import TrainingProgress
 from sagl.errors import require, require_range
 from sagl.settings.sampling import MAX_BATCH_SIZE, Accelerator, DeviceSettings
 from sagl.utils.distributed import global_rank, report_unused_gpu, require_launcher, select_device
@@ -44,6 +45,8 @@ def build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer
         options["accelerator"] = select_accelerator(options["accelerator"])
     if options["enable_checkpointing"] is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(TrainingProgress())
     return Trainer(**options, callbacks=callbacks)
 
 

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from sagl.callbacks.progress import TrainingProgress
 from sagl.training.trainer import build_trainer, report_slow_precision, select_accelerator
 from sagl.utils import environment
 from sagl.utils.distributed import lightning_errors
@@ -44,6 +46,17 @@ def test_several_nodes_need_a_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with refused("`trainer.num_nodes`", "2"):
         build_trainer({"callbacks": None, "num_nodes": 2, "strategy": "auto", "accelerator": "cpu"}, [])
+
+
+@pytest.mark.parametrize(
+    ("enabled", "own", "expected"),
+    [(None, [], TrainingProgress), (None, [TQDMProgressBar()], TQDMProgressBar), (False, [], None)],
+)
+def test_progress_is_shown_by_one_callback_which_the_user_can_replace_or_disable(enabled, own, expected):
+    options = {"callbacks": own, "num_nodes": 1, "strategy": "auto", "accelerator": "cpu", "logger": False}
+    options |= {"enable_checkpointing": False, "enable_progress_bar": enabled}
+    bars = [type(c) for c in build_trainer(options, []).callbacks if isinstance(c, ProgressBar)]
+    assert bars == ([expected] if expected else [])
 
 
 def test_a_division_by_zero_of_lightning_is_an_error_about_the_trainer():

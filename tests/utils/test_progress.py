@@ -49,9 +49,9 @@ def test_an_error_inside_the_steps_is_passed_on(kind):
 
 def test_a_line_has_count_rate_and_remaining_time(clock, capsys):
     assert printed_lines(clock, capsys, seconds_per_batch=40.0) == [
-        "guided: 5/20 images, 0.12/s, 120 s left",
-        "guided: 10/20 images, 0.12/s, 80 s left",
-        "guided: 15/20 images, 0.12/s, 40 s left",
+        "guided: 5/20 images, 0.12/s, 0:02:00 left",
+        "guided: 10/20 images, 0.12/s, 0:01:20 left",
+        "guided: 15/20 images, 0.12/s, 0:00:40 left",
         "guided: 20/20 images, 0.12/s",
     ]
 
@@ -62,7 +62,7 @@ def test_what_an_earlier_command_has_done_does_not_count_as_speed(clock, capsys)
         clock.seconds += LINE_INTERVAL_SECONDS
         reporter.update(95_000_000)
     rate = 5 / LINE_INTERVAL_SECONDS
-    assert f"{rate:.1f} MB/s, {LINE_INTERVAL_SECONDS:.0f} s left" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{rate:.1f} MB/s, 0:00:{LINE_INTERVAL_SECONDS:.0f} left" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_lines_keep_their_interval_except_for_the_first_and_the_last(clock, capsys):
