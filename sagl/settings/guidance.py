@@ -1,6 +1,6 @@
 """Settings of the guidance methods. Each method is one group of settings; `scale` 0 switches it off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from sagl.errors import require, require_choices, require_finite
@@ -8,19 +8,6 @@ from sagl.settings.network import UNetSettings
 
 DEFAULT_KERNEL_SIZE = 31
 """Side of the blur kernel in the paper (table 9)."""
-
-TERM_OPTIONS = (
-    "direction_head",
-    "renew_every",
-    "reuse_before",
-    "stop_below",
-    "max_norm",
-    "shape",
-    "shape_weight",
-    "shape_sigma",
-)
-"""Settings of every method that the help of a command describes once."""
-
 
 FILE_SETTINGS = ("checkpoint", "direction_head")
 """Ends of the names of settings that are weight files, by path or by name."""
@@ -103,6 +90,10 @@ class GuidanceSettings:
     def notes(self, network: UNetSettings) -> list[str]:
         """Return sentences about settings that were left open and are chosen for this network."""
         return []
+
+
+TERM_OPTIONS = tuple(field.name for field in fields(GuidanceSettings) if field.name not in ("scale", "interval"))
+"""Settings of every method that the help of a command describes once."""
 
 
 @dataclass(frozen=True, kw_only=True)
