@@ -6,9 +6,10 @@ from sagl.configuration.parser import Parser, field_names
 from sagl.configuration.sample import network_parser, parse_sample_config, sample_parser
 from sagl.errors import UserError, require_range
 from sagl.models.zoo import DEFAULT_MODEL
-from sagl.playground.controls import QUICK, CommandLine, Form, to_text
+from sagl.playground.controls import QUICK, CommandLine, Form
 from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import DeviceSettings
+from sagl.utils.config_files import to_text
 from sagl.utils.environment import set_threads
 from sagl.utils.signals import Interrupted
 
