@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _convert(args: Any, target: Path) -> None:  # noqa: ANN401 (the parser's namespace)
-    from sagl.models.conversion import read_network, write_network
+    from sagl.models.loading import read_network, write_network
 
     recommended = None if args.recommended is None else _parse_json(args.recommended)
     set_recommended_defaults(sample_parser(), recommended or {})
