@@ -13,8 +13,7 @@ from sagl.evaluation.image_sets import ImageSet, RunImages, describe_unreadable,
 from sagl.evaluation.reference import load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.checks import require_finite_features
-from sagl.metrics.compute import compute_metrics
+from sagl.metrics.compute import compute_metrics, require_finite_features
 from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference

@@ -16,7 +16,7 @@ from sagl.evaluation.image_sets import (
     describe_unreadable,
     open_image_set,
 )
-from sagl.metrics.checks import require_finite_features
+from sagl.metrics.compute import require_finite_features
 from sagl.metrics.statistics_file import Reference, has_images, has_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.files import cache_folder, partial_pattern, remove_partial, sha256
