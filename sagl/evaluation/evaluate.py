@@ -10,10 +10,10 @@ from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.image_sets import ImageSet, RunImages, describe_unreadable, open_image_set
-from sagl.evaluation.reference import load_reference
+from sagl.evaluation.reference import extract_reference, load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.compute import compute_metrics, require_finite_features
+from sagl.metrics.compute import compute_metrics
 from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
 from sagl.metrics.statistics_file import Reference, has_statistics, read_extractor, write_reference
@@ -114,17 +114,8 @@ def write_statistics(
         images = open_image_set(local_path(source, "source"), extraction.image_size, "source")
         count = _check_num_samples(num_samples, images, source)
         extractor = FeatureExtraction.load(name, extraction, ranks)
-        statistics = extractor.statistics(images, count, max_features=max_features, title=Path(source).name)
-    assert statistics is not None
-    require_finite_features("source", statistics.pooled)
-    reference = Reference(
-        statistics=statistics,
-        extractor=name,
-        extractor_version=extractor.version,
-        source=source,
-        image_size=images.image_size,
-        notes=images.source_notes,
-    )
+        reference = extract_reference(source, images, count, extractor, max_features, "source")
+    assert reference is not None
     write_reference(reference, output)
     return reference
 
