@@ -79,10 +79,6 @@ def evaluate(
         extractor=name,
         extractor_version=extractor.version,
         resize=resize,
-        values=results.values,
-        intervals=results.intervals,
-        resamples=results.resamples,
-        stds=results.stds,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
         notes=(
             *run_notes,
@@ -91,6 +87,7 @@ def evaluate(
             *_comparability_notes(fake, real, image_set, resize),
         ),
         seconds=round(time.monotonic() - start_time, 1),
+        **vars(results),
     )
 
 
