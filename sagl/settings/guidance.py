@@ -61,15 +61,12 @@ class GuidanceSettings:
         for name in ("max_norm", "shape_sigma"):
             value = getattr(self, name)
             require(value is None or value > 0, f"`{self.group}.{name}` must be above 0 or null, got {value}.")
-
-        require(
-            self.direction_head is None or self.has_weak_prediction,
-            f"`{self.group}.direction_head` must be null for a method without weak prediction, got a head.",
-        )
-        require(
-            self.reuse_before is None or self.has_weak_prediction,
-            f"`{self.group}.reuse_before` must be null for a method without weak prediction, got {self.reuse_before}.",
-        )
+        for name in ("direction_head", "reuse_before"):
+            value = getattr(self, name)
+            require(
+                value is None or self.has_weak_prediction,
+                f"`{self.group}.{name}` must be null for a method without weak prediction, got {value}.",
+            )
         require(self.direction_head != "", f"`{self.group}.direction_head` must be a file, auto or null, got ''.")
 
     @property
