@@ -10,7 +10,7 @@ from types import ModuleType
 from sagl.commands.subcommands import SUBCOMMANDS
 from sagl.errors import UserError, suggest
 from sagl.utils.distributed import global_rank
-from sagl.utils.environment import choose_thread_waiting
+from sagl.utils.environment import choose_thread_waiting, disable_malloc_trim
 from sagl.utils.launchers import ignore_stale_ranks
 from sagl.utils.signals import Interrupted, on_stop_signal, raise_interrupted
 
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_command(command: str, arguments: list[str]) -> int:
     """Run a subcommand and return 0, or 2 after a `UserError` or an error of the file system, which is printed."""
     choose_thread_waiting()
+    disable_malloc_trim()
     module = import_module(SUBCOMMANDS[command][0])
     try:
         ignore_stale_ranks()

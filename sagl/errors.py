@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_range(name: str, value: int, smallest: int, largest: int) -> None:
+def require_range(name: str, value: float, smallest: float, largest: float) -> None:
     """Raise a `UserError` unless a parameter lies between two limits, both included."""
     require(smallest <= value <= largest, f"`{name}` must be in {smallest} … {largest}, got {value}.")
 

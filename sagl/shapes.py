@@ -3,7 +3,7 @@
 B samples of a batch, C channels, H and W height and width in pixels, L = H·W tokens, d channels per head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -41,3 +41,16 @@ class AttentionSite(NamedTuple):
 
     name: str
     heads: HeadLayout = "layer"
+
+
+class NetworkOutput(NamedTuple):
+    """Output of one forward pass. `features` and `block_inputs` are read only if they were requested."""
+
+    out: Tensor
+    """(B, C or 2C, H, W) float32: eps, followed by the variance channels if the network learns the variance."""
+    attention: Mapping[AttentionSite, TokenMap]
+    """Attention received at each requested site, (B, head, H, W), mean 1."""
+    features: Tensor | None = None
+    """(B, F, H, W): input of the last convolution, if it was requested."""
+    block_inputs: Mapping[str, Tensor] = {}
+    """Input of each requested output block before its skip connection is appended, (B, C, H, W)."""

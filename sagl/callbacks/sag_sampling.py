@@ -19,6 +19,7 @@ from sagl.metrics.extractors import extractor_version, get_extractor
 from sagl.metrics.feature_metrics import FeatureMetrics
 from sagl.models.adm import UNet
 from sagl.modules.diffusion_module import DiffusionModule
+from sagl.modules.training_module import gather_batch
 from sagl.sampling.exports import colorize_masks
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline, make_labels
 from sagl.settings.evaluation import EXTRACTOR_NAMES
@@ -207,10 +208,7 @@ class SAGPreviews(Callback):
 
     def _all_gather(self, trainer: Trainer, batches: Sequence[Tensor]) -> Tensor:
         """Concatenate batches of all ranks in the order of sample ids, on the CPU: (num_samples, …)."""
-        rows = torch.cat(list(batches))
-        if trainer.world_size > 1:
-            rows = trainer.strategy.all_gather(rows).transpose(0, 1).flatten(0, 1)
-        return rows[: self.settings.num_samples].cpu()
+        return gather_batch(torch.cat(list(batches)), trainer)[: self.settings.num_samples].cpu()
 
 
 def log_image(logger: Any, name: str, image: ImageUint8, step: int) -> None:  # noqa: ANN401 (any of Lightning's)

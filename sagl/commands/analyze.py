@@ -10,7 +10,7 @@ from sagl.models.zoo import BUNDLED_CLASSIFIERS
 from sagl.sampling.run import SamplingRun
 from sagl.settings.guidance import ClassifierGuidance, SelfAttentionGuidance
 from sagl.utils.distributed import select_device
-from sagl.utils.environment import disable_malloc_trim, set_threads
+from sagl.utils.environment import set_threads
 from sagl.utils.files import require_writable, sha256
 from sagl.utils.progress import ProgressReporter
 from sagl.utils.run_lock import lock_file
@@ -39,7 +39,6 @@ def main(arguments: list[str]) -> None:
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
     require(flags.analysis in ANALYSES, f"`analysis` must be one of {', '.join(ANALYSES)}, got {flags.analysis}.")
     require(config.devices.devices in ("auto", "1"), f"`trainer.devices` must be 1, got {config.devices.devices}.")
-    disable_malloc_trim()
     set_threads()
     require_writable(config.output)
     figure = config.output / f"{flags.analysis}.png"

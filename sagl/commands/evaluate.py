@@ -14,7 +14,6 @@ from sagl.evaluation.results import EvaluationResult, read_results, save_result
 from sagl.sampling.run_folder import is_run
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.distributed import global_rank
-from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import atomic_file, require_new
 from sagl.utils.run_lock import lock_file
 
@@ -47,7 +46,6 @@ def main(arguments: list[str]) -> None:
         UserError: an input does not exist, is damaged or too small, or the inputs do not match.
     """
     args = evaluate_parser().parse(arguments)
-    disable_malloc_trim()
     (extraction, devices), metrics = extraction_settings(args), from_namespace(MetricSettings, args)
     output, run = None if args.output is None else Path(args.output), Path(args.images)
     require(

@@ -6,10 +6,11 @@ from sagl.configuration.parser import Parser, field_names
 from sagl.configuration.sample import network_parser, parse_sample_config, sample_parser
 from sagl.errors import UserError, require_range
 from sagl.models.zoo import DEFAULT_MODEL
-from sagl.playground.controls import QUICK, CommandLine, Form, to_text
+from sagl.playground.controls import QUICK, CommandLine, Form
 from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import DeviceSettings
-from sagl.utils.environment import disable_malloc_trim, set_threads
+from sagl.utils.config_files import to_text
+from sagl.utils.environment import set_threads
 from sagl.utils.signals import Interrupted
 
 NETWORK = ("config", "model", "checkpoint", "weights")
@@ -42,7 +43,6 @@ def main(arguments: list[str]) -> None:
         from sagl.playground.session import Playground
     except ModuleNotFoundError as error:
         raise UserError(f"`playground` needs {error.name}: pip install 'sagl[demo]'") from error
-    disable_malloc_trim()
     set_threads()
     host, port = listener.getsockname()[:2]
     print(f"Open {page_address(host, port)} in a browser. Ctrl-C ends the page.", flush=True)

@@ -18,7 +18,7 @@ from sagl.utils.distributed import (
     refuse_on_all_ranks,
     select_device,
 )
-from sagl.utils.environment import disable_malloc_trim, peak_gigabytes, refuse_out_of_memory, set_threads
+from sagl.utils.environment import peak_gigabytes, refuse_out_of_memory, set_threads
 from sagl.utils.files import remove_partial
 from sagl.utils.progress import ProgressReporter
 
@@ -35,7 +35,6 @@ def main(arguments: list[str]) -> None:
         UserError: the request cannot be met; what has been written is intact.
     """
     config = parse_sample_config(arguments)
-    disable_malloc_trim()
     if global_rank() > 0:
         if not config.dry_run:
             sample_missing(config)

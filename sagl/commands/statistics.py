@@ -9,7 +9,6 @@ from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
 from sagl.utils.distributed import global_rank
-from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.files import require_new
 from sagl.utils.run_lock import lock_file
 
@@ -35,7 +34,6 @@ def main(arguments: list[str]) -> None:
         UserError: the images or the extractor do not exist, or the file does.
     """
     args = statistics_parser().parse(arguments)
-    disable_malloc_trim()
     (extraction, devices), output = extraction_settings(args), Path(args.output)
     require(output.suffix == ".npz", f"`output` must end in .npz, got {output}.")
     with nullcontext() if global_rank() else lock_file(output):

@@ -17,7 +17,7 @@ from sagl.settings.training import CheckpointSettings
 from sagl.training.setup import prepare_evaluation, prepare_fit
 from sagl.training.trainer import report_slow_precision
 from sagl.utils.distributed import exit_when_parent_dies, global_rank, lightning_errors
-from sagl.utils.environment import disable_malloc_trim, disable_tf32, refuse_out_of_memory, set_threads
+from sagl.utils.environment import disable_tf32, refuse_out_of_memory, set_threads
 from sagl.utils.files import NO_SPACE, file_errors
 from sagl.utils.run_lock import lock_folder
 from sagl.utils.signals import Interrupted, on_stop_signal
@@ -33,7 +33,6 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
     Raises:
         UserError: the settings are not valid; nothing has been written.
     """
-    disable_malloc_trim()
     disable_tf32()
     set_threads()
     if global_rank() > 0:

@@ -11,7 +11,6 @@ from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import default_reference
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import global_rank, launch, refuse_on_all_ranks
-from sagl.utils.environment import disable_malloc_trim
 from sagl.utils.run_lock import lock_folder
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ def main(arguments: list[str]) -> None:
     parser = tune_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
     settings, tuning = from_namespace(TuningSettings, flags), None
-    disable_malloc_trim()
     from sagl.evaluation.tuning import Tuning
 
     with ExitStack() as stack:

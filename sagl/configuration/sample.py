@@ -20,7 +20,7 @@ from sagl.settings.guidance import TERM_OPTIONS
 from sagl.settings.network import ClassifierSettings, UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings
 from sagl.settings.training import BlurAwareSettings, CheckpointSettings, OptimizerSettings
-from sagl.utils.config_files import read_config, read_configs
+from sagl.utils.config_files import read_config, read_configs, to_text
 
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
@@ -196,7 +196,7 @@ def sampling_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in config.items() if key in SAMPLING_KEYS - empty_groups}
     compare = settings.get("compare", False)
     require(isinstance(compare, bool), f"`compare` must be true or false, got {compare}.")
-    settings |= {key: _to_text(settings[key]) for key in ("labels", "respacing", "exports") if key in settings}
+    settings |= {key: to_text(settings[key]) for key in ("labels", "respacing", "exports") if key in settings}
     devices = dict(_device_settings(config.get("trainer") or {}))
     return settings | ({"trainer": devices} if devices else {})
 
@@ -221,7 +221,7 @@ def _device_settings(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         elif key == "accelerator":
             yield key, "gpu" if value == "cuda" else value
         else:
-            yield key, _to_text(value) if key == "devices" else value
+            yield key, to_text(value) if key == "devices" else value
 
 
 def _is_mixed(precision: str) -> bool:
@@ -252,11 +252,6 @@ def _build_group(cls: type, values: Any, name: str) -> Any:  # noqa: ANN401 (a m
     p = Parser("sample", name)
     p.add_class_arguments(cls, f"model.{name}")
     return from_namespace(cls, p.parse_object({"model": {name: values}}).model[name])
-
-
-def _to_text(value: object) -> str:
-    """Write a value as its flag is written: 250 -> "250", [0, 7] -> "0,7", None -> "null"."""
-    return ",".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
 
 
 # ----------------------------------------------------------------------------------------------------- defaults

@@ -2,14 +2,12 @@
 
 import gzip
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from urllib.error import URLError
 
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
-from sagl.data.image_data import Array
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.data.npz import ArrayImageSource
 from sagl.errors import UserError
@@ -36,13 +34,8 @@ class FashionMNISTImageSource(ArrayImageSource):
     def __init__(self, root: Path) -> None:
         """Read the split; download it if `root` does not hold it."""
         prepare_fashion_mnist(root)
-        self.split = FashionMNIST(root, train=True)
-        self.labels: Array = self.split.targets.numpy()
-
-    @cached_property
-    def images(self) -> Array:
-        images: Array = self.split.data[..., None].numpy()
-        return images
+        split = FashionMNIST(root, train=True)
+        self.images, self.labels = split.data[..., None].numpy(), split.targets.numpy()
 
     def name(self, index: int) -> str:
         return f"image {index} of Fashion-MNIST"

@@ -185,10 +185,7 @@ class ImageDataModule(LightningDataModule):
             f"`data.num_validation` + `data.num_test` must be less than {len(self.images)}, the number of images, "
             f"got {self.num_validation} + {self.num_test}.",
         )
-        require(
-            0 <= self.max_corrupt_fraction <= 1,
-            f"`data.max_corrupt_fraction` must be in [0, 1], got {self.max_corrupt_fraction}.",
-        )
+        require_range("data.max_corrupt_fraction", self.max_corrupt_fraction, 0, 1)
         if network := network_in_training(self.trainer):
             check_classes(self.images.num_classes, network)
 

@@ -1,7 +1,6 @@
 """Images and labels in arrays: npz files as `sagl export --npz` and public samplers write them."""
 
 import io
-from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,12 @@ from sagl.utils.archives import read_arrays
 
 
 class ArrayImageSource(ImageSource):
-    """Image source of arrays, with integer labels (N,)."""
+    """Image source of arrays."""
 
+    images: Array
+    """(N, H, W, 1 or 3) uint8."""
     labels: Array
-
-    @property
-    @abstractmethod
-    def images(self) -> Array:
-        """(N, H, W, 1 or 3) uint8."""
+    """(N,) integers."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -85,7 +82,7 @@ class NpzImageSource(ArrayImageSource):
         self.num_classes = int(self.labels.max()) + 1 or None
 
     @cached_property
-    def images(self) -> Array:
+    def images(self) -> Array:  # type: ignore[override]
         """(N, H, W, C) uint8: memory-mapped if the file is not compressed."""
         images = self._read("arr_0")
         if images is None:

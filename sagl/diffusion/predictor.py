@@ -12,7 +12,7 @@ from sagl.diffusion.process import cast_like, interpolate_log_variance
 from sagl.diffusion.schedule import Schedule
 from sagl.errors import require
 from sagl.settings.diffusion import Variance
-from sagl.shapes import AttentionEdit, AttentionSite, Image, Labels, Timestep, TokenMap
+from sagl.shapes import AttentionEdit, AttentionSite, Image, Labels, NetworkOutput, Timestep, TokenMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,26 +83,6 @@ NoisePredictor = Callable[[Image, int, Condition], Prediction]
 """(x_t, step, condition) -> prediction. A guided predictor has the same signature."""
 Trajectory = Iterator[tuple[int, Image, Prediction]]
 """Iterator of a sampler: (step, x after the step, the step's prediction), the noisiest step first."""
-
-
-class NetworkOutput(Protocol):
-    """Output of a network; see `sagl.models.adm.UNetOutput`."""
-
-    @property
-    def out(self) -> Tensor:
-        """(B, C, H, W) eps; (B, 2C, H, W) eps and learned variance."""
-
-    @property
-    def attention(self) -> Mapping[AttentionSite, TokenMap]:
-        """Attention received at the requested sites."""
-
-    @property
-    def features(self) -> Tensor | None:
-        """(B, F, H, W) input of the last convolution; read only if it was requested."""
-
-    @property
-    def block_inputs(self) -> Mapping[str, Tensor]:
-        """Inputs of the requested output blocks; read only if some were requested."""
 
 
 class EpsNetwork(Protocol):

@@ -10,10 +10,9 @@ from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.image_sets import ImageSet, RunImages, describe_unreadable, open_image_set
-from sagl.evaluation.reference import load_reference
+from sagl.evaluation.reference import extract_reference, load_reference
 from sagl.evaluation.results import EvaluationResult
 from sagl.metrics.accumulator import FeatureStatistics
-from sagl.metrics.checks import require_finite_features
 from sagl.metrics.compute import compute_metrics
 from sagl.metrics.features import describe_resize
 from sagl.metrics.inception_score import CHUNK
@@ -80,10 +79,6 @@ def evaluate(
         extractor=name,
         extractor_version=extractor.version,
         resize=resize,
-        values=results.values,
-        intervals=results.intervals,
-        resamples=results.resamples,
-        stds=results.stds,
         settings=settings | ({"image_size": extraction.image_size} if extraction.image_size else {}),
         notes=(
             *run_notes,
@@ -92,6 +87,7 @@ def evaluate(
             *_comparability_notes(fake, real, image_set, resize),
         ),
         seconds=round(time.monotonic() - start_time, 1),
+        **vars(results),
     )
 
 
@@ -115,17 +111,8 @@ def write_statistics(
         images = open_image_set(local_path(source, "source"), extraction.image_size, "source")
         count = _check_num_samples(num_samples, images, source)
         extractor = FeatureExtraction.load(name, extraction, ranks)
-        statistics = extractor.statistics(images, count, max_features=max_features, title=Path(source).name)
-    assert statistics is not None
-    require_finite_features("source", statistics.pooled)
-    reference = Reference(
-        statistics=statistics,
-        extractor=name,
-        extractor_version=extractor.version,
-        source=source,
-        image_size=images.image_size,
-        notes=images.source_notes,
-    )
+        reference = extract_reference(source, images, count, extractor, max_features, "source")
+    assert reference is not None
     write_reference(reference, output)
     return reference
 

@@ -10,9 +10,8 @@ from sagl.errors import require
 from sagl.evaluation.metric_display import format_interval, format_value, metric_name
 from sagl.evaluation.results import read_results
 from sagl.guidance.registry import GUIDANCES
-from sagl.models.conversion import read_network
 from sagl.models.hub import HubUNet
-from sagl.models.loading import find_file
+from sagl.models.loading import find_file, read_network
 from sagl.models.metadata import settings_from_metadata
 from sagl.sampling.run_folder import is_run, read_run_json
 from sagl.settings.guidance import FILE_SETTINGS

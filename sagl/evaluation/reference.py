@@ -16,7 +16,7 @@ from sagl.evaluation.image_sets import (
     describe_unreadable,
     open_image_set,
 )
-from sagl.metrics.checks import require_finite_features
+from sagl.metrics.compute import require_finite_features
 from sagl.metrics.statistics_file import Reference, has_images, has_statistics, read_reference, write_reference
 from sagl.settings.evaluation import EXTRACTOR_NAMES
 from sagl.utils.files import cache_folder, partial_pattern, remove_partial, sha256
@@ -45,14 +45,17 @@ def load_reference(name: str, extraction: FeatureExtraction, image_size: Size, m
             return None
         cached = read_reference(path)
         return _as_read(replace(cached, digest=cached.digest or content_digest(name, images)), images, name)
-    reference = _from_images(name, images, extraction, max_features)
-    if reference is not None and path is not None:
+    reference = extract_reference(name, images, len(images), extraction, max_features, "reference")
+    if reference is None:
+        return None
+    reference = replace(reference, digest=content_digest(name, images))
+    if path is not None:
         remove_partial(path.parent, partial_pattern(path))
         try:
             write_reference(reference, path, "SAGL_CACHE")
         except UserError as error:  # the cache only saves time
             print(error, file=sys.stderr)
-    return None if reference is None else _as_read(reference, images, name)
+    return _as_read(reference, images, name)
 
 
 def reference_digest(name: str) -> str:
@@ -76,18 +79,27 @@ def _as_read(reference: Reference, images: ImageSet, name: str) -> Reference:
     return replace(reference, crop_size=images.crop_size, notes=(*images.source_notes, *described))
 
 
-def _from_images(name: str, images: ImageSet, extraction: FeatureExtraction, max_features: int) -> Reference | None:
-    statistics = extraction.statistics(images, len(images), max_features=max_features, title=Path(name).name)
+def extract_reference(
+    source: str, images: ImageSet, count: int, extraction: FeatureExtraction, max_features: int, argument: str
+) -> Reference | None:
+    """Extract features of the first `count` images; return their statistics on rank 0, None on the others.
+
+    The digest of the images is not computed. `argument` is the name of `source` in messages.
+
+    Raises:
+        UserError: too many images are damaged, or features are not finite.
+    """
+    statistics = extraction.statistics(images, count, max_features=max_features, title=Path(source).name)
     if statistics is None:
         return None
-    require_finite_features("reference", statistics.pooled)
+    require_finite_features(argument, statistics.pooled)
     return Reference(
         statistics=statistics,
         extractor=extraction.name,
         extractor_version=extraction.version,
-        source=name,
+        source=source,
         image_size=images.image_size,
-        digest=content_digest(name, images),
+        notes=images.source_notes,
     )
 
 
@@ -108,9 +120,10 @@ def _from_file(name: str, extraction: FeatureExtraction, max_features: int) -> R
     if not has_images(Path(name)) or (file.statistics.features is not None and same_extractor):
         return file
     images = open_image_set(name, None, "reference")
-    reference = _from_images(name, images, extraction, max_features)
+    reference = extract_reference(name, images, len(images), extraction, max_features, "reference")
     if reference is None:
         return None
+    reference = replace(reference, digest=file.digest)
     if same_extractor:
         return replace(reference, statistics=replace(file.statistics, features=reference.statistics.features))
     note = f"The statistics of {name} are of {file.extractor}: only its {len(images)} images are used."

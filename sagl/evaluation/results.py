@@ -78,17 +78,8 @@ class EvaluationResult:
     @property
     def conditions(self) -> Conditions:
         """Conditions of the evaluation, besides the settings of the metrics."""
-        return Conditions(
-            reference=self.reference,
-            reference_digest=self.reference_digest,
-            reference_crop_size=self.reference_crop_size,
-            num_reference=self.num_reference,
-            extractor=self.extractor,
-            extractor_version=self.extractor_version,
-            resize=self.resize,
-            crop_size=self.settings.get("image_size"),
-            num_samples=self.num_samples,
-        )
+        shared = {name: getattr(self, name) for name in Conditions._fields if name != "crop_size"}
+        return Conditions(**shared, crop_size=self.settings.get("image_size"))
 
     def is_same_measurement(self, other: "EvaluationResult") -> bool:
         """Return whether both results of one run were computed under the same conditions and with the same settings.

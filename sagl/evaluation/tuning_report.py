@@ -16,6 +16,7 @@ from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import BUNDLED
 from sagl.settings.sampling import SamplerSettings
+from sagl.utils.config_files import to_text
 from sagl.utils.files import write_text
 
 CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
@@ -189,11 +190,7 @@ def _distance_cells(distance: float, unguided: float | None) -> tuple[Cell, ...]
 def describe_setting(setting: Setting, space: Space) -> str:
     """Return the searched settings of a candidate as text."""
     values = searched_values(setting, space)
-    return " · ".join(f"{name} {_setting_text(value)}" for name, value in values.items()) or "as configured"
-
-
-def _setting_text(value: Any) -> str:  # noqa: ANN401 (a setting of any kind)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " · ".join(f"{name} {to_text(value)}" for name, value in values.items()) or "as configured"
 
 
 def describe_changes(setting: Setting) -> str:
@@ -203,7 +200,7 @@ def describe_changes(setting: Setting) -> str:
         if guidance.scale:
             groups[f"{name}."] = asdict(guidance), asdict(GUIDANCES[name].settings_class())
     return " · ".join(
-        f"{group}{key} {_setting_text(value)}"
+        f"{group}{key} {to_text(value)}"
         for group, (values, defaults) in groups.items()
         for key, value in values.items()
         if value != defaults[key]

@@ -14,10 +14,9 @@ def build_classifier_guidance(settings: ClassifierGuidance, context: GuidanceCon
     """Guide towards the condition's labels: score = scale · grad log p(y | x_t). Costs no evaluation of the UNet.
 
     Raises:
-        UserError: no classifier, or one that cannot be loaded or does not fit the network.
+        UserError: the classifier cannot be loaded or does not fit the network.
     """
-    if settings.checkpoint is None:
-        raise UserError("`classifier.checkpoint` must be a classifier of noisy images, got none.")
+    assert settings.checkpoint is not None  # `check_network` requires it
     classifier, schedule = context.load_classifier(settings.checkpoint), context.schedule
 
     def term(_: NoisePredictor, x_t: Image, step: int, condition: Condition, __: Prediction) -> GuidanceTerm:

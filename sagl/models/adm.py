@@ -4,8 +4,8 @@ Blocks are addressed as `input.k`, `middle` and `output.k`; output blocks are nu
 Feature maps are in channels_last. `cpu_kernels.optimize_for_cpu` replaces layers by faster equivalents on CPUs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,7 @@ from sagl.models.layers import (
     zero_module,
 )
 from sagl.settings.network import ClassifierSettings, EncoderSettings, UNetSettings
-from sagl.shapes import AttentionEdit, AttentionSite, HeadLayout, Image, Labels, Timestep, TokenMap
-
-
-class UNetOutput(NamedTuple):
-    """Output of one forward pass."""
-
-    out: Tensor
-    """(B, C or 2C, H, W) float32: eps, followed by the variance channels if the network learns the variance."""
-    attention: Mapping[AttentionSite, TokenMap]
-    """Attention received at each requested site, (B, head, H, W), mean 1."""
-    features: Tensor | None = None
-    """(B, num_channels, H, W): input of the last convolution, if it was requested."""
-    block_inputs: Mapping[str, Tensor] = {}
-    """Input of each requested output block before its skip connection is appended, (B, C, H, W)."""
+from sagl.shapes import AttentionEdit, AttentionSite, HeadLayout, Image, Labels, NetworkOutput, Timestep, TokenMap
 
 
 class ResBlock(nn.Module):
@@ -204,7 +191,7 @@ class UNet(Encoder):
         features: bool = False,
         block_inputs: Sequence[str] = (),
         start: tuple[str, Tensor] | None = None,
-    ) -> UNetOutput:
+    ) -> NetworkOutput:
         """Predict eps, and the variance if it is learned.
 
         Args:
@@ -247,7 +234,7 @@ class UNet(Encoder):
             attention_maps |= maps
         norm, activation, conv = self.out
         h = activation(norm(h))
-        return UNetOutput(at_least_float32(conv(h)), attention_maps, h if features else None, inputs)
+        return NetworkOutput(at_least_float32(conv(h)), attention_maps, h if features else None, inputs)
 
     def _embed_condition(
         self, timesteps: Timestep, labels: Labels | None, timestep_noise: Tensor | None, degraded: Tensor | None

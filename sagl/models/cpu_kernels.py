@@ -63,7 +63,7 @@ class MomentGroupNorm(AdaGroupNorm):
         """Normalise as `AdaGroupNorm.forward`."""
         if not _use_kernel(x):
             return super().forward(x, scale, shift)
-        means, variances = (moment.unflatten(1, (32, -1)) for moment in channel_moments(x))
+        means, variances = (moment.unflatten(1, (32, -1)) for moment in _Moments.apply(x))
         mean = means.mean(dim=2)
         variance = variances.mean(dim=2) + means.var(dim=2, correction=0)
         group_size = self.num_channels // 32
@@ -71,7 +71,7 @@ class MomentGroupNorm(AdaGroupNorm):
         offset = self.bias - mean.repeat_interleave(group_size, dim=1) * gain
         if scale is not None and shift is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-        return channel_affine(x, gain, offset)
+        return _Affine.apply(x, gain, offset)
 
 
 class _Moments(torch.autograd.Function):
@@ -121,16 +121,6 @@ class _Affine(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         d_gain, d_offset = _pixels(d_y * x).sum(dim=1), _pixels(d_y).sum(dim=1)
         return d_y * _broadcast(gain, x).to(x.dtype), d_gain.to(gain.dtype), d_offset.to(gain.dtype)
-
-
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of every channel: (B, C, …) -> (B, C), (B, C), float32 or wider."""
-    return _Moments.apply(x)
-
-
-def channel_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """Compute x · gain + offset for every channel: (B, C, …), (B, C), (B, C) -> like x."""
-    return _Affine.apply(x, gain, offset)
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from sagl.guidance.blur_aware import degrade_batch
 from sagl.models.adm import UNet
 from sagl.models.transfer import freeze
 from sagl.models.zoo import get_unet_settings
-from sagl.modules.training_module import Batch, TrainingModule, seeded_init
+from sagl.modules.training_module import Batch, TrainingModule, gather_batch, seeded_init
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.training import DiffusionTrainingSettings
@@ -86,7 +86,7 @@ class DiffusionModule(TrainingModule):
         if not self._log_if_finite({"loss": loss, "mse": losses.mse.mean(), "vlb": losses.vlb.mean()}):
             return self._zero_loss()
         if self.settings.loss.timestep_sampler != "uniform":
-            self.timestep_sampler.update(draw.global_timesteps, self._all_gather(losses.total.detach()))
+            self.timestep_sampler.update(draw.global_timesteps, gather_batch(losses.total.detach(), self.trainer))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -131,13 +131,6 @@ class DiffusionModule(TrainingModule):
             target=target,
         )
         return losses if degraded is None else mask_vlb(losses, degraded)
-
-    def _all_gather(self, values: Tensor) -> Tensor:
-        """Gather (B,) values of every rank -> (B · world_size,) by position in the global batch."""
-        if self.trainer.world_size == 1:
-            return values
-        gathered: Tensor = self.trainer.strategy.all_gather(values)
-        return gathered.T.flatten()
 
     def _drop_labels(self, labels: Labels, dropped: Tensor) -> Labels | None:
         """Replace labels that are dropped (B,) or below 0 by the null label; None for an unconditional network."""

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW
 
@@ -47,6 +47,14 @@ def seeded_init(build: Callable[[], Network], seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return optimize_for_cpu(build())
+
+
+def gather_batch(values: Tensor, trainer: Trainer) -> Tensor:
+    """Gather (B, …) values of every rank -> (B · world_size, …), by position in the global batch."""
+    if trainer.world_size == 1:
+        return values
+    gathered: Tensor = trainer.strategy.all_gather(values)
+    return gathered.transpose(0, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES
 from sagl.sampling.run import SampleConfig
 from sagl.settings.guidance import FILE_SETTINGS
 from sagl.settings.sampling import RunSettings, SamplerSettings
+from sagl.utils.config_files import to_text
 
 Value = str | float | bool | None
 """Value of a control; None is null."""
@@ -182,16 +183,6 @@ def changed_settings(config: SampleConfig, defaults: SampleConfig) -> dict[str, 
     """Return the settings that differ from the defaults."""
     old = flat_settings(defaults)
     return {name: value for name, value in flat_settings(config).items() if value != old[name]}
-
-
-def to_text(value: object) -> str:
-    """Write a value as its flag is written: (0, 0.5) -> "0,0.5", None -> "null", True -> "true"."""
-    if isinstance(value, tuple):
-        return ",".join(map(to_text, value))
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _to_value(value: object) -> Value:

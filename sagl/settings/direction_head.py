@@ -47,10 +47,7 @@ class DirectionHeadOptions:
             require(low <= high, f"`direction_head.{name}` must be two numbers low <= high, got {low}, {high}.")
         require(self.num_steps[0] >= 1, f"`direction_head.num_steps` must be at least 1, got {self.num_steps[0]}.")
         require(len(self.samplers) > 0, "`direction_head.samplers` must have at least one sampler, got none.")
-        require(
-            0 <= self.null_fraction <= 1,
-            f"`direction_head.null_fraction` must be in [0, 1], got {self.null_fraction}.",
-        )
+        require_range("direction_head.null_fraction", self.null_fraction, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

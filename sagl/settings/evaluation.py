@@ -42,6 +42,12 @@ def require_image_set(name: str, argument: str) -> None:
     )
 
 
+def require_resamples(bootstrap: int) -> None:
+    """Raise a `UserError` unless a number of bootstrap resamples is 0, or enough for an interval."""
+    require_range("bootstrap", bootstrap, 0, MAX_RESAMPLES)
+    require(bootstrap == 0 or bootstrap >= 20, f"`bootstrap` must be 0 (off) or at least 20, got {bootstrap}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricSettings:
     """Settings of the metrics that are computed from features."""
@@ -63,12 +69,8 @@ class MetricSettings:
         require_finite(self)
         for name, low in (("num_neighbors", 1), ("max_features", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
             require(getattr(self, name) >= low, f"`{name}` must be at least {low}, got {getattr(self, name)}.")
-        for name in ("kid_subsets", "bootstrap"):
-            require_range(name, getattr(self, name), 0, MAX_RESAMPLES)
-        require(
-            self.bootstrap == 0 or self.bootstrap >= 20,
-            f"`bootstrap` must be 0 (off) or at least 20, got {self.bootstrap}.",
-        )
+        require_range("kid_subsets", self.kid_subsets, 0, MAX_RESAMPLES)
+        require_resamples(self.bootstrap)
         require(0 <= self.seed < 2**32, f"`seed` must be in 0 … 2³² - 1, got {self.seed}.")
 
 

@@ -1,6 +1,6 @@
 """Settings of the guidance methods. Each method is one group of settings; `scale` 0 switches it off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from sagl.errors import require, require_choices, require_finite
@@ -8,19 +8,6 @@ from sagl.settings.network import UNetSettings
 
 DEFAULT_KERNEL_SIZE = 31
 """Side of the blur kernel in the paper (table 9)."""
-
-TERM_OPTIONS = (
-    "direction_head",
-    "renew_every",
-    "reuse_before",
-    "stop_below",
-    "max_norm",
-    "shape",
-    "shape_weight",
-    "shape_sigma",
-)
-"""Settings of every method that the help of a command describes once."""
-
 
 FILE_SETTINGS = ("checkpoint", "direction_head")
 """Ends of the names of settings that are weight files, by path or by name."""
@@ -74,15 +61,12 @@ class GuidanceSettings:
         for name in ("max_norm", "shape_sigma"):
             value = getattr(self, name)
             require(value is None or value > 0, f"`{self.group}.{name}` must be above 0 or null, got {value}.")
-
-        require(
-            self.direction_head is None or self.has_weak_prediction,
-            f"`{self.group}.direction_head` must be null for a method without weak prediction, got a head.",
-        )
-        require(
-            self.reuse_before is None or self.has_weak_prediction,
-            f"`{self.group}.reuse_before` must be null for a method without weak prediction, got {self.reuse_before}.",
-        )
+        for name in ("direction_head", "reuse_before"):
+            value = getattr(self, name)
+            require(
+                value is None or self.has_weak_prediction,
+                f"`{self.group}.{name}` must be null for a method without weak prediction, got {value}.",
+            )
         require(self.direction_head != "", f"`{self.group}.direction_head` must be a file, auto or null, got ''.")
 
     @property
@@ -103,6 +87,10 @@ class GuidanceSettings:
     def notes(self, network: UNetSettings) -> list[str]:
         """Return sentences about settings that were left open and are chosen for this network."""
         return []
+
+
+TERM_OPTIONS = tuple(field.name for field in fields(GuidanceSettings) if field.name not in ("scale", "interval"))
+"""Settings of every method that the help of a command describes once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from sagl.errors import require, require_range
-from sagl.settings.evaluation import MAX_RESAMPLES
+from sagl.errors import require_range
+from sagl.settings.evaluation import require_resamples
 from sagl.settings.sampling import MAX_SAMPLES
 
 
@@ -23,8 +23,4 @@ class TuningSettings:
     def __post_init__(self) -> None:
         require_range("candidates", self.candidates, 1, 10_000)
         require_range("report_samples", self.report_samples, 2, MAX_SAMPLES)
-        require_range("bootstrap", self.bootstrap, 0, MAX_RESAMPLES)
-        require(
-            self.bootstrap == 0 or self.bootstrap >= 20,
-            f"`bootstrap` must be 0 (off) or at least 20, got {self.bootstrap}.",
-        )
+        require_resamples(self.bootstrap)

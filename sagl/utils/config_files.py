@@ -1,4 +1,4 @@
-"""YAML configs: packaged ones by name, several merged in order, settings given twice refused; names of nested ones."""
+"""YAML configs: packaged ones by name, several merged, settings given twice refused; settings by name and as text."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -81,3 +81,13 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         names |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return names
+
+
+def to_text(value: object) -> str:
+    """Write a value as its flag is written: (0, 0.5) -> "0,0.5", None -> "null", True -> "true"."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(to_text, value))
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

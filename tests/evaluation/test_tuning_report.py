@@ -32,7 +32,7 @@ def test_the_settings_that_differ_from_the_defaults_are_named():
         guidances={"sag": sag, "pag": PerturbedAttentionGuidance(site="middle")},
     )
     assert describe_changes(setting) == (
-        "sampler ddim · respacing ddim25 · sag.scale 0.5 · sag.interval 0.5,1.0 · sag.soft True"
+        "sampler ddim · respacing ddim25 · sag.scale 0.5 · sag.interval 0.5,1 · sag.soft true"
     )
 
 

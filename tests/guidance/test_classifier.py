@@ -112,11 +112,6 @@ def test_labels_must_be_given():
         guided_by(linear_classifier, 1.0)(images(), 2, NO_CONDITION)
 
 
-def test_a_classifier_must_be_given():
-    with pytest.raises(UserError, match=r"`classifier\.checkpoint`"):
-        guidances_of(SCHEDULE, classifier={"scale": 1.0})
-
-
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("sample", [ddpm, ddim])
 def test_the_gradient_is_the_same_in_every_gradient_mode(mode, sample):

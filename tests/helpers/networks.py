@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sagl.models.adm import Classifier, UNet, UNetOutput
+from sagl.models.adm import Classifier, UNet
 from sagl.models.checkpoints import NetworkWeights, write_checkpoint
 from sagl.models.cpu_kernels import optimize_for_cpu
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.network import ClassifierSettings, UNetSettings
-from sagl.shapes import AttentionSite
+from sagl.shapes import AttentionSite, NetworkOutput
 
 SEED = 1000  # as tests/assets/meta.json
 GREY = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1,)}
@@ -174,7 +174,7 @@ class PatchTransformer(nn.Module):
             tokens, weights = block(tokens)
             attention_received[AttentionSite(f"block.{k}")] = weights.sum(dim=-2).unflatten(-1, (self.grid, self.grid))
         out = F.pixel_shuffle(self.head(tokens).mT.unflatten(-1, (self.grid, self.grid)), PATCH)
-        return UNetOutput(out, {site: attention_received[site] for site in attention_sites})
+        return NetworkOutput(out, {site: attention_received[site] for site in attention_sites})
 
 
 def transformer():
