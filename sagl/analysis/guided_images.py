@@ -38,7 +38,7 @@ def guided_pipeline(request: AnalysisRequest, guidances: Mapping[str, GuidanceSe
     Do not call it in inference mode: classifier guidance needs gradients.
     """
     base = request.pipeline
-    return build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances)
+    return build_pipeline(base.network, base.diffusion, base.sampler_settings, guidances, checkpoint=base.checkpoint)
 
 
 def sample_pipeline(request: AnalysisRequest, pipeline: SamplingPipeline) -> ImageUint8:
@@ -75,7 +75,7 @@ def analyze_blur(request: AnalysisRequest) -> dict[str, Any]:
     rows, numbers = {"unguided": unguided}, {}
     for scale in LARGE_SCALES:
         sag = replace(request.sag, scale=scale)
-        everywhere = replace(sag, mask="global", area_fraction=None, soft=False)  # eq. 15
+        everywhere = replace(sag, mask="global", area_fraction=None, soft=False, direction_head=None)  # eq. 15
         for name, settings in {"blur": everywhere, "SAG": sag}.items():
             images = rows[f"{name}, scale {scale:g}"] = sample_guided(request, {"sag": settings})
             numbers[f"{name} {scale:g}"] = {

@@ -9,7 +9,7 @@ from sagl.models.zoo import DEFAULT_MODEL
 from sagl.playground.controls import QUICK, CommandLine, Form
 from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import DeviceSettings
-from sagl.utils.config_files import to_text
+from sagl.utils.config_files import read_configs, to_text
 from sagl.utils.environment import set_threads
 from sagl.utils.signals import Interrupted
 
@@ -87,12 +87,14 @@ def make_form(arguments: list[str]) -> Form:
     def given(names: tuple[str, ...]) -> list[str]:
         return [part for name in names if flags[name] != defaults[name] for part in _flags(name, flags[name])]
 
+    configured = read_configs(flags.config)
+    quick = [flag for flag in QUICK if flag.removeprefix("--").partition("=")[0] not in configured]
     return Form(
         command_line=CommandLine(parse=parse_sample_config, help_texts=sample.help_texts, with_flags=sample.with_flags),
         network=flags.checkpoint or flags.model or ",".join(flags.config or [DEFAULT_MODEL]),
         network_arguments=given(NETWORK),
         device_arguments=given(DEVICES),
-        start=parse_sample_config([*QUICK, *arguments], parser),
+        start=parse_sample_config([*quick, *arguments], parser),
         allow_files=flags.allow_files,
     )
 

@@ -110,10 +110,12 @@ def parse_sample_config(arguments: list[str], parser: Parser | None = None) -> S
         flags.weights or weights or "ema",
     )
     recommended = recommended_settings(source.model, source.checkpoint)
-    given = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
-    set_recommended_defaults(p, recommended, given | sampling.keys() - GUIDANCES.keys())
+    given = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")} - _groups().keys()
+    sampler = flags.sampler if "sampler" in given else None
+    configured = given | sampling.keys() - GUIDANCES.keys()
+    set_recommended_defaults(p, recommended, _replaced(configured, sampler or sampling.get("sampler")))
     known = {name: value for name, value in sampling.items() if f"--{name}" in p._option_string_actions}
-    _set_defaults(p, known, f"`config` {config_names}: ", given)
+    _set_defaults(p, known, f"`config` {config_names}: ", _replaced(given, sampler))
     if recommended or known:  # the first parse found the network, this one has the new defaults
         flags = p.parse(arguments)
     guidances = {
@@ -149,6 +151,11 @@ def _weights_of(sampling: Mapping[str, Any], flags: Namespace) -> tuple[str | No
     if flags.checkpoint or (flags.model and checkpoint and read_metadata(Path(checkpoint))):
         return None, None
     return checkpoint, weights
+
+
+def _replaced(names: Set[str], sampler: str | None) -> Set[str]:
+    """Return the names of settings that given ones replace: eta, too, where the given sampler is not DDIM."""
+    return names if sampler in (None, "ddim") else names | {"eta"}
 
 
 def _without(values: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:

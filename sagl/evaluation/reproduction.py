@@ -11,6 +11,7 @@ from sagl.models.hub_files import is_hub_name
 from sagl.models.zoo import CLASSIFIER_NAMES, UNET_NAMES, get_unet_settings
 from sagl.settings.guidance import SelfAttentionGuidance
 from sagl.settings.network import UNetSettings
+from sagl.utils.config_files import to_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class _Translator:
         images = min(self.row.images, self.target.num_samples or self.row.images)
         respacing = self.target.respacing or str(self.row.steps)
         self.options += ["--num_samples", str(images), "--sampler", self.target.sampler, "--respacing", respacing]
+        self.options += ["--eta", "0", "--clip_x0", "true"]  # the weight file may recommend others
         if self.row.first_id:
             self.options += ["--first_id", str(self.row.first_id)]
         if images != self.row.images:
@@ -119,7 +121,7 @@ class _Translator:
             unnamed = self.target.recommended.get("sag", {}).keys() - translated.keys() - {"scale", "interval"}
             translated |= {setting: getattr(SelfAttentionGuidance, setting) for setting in unnamed}
             for setting, value in sorted(translated.items()):
-                self.options += [f"--sag.{setting}", str(value)]
+                self.options += [f"--sag.{setting}", to_text(value)]
 
     def _classifier(self) -> str:
         if self.target.name is None and (own := f"{self.row.model}_classifier") in CLASSIFIER_NAMES:

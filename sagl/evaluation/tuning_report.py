@@ -72,7 +72,7 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
     model["diffusion"] = source.diffusion and asdict(source.diffusion)
     model = {key: value for key, value in model.items() if value is not None}
     network: dict[str, Any] = {"model": json.loads(json.dumps(model))} if model else {}  # YAML has no tuples
-    if source.checkpoint is not None and source.checkpoint not in BUNDLED.values():
+    if source.checkpoint is not None and source.model not in BUNDLED:
         network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
     off = {name: {"scale": 0.0} for name in GUIDANCES}  # the weight file may recommend one that is not used here
     settings = network | {"labels": config.samples.labels} | off | result.best.setting.values

@@ -58,25 +58,27 @@ Please add: training data, intended use, quality of the images.
 """
 
 
-def without_paths(recommended: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Return recommended settings without those that hold the path of a weight file, and the full names of the latter.
+def without_paths(recommended: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return recommended settings without those that need a file of this machine, and the names of the latter.
 
-    Names of released networks and of networks of the Hub, and the direction head `auto`, are no paths.
+    A guidance method that cannot do without the file is left out as a whole. A direction head is not uploaded, and its
+    second evaluation takes its place.
+    Names of released networks and of networks of the Hub are no paths.
     """
-    kept, paths = dict[str, Any](), list[str]()
+    kept, left_out = dict[str, Any](), list[str]()
     for name, value in recommended.items():
-        if isinstance(value, dict):
-            kept[name], inner = without_paths(value, f"{prefix}{name}.")
-            paths += inner
-        elif value is None or not name.endswith(FILE_SETTINGS) or _is_name(value):
-            kept[name] = value
-        else:
-            paths.append(f"{prefix}{name}")
-    return kept, paths
+        group = value if isinstance(value, dict) else {}
+        paths = [key for key, path in group.items() if key.endswith(FILE_SETTINGS) and path and not _is_name(path)]
+        if "checkpoint" in paths or ("dino_checkpoint" in paths and group.get("mask") == "dino"):
+            left_out.append(name)
+            continue
+        left_out += [f"{name}.{key}" for key in paths]
+        kept[name] = {key: part for key, part in group.items() if key not in paths} if group else value
+    return kept, left_out
 
 
 def _is_name(value: object) -> bool:
-    return value in ("auto", *UNET_NAMES, *CLASSIFIER_NAMES) or is_hub_name(value)
+    return value in (*UNET_NAMES, *CLASSIFIER_NAMES) or is_hub_name(value)
 
 
 class HubUNet(
@@ -104,7 +106,7 @@ class HubUNet(
 
     @classmethod
     def from_checkpoint(cls, checkpoint: NetworkWeights) -> "HubUNet":
-        """Build the network of a checkpoint, in evaluation mode, without the paths among its recommended settings.
+        """Build the network of a checkpoint, in evaluation mode, without recommended settings that need other files.
 
         Those that are left out are printed.
 
@@ -114,9 +116,9 @@ class HubUNet(
         settings = checkpoint.model_settings
         if not isinstance(settings, UNetSettings):
             raise UserError("`checkpoint` must be a diffusion model, but it is a classifier or a head.")
-        recommended, paths = without_paths(checkpoint.recommended)
-        if paths:
-            print(f"Left out of the recommended settings, as they are paths of this machine: {', '.join(paths)}.")
+        recommended, left_out = without_paths(checkpoint.recommended)
+        if left_out:
+            print(f"Left out of the recommended settings, as they need files of this machine: {', '.join(left_out)}.")
         network = cls(settings, checkpoint.diffusion, recommended)
         check_state_dict(network.state_dict(), checkpoint.state_dict)
         network.load_state_dict(checkpoint.state_dict)

@@ -38,6 +38,15 @@ def test_a_step_is_drawn_with_the_mask_of_its_settings(mask, tmp_path):
     assert fraction == 1 if mask == ("global",) else 0 < fraction < 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("analysis", ["late", "cost", "blur"])
+def test_pictures_and_costs_of_the_bundled_direction_head(analysis, tmp_path):
+    flags = ("--sag.direction_head", "auto", "--num_samples", "1", "--sampler", "ddim", "--respacing", "ddim2")
+    assert exit_code("analyze", analysis, "--model", "emoji", "--output", tmp_path, *flags, "--progress", "off") == 0
+    numbers = json.loads((tmp_path / f"{analysis}.json").read_text())["numbers"]
+    assert numbers.get("mean_absolute_difference", 1) > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [

@@ -2,7 +2,8 @@ import socket
 
 import pytest
 
-from sagl.commands.playground import listen, page_address
+from sagl.commands.playground import listen, make_form, page_address
+from sagl.settings.sampling import SamplerSettings
 from tests.helpers.commands import refusal
 
 
@@ -27,3 +28,14 @@ def test_the_page_is_open_to_this_machine_only():
 )
 def test_the_printed_address_can_be_opened(host, address):
     assert page_address(host, 7860) == address
+
+
+def test_a_config_goes_before_the_few_steps_and_images_with_which_the_page_opens(tmp_path):
+    (tmp_path / "page.yaml").write_text("{sampler: ddim, respacing: '100', eta: 0.5, num_samples: 9}")
+    config = make_form(["--config", str(tmp_path / "page.yaml")]).start
+    assert (config.sampler, config.samples.num_samples) == (
+        SamplerSettings(sampler="ddim", respacing="100", eta=0.5),
+        9,
+    )
+    config = make_form([]).start
+    assert (config.sampler.sampler, config.samples.num_samples) == ("unipc", 4)

@@ -60,11 +60,31 @@ def test_what_a_training_config_has_for_lightning_is_translated_or_replaced_by_a
 
 
 def test_a_flag_repairs_settings_of_a_config_and_a_weight_file_that_contradict_each_other(tmp_path):
-    tiny = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sampler": "ddim", "eta": 0.5})
-    config = [*write_config(tmp_path, sampler="ddpm"), "--checkpoint", str(tiny)]
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors", recommended={"sampler": "ddpm"})
+    config = [*write_config(tmp_path, eta=0.5), "--checkpoint", str(tiny)]
     with pytest.raises(UserError, match="`eta`"):
         parse_sample_config(config)
     assert parse_sample_config([*config, "--eta", "0"]).sampler == SamplerSettings(sampler="ddpm", eta=0.0)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("unipc", 0.0), ("ddim", 0.5)])
+@pytest.mark.parametrize("place", ["weight file and flag", "weight file and config", "config and flag"])
+def test_another_sampler_replaces_the_eta_that_belongs_to_ddim(place, sampler, eta, tmp_path):
+    first, second = place.split(" and ")
+    ddim = {"sampler": "ddim", "eta": 0.5}
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors", recommended=ddim if first == "weight file" else {})
+    arguments = ["--checkpoint", str(tiny)]
+    arguments += write_config(tmp_path, **ddim) if first == "config" else []
+    arguments += ["--sampler", sampler] if second == "flag" else write_config(tmp_path, sampler=sampler)
+    assert parse_sample_config(arguments).sampler == SamplerSettings(sampler=sampler, eta=eta)
+
+
+def test_a_group_of_settings_on_the_command_line_leaves_the_other_settings_of_the_group(tmp_path):
+    recommended = {"sag": {"scale": 0.5, "blur_sigma": 2.0}}
+    tiny = write_grey_unet(tmp_path / "tiny.safetensors", recommended=recommended)
+    config = write_config(tmp_path, sag={"site": "output.0", "threshold": 1.3})
+    sag = parse_sample_config([*config, "--checkpoint", str(tiny), "--sag", '{"scale": 0.9}']).guidances["sag"]
+    assert sag == SelfAttentionGuidance(scale=0.9, blur_sigma=2.0, site="output.0", threshold=1.3)
 
 
 def test_flags_that_name_a_network_replace_the_weights_of_a_config(tmp_path):

@@ -45,7 +45,14 @@ def test_a_block_of_an_intermediate_resolution_that_the_network_lacks_is_named(s
 def test_without_a_network_the_settings_are_those_of_the_paper():
     row = rows("table2")["ImageNet 256x256 with labels, SAG 0.2"]
     expected = {"--model": "imagenet256_cond", "--num_samples": "50000", "--sampler": "ddpm", "--respacing": "250"}
-    expected |= {"--sag.scale": "0.2", "--sag.site": "output.2", "--sag.blur_sigma": "9", "--sag.kernel_size": "31"}
+    expected |= {
+        "--eta": "0",
+        "--clip_x0": "true",
+        "--sag.scale": "0.2",
+        "--sag.site": "output.2",
+        "--sag.blur_sigma": "9",
+        "--sag.kernel_size": "31",
+    }
     assert expected.items() <= options_of(row).items()
     assert row.translation == ()
 
@@ -115,10 +122,12 @@ def test_the_options_of_every_row_are_accepted():
 
 
 def test_what_the_network_recommends_and_a_row_does_not_name_has_its_default():
-    recommended = {"sag": {"scale": 2.0, "interval": (0.5, 1.0), "shape": "off_unsharp", "site": "middle"}}
+    recommended = {
+        "sag": {"scale": 2.0, "interval": (0.5, 1.0), "shape": "off_unsharp", "site": "middle", "area_fraction": 0.4}
+    }
     name = "ImageNet 256x256 with labels, SAG 0.2"
     plain, row = (rows("table2", Target(recommended=r))[name] for r in ({}, recommended))
-    assert options_of(row) == {**options_of(plain), "--sag.shape": "none"}
+    assert options_of(row) == {**options_of(plain), "--sag.shape": "none", "--sag.area_fraction": "null"}
     assert {"--sag.scale": "0.2", "--sag.interval": "[0,1]", "--sag.site": "output.2"}.items() <= options_of(
         row
     ).items()

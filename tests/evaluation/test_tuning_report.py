@@ -7,6 +7,7 @@ from sagl.evaluation import tuning_report
 from sagl.evaluation.study import Setting
 from sagl.evaluation.tuning import Round
 from sagl.evaluation.tuning_report import describe_changes, format_config, plot_rounds
+from sagl.models.zoo import BUNDLED
 from sagl.settings.guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
 
@@ -36,12 +37,16 @@ def test_the_settings_that_differ_from_the_defaults_are_named():
     )
 
 
-def test_the_recommended_config_turns_off_guidance_that_the_weight_file_recommends(tmp_path, monkeypatch):
-    config = parse_sample_config(["--model", "fashion_mnist", "--sag.scale", "0", "--pag.scale", "1"])
+@pytest.mark.parametrize("network", [("--model", "fashion_mnist"), ("--checkpoint", str(BUNDLED["fashion_mnist"]))])
+def test_the_recommended_config_names_the_network_and_turns_off_guidance_that_its_file_recommends(
+    network, tmp_path, monkeypatch
+):
+    config = parse_sample_config([*network, "--sag.scale", "0", "--pag.scale", "1"])
     assert parse_sample_config(["--model", "fashion_mnist"]).guidances["sag"].scale > 0
     tuning = SimpleNamespace(run=SimpleNamespace(config=config))
     best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
     monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
     (tmp_path / "recommended.yaml").write_text(format_config(tuning, SimpleNamespace(best=best)))
     again = parse_sample_config(["--config", str(tmp_path / "recommended.yaml")])
+    assert again.source.checkpoint == BUNDLED["fashion_mnist"]
     assert Setting(sampler=again.sampler, guidances=again.guidances).values == best.setting.values

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sagl.models.hub import HubUNet
 from sagl.models.hub_files import download_from_hub
 from sagl.models.metadata import read_metadata
 from sagl.settings.diffusion import DiffusionSettings
+from tests.helpers.commands import exit_code
 from tests.helpers.networks import grey_unet, grey_weights
 
 COSINE = DiffusionSettings(noise_schedule="cosine")
@@ -74,22 +76,41 @@ def test_the_model_card_describes_the_network(saved):
 
 
 def test_no_path_of_the_machine_is_in_a_file_and_those_left_out_are_printed(tmp_path, capsys):
-    names = {"autoguidance": {"scale": 1.0, "checkpoint": "hf:me/weak"}, "pag": {"direction_head": "auto"}}
+    names = {"autoguidance": {"scale": 1.0, "checkpoint": "hf:me/weak"}, "pag": {"scale": 1.0}}
     names |= {"classifier": {"checkpoint": "fashion_mnist_classifier"}, "respacing": "5"}
     paths = {"sag": {"scale": 0.5, "direction_head": "secret/head.safetensors", "dino_checkpoint": "/secret/dino.pth"}}
     paths |= {"blur": {"direction_head": "secret.safetensors"}, "seg": {"direction_head": None}}
+    paths |= {"tsg": {"scale": 1.0, "direction_head": "auto"}}
     network = HubUNet.from_checkpoint(grey_weights(recommended={**names, **paths}))
     (line,) = capsys.readouterr().out.splitlines()
-    for name in ("sag.direction_head", "sag.dino_checkpoint", "blur.direction_head"):
+    for name in ("sag.direction_head", "sag.dino_checkpoint", "blur.direction_head", "tsg.direction_head"):
         assert name in line
     network.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir() if b"secret" in path.read_bytes()} == set()
     kept = HubUNet.from_pretrained(tmp_path / "saved").checkpoint.recommended
-    assert kept == {**names, "sag": {"scale": 0.5}, "blur": {}, "seg": {"direction_head": None}}
+    assert kept == {**names, "sag": {"scale": 0.5}, "blur": {}, "seg": {"direction_head": None}, "tsg": {"scale": 1.0}}
     assert read_metadata(tmp_path / "saved" / "model.safetensors")["recommended"] == kept
     capsys.readouterr()
     HubUNet.from_checkpoint(grey_weights(recommended=names))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("group", "settings"),
+    [
+        ("sag", {"scale": 1.0, "mask": "dino", "dino_checkpoint": "/secret/dino.pth"}),
+        ("autoguidance", {"scale": 1.0, "checkpoint": "/secret/weak.safetensors"}),
+        ("classifier", {"scale": 1.0, "checkpoint": "secret.safetensors"}),
+        ("sag", {"scale": 1.0, "site": "output.0", "direction_head": "auto"}),
+    ],
+)
+def test_a_pushed_network_can_be_sampled_with_its_default_settings(group, settings, tmp_path):
+    HubUNet.from_checkpoint(grey_weights(recommended={group: settings, "respacing": "2"})).save_pretrained(tmp_path)
+    output = tmp_path / "samples"
+    flags = ("--checkpoint", tmp_path / "model.safetensors", "--num_samples", "1", "--output", output)
+    assert exit_code("sample", *flags, "--progress", "off") == 0
+    scale = json.loads((output / "run.json").read_text())["settings"].get(group, {}).get("scale", 0.0)
+    assert bool(scale) == ("site" in settings)
 
 
 def test_a_push_uploads_weights_settings_and_card(monkeypatch):
