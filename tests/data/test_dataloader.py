@@ -111,7 +111,17 @@ def test_whole_epochs_stay_whole_when_the_number_of_ranks_changes(before, after,
     items(first, epochs)
     second.load_state_dict(first.state_dict())
     assert {item // 23 for batch in items(second) for item in batch} == {epochs}
-    assert first.state_dict() == {"images": 23 * epochs}
+    assert first.state_dict()["images"] == 23 * epochs
+
+
+@pytest.mark.parametrize("num_batches", range(9))
+def test_a_place_within_a_step_is_kept_if_its_size_has_not_changed(num_batches):
+    first, second, older = (loader(batch_size=2, accumulated=4) for _ in range(3))
+    list(zip(range(num_batches), first, strict=False))
+    second.load_state_dict(first.state_dict())
+    assert second.num_batches_of_epoch == num_batches % 8
+    older.load_state_dict({"images": first.state_dict()["images"]})
+    assert older.num_batches_of_epoch % 4 == 0
 
 
 def test_a_remainder_smaller_than_the_new_batch_size_is_left_out():
