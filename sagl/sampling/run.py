@@ -228,14 +228,16 @@ class SamplingRun:
         """Load the weights and build the pipeline.
 
         Raises:
-            UserError: the weights cannot be read, or do not fit the settings.
+            UserError: the weights cannot be read, or do not fit the settings or the labels.
         """
         from sagl.sampling.pipeline import build_pipeline
 
         network, diffusion = self.load_network(device)
-        return build_pipeline(
+        pipeline = build_pipeline(
             network, diffusion, self.config.sampler, self.config.guidances, checkpoint=self.checkpoint
         )
+        pipeline.check_labels(are_null=self.config.samples.labels == "null")
+        return pipeline
 
     def load_network(self, device: "torch.device") -> "tuple[UNet, DiffusionSettings]":
         """Load the network in its precision, and the diffusion process that it was trained for.

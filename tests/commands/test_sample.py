@@ -191,6 +191,14 @@ def test_a_run_that_appears_while_the_command_waits_for_the_folder_is_not_change
     assert sorted(path.read_bytes() for path in (tmp_path / "run" / "shards").iterdir()) == shards
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]])
+def test_a_weaker_network_that_needs_labels_is_refused_before_a_run_without_them(flags, tiny, tmp_path, capsys):
+    weak = write_grey_unet(tmp_path / "weak.safetensors", null_label=False)
+    command = ["sample", "--checkpoint", tiny, "--output", tmp_path / "run", *TWO, "--labels", "null", *flags]
+    names = ["--autoguidance.checkpoint", "--labels"]
+    refusal(capsys, tmp_path, *command, "--autoguidance.scale", 1, "--autoguidance.checkpoint", weak, names=names)
+
+
 def test_a_run_without_its_last_exports_is_not_complete(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
