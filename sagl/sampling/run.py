@@ -18,7 +18,7 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
 from sagl.models.sources import NetworkSource
 from sagl.sampling.choices import choose_batch_size, choose_precision
-from sagl.sampling.guidance_files import check_classifier_name, guidance_digests
+from sagl.sampling.guidance_files import check_classifier_name, guidance_digests, guidance_files
 from sagl.sampling.run_folder import (
     Sample,
     check_same_run,
@@ -160,7 +160,7 @@ class SamplingRun:
         settings = {**config.image_settings, "weights_sha256": weights_sha256(checkpoint)}
         if config.source.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
-        if digests := guidance_digests(config.guidances, checkpoint):
+        if digests := guidance_digests(guidance_files(config.guidances, checkpoint)):
             settings["guidance_sha256"] = digests
         check_same_run(config.output, settings)
         config = choose_batch_size(config, network, metadata)
