@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 EXPORTS = {
     "grid": ("grid.png",),
-    "images": ("images",),
+    "images": ("images/*.png",),
     "npz": ("samples_*.npz",),
     "strip": ("strip.png", "strip.gif"),
 }
@@ -314,12 +314,13 @@ class SamplingRun:
         """Return the exports that were not made from all images in the folder, or were deleted."""
         count = count_images(self.folder)
         requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= DEFAULT_EXPORTS_MAX_IMAGES else ())}
-        return [
-            name
-            for name, patterns in EXPORTS.items()
-            if name in requested
-            and not (self.metadata["exports"].get(name) == count and all(any(self.folder.glob(p)) for p in patterns))
-        ]
+        return [name for name in EXPORTS if name in requested and not self._has_export(name, count)]
+
+    def _has_export(self, name: str, count: int) -> bool:
+        """Return whether an export was made from so many images, and none of its files is missing."""
+        num_files = count if name == "images" else 1
+        num_found = [len(list(self.folder.glob(pattern))) for pattern in EXPORTS[name]]
+        return self.metadata["exports"].get(name) == count and min(num_found) >= num_files
 
     def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
         """Write the missing exports, and record them in run.json.
