@@ -313,9 +313,9 @@ def training_loader(
     step_size = settings.batch_size * num_accumulated
     require(
         step_size <= largest,
-        f"`global_batch_size` must be at most {len(dataset)}, the number of training images, got "
+        f"An optimiser step must have at most {len(dataset)} images, the number of training images, got "
         f"{step_size * world_size}: {num_accumulated} batches of {settings.batch_size} on each of {world_size} "
-        "processes. Choose a smaller one.",
+        "processes. Lower `global_batch_size` or `trainer.accumulate_grad_batches`.",
     )
     sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size, step_size=step_size)
     return ResumableDataLoader(dataset, sampler, settings, corrupt_log)

@@ -18,6 +18,7 @@ from sagl.data.dataloader import (
     training_loader,
 )
 from sagl.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.files import START_METHODS
 
 
@@ -164,7 +165,7 @@ def test_too_few_images_for_a_batch_are_refused():
 
 def test_too_few_images_for_an_optimiser_step_are_refused():
     trainer = SimpleNamespace(global_rank=0, world_size=2, accumulate_grad_batches=3)
-    with pytest.raises(UserError, match=r"`global_batch_size`.* 23.* 24"):
+    with refused("`global_batch_size`", "`trainer.accumulate_grad_batches`", "23 images", "24"):
         training_loader(Ramps(23), LoaderSettings(batch_size=4), 0, trainer)
     assert len(training_loader(Ramps(24), LoaderSettings(batch_size=4), 0, trainer)) == 3
 
