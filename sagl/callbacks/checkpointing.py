@@ -76,13 +76,17 @@ class ResumableCheckpoint(Checkpoint):
         self._stop_signal = number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the resumed step and the loader's position, and remove unfinished files of a killed run."""
+        """Count from the resumed step and the loader's position, and remove unfinished files of a killed run.
+
+        Lightning's epochs may be shorter than those of the loader (`limit_train_batches`), each of which begins one.
+        """
         self._step = self._saved_step = trainer.global_step
         self._saved_time, self._stepped = time.monotonic(), False
         loader = trainer.train_dataloader
         if trainer.global_step and isinstance(loader, ResumableDataLoader):  # its batches may have another size now
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            progress.load_state_dict(dict.fromkeys(progress.state_dict(), loader.num_batches_of_epoch))
+            position = loader.num_batches_of_epoch % trainer.num_training_batches
+            progress.load_state_dict(dict.fromkeys(progress.state_dict(), position))
         if trainer.is_global_zero:
             remove_partial(self.path.parent, "*")
 
@@ -133,7 +137,9 @@ class ResumableCheckpoint(Checkpoint):
         """
         progress = checkpoint["loops"]["fit_loop"]
         batches, epochs = progress["epoch_loop.batch_progress"], progress["epoch_progress"]
-        epoch_ended, num_started = batches["is_last_batch"], epochs["current"]["ready"]
+        loader, num_started = trainer.train_dataloader, epochs["current"]["ready"]
+        loader_ended = isinstance(loader, ResumableDataLoader) and not loader.num_batches_of_epoch
+        epoch_ended = batches["is_last_batch"] or loader_ended
         num_batches, total = 0 if epoch_ended else batches["current"]["ready"], batches["total"]["ready"]
         checkpoint["epoch"] = num_ended = num_started if epoch_ended else num_started - 1
         counts = {"ready": num_started, "started": num_started, "processed": num_ended, "completed": num_ended}

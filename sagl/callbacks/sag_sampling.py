@@ -87,7 +87,8 @@ class SAGPreviews(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check scales and respacing against the network, and print what each validation will cost.
 
-        If `sag` has its default site, and the network has no attention there, previews are unguided.
+        If `sag` has its default site, and the network has no attention there, previews are unguided. Without validation
+        there are none, which is said if their number is not the default.
 
         Raises:
             UserError: the site has no attention, the kernel is too large, or the respacing is impossible; or there is
@@ -101,6 +102,13 @@ class SAGPreviews(Callback):
                 f"`preview.keep_best` must be 0 without validation images, got {self.settings.keep_best}. Set "
                 "`data.num_validation`.",
             )
+            default, s = PreviewSettings(), self.settings
+            is_default = (s.num_samples, s.num_metric_samples) == (default.num_samples, default.num_metric_samples)
+            if trainer.is_global_zero and not is_default:
+                print(
+                    "No previews: they are sampled at validations, and this training has none, because "
+                    "data.num_validation or trainer.limit_val_batches is 0."
+                )
             return
         try:
             pipelines = self._build_pipelines(pl_module)

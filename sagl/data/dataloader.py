@@ -77,10 +77,11 @@ class ResumableDistributedSampler(Sampler[int]):
         """Return the images per rank and epoch: as many whole steps as all ranks have. The others are left out."""
         return self.num_images // (self.world_size * self.step_size) * self.step_size
 
-    def continue_after(self, num_images: int) -> None:
-        """Continue after so many images of all ranks, with whole steps up to the end of the epoch."""
+    def continue_after(self, num_images: int, *, in_whole_steps: bool) -> None:
+        """Continue after so many images of all ranks, if requested with whole steps up to the end of the epoch."""
         epoch, consumed = divmod(num_images, self.num_images)
-        remaining = max(0, len(self) - consumed // self.world_size) // self.step_size * self.step_size
+        size = self.step_size if in_whole_steps else 1
+        remaining = max(0, len(self) - consumed // self.world_size) // size * size
         self.num_consumed = (epoch + 1) * len(self) - remaining
 
     def __iter__(self) -> Iterator[int]:
@@ -267,13 +268,26 @@ class ResumableDataLoader(ImageLoader):
         return self.position.num_consumed % len(self.position) // self.settings.batch_size
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of images consumed by all ranks; those left out at the end of an epoch count too."""
+        """Return what a step consists of, and the number of images consumed by all ranks.
+
+        Images that are left out at the end of an epoch count too.
+        """
         epoch, consumed = divmod(self.position.num_consumed, len(self.position))
-        return {"images": epoch * self.position.num_images + consumed * self.position.world_size}
+        return {"images": epoch * self.position.num_images + consumed * self.position.world_size, **self._sizes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the images of `state`; the number of ranks and the batch size may have changed."""
-        self.position.continue_after(state["images"])
+        """Continue after the images of `state`; the number of ranks and the batch size may have changed.
+
+        If none has, the place is kept even within a step, where an epoch that Lightning limits may have ended.
+        """
+        same_sizes = self._sizes.items() <= state.items()  # older checkpoints have none
+        self.position.continue_after(state["images"], in_whole_steps=not same_sizes)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        position = self.position
+        sizes = {"step_size": position.step_size, "world_size": position.world_size}
+        return {"batch_size": self.settings.batch_size, **sizes}
 
 
 def training_loader(
@@ -299,9 +313,9 @@ def training_loader(
     step_size = settings.batch_size * num_accumulated
     require(
         step_size <= largest,
-        f"`global_batch_size` must be at most {len(dataset)}, the number of training images, got "
+        f"An optimiser step must have at most {len(dataset)} images, the number of training images, got "
         f"{step_size * world_size}: {num_accumulated} batches of {settings.batch_size} on each of {world_size} "
-        "processes. Choose a smaller one.",
+        "processes. Lower `global_batch_size` or `trainer.accumulate_grad_batches`.",
     )
     sampler = ResumableDistributedSampler(len(dataset), seed, rank, world_size, step_size=step_size)
     return ResumableDataLoader(dataset, sampler, settings, corrupt_log)

@@ -83,6 +83,8 @@ class Study:
     """Everything that determines features besides the setting and the id, as JSON values."""
     _pipelines: dict[str, SamplingPipeline] = field(default_factory=dict)
     """The pipeline of the last setting, which may hold further networks."""
+    _files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    """Weight files of the guidance of every setting by parameter, kept because a name on the Hub costs a request."""
     _versions: dict[Path, bytes] = field(default_factory=dict)
     """Versions of the weight files of guidance methods at their first use."""
 
@@ -195,14 +197,18 @@ class Study:
         Raises:
             UserError: such a file does not exist, or has changed since its first use in this study.
         """
-        for name, path in guidance_files(setting.guidances, self.pipeline.checkpoint).items():
-            version = file_version(path)
+        key = str(setting.values)
+        if key not in self._files:
+            self._files[key] = guidance_files(setting.guidances, self.pipeline.checkpoint)
+        files = self._files[key]
+        for name, path in files.items():
+            version = file_version(path) if path.is_file() else b""
             require(
                 self._versions.setdefault(path, version) == version,
-                f"`{name}` must be a file that does not change during a study, and {path} was replaced. Repeat the "
-                "command: features of the earlier file are not used again.",
+                f"`{name}` must be a file that does not change during a study, and {path} was replaced or deleted. "
+                "Repeat the command: features of the earlier file are not used again.",
             )
-        digests = guidance_digests(setting.guidances, self.pipeline.checkpoint)
+        digests = guidance_digests(files)
         return {**setting.values, **({"guidance_sha256": digests} if digests else {})}
 
 

@@ -22,5 +22,4 @@ def build_autoguidance(settings: Autoguidance, context: GuidanceContext) -> Guid
         return extrapolate(weak_predict(x_t, step, condition), base_pred, settings.scale)
 
     weak_settings = getattr(weak_network, "settings", context.network_settings)
-    needs_labels = weak_settings.num_classes is not None and not weak_settings.null_label
-    return Guidance(term=term, weak_network_settings=weak_settings, needs_labels=needs_labels)
+    return Guidance(term=term, weak_network_settings=weak_settings, needs_labels=weak_settings.needs_labels)

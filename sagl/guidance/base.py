@@ -89,7 +89,7 @@ class Guidance:
     start_chain: Callable[[], Term] | None = None
     """Function that returns the term of a new chain, in place of `term`, for a term that remembers earlier steps."""
     needs_labels: bool = False
-    """True if this term needs a class label of every sample, even if `GuidanceSettings.needs_labels` is False."""
+    """True if the network of `weak_network_settings` needs a class label of every sample."""
 
 
 def with_guidance(predict: NoisePredictor, guidances: Mapping[str, Guidance]) -> NoisePredictor:

@@ -245,7 +245,7 @@ class UNet(Encoder):
             emb = emb + emb.std(dim=1, keepdim=True) * timestep_noise.to(emb.dtype)
         if s.num_classes is not None:
             if labels is None:
-                require(s.null_label, "`labels` must be given: this class-conditional network has no null label.")
+                require(not s.needs_labels, "`labels` must be given: this class-conditional network has no null label.")
                 labels = torch.full(emb.shape[:1], s.num_classes, device=emb.device)
             emb = emb + self.label_emb(labels)
         if degraded is not None and s.degraded_embedding:

@@ -39,13 +39,9 @@ def guidance_files(guidances: Mapping[str, GuidanceSettings], checkpoint: Path |
     }
 
 
-def guidance_digests(guidances: Mapping[str, GuidanceSettings], checkpoint: Path | None) -> dict[str, str]:
-    """Return the sha256 of the files of `guidance_files` by parameter.
-
-    Raises:
-        UserError: as `guidance_files`.
-    """
-    return {name: _digest(path, file_version(path)) for name, path in guidance_files(guidances, checkpoint).items()}
+def guidance_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the sha256 of the files of `guidance_files` by parameter."""
+    return {name: _digest(path, file_version(path)) for name, path in files.items()}
 
 
 def head_path(settings: GuidanceSettings, checkpoint: Path | None) -> Path:

@@ -15,7 +15,7 @@ from sagl.diffusion.noise import SampleKeys, StepNoise, initial_noise, random_la
 from sagl.diffusion.predictor import Condition, NoisePredictor, Prediction, Trajectory, make_predictor
 from sagl.diffusion.process import x0_hat_from_eps
 from sagl.diffusion.schedule import Schedule, make_schedule
-from sagl.errors import UserError
+from sagl.errors import UserError, require
 from sagl.guidance.base import Guidance, GuidanceContext, NoisyClassifier, with_guidance
 from sagl.guidance.build import build_guidances
 from sagl.guidance.masks import LoadClassAttention, load_class_attention
@@ -51,7 +51,11 @@ class SamplingPipeline:
         """Sample a batch step by step; the noise of each sample depends on seed and id alone.
 
         The predictions hold the attention received at `attention_sites`.
+
+        Raises:
+            UserError: as `check_labels`.
         """
+        self.check_labels(are_null=labels is None)
         s, device = self.sampler_settings, next(self.network.parameters()).device
         x_T, noise = initial_noise(seed, ids, self.image_shape).to(device), self._step_noise(seed, ids, device)
         condition = Condition(
@@ -65,6 +69,19 @@ class SamplingPipeline:
     def sample(self, seed: int, ids: Sequence[int], labels: Labels | None) -> tuple[Image, Tensor | None]:
         """Sample a batch: -> the images and the mask frequency, as `run_to_end` returns them."""
         return run_to_end(self.sample_progressive(seed, ids, labels))
+
+    def check_labels(self, *, are_null: bool) -> None:
+        """Check that the weaker networks of guidances get labels if they need them.
+
+        Raises:
+            UserError: there are none.
+        """
+        for name, guidance in self.guidances.items():
+            require(
+                not (are_null and guidance.needs_labels),
+                f"`{name}.checkpoint` must have a null label or no classes for `labels` null, got a network that needs "
+                "a class for every image.",
+            )
 
     def _step_noise(self, seed: int, ids: Sequence[int], device: torch.device) -> StepNoise:
         """Return the noise of the steps, each drawn while the step before it is computed.

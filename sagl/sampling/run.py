@@ -18,7 +18,7 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
 from sagl.models.sources import NetworkSource
 from sagl.sampling.choices import choose_batch_size, choose_precision
-from sagl.sampling.guidance_files import check_classifier_name, guidance_digests
+from sagl.sampling.guidance_files import check_classifier_name, guidance_digests, guidance_files
 from sagl.sampling.run_folder import (
     Sample,
     check_same_run,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 EXPORTS = {
     "grid": ("grid.png",),
-    "images": ("images",),
+    "images": ("images/*.png",),
     "npz": ("samples_*.npz",),
     "strip": ("strip.png", "strip.gif"),
 }
@@ -160,7 +160,7 @@ class SamplingRun:
         settings = {**config.image_settings, "weights_sha256": weights_sha256(checkpoint)}
         if config.source.network is not None:  # the weight file does not contain them
             settings |= {"network": asdict(network), "diffusion": asdict(diffusion)}
-        if digests := guidance_digests(config.guidances, checkpoint):
+        if digests := guidance_digests(guidance_files(config.guidances, checkpoint)):
             settings["guidance_sha256"] = digests
         check_same_run(config.output, settings)
         config = choose_batch_size(config, network, metadata)
@@ -228,14 +228,16 @@ class SamplingRun:
         """Load the weights and build the pipeline.
 
         Raises:
-            UserError: the weights cannot be read, or do not fit the settings.
+            UserError: the weights cannot be read, or do not fit the settings or the labels.
         """
         from sagl.sampling.pipeline import build_pipeline
 
         network, diffusion = self.load_network(device)
-        return build_pipeline(
+        pipeline = build_pipeline(
             network, diffusion, self.config.sampler, self.config.guidances, checkpoint=self.checkpoint
         )
+        pipeline.check_labels(are_null=self.config.samples.labels == "null")
+        return pipeline
 
     def load_network(self, device: "torch.device") -> "tuple[UNet, DiffusionSettings]":
         """Load the network in its precision, and the diffusion process that it was trained for.
@@ -312,12 +314,13 @@ class SamplingRun:
         """Return the exports that were not made from all images in the folder, or were deleted."""
         count = count_images(self.folder)
         requested = {*self.config.exports, *(DEFAULT_EXPORTS if count <= DEFAULT_EXPORTS_MAX_IMAGES else ())}
-        return [
-            name
-            for name, patterns in EXPORTS.items()
-            if name in requested
-            and not (self.metadata["exports"].get(name) == count and all(any(self.folder.glob(p)) for p in patterns))
-        ]
+        return [name for name in EXPORTS if name in requested and not self._has_export(name, count)]
+
+    def _has_export(self, name: str, count: int) -> bool:
+        """Return whether an export was made from so many images, and none of its files is missing."""
+        num_files = count if name == "images" else 1
+        num_found = [len(list(self.folder.glob(pattern))) for pattern in EXPORTS[name]]
+        return self.metadata["exports"].get(name) == count and min(num_found) >= num_files
 
     def export(self, pipeline: "SamplingPipeline | None" = None) -> None:
         """Write the missing exports, and record them in run.json.

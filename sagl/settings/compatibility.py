@@ -37,6 +37,8 @@ def check_second_network(
 ) -> None:
     """Check that a network which `parameter` names is for the images, classes and noise of the one that it guides.
 
+    A UNet must not need labels that the other network does not have.
+
     Raises:
         UserError: names the difference.
     """
@@ -44,6 +46,11 @@ def check_second_network(
     require(
         s == n and (network.num_classes == second.num_classes or None in (network.num_classes, second.num_classes)),
         f"`{parameter}` must be for {n} and the network's classes, got one for {s} and {second.num_classes} classes.",
+    )
+    require(
+        network.num_classes is not None or not (isinstance(second, UNetSettings) and second.needs_labels),
+        f"`{parameter}` must have a null label or no classes for a network without classes, got one of "
+        f"{second.num_classes} classes without a null label.",
     )
     s, n = (f"a {s.noise_schedule} schedule of {s.num_timesteps} timesteps" for s in (second_diffusion, diffusion))
     require(s == n, f"`{parameter}` must be for the network's process, {n}, got one for {s}.")

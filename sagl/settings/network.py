@@ -144,6 +144,11 @@ class UNetSettings(EncoderSettings):
             require_range("num_classes", self.num_classes, 1, MAX_CLASSES)
 
     @property
+    def needs_labels(self) -> bool:
+        """True if every image must have a class label."""
+        return self.num_classes is not None and not self.null_label
+
+    @property
     def sites(self) -> dict[str, int]:
         """Blocks with attention, in the order of the forward pass, with the side of their feature maps in pixels."""
         inputs = [0]  # the first convolution, and each downsampling below, has no attention

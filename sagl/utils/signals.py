@@ -44,11 +44,12 @@ def on_stop_signal(handler: Callable[[int], None]) -> Iterator[None]:
     """
 
     def handle(number: int, _: Any) -> None:  # noqa: ANN401 (a frame)
-        for other in handled:
-            signal.signal(other, signal.SIG_DFL)
+        for other in STOP_SIGNALS:
+            if signal.getsignal(other) == handle:
+                signal.signal(other, signal.SIG_DFL)
         handler(number)
 
-    with _stop_signals_handled_by(handle) as handled:
+    with _stop_signals_handled_by(handle):
         yield
 
 
@@ -63,17 +64,17 @@ def end_at_stop_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals_handled_by(action: Any) -> Iterator[list[signal.Signals]]:  # noqa: ANN401 (as of signal.signal)
-    """Set the action of the stop signals that are not ignored, in the main thread only; yields these."""
+def _stop_signals_handled_by(action: Any) -> Iterator[None]:  # noqa: ANN401 (as of signal.signal)
+    """Set the action of the stop signals that are not ignored, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
-        yield []
+        yield
         return
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handled = [number for number in STOP_SIGNALS if previous[number] not in (signal.SIG_IGN, None)]
-    for number in handled:
-        signal.signal(number, action)
     try:
-        yield handled
+        for number in handled:
+            signal.signal(number, action)
+        yield
     finally:
         for number in handled:
             signal.signal(number, previous[number])

@@ -310,12 +310,12 @@ class LineOnImages(Line):
         return super().training_step(batch[0].float().mean(dim=0).flatten(), batch_idx)
 
 
-def fit_images(path, batch_size, accumulated, max_steps, ckpt_path=None):
+def fit_images(path, batch_size, accumulated, max_steps, ckpt_path=None, **options):
     """Fit, and return (batch, step, epoch) at every batch."""
     counts, fake = Counts(), SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=accumulated)
     loader = training_loader(Ones(), LoaderSettings(batch_size=batch_size), 0, fake)
     callbacks = [counts, last(path, save_every_steps=1)]
-    run = trainer(callbacks=callbacks, max_steps=max_steps, accumulate_grad_batches=accumulated)
+    run = trainer(callbacks=callbacks, max_steps=max_steps, accumulate_grad_batches=accumulated, **options)
     run.fit(LineOnImages(), loader, line_data(1), ckpt_path=ckpt_path)
     return [(batch, step, epoch) for batch, _, step, _, epoch in counts.batches]
 
@@ -329,6 +329,19 @@ def test_a_run_resumed_with_another_batch_size_makes_the_steps_of_the_same_image
     batches = [(step, batch) for step in range(3) for batch in range(step * accumulated, (step + 1) * accumulated)]
     expected = [(batch, step, 0) for step, batch in batches[accumulated:]]
     assert resumed == [*expected, *((batch, 3, 1) for batch in range(accumulated))]
+
+
+@pytest.mark.parametrize(
+    ("limit", "accumulated", "stops"),
+    [(4, 1, (3, 4, 6, 11, 12, 13)), (0.5, 1, (6, 7)), (5, 1, (4, 11, 12, 13)), (5, 2, (4, 5, 6, 7)), (4, 3, (1, 2, 3))],
+)
+def test_a_run_of_limited_epochs_is_resumed_at_its_place_in_them(limit, accumulated, stops, tmp_path):
+    """Twelve batches are an epoch of the loader, and Lightning ends its epoch with it: the third of 5 has 2 batches."""
+    path, options = tmp_path / "last.ckpt", {"limit_train_batches": limit}
+    whole = fit_images(path, 2, accumulated, 16, **options)
+    for stop in stops:
+        first = fit_images(path, 2, accumulated, stop, **options)
+        assert first + fit_images(path, 2, accumulated, 16, ckpt_path=path, **options) == whole, stop
 
 
 # ---------------------------------------------------------------------------------------------- best checkpoints

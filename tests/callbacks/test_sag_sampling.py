@@ -242,6 +242,17 @@ def test_previews_are_unguided_if_the_network_lacks_the_default_site(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "num_lines"),
+    [({}, 0), ({"num_samples": 0}, 0), ({"num_samples": 8}, 1), ({"num_metric_samples": 4}, 1)],
+)
+def test_that_there_are_no_previews_without_validation_is_said_if_their_number_is_set(
+    settings, num_lines, tmp_path, capsys
+):
+    fit(build_module(), [SAGPreviews(tmp_path, PreviewSettings(**settings), SAG)], steps=1, limit_val_batches=0)
+    assert capsys.readouterr().out.count("No previews: ") == num_lines
+
+
+@pytest.mark.parametrize(
     ("sag", "validation", "names"),
     [
         (SelfAttentionGuidance(), {}, ["sag.site", "output.2"]),

@@ -191,6 +191,14 @@ def test_a_run_that_appears_while_the_command_waits_for_the_folder_is_not_change
     assert sorted(path.read_bytes() for path in (tmp_path / "run" / "shards").iterdir()) == shards
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]])
+def test_a_weaker_network_that_needs_labels_is_refused_before_a_run_without_them(flags, tiny, tmp_path, capsys):
+    weak = write_grey_unet(tmp_path / "weak.safetensors", null_label=False)
+    command = ["sample", "--checkpoint", tiny, "--output", tmp_path / "run", *TWO, "--labels", "null", *flags]
+    names = ["--autoguidance.checkpoint", "--labels"]
+    refusal(capsys, tmp_path, *command, "--autoguidance.scale", 1, "--autoguidance.checkpoint", weak, names=names)
+
+
 def test_a_run_without_its_last_exports_is_not_complete(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -236,10 +244,11 @@ def test_the_batch_size_of_a_run_remains_unless_it_is_set(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------- exports and dry runs
 
 
-@pytest.mark.parametrize("name", ["grid.png", "images", "samples_6x8x8x3.npz"])
-def test_the_same_command_writes_a_deleted_export_again(name, compared, tiny, tmp_path):
+@pytest.mark.parametrize("pattern", ["grid.png", "images/*", "images/000003.png", "samples_6x8x8x3.npz"])
+def test_the_same_command_writes_a_deleted_export_again(pattern, compared, tiny, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "run")
-    shutil.rmtree(folder / name) if name == "images" else (folder / name).unlink()
+    for path in folder.glob(pattern):
+        path.unlink()
     sample(folder, "--num_samples", "6", "--compare", *GUIDED, network=tiny)
     names = [{str(path.relative_to(run)) for path in contents(run)} for run in (folder, compared)]
     assert names[0] == names[1]

@@ -18,6 +18,7 @@ from sagl.data.dataloader import (
     training_loader,
 )
 from sagl.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.files import START_METHODS
 
 
@@ -111,7 +112,17 @@ def test_whole_epochs_stay_whole_when_the_number_of_ranks_changes(before, after,
     items(first, epochs)
     second.load_state_dict(first.state_dict())
     assert {item // 23 for batch in items(second) for item in batch} == {epochs}
-    assert first.state_dict() == {"images": 23 * epochs}
+    assert first.state_dict()["images"] == 23 * epochs
+
+
+@pytest.mark.parametrize("num_batches", range(9))
+def test_a_place_within_a_step_is_kept_if_its_size_has_not_changed(num_batches):
+    first, second, older = (loader(batch_size=2, accumulated=4) for _ in range(3))
+    list(zip(range(num_batches), first, strict=False))
+    second.load_state_dict(first.state_dict())
+    assert second.num_batches_of_epoch == num_batches % 8
+    older.load_state_dict({"images": first.state_dict()["images"]})
+    assert older.num_batches_of_epoch % 4 == 0
 
 
 def test_a_remainder_smaller_than_the_new_batch_size_is_left_out():
@@ -154,7 +165,7 @@ def test_too_few_images_for_a_batch_are_refused():
 
 def test_too_few_images_for_an_optimiser_step_are_refused():
     trainer = SimpleNamespace(global_rank=0, world_size=2, accumulate_grad_batches=3)
-    with pytest.raises(UserError, match=r"`global_batch_size`.* 23.* 24"):
+    with refused("`global_batch_size`", "`trainer.accumulate_grad_batches`", "23 images", "24"):
         training_loader(Ramps(23), LoaderSettings(batch_size=4), 0, trainer)
     assert len(training_loader(Ramps(24), LoaderSettings(batch_size=4), 0, trainer)) == 3
 

@@ -100,6 +100,23 @@ def test_features_of_a_weaker_network_that_was_replaced_are_not_used_again(tmp_p
     assert not torch.equal(sampled(open_study(tmp_path), setting, range(4)).pooled, before)
     with refused("`autoguidance.checkpoint`", tmp_path / "weak.safetensors"):
         study.sample([setting], range(8))  # its first features are of the file before
+    (tmp_path / "weak.safetensors").unlink()
+    with refused("`autoguidance.checkpoint`", tmp_path / "weak.safetensors"):
+        study.features(setting, range(4))
+
+
+def test_the_name_of_a_weaker_network_is_looked_up_once_per_setting(tmp_path, monkeypatch):
+    """On the Hub every look-up is a request."""
+    weak, names = write_grey_unet(tmp_path / "weak.safetensors"), []
+    monkeypatch.setattr("sagl.models.loading.find_file", lambda name: names.append(name) or weak)
+    scales, study = (0.5, 1.0, 2.0), open_study(tmp_path)
+    settings = [
+        Setting(sampler=UNGUIDED.sampler, guidances={"autoguidance": Autoguidance(scale=scale, checkpoint="hf:a/b")})
+        for scale in scales
+    ]
+    for _ in range(2):
+        assert len(study.missing(settings, range(40))) == 10 * len(scales)
+    assert names == ["hf:a/b"] * len(scales)
 
 
 def test_features_without_further_weight_files_have_the_place_that_they_always_had(tmp_path):

@@ -38,17 +38,17 @@ def test_every_weight_file_of_a_method_that_is_on_has_a_digest(files):
     }
     network = paths["sag.direction_head"].with_name("net.safetensors")
     assert guidance_files(guidances, network) == paths
-    assert guidance_digests(guidances, network) == {name: sha256(path) for name, path in paths.items()}
+    assert guidance_digests(paths) == {name: sha256(path) for name, path in paths.items()}
     off = {name: replace(guidance, scale=0.0) for name, guidance in guidances.items()}
-    assert guidance_files(off, network) == guidance_digests(off, network) == {}
+    assert guidance_files(off, network) == {}
 
 
 def test_a_file_that_was_replaced_has_another_digest(files):
-    guidances = {"autoguidance": Autoguidance(scale=1.0, checkpoint=str(files("weak.ckpt", "before")))}
-    before = guidance_digests(guidances, None)
-    assert guidance_digests(guidances, None) == before
+    paths = {"autoguidance.checkpoint": files("weak.ckpt", "before")}
+    before = guidance_digests(paths)
+    assert guidance_digests(paths) == before
     path = files("weak.ckpt", "after!")
-    assert guidance_digests(guidances, None) == {"autoguidance.checkpoint": sha256(path)} != before
+    assert guidance_digests(paths) == {"autoguidance.checkpoint": sha256(path)} != before
 
 
 def test_names_of_networks_stand_for_their_files(files, monkeypatch):

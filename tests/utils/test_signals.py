@@ -46,6 +46,22 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_is_handled_as_soon_as_it_has_its_handler(number, monkeypatch):
+    install, sent = signal.signal, []
+
+    def install_and_send(other, action):
+        previous = install(other, action)
+        if other == number and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return previous
+
+    monkeypatch.setattr(signal, "signal", install_and_send)
+    with pytest.raises(Interrupted), on_stop_signal(raise_interrupted):
+        pytest.fail("The body began.")
+
+
 def test_while_processes_connect_a_stop_signal_has_no_handler_of_python():
     with on_stop_signal(raise_interrupted):
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
