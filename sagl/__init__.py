@@ -10,9 +10,17 @@ if TYPE_CHECKING:
     from sagl.models.loading import load as load
     from sagl.sampling.pipeline import build_pipeline as build_pipeline
     from sagl.sampling.pipeline import run_to_end as run_to_end
+    from sagl.settings.guidance import Autoguidance as Autoguidance
+    from sagl.settings.guidance import BlurGuidance as BlurGuidance
     from sagl.settings.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from sagl.settings.guidance import ClassifierGuidance as ClassifierGuidance
+    from sagl.settings.guidance import EpsScaling as EpsScaling
+    from sagl.settings.guidance import HistoryGuidance as HistoryGuidance
+    from sagl.settings.guidance import PerturbedAttentionGuidance as PerturbedAttentionGuidance
     from sagl.settings.guidance import SelfAttentionGuidance as SelfAttentionGuidance
+    from sagl.settings.guidance import SmoothedEnergyGuidance as SmoothedEnergyGuidance
+    from sagl.settings.guidance import TimestepGuidance as TimestepGuidance
+    from sagl.settings.guidance import TokenPerturbationGuidance as TokenPerturbationGuidance
     from sagl.settings.sampling import SamplerSettings as SamplerSettings
 
 __version__ = "0.1.0"
@@ -24,10 +32,18 @@ PUBLIC = {
     "build_pipeline": "sagl.sampling.pipeline",
     "run_to_end": "sagl.sampling.pipeline",
     "SamplerSettings": "sagl.settings.sampling",
+    "UserError": "sagl.errors",
     "SelfAttentionGuidance": "sagl.settings.guidance",
+    "BlurGuidance": "sagl.settings.guidance",
     "ClassifierFreeGuidance": "sagl.settings.guidance",
     "ClassifierGuidance": "sagl.settings.guidance",
-    "UserError": "sagl.errors",
+    "PerturbedAttentionGuidance": "sagl.settings.guidance",
+    "SmoothedEnergyGuidance": "sagl.settings.guidance",
+    "TokenPerturbationGuidance": "sagl.settings.guidance",
+    "TimestepGuidance": "sagl.settings.guidance",
+    "Autoguidance": "sagl.settings.guidance",
+    "HistoryGuidance": "sagl.settings.guidance",
+    "EpsScaling": "sagl.settings.guidance",
 }
 """Modules of the public names, imported at first access, so that `import sagl` loads no torch."""
 

@@ -182,7 +182,7 @@ def test_a_run_without_space_keeps_no_incomplete_file_and_the_same_command_conti
 
 def test_without_space_for_a_single_file_there_is_none(tiny, workdir, capsys):
     assert exit_code("sample", "--checkpoint", tiny, *SHORT, "--output", "run") == 0
-    commands = [["export", "run", f"--{name}", f"new.{name}"] for name in ("npz", "grid", "images")]
+    commands = [["export", "run", f"--{Path(file).stem}", file] for file in ("npz.npz", "grid.png", "images")]
     for command in [*commands, ["convert", tiny, "new.safetensors"]]:
         with file_size_limit(100):
             refusal(capsys, workdir, *command, names=command[-1:])

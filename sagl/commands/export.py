@@ -1,6 +1,7 @@
 """`sagl export`: grid, images or npz file from the shards of a run."""
 
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 from sagl.configuration.parser import Parser
 from sagl.errors import require
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> None:
     num_requested = read_run_json(run).get("num_samples", count)
     if num_requested > count:
         print(f"{run} has {count} of {num_requested} images so far.")
+    _check_files(flags.grid, flags.npz)
     from sagl.sampling.exports import require_no_other_images, write_grid, write_images, write_npz
 
     if flags.images is not None:
@@ -46,3 +48,16 @@ def main(arguments: list[str]) -> None:
             with (lock_folder if name == "images" else lock_file)(Path(path), name):
                 write(run, Path(path), num_samples, argument=name)
             print(f"{path}: {num_samples} images.")
+
+
+def _check_files(grid: str | None, npz: str | None) -> None:
+    """Refuse to replace what is no export.
+
+    Raises:
+        UserError: an existing npz file has no images, or the name of a file has another suffix than its format.
+    """
+    for name, file, suffix in (("grid", grid, ".png"), ("npz", npz, ".npz")):
+        require(file is None or Path(file).suffix == suffix, f"`{name}` must be a file {suffix}, got {file}.")
+    if npz is not None and Path(npz).is_file():
+        names = ZipFile(npz).namelist() if is_zipfile(npz) else []
+        require("arr_0.npy" in names, f"`npz` {npz} exists and is no export of images. Choose another name.")

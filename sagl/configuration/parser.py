@@ -231,6 +231,16 @@ def _missing_options(names: list[str], missing: str) -> str:
     return f"{missing} must be given.{hint} --help lists all options."
 
 
+def _unknown_class_setting(names: list[str], group: str, name: str, hint: str) -> str:
+    """Rewrite the message about a flag that the class of a group, such as --data, has no setting for."""
+    return f"there is no option '--{group}.{name}'.{hint.replace(' mean ', f' mean --{group}.')}"
+
+
+def _no_class(names: list[str], group: str, name: str, error: str) -> str:
+    hint = " Is its folder in PYTHONPATH?" if error.startswith("No module named") else ""
+    return f"`{group}` must be a class that can be imported, got {name}: {error}.{hint}"
+
+
 def _allowed(name: str, expected: str) -> str:
     """Describe the allowed values from the expected types in jsonargparse's message."""
     if name.endswith(".interval"):
@@ -250,8 +260,15 @@ _REWRITES: dict[str, Callable[..., str]] = {
         error
     ),
     r"Parser key \"(.+?)\": .* Errors: - (`.+?) - Expected .*NestedArg": lambda names, name, error: f"{name}: {error}",
-    r"Parser key \"(.+?)\": .* Errors: - Problem with given class_path '(.+?)': (.+?) - Expected": (
-        lambda names, name, value, error: f"`{name}` must be a class that can be imported, got {value}: {error}."
+    r"Parser key \"(.+?)\": .* Errors: - Problem with given class_path '(.+?)': (.+?) - Expected": _no_class,
+    r"Parser key \"(.+?)\": .* Errors: - ([\w, ]+) must be given\. ": (
+        lambda names, group, missing: (
+            " and ".join(f"--{group}.{name}" for name in missing.split(", "))
+            + " must be given. --help lists all options."
+        )
+    ),
+    r"Parser key \"(.+?)\": .* Errors: - there is no setting '(\w+)'\.(.*?) - Expected .*NestedArg": (
+        _unknown_class_setting
     ),
     r"NestedArg\(key='(.+?)'": (
         lambda names, name: f"there is no option with {name!r} on the command line: a --config can have it."

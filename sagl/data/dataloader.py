@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from sagl.errors import require
+from sagl.errors import UserError, require
 from sagl.shapes import ImageUint8, Labels
 from sagl.utils.signals import block_stop_signals, obey_stop_signals_of_parent
 
@@ -233,10 +233,19 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Any:  # noqa: ANN401 (the type of DataLoader's iterator is private)
         with block_stop_signals() if self.settings.num_workers else nullcontext():  # the workers start here
             messages = super().__iter__()
-        for slot, labels, corrupt in messages:
+        for slot, labels, corrupt in _without_traceback(messages):
             if self.corrupt_log:
                 self.corrupt_log.update(corrupt)
             yield self.batches.copy_out(slot, len(labels)), torch.tensor(labels)
+
+
+def _without_traceback(messages: Iterator[Any]) -> Iterator[Any]:
+    """Yield the messages of workers; remove from the text of a `UserError` the traceback that PyTorch has added."""
+    try:
+        yield from messages
+    except UserError as error:
+        name = f"{UserError.__module__}.{UserError.__name__}: "
+        raise UserError(str(error).rpartition(name)[2].strip()) from error
 
 
 def _identity(message: Any) -> Any:  # noqa: ANN401 (DataLoader declares a list)

@@ -114,22 +114,22 @@ class ImageDataset(EpochDataset):
         Raises:
             UserError: no image is readable.
         """
+        errors: list[Exception] = []
         for offset in range(len(self)):
             index = int(self.indices[(item + offset) % len(self)])
-            if (pixels := self._read(index)) is not None:
+            try:
+                pixels = self.source.pixels(index, self.crop.channels)
                 break
+            except Exception as error:  # decoders and file systems raise many types
+                errors.append(error)
         else:
-            raise UserError(f"`data` must contain readable images, and none of its {len(self)} images is readable.")
+            raise UserError(
+                f"`data` must contain readable images, and none of its {len(self)} images is readable. The first "
+                f"error: {type(errors[0]).__name__}: {errors[0]}."
+            ) from errors[0]
         square = self.crop(pixels, np.random.default_rng([self.seed, item]))
         corrupt = self.source.name(int(self.indices[item % len(self)])) if offset else ""
         return Item(square.permute(2, 0, 1), self.source.label(index), corrupt)
-
-    def _read(self, index: int) -> Pixels | None:
-        """Return the image, or None if it is unreadable, for which decoders and file systems raise many types."""
-        try:
-            return self.source.pixels(index, self.crop.channels)
-        except Exception:
-            return None
 
 
 @dataclass(kw_only=True, eq=False)

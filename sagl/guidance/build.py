@@ -15,10 +15,13 @@ def build_guidances(settings: Mapping[str, GuidanceSettings], context: GuidanceC
     """Build the guidances whose scale is not 0, in the order of the registry.
 
     Raises:
-        UserError: a name that the registry does not have, or a method that lacks something, such as a classifier.
+        UserError: a name that the registry does not have, settings of another method, or a method that lacks something,
+            such as a classifier.
     """
     for name in settings:
         require(name in GUIDANCES, f"`guidances` must be among {', '.join(GUIDANCES)}, got {name!r}.")
+        own, given = GUIDANCES[name].settings_class, type(settings[name])
+        require(given is own, f"`guidances` must have {own.__name__} for {name!r}, got {given.__name__}.")
     return {
         name: add_options(entry.build(settings[name], context), settings[name], context)
         for name, entry in GUIDANCES.items()

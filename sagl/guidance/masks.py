@@ -24,7 +24,11 @@ PAPER_AREA = 0.4
 MaskFunction = Callable[[Image, int, Condition, Mapping[AttentionSite, TokenMap]], Mask]
 """(x0_hat, step, condition, attention received at the sites) -> the mask."""
 Scores = Callable[[Image, int, Condition, TokenMap], TokenMap]
-"""(x0_hat, step, condition, the sites' average) -> (B, 1, H', W') scores on the grid of that average."""
+"""(x0_hat, step, condition, the sites' average) -> (B, 1, H', W') scores on the grid of that average.
+
+Without an area fraction, tokens with a score above `sag.threshold` (default 1.0) are chosen, so scores should be scaled
+to a mean of 1.
+"""
 LoadClassAttention = Callable[[str], Callable[[Image], TokenMap]]
 """File of DINO weights -> function that computes the class attention of images, as `load_class_attention` returns."""
 

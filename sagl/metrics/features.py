@@ -38,8 +38,12 @@ def extract_features(images_uint8: ImageUint8, extract: Extractor) -> Features:
     """Extract features of (N, 1 or 3, H, W) images in batches, and return them on the CPU in float32.
 
     Raises:
-        UserError: the extractor returns anything but (B, D) tensors.
+        UserError: the images are not uint8, or the extractor returns anything but (B, D) tensors.
     """
+    require(
+        images_uint8.dtype == torch.uint8,
+        f"`images_uint8` must be uint8, got {images_uint8.dtype}. `sagl.utils.images.to_uint8` converts samples.",
+    )
     parts = [check_features(extract(batch), len(batch)) for batch in images_uint8.split(BATCH_SIZE)]
     return concatenate(parts)
 

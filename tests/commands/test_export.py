@@ -80,10 +80,16 @@ def test_an_unfinished_run_is_exported_as_far_as_it_goes(run, tmp_path, capsys):
         ("run", ["--npz", "run/run.json/a.npz"], ["--npz", "a.npz"]),
         ("run", ["--grid", "run"], ["--grid", "run"]),
         ("run", ["--images", "run/run.json"], ["--images", "run.json"]),
+        ("run", ["--npz", "statistics.npz"], ["--npz", "statistics.npz"]),
+        ("run", ["--npz", "text.npz"], ["--npz", "text.npz"]),
+        ("run", ["--npz", "a.txt"], ["--npz", ".npz", "a.txt"]),
+        ("run", ["--grid", "a.jpg"], ["--grid", ".png", "a.jpg"]),
     ],
 )
 def test_an_impossible_export_is_refused_and_writes_nothing(folder, flags, names, run, capsys, monkeypatch):
     monkeypatch.chdir(run.parent)
+    np.savez(run.parent / "statistics.npz", mu=np.zeros(2))
+    (run.parent / "text.npz").write_text("text")
     refusal(capsys, run.parent, "export", folder, *flags, names=names)
 
 

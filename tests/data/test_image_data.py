@@ -149,6 +149,16 @@ def test_settings_out_of_range_are_refused(name, value):
         data_module(**{name: value})
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_if_no_image_is_readable_the_message_is_one_line_with_the_first_error(num_workers):
+    module = data_module(corrupt=range(12), num_workers=num_workers)
+    with pytest.raises(UserError) as error:
+        next(iter(module.train_dataloader()))
+    assert str(error.value).startswith("`data` must contain readable images, and none of its 8 images is readable.")
+    assert "UnidentifiedImageError" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_corrupt_images_of_training_and_validation_count_together():
     def num_read(**options):
         module = data_module(corrupt=(3, 8), **options)

@@ -10,6 +10,7 @@ import torch
 from sagl.diffusion.noise import SampleKeys
 from sagl.diffusion.predictor import Condition, make_predictor
 from sagl.diffusion.schedule import make_schedule
+from sagl.errors import UserError
 from sagl.guidance.base import with_guidance
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.checkpoints import cast_weights
@@ -123,3 +124,10 @@ def test_an_image_does_not_depend_on_the_other_images_of_its_batch(name, tmp_pat
     first, second = (one.sample(1, ids, LABELS)[0] for ids in ((4, 7), (9, 7)))
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize(("name", "settings"), [("blur", "sag"), ("tpg", "pag"), ("sag", "pag")])
+def test_settings_of_another_method_are_refused(name, settings):
+    given = GUIDANCES[settings].settings_class(scale=1.0)
+    with pytest.raises(UserError, match=rf"{GUIDANCES[name].settings_class.__name__} .*{name}.*{type(given).__name__}"):
+        build_pipeline(stable_unet(), DiffusionSettings(), SamplerSettings(respacing="2"), {name: given})

@@ -13,6 +13,11 @@ def test_a_single_tensor_is_taken_as_pooled_features():
     assert (features.spatial, features.logits) == (None, None)
 
 
+def test_samples_that_were_not_converted_to_uint8_are_refused():
+    with pytest.raises(UserError, match=r"`images_uint8` .*float32.*to_uint8"):
+        extract_features(IMAGES.float(), lambda part: part.mean(dim=(2, 3)))
+
+
 @pytest.mark.parametrize(
     "extract",
     [lambda part: part.float(), lambda part: [1.0], lambda part: part.float().mean(), lambda part: torch.ones(1, 8)],
