@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ class Machine:
     device: torch.device
     small: bool
     folder: Path
+    lines: list[str] = field(default_factory=list)
+    """Results that have been reported."""
 
     @property
     def is_gpu(self) -> bool:
@@ -78,7 +80,8 @@ class Machine:
             torch.cuda.synchronize()
 
     def _print(self, kind: str, name: str, details: object) -> None:
-        print(f"{kind} {name}{f': {details}' if str(details) else ''}", flush=True)
+        self.lines.append(f"{kind} {name}{f': {details}' if str(details) else ''}")
+        print(self.lines[-1], flush=True)
 
     def run(self, *arguments: object, limit: int = 300, **variables: str) -> "Result":
         """Run a command of sagl; variables are added to the environment."""
