@@ -6,7 +6,7 @@
 
 Every result is a line that begins with PASS, FAIL, INFO or SKIP; the last lines repeat the failures and what could not
 be checked on this machine. No network connection is needed. Each section is a process of its own; with --device cpu
---small, all are one process, and commands of one process run in it.
+--small, all sections and their commands of one process run in this one.
 """
 
 import argparse
@@ -250,12 +250,20 @@ SECTIONS: Mapping[str, Callable[[Machine], None]] = {
 }
 
 
-def run_sections(names: Sequence[str], flags: list[str]) -> list[str]:
-    """Run sections in a process, print their lines, and return them."""
-    command = [sys.executable, __file__, *names, "--here", *flags]
+def run_here(machine: Machine, names: Sequence[str]) -> list[str]:
+    """Run sections in this process, and return the lines of their results."""
+    for name in names:
+        print(f"=== {name}", flush=True)
+        SECTIONS[name](machine)
+    return machine.lines
+
+
+def run_in_process(name: str, flags: list[str]) -> list[str]:
+    """Run a section in a process, print its lines, and return them."""
+    command = [sys.executable, __file__, name, "--here", *flags]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        timer = threading.Timer(LIMIT_SECONDS * len(names), process.kill)
+        timer = threading.Timer(LIMIT_SECONDS, process.kill)
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -263,7 +271,7 @@ def run_sections(names: Sequence[str], flags: list[str]) -> list[str]:
             lines.append(line.rstrip())
         timer.cancel()
     if process.returncode:
-        lines.append(f"FAIL {', '.join(names)}: the process ended with code {process.returncode}")
+        lines.append(f"FAIL {name}: the process ended with code {process.returncode}")
         print(lines[-1], flush=True)
     return lines
 
@@ -277,19 +285,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Folder for runs; by default a temporary one.")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    one_process = arguments.small and arguments.device == "cpu"
+    device = torch.device(arguments.device)
     if arguments.here:
-        kind = MachineOfOneProcess if one_process else Machine
-        machine = kind(torch.device(arguments.device), arguments.small, arguments.folder)
-        for name in arguments.sections:
-            print(f"=== {name}", flush=True)
-            SECTIONS[name](machine)
+        run_here(Machine(device, arguments.small, arguments.folder), arguments.sections)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        flags = ["--device", arguments.device, "--folder", str(folder), *(["--small"] if arguments.small else [])]
-        processes = [arguments.sections] if one_process else [[name] for name in arguments.sections]
-        lines = [line for names in processes for line in run_sections(names, flags)]
+        if arguments.small and arguments.device == "cpu":
+            lines = run_here(MachineOfOneProcess(device, arguments.small, folder), arguments.sections)
+        else:
+            flags = ["--device", arguments.device, "--folder", str(folder), *(["--small"] if arguments.small else [])]
+            lines = [line for name in arguments.sections for line in run_in_process(name, flags)]
     results = {kind: [line for line in lines if line.startswith(f"{kind} ")] for kind in ("PASS", "FAIL", "SKIP")}
     print("=== summary:", ", ".join(f"{len(found)} {kind}" for kind, found in results.items()))
     print("\n".join(results["SKIP"] + results["FAIL"]))

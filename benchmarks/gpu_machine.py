@@ -1,20 +1,34 @@
 """The machine that `gpu_check` checks: its commands, and how results are reported."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sagl.models.adm import UNet
+from sagl.models.checkpoints import NetworkWeights, write_checkpoint
 from sagl.sampling.run_folder import SAMPLES, decode_png, iter_samples
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.network import UNetSettings
 from sagl.utils.environment import has_fast_bfloat16
 
 NUM_IMAGES = 64
+SMALL = UNetSettings(
+    image_size=16,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult=(1, 2),
+    num_head_channels=32,
+    attention_resolutions=(16, 8),
+)
+"""The network of --small."""
 
 
 def popen(arguments: tuple[object, ...]) -> "subprocess.Popen[bytes]":
@@ -30,6 +44,8 @@ class Machine:
     device: torch.device
     small: bool
     folder: Path
+    lines: list[str] = field(default_factory=list)
+    """Results that have been reported."""
 
     @property
     def is_gpu(self) -> bool:
@@ -64,7 +80,8 @@ class Machine:
             torch.cuda.synchronize()
 
     def _print(self, kind: str, name: str, details: object) -> None:
-        print(f"{kind} {name}{f': {details}' if str(details) else ''}", flush=True)
+        self.lines.append(f"{kind} {name}{f': {details}' if str(details) else ''}")
+        print(self.lines[-1], flush=True)
 
     def run(self, *arguments: object, limit: int = 300, **variables: str) -> "Result":
         """Run a command of sagl; variables are added to the environment."""
@@ -99,7 +116,10 @@ class Machine:
         preview = ("--preview.num_samples", 2, "--preview.batch_size", 4, "--preview.scales", "[0,0.3]")
         respacing = ("--preview.respacing", "ddim2" if self.small else "ddim5")
         trainer = ("--trainer.accelerator", self.accelerator, "--output", self.folder / name)
-        return ("fit", "--config", "my_images", *trainer, *data, *sizes, *preview, *respacing, *flags)
+        network: tuple[object, ...] = ()  # that of the config
+        if self.small:
+            network = ("--checkpoint", write_small_network(self.folder), "--model.network", json.dumps(asdict(SMALL)))
+        return ("fit", "--config", "my_images", *network, *trainer, *data, *sizes, *preview, *respacing, *flags)
 
     @property
     def accelerator(self) -> str:
@@ -129,6 +149,25 @@ class Result:
     def __str__(self) -> str:
         lines = [line for line in (self.err or self.out).strip().splitlines() if line.strip()]
         return f"{self.seconds:.0f} s, exit {self.code} {lines[-1][:200] if lines and self.code else ''}"
+
+
+def random_unet(settings: UNetSettings) -> UNet:
+    """Return a network with random weights, also where a new one has zeros and predicts zero."""
+    torch.manual_seed(0)
+    network = UNet(settings)
+    for parameter in network.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def write_small_network(folder: Path) -> Path:
+    """Return the file of the network of --small, which is written at the first call."""
+    file = folder / "small.safetensors"
+    if not file.exists():
+        diffusion, weights = DiffusionSettings(noise_schedule="cosine"), random_unet(SMALL).state_dict()
+        write_checkpoint(NetworkWeights(model_settings=SMALL, diffusion=diffusion, state_dict=weights), file)
+    return file
 
 
 def write_images(folder: Path) -> Path:

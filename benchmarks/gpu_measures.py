@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu_machine import SMALL, Machine, random_unet
 from sagl.diffusion.losses import training_losses
 from sagl.diffusion.noise import step_noise
 from sagl.diffusion.schedule import make_schedule
@@ -30,9 +30,6 @@ from sagl.settings.sampling import SamplerSettings, WeightPrecision
 from sagl.settings.training import OptimizerSettings
 from sagl.utils.environment import disable_tf32
 
-SMALL = UNetSettings(
-    image_size=64, num_channels=64, channel_mult=(1, 2), num_head_channels=32, attention_resolutions=(32,)
-)
 SYNCHRONISATION = "called a synchronizing CUDA operation"
 """PyTorch's warning of a synchronisation. The first switch to the debug mode warns too, that it misses some of them."""
 
@@ -42,12 +39,8 @@ def build(machine: Machine, *, training: bool = False, **changes: Any) -> UNet: 
     disable_tf32()
     lsun = RELEASED["lsun_cat"].settings
     assert isinstance(lsun, UNetSettings)
-    torch.manual_seed(0)
     with machine.device:
-        network = UNet(replace(SMALL if machine.small else lsun, dropout=0.0, **changes))
-    for parameter in network.parameters():
-        if not parameter.detach().any():
-            torch.nn.init.normal_(parameter, std=0.02)
+        network = random_unet(replace(SMALL if machine.small else lsun, dropout=0.0, **changes))
     optimize_for_cpu(network)
     if training:
         return network.train()

@@ -37,9 +37,10 @@ def start():
 
 
 def pytest_collection_modifyitems(items):
-    """Run the files with slow tests first, so that no worker is left with one of them at the end."""
+    """Run the longest files and then those with slow tests, so that no worker is left with one of them at the end."""
+    longest = ("test_fuzz.py", "test_gpu_check.py")
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow_files)
+    items.sort(key=lambda item: (item.path.name not in longest, item.path not in slow_files))
 
 
 def pytest_terminal_summary(terminalreporter):

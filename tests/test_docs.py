@@ -27,11 +27,8 @@ def run_process(folder, *arguments):
 
 def run_sagl(folder, *arguments):
     """Run a command in a folder; it must succeed."""
-    if "--trainer.devices" in arguments:  # Lightning starts the other processes with the command line of this one
-        run_process(folder, "-m", "sagl.cli", *arguments)
-    else:
-        code, output = run_program(arguments, folder, folder / "output.txt")
-        assert code == 0, (arguments, output)
+    code, output = run_program(arguments, folder, folder / "output.txt")
+    assert code == 0, (arguments, output)
 
 
 def blocks(page, language):

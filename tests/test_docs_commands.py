@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def commands(page):
             yield match[1]
 
 
+@cache
+def parser_of(subcommand, **options):
+    """Return the parser of a subcommand; it takes seconds to build those of trainings."""
+    if subcommand in ("fit", "validate", "test"):
+        return training_parser(subcommand, **options)
+    return getattr(import_module(SUBCOMMANDS[subcommand][0]), f"{subcommand}_parser")()
+
+
 def parse(command):
     """Parse a command as it would be, and check the values of settings; open no file but configs."""
     subcommand, *arguments = shlex.split(command, comments=True)
@@ -43,9 +52,9 @@ def parse(command):
         arguments = parse_interval_arg(rename_network_flags(put_configs_first(arguments)))
         has_config = "--config" in arguments
         arguments += [] if has_config or "--model.network" in arguments else ["--model.network", "emoji"]  # of a run
-        training_parser(subcommand, kind=training_kind(arguments), full=has_config).parse(arguments)
+        parser_of(subcommand, kind=training_kind(arguments), full=has_config).parse(arguments)
     else:
-        parser = getattr(import_module(SUBCOMMANDS[subcommand][0]), f"{subcommand}_parser")()
+        parser = parser_of(subcommand)
         if subcommand == "compare":
             arguments = positionals_first(arguments, FLAGS_WITHOUT_VALUE)
         flags = parser.parse(arguments)

@@ -4,13 +4,12 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import run_program
+from tests.helpers.processes import import_from, run_program
 
 ROOT = Path(__file__).parent.parent
 GUIDANCE_PAGE, SAMPLER_PAGE = (ROOT / "docs" / "extending.md").read_text().split("# Add a sampler")
@@ -19,10 +18,6 @@ SHORT = {"sample": ["--num_samples", "2", "--batch_size", "2", "--respacing", "2
 
 def block(page, language):
     return re.search(rf"```{language}\n(.*?)```", page, flags=re.S)[1]
-
-
-def import_from(folder):
-    sys.path.insert(0, folder)
 
 
 def add_entry(file, head, entry):
@@ -47,7 +42,7 @@ def extended(tmp_path_factory):
     def run(*arguments):
         log = folder / "output.txt"
         log.unlink(missing_ok=True)
-        code, output = run_program(arguments, folder, log, prepare=partial(import_from, str(folder)))
+        code, output = run_program(arguments, folder, log, prepare=partial(import_from, folder))
         assert code == 0, output
         return output
 

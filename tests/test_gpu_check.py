@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.gpu_check import LIMIT_SECONDS, SECTIONS
 from benchmarks.gpu_measures import _check_synchronisations
 from sagl.utils.environment import has_fast_bfloat16
+from tests.helpers.processes import run_program
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
 def test_the_check_of_a_gpu_passes_on_a_cpu_and_lists_what_it_could_not_check(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small"]
-    environment = os.environ | {"SAGL_CACHE": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stdout
-    summary = result.stdout[result.stdout.index("=== summary") :]
+    program = {"module": "benchmarks.gpu_check", "variables": {"SAGL_CACHE": str(tmp_path)}}
+    limit = LIMIT_SECONDS * len(SECTIONS)
+    code, output = run_program(["--device", "cpu", "--small"], ROOT, tmp_path / "output.txt", timeout=limit, **program)
+    assert code == 0, output
+    summary = output[output.index("=== summary") :]
     assert "PASS" in summary
     assert "SKIP memory of a training" in summary
     assert ("SKIP fit in 16 bits" in summary) != has_fast_bfloat16()

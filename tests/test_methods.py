@@ -14,9 +14,13 @@ from tests.helpers.extractors import use_fast_extractors, write_npz
 from tests.helpers.networks import grey_weights
 
 
+@pytest.fixture(scope="module")
+def run():
+    return SamplingRun.without_folder(parse_sample_config(["--model", "fashion_mnist"], sample_parser()))
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_the_values_to_try_are_settings_of_the_method(method):
-    run = SamplingRun.without_folder(parse_sample_config(["--model", "fashion_mnist"], sample_parser()))
+def test_the_values_to_try_are_settings_of_the_method(method, run):
     space = parse_search([(key, *values) for key, values in search_values(method, run).items()])
     assert [len(values) for key, values in space.items() if key.endswith(".scale")] in ([4], [5])
 

@@ -309,7 +309,8 @@ def test_lsun_cat_is_trained_by_its_configuration_from_an_lmdb(tmp_path, monkeyp
     write_lsun(tmp_path / "cat", "JPEG")
     network = {"image_size": 16, "num_channels": 32, "channel_mult": [1], "attention_resolutions": [16]}
     options = ["--data.root", tmp_path, "--data.batch_size", 2, "--data.num_validation", 2, "--data.num_workers", 0]
-    options += ["--model.network", json.dumps(network), "--preview.num_samples", 2, "--preview.respacing", 4]
+    options += ["--model.network", json.dumps(network), "--preview.num_samples", 1, "--preview.respacing", 2]
+    options += ["--preview.scales", "[0,0.05]"]
     options += ["--trainer.max_steps", 2, "--trainer.accelerator", "cpu", "--global_batch_size", 4]
     options += ["--trainer.log_every_n_steps", 1, "--trainer.enable_progress_bar", "false"]
     assert exit_code("fit", "--config", "lsun_cat", "--output", tmp_path / "run", *options) == 0

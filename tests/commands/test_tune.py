@@ -1,8 +1,10 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import asdict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,16 +25,38 @@ SEARCH = ["--search", "sag.scale", 0.1, 0.5, 1, "--search", "sag.site", "middle"
 SEARCH += ["--search", "sag.interval", "0,1", "--search", "sag.blur_sigma", 1]
 
 
-@pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    """A search over six candidates: rounds of 6, 3 and 2 over 4, 8 and 16 images."""
-    use_fast_extractors(monkeypatch, tmp_path / "cache")
-    write_checkpoint(grey_weights(), tmp_path / "network.safetensors")
-    write_npz(tmp_path / "real.npz", 30, 1, size=8)
-    flags = ["--checkpoint", tmp_path / "network.safetensors", "--reference", tmp_path / "real.npz", "--first_id", 8]
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a network and real images."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_checkpoint(grey_weights(), folder / "network.safetensors")
+    write_npz(folder / "real.npz", 30, 1, size=8)
+    return folder
+
+
+def search_in(inputs):
+    """Return a search over six candidates without its folder: rounds of 6, 3 and 2 over 4, 8 and 16 images."""
+    flags = ["--checkpoint", inputs / "network.safetensors", "--reference", inputs / "real.npz", "--first_id", 8]
     flags += ["--num_samples", 4, "--batch_size", 4, "--report_samples", 8, "--bootstrap", 20, "--labels", "balanced"]
     flags += ["--sampler", "ddim", "--respacing", 2, "--trainer.accelerator", "cpu", "--progress", "off"]
     return ["tune", *flags, *SEARCH, "--output"]
+
+
+@pytest.fixture
+def arguments(inputs, tmp_path, monkeypatch):
+    use_fast_extractors(monkeypatch, tmp_path / "cache")
+    return search_in(inputs)
+
+
+@pytest.fixture(scope="module")
+def search(inputs, tmp_path_factory):
+    """The folder of a search that was not interrupted, and its batches."""
+    folder = tmp_path_factory.mktemp("search")
+    with pytest.MonkeyPatch.context() as patch:
+        use_fast_extractors(patch, folder / "cache")
+        batches = count_batches(patch)
+        assert exit_code(*search_in(inputs), folder / "a") == 0
+    return SimpleNamespace(folder=folder / "a", batches=batches)
 
 
 def results(folder):
@@ -53,9 +77,8 @@ def count_batches(monkeypatch, fail_at=None):
     return batches
 
 
-def test_the_better_half_of_the_candidates_goes_on_and_the_best_is_reported_on_other_ids(tmp_path, arguments):
-    assert exit_code(*arguments, tmp_path / "a") == 0
-    result = results(tmp_path / "a")
+def test_the_better_half_of_the_candidates_goes_on_and_the_best_is_reported_on_other_ids(search):
+    result = results(search.folder)
     rounds = result["rounds"]
     assert [(len(r["distances"]), r["ids"]) for r in rounds] == [(6, [8, 12]), (3, [8, 16]), (2, [8, 24])]
     for earlier, later in pairwise(rounds):
@@ -80,28 +103,24 @@ def test_the_announced_evaluations_are_those_of_whole_batches(tmp_path, argument
     assert announced == sum(nfe) > 0
 
 
-def test_the_recommended_config_gives_the_best_candidate_to_sample(tmp_path, arguments):
-    assert exit_code(*arguments, tmp_path / "a") == 0
-    config = parse_sample_config(
-        ["--config", str(tmp_path / "a" / "recommended.yaml"), "--output", str(tmp_path / "b")]
-    )
-    best = results(tmp_path / "a")["report"]["recommended"]["setting"]
+def test_the_recommended_config_gives_the_best_candidate_to_sample(search, inputs, tmp_path):
+    config = parse_sample_config(["--config", str(search.folder / "recommended.yaml"), "--output", str(tmp_path / "b")])
+    best = results(search.folder)["report"]["recommended"]["setting"]
     assert json.loads(json.dumps(vars(config.guidances["sag"]))) == best["sag"]
     assert (config.sampler.sampler, config.sampler.respacing, config.samples.labels) == ("ddim", "2", "balanced")
-    assert config.source.checkpoint == tmp_path / "network.safetensors"
-    rows = list(csv.DictReader((tmp_path / "a" / "candidates.csv").read_text().splitlines()))
+    assert config.source.checkpoint == inputs / "network.safetensors"
+    rows = list(csv.DictReader((search.folder / "candidates.csv").read_text().splitlines()))
     assert (len(rows), float(rows[0]["sag.scale"]), rows[0]["sag.site"]) == (
         6,
         best["sag"]["scale"],
         best["sag"]["site"],
     )
-    assert "<polyline" in (tmp_path / "a" / "tuning.html").read_text()
+    assert "<polyline" in (search.folder / "tuning.html").read_text()
 
 
-def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alike(tmp_path, arguments, monkeypatch):
-    with monkeypatch.context() as patch:
-        expected = count_batches(patch)
-        assert exit_code(*arguments, tmp_path / "whole") == 0
+def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alike(
+    search, tmp_path, arguments, monkeypatch
+):
     batches = []
     for fail_at in (5, 9, None):
         with monkeypatch.context() as patch:
@@ -111,8 +130,8 @@ def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alik
             except KeyboardInterrupt:
                 assert fail_at is not None
             batches += new
-    assert sorted(batches) == sorted(expected) == sorted(set(expected))
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert sorted(batches) == sorted(search.batches) == sorted(set(search.batches))
+    assert results(tmp_path / "parts") == results(search.folder)
 
 
 def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limited(tmp_path, arguments, capsys):
@@ -126,8 +145,10 @@ def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limi
     assert results(tmp_path / "b")["candidates"][0]["sag"]["scale"] == 0.7
 
 
-def test_the_report_compares_the_best_candidate_with_the_configured_guidance_on_the_same_ids(tmp_path, arguments):
-    assert exit_code(*arguments, tmp_path / "a") == 0
+def test_the_report_compares_the_best_candidate_with_the_configured_guidance_on_the_same_ids(
+    search, tmp_path, arguments
+):
+    shutil.copytree(search.folder, tmp_path / "a")
     assert results(tmp_path / "a")["difference_from_configured"] is None
     assert exit_code(*arguments, tmp_path / "a", "--sag.scale", 30, "--sag.site", "input.1") == 0
     result = results(tmp_path / "a")
@@ -158,9 +179,9 @@ def test_a_report_says_that_the_configured_guidance_is_the_best(tmp_path, argume
     assert results(tmp_path / "a")["difference_from_configured"][0] == 0
 
 
-def test_a_statistics_file_at_a_url_gives_the_reference_and_the_extractor(tmp_path, arguments, monkeypatch):
+def test_a_statistics_file_at_a_url_gives_the_reference_and_the_extractor(inputs, tmp_path, arguments, monkeypatch):
     statistics = ("--extractor", "inception", "--output", tmp_path / "s.npz")
-    assert exit_code("statistics", tmp_path / "real.npz", *statistics) == 0
+    assert exit_code("statistics", inputs / "real.npz", *statistics) == 0
     assert exit_code(*arguments, tmp_path / "file", "--candidates", 2, "--reference", tmp_path / "s.npz") == 0
     serve_files(monkeypatch, tmp_path)
     assert exit_code(*arguments, tmp_path / "url", "--candidates", 2, "--reference", "https://host/s.npz") == 0

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +13,8 @@ from sagl.evaluation.image_sets import TensorImages
 from sagl.metrics.features import Features
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.utils.files import sha256
+from tests.helpers.commands import environments, exit_code
+from tests.helpers.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 120
@@ -107,43 +106,28 @@ def images(tmp_path_factory):
     return folder
 
 
-def run(cache, command, *arguments, program=("-m", "sagl.cli")):
-    arguments = [command, *arguments, "--extractor", f"{__name__}.means", "--batch_size", 4, "--progress", "lines"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "SAGL_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, program), *map(str, arguments), "--trainer.accelerator", "cpu"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-
-
-def evaluate(images, cache, *flags, reference=None, **options):
-    reference = reference or images / "real"
-    return run(cache, "evaluate", images / "run.npz", "--reference", reference, "--format", "json", *flags, **options)
-
-
-def result_of(process):
-    assert process.returncode == 0, process.stderr
-    assert "Traceback" not in process.stderr
-    assert "Warning" not in process.stderr
-    result = json.loads(process.stdout)
+def result_in(output):
+    """Return the result of a command that prints progress and no warning."""
+    assert "47/47" in output
+    assert "Traceback" not in output
+    assert "Warning" not in output
+    result = json.loads(output[output.index("{") : output.rindex("}") + 1])
     del result["seconds"]
     return result
 
 
 @pytest.mark.slow
-def test_processes_started_here_and_by_torchrun_compute_what_one_does(images, tmp_path):
-    expected = result_of(evaluate(images, tmp_path / "1"))
+def test_processes_started_here_and_as_torchrun_does_compute_what_one_does(images, tmp_path, monkeypatch, capfd):
+    command = ["evaluate", images / "run.npz", "--reference", images / "real", "--format", "json", "--batch_size", 4]
+    command += ["--extractor", f"{__name__}.means", "--progress", "lines", "--trainer.accelerator", "cpu"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SAGL_CACHE", str(tmp_path / "1"))
+    assert exit_code(*command) == 0
+    expected = result_in("".join(capfd.readouterr()))
     assert set(expected["values"]) == {"fd", "sfd", "is", "is_all", "precision", "recall", "kd"}
-    for num_processes in (2, 3):
-        process = evaluate(images, tmp_path / f"{num_processes}", "--trainer.devices", num_processes)
-        assert result_of(process) == expected
-        assert "47/47" in process.stderr
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29617, "-m", "sagl.cli")
-    process = evaluate(images, tmp_path / "torchrun", program=torchrun)
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout)["values"] == expected["values"]
+    for name, flags, variables in (("2", ["--trainer.devices", 2], environments(1)), ("3", [], environments(3))):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("SAGL_CACHE", str(tmp_path / name / "cache"))
+        ranks = run_ranks([*command, *flags], tmp_path / name, variables, timeout=TIMEOUT_SECONDS)
+        assert [code for code, _ in ranks] == [0] * len(variables), ranks
+        assert result_in("".join(output for _, output in ranks)) == expected

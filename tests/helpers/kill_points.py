@@ -20,6 +20,7 @@ import torch
 
 import sagl
 from sagl import cli
+from sagl.metrics.extractors import EXTRACTORS
 from tests.helpers.commands import write_folder_config
 from tests.helpers.networks import write_grey_unet
 
@@ -201,6 +202,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in walk_packages(sagl.__path__, "sagl."):
         import_module(module.name)  # once, and not in every fork
+    EXTRACTORS["effnet_lite0_64"] = lambda device: lambda images: images.float().mean(dim=3).flatten(1)[:, :12]
     number, found = check(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
     print(f"{sys.argv[1]}: killed at {number} points, {len(found)} differences", *found, sep="\n")
     sys.exit(bool(found))

@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -48,13 +49,39 @@ class Process:
             os.kill(self.pid, number)
 
 
-def run_program(arguments, folder, log, **options):
-    """Run a program to its end; return its exit code and its output."""
+def is_alive(pid):
+    """Whether a process exists and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def import_from(folder):
+    """Import modules of a folder before those of other places; `prepare` of a `Process`, as a partial function."""
+    sys.path.insert(0, str(folder))
+
+
+def run_program(arguments, folder, log, timeout=240, **options):
+    """Run a program to its end, for at most so many seconds; return its exit code and its output."""
     process = Process(arguments, folder, log, **options)
     try:
-        return process.wait(240), log.read_text()
+        return process.wait(timeout), log.read_text()
     finally:
         process.send_signal(signal.SIGKILL)
+
+
+def run_ranks(arguments, folder, environments, timeout=240, **options):
+    """Run a program in one process for each environment; return the exit codes and the outputs."""
+    logs = [folder / f"rank_{rank}.txt" for rank in range(len(environments))]
+    runs = [
+        Process(arguments, folder, log, variables, **options) for log, variables in zip(logs, environments, strict=True)
+    ]
+    try:
+        return [(run.wait(timeout), log.read_text()) for run, log in zip(runs, logs, strict=True)]
+    finally:
+        for run in runs:
+            run.send_signal(signal.SIGKILL)
 
 
 def _run(module, arguments, folder, log, environment, prepare):

@@ -1,28 +1,23 @@
 """The page in a browser: Debian's chromium, without a window."""
 
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.networks import write_grey_unet
 from tests.helpers.playground import SAG, SETTINGS
+from tests.helpers.processes import Process
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +32,21 @@ def served_page(folder, stop_signal):
     """Serve the page in a new process, give its address, and end it by a signal while a page is open."""
     log = folder / "log.txt"
     network = write_grey_unet(folder / "tiny.safetensors")
-    command = [sys.executable, "-u", "-m", "sagl", "playground", "--port=0", f"--checkpoint={network}", *SETTINGS, *SAG]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+    log.touch()
+    command = ["playground", "--port=0", f"--checkpoint={network}", *SETTINGS, *SAG]
+    process = Process(command, folder, log, module="sagl")
     deadline = time.monotonic() + 120
-    while not (address := re.search(r"http://127[.]0[.]0[.]1:\d+", log.read_text())):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, "timeout"
-        time.sleep(0.05)
-    yield f"{address[0]}/"
-    with urllib.request.urlopen(f"{address[0]}/gradio_api/heartbeat/open", timeout=60):  # as a page in a browser
-        process.send_signal(stop_signal)
-        assert process.wait(30) == 128 + stop_signal, log.read_text()
+    try:
+        while not (address := re.search(r"http://127[.]0[.]0[.]1:\d+", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "timeout"
+            time.sleep(0.05)
+        yield f"{address[0]}/"
+        with urllib.request.urlopen(f"{address[0]}/gradio_api/heartbeat/open", timeout=60):  # as a page in a browser
+            process.send_signal(stop_signal)
+            assert process.wait(30) == 128 + stop_signal, log.read_text()
+    finally:
+        process.send_signal(signal.SIGKILL)
     _, line = log.read_text().splitlines()
     assert line.startswith(f"sagl playground: {stop_signal.name}: ")
 

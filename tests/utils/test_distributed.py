@@ -1,9 +1,9 @@
 """Ranks of a command over gloo on the CPU, started by Fabric and by torchrun."""
 
 import os
-import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from sagl.utils.distributed import (
     require_launcher,
     select_device,
 )
+from tests.helpers.commands import environments
+from tests.helpers.processes import import_from, run_program, run_ranks
 
 PROGRAM = """
 import sys
@@ -41,40 +43,49 @@ try:
 except UserError as error:
     print("error:", error)
 else:
-    print(gathered)
+    print("result:", gathered)
 """
+GATHERED = [[("plan", 0), ("plan", 2), ("plan", 4)], [("plan", 1), ("plan", 3)]]
+"""Result of two processes."""
+VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def run_program(tmp_path, devices, failing="none", launcher=()):
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    command = [sys.executable, *launcher, script, devices, failing]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=60, check=False)
+def run_ranks_of_fabric(folder, devices, failing="none"):
+    """Run the program, which starts its other processes; return its output after exit code 0."""
+    (folder / "program.py").write_text(PROGRAM)
+    options = {"module": "program", "prepare": partial(import_from, folder), "variables": VARIABLES}
+    code, output = run_program([devices, failing], folder, folder / "output.txt", timeout=60, **options)
+    assert code == 0, output
+    return output
+
+
+def results_in(output):
+    """Return the lines that the programs of this file print, without those of libraries."""
+    return [line for line in output.splitlines() if line.startswith(("result:", "error:"))]
 
 
 def test_ranks_share_items_in_turn_and_only_rank_0_goes_on(tmp_path):
-    result = run_program(tmp_path, 2)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{[[('plan', 0), ('plan', 2), ('plan', 4)], [('plan', 1), ('plan', 3)]]}\n"
-    assert "Warning" not in result.stderr
+    output = run_ranks_of_fabric(tmp_path, 2)
+    assert results_in(output) == [f"result: {GATHERED}"]
+    assert "Warning" not in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_any_rank_is_raised_on_rank_0_and_ends_the_others(failing, tmp_path):
-    result = run_program(tmp_path, 3, failing)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"error: rank {failing} failed\n"
-    assert "Traceback" not in result.stderr
+    output = run_ranks_of_fabric(tmp_path, 3, failing)
+    assert results_in(output) == [f"error: rank {failing} failed"]
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
 def test_torchrun_s_processes_are_used_where_it_started_them(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    result = run_program(tmp_path, "auto", launcher=torchrun)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command, env = [*torchrun, str(tmp_path / "program.py"), "auto", "none"], os.environ | VARIABLES
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{[[('plan', 0), ('plan', 2), ('plan', 4)], [('plan', 1), ('plan', 3)]]}\n"
+    assert result.stdout == f"result: {GATHERED}\n"
 
 
 def test_a_single_process_needs_no_launcher_and_keeps_its_errors(environ):
@@ -235,16 +246,8 @@ except UserError as error:
 @pytest.mark.slow
 def test_ranks_that_a_launcher_started_do_not_wait_for_one_that_is_refused_before_the_launch(tmp_path):
     (tmp_path / "program.py").write_text(REFUSED)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(tmp_path / "program.py")]
-    processes = [
-        subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs == ["error: refused before the launch\n", ""]
+    ranks = run_ranks(
+        [], tmp_path, environments(2), timeout=120, module="program", prepare=partial(import_from, tmp_path)
+    )
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert [results_in(output) for _, output in ranks] == [["error: refused before the launch"], []]
