@@ -172,7 +172,7 @@ def write_small_network(folder: Path) -> Path:
 
 def write_images(folder: Path) -> Path:
     """Return a folder of random images, which is made at the first call."""
-    images = folder / "images"
+    images = folder / "training_images"
     if not images.is_dir():
         images.mkdir(parents=True)
         rng = np.random.default_rng(0)
