@@ -76,7 +76,9 @@ def test_two_processes_reach_the_weights_of_one_in_float64_and_skip_the_same_bat
     assert worst < 1e-9
     assert by_one["timestep_sampler"]["counts"].equal(by_two["timestep_sampler"]["counts"])
     assert by_one["num_skipped"] == by_two["num_skipped"] == 3
-    assert by_one["loops"]["fit_loop"]["state_dict"] == by_two["loops"]["fit_loop"]["state_dict"]
+    loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"][0] for c in (by_one, by_two)]
+    assert loaders[0]["images"] == loaders[1]["images"] > 0
+    assert [loader["batch_size"] * loader["world_size"] for loader in loaders] == [8, 8]
 
 
 @pytest.mark.slow
