@@ -14,8 +14,8 @@ from sagl.utils.progress import ProgressReporter
 class TrainingProgress(ProgressBar):
     """Shows steps, remaining time and loss: as a bar on a terminal, and every half minute as a line in a log.
 
-    In a training, a line with the results follows every validation. Only rank 0 shows anything. Lightning's own bar,
-    in whose place this one is, shows neither the loss nor the time until the end, and a log has nothing of it.
+    In a training, a line with the results follows every validation. Only rank 0 shows anything. It replaces Lightning's
+    bar, which shows the batches of one epoch without the loss, and writes nothing to a log.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class TrainingProgress(ProgressBar):
         self._kind = "auto"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the step of a resumed training. Without a limit of steps and epochs, the total is not known."""
         num_steps = trainer.estimated_stepping_batches
         total = None if num_steps == float("inf") else int(num_steps)
         self._start(ProgressReporter("training", total, self._kind, "steps", trainer.global_step))
@@ -59,6 +60,7 @@ class TrainingProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Count the batches: in `sagl validate` they are the whole, within a training a part of the present step."""
         if trainer.state.fn == "validate":
             self._reporter.advance()
         elif not trainer.sanity_checking:

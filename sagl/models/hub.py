@@ -58,22 +58,21 @@ Please add: training data, intended use, quality of the images.
 """
 
 
-def without_paths(recommended: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_local_files(recommended: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return recommended settings without those that need a file of this machine, and the names of the latter.
 
     A guidance method that cannot do without the file is left out as a whole. A direction head is not uploaded, and its
-    second evaluation takes its place.
-    Names of released networks and of networks of the Hub are no paths.
+    second evaluation takes its place. Names of released networks and of networks of the Hub are no files.
     """
     kept, left_out = dict[str, Any](), list[str]()
     for name, value in recommended.items():
         group = value if isinstance(value, dict) else {}
-        paths = [key for key, path in group.items() if key.endswith(FILE_SETTINGS) and path and not _is_name(path)]
-        if "checkpoint" in paths or ("dino_checkpoint" in paths and group.get("mask") == "dino"):
+        files = [key for key, path in group.items() if key.endswith(FILE_SETTINGS) and path and not _is_name(path)]
+        if "checkpoint" in files or ("dino_checkpoint" in files and group.get("mask") == "dino"):
             left_out.append(name)
             continue
-        left_out += [f"{name}.{key}" for key in paths]
-        kept[name] = {key: part for key, part in group.items() if key not in paths} if group else value
+        left_out += [f"{name}.{key}" for key in files]
+        kept[name] = {key: part for key, part in group.items() if key not in files} if group else value
     return kept, left_out
 
 
@@ -116,7 +115,7 @@ class HubUNet(
         settings = checkpoint.model_settings
         if not isinstance(settings, UNetSettings):
             raise UserError("`checkpoint` must be a diffusion model, but it is a classifier or a head.")
-        recommended, left_out = without_paths(checkpoint.recommended)
+        recommended, left_out = without_local_files(checkpoint.recommended)
         if left_out:
             print(f"Left out of the recommended settings, as they need files of this machine: {', '.join(left_out)}.")
         network = cls(settings, checkpoint.diffusion, recommended)
