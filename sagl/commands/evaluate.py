@@ -13,9 +13,8 @@ from sagl.evaluation.metric_display import format_result, print_result
 from sagl.evaluation.results import EvaluationResult, read_results, save_result
 from sagl.sampling.run_folder import is_run
 from sagl.settings.evaluation import MetricSettings
-from sagl.utils.distributed import global_rank
-from sagl.utils.files import atomic_file, require_new
-from sagl.utils.run_lock import lock_file
+from sagl.utils.files import atomic_file
+from sagl.utils.run_lock import lock_new_file
 
 
 def evaluate_parser() -> Parser:
@@ -58,9 +57,7 @@ def main(arguments: list[str]) -> None:
         print(f"{run} is not writable: the result is not saved there.", file=sys.stderr)
     from sagl.evaluation.evaluate import evaluate
 
-    with nullcontext() if output is None or global_rank() else lock_file(output):
-        if output is not None:
-            require_new(output, overwrite=args.overwrite)
+    with nullcontext() if output is None else lock_new_file(output, devices, overwrite=args.overwrite):
         result = evaluate(
             args.images,
             args.reference,

@@ -1,16 +1,13 @@
 """`sagl statistics`: a statistics file of reference images."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from sagl.configuration.extraction import add_extraction_settings, extraction_settings
 from sagl.configuration.parser import Parser
 from sagl.errors import require
 from sagl.settings.evaluation import MetricSettings
-from sagl.utils.distributed import global_rank
-from sagl.utils.files import require_new
-from sagl.utils.run_lock import lock_file
+from sagl.utils.run_lock import lock_new_file
 
 
 def statistics_parser() -> Parser:
@@ -36,8 +33,7 @@ def main(arguments: list[str]) -> None:
     args = statistics_parser().parse(arguments)
     (extraction, devices), output = extraction_settings(args), Path(args.output)
     require(output.suffix == ".npz", f"`output` must end in .npz, got {output}.")
-    with nullcontext() if global_rank() else lock_file(output):
-        require_new(output, overwrite=args.overwrite)
+    with lock_new_file(output, devices, overwrite=args.overwrite):
         from sagl.evaluation.evaluate import write_statistics
 
         reference = write_statistics(

@@ -213,12 +213,19 @@ def _metric_rows(key: MetricKey, results: Mapping[int, EvaluationResult], runs: 
     }
     rows = [_row(Cell(text=printable(metric_name(name)) + arrow, note=note), cells, len(runs))]
     base = next((k for k in sorted(results) if name in results[k].resamples), None)
-    if base is not None:
-        differences = {k: result.difference(results[base], name) for k, result in results.items() if k != base}
-        if cells := {k: difference_cell(name, difference) for k, difference in differences.items() if difference}:
-            title = Cell(text=f"  minus that of {runs[base].name}", note="paired 95 % interval")
-            rows.append(_row(title, cells, len(runs)))
+    if base is not None and len(results) > 1:
+        others = {k: result for k, result in results.items() if k != base}
+        cells = {k: _paired_cell(name, result, results[base]) for k, result in others.items()}
+        title = Cell(text=f"  minus that of {runs[base].name}", note="paired 95 % interval")
+        rows.append(_row(title, cells, len(runs)))
     return rows
+
+
+def _paired_cell(name: str, result: EvaluationResult, base: EvaluationResult) -> Cell:
+    difference = result.difference(base, name)
+    if difference is None:
+        return Cell(text=ABSENT, note=result.unpaired_reason(base, name))
+    return difference_cell(name, difference)
 
 
 def difference_cell(name: str, difference: "Interval") -> Cell:

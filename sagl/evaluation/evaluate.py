@@ -59,6 +59,10 @@ def evaluate(
         reference_path = local_path(reference, "reference")
         name = extraction.extractor or default_extractor(Path(reference_path))
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
+        require(
+            metrics.num_neighbors < count,
+            f"`num_neighbors` must be below {count}, the number of images, got {metrics.num_neighbors}.",
+        )
         ids = _format_ids(list_shards(Path(images)), count) if isinstance(image_set, RunImages) else ""
         extractor = FeatureExtraction.load(name, extraction, ranks)
         real = load_reference(reference_path, extractor, image_set.image_size, metrics.max_features)

@@ -72,7 +72,8 @@ def format_result(result: EvaluationResult, format: str) -> str:
     fields = asdict(result)
     if format == "json":
         return json.dumps(fields, ensure_ascii=False) + "\n"
-    names = ("images", "num_samples", "reference", "num_reference", "extractor", "resize")
+    reference = ("reference", "reference_digest", "reference_crop_size", "num_reference")
+    names = ("images", "num_samples", "ids", *reference, "extractor", "extractor_version", "resize")
     common = [*(fields[name] for name in names), _format_settings(result, "; "), " ".join(result.notes)]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

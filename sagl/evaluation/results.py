@@ -92,24 +92,36 @@ class EvaluationResult:
     def difference(self, other: "EvaluationResult", name: str) -> "Interval | None":
         """Return a metric minus that of `other`, with its 95 % interval by paired bootstrap.
 
-        Both must have been computed over the same ids, under the same conditions, and resampled alike, with as many
-        resamples and the same seed. None if they were not. Results without ids, which earlier versions did not store,
-        count as of the same ids.
+        None if the results are not paired, see `unpaired_reason`.
         """
-        keys = ("bootstrap", "seed")
-        if self.ids and other.ids and self.ids != other.ids:
-            return None
-        if self.conditions != other.conditions or any(self.settings.get(k) != other.settings.get(k) for k in keys):
-            return None
-        first, second = (r.resamples.get(name, ()) for r in (other, self))
-        if not first or len(first) != len(second):
+        if self.unpaired_reason(other, name):
             return None
         import torch  # takes seconds, and most comparisons do without
 
         from sagl.metrics.bootstrap import paired_difference
 
-        resamples = (torch.tensor(values, dtype=torch.float64) for values in (first, second))
+        resamples = (torch.tensor(result.resamples[name], dtype=torch.float64) for result in (other, self))
         return paired_difference(self.values[name] - other.values[name], *resamples)
+
+    def unpaired_reason(self, other: "EvaluationResult", name: str) -> str:
+        """Return why a metric of both results has no paired difference; empty if it has one.
+
+        Both must have been computed over the same ids, under the same conditions, and resampled alike, with as many
+        resamples and the same seed. Results without ids, which earlier versions did not store, count as of the same
+        ids.
+        """
+        if self.conditions != other.conditions:
+            return "not paired: other conditions"
+        if self.ids and other.ids and self.ids != other.ids:
+            return f"not paired: ids {self.ids}"
+        first, second = (result.resamples.get(name, ()) for result in (other, self))
+        if not second:
+            return "not paired: evaluated without `bootstrap`"
+        if len(first) != len(second) or any(
+            self.settings.get(k) != other.settings.get(k) for k in ("bootstrap", "seed")
+        ):
+            return "not paired: other `bootstrap` or `seed`"
+        return ""
 
 
 def read_results(folder: Path) -> tuple[EvaluationResult, ...]:

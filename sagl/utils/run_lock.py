@@ -2,13 +2,15 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from sagl.errors import UserError, require
-from sagl.utils.files import partial_pattern, remove_partial, require_writable
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import global_rank, refuse_on_all_ranks
+from sagl.utils.files import partial_pattern, remove_partial, require_new, require_writable
 
 LOCK_NAME = ".lock"
 """Lock file in a folder. A command that was killed leaves it behind, unlocked."""
@@ -44,6 +46,21 @@ def lock_file(path: Path, argument: str = "output") -> Iterator[None]:
     require_writable(path.absolute().parent, argument, f"Choose another place than {path}.")
     with _lock(path.with_name(f".{path.name}{LOCK_NAME}"), path, argument):
         remove_partial(path.parent, partial_pattern(path))
+        yield
+
+
+@contextmanager
+def lock_new_file(path: Path, devices: DeviceSettings, *, overwrite: bool) -> Iterator[None]:
+    """Hold a file as `lock_file` does, on rank 0 of a command of several processes; it must be new unless `overwrite`.
+
+    Raises:
+        UserError: on all ranks, if rank 0 is refused.
+    """
+    with ExitStack() as stack:
+        with refuse_on_all_ranks(devices):
+            if global_rank() == 0:
+                stack.enter_context(lock_file(path))
+                require_new(path, overwrite=overwrite)
         yield
 
 

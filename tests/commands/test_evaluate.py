@@ -30,6 +30,12 @@ def test_flags_reach_the_evaluation(pair, capsys):
     assert max(BATCH_SIZES) == 7
 
 
+def test_more_neighbours_than_images_are_refused_before_the_work(pair, tmp_path, capsys):
+    flags = ("--num_samples", 20, "--num_neighbors", 20)
+    refusal(capsys, tmp_path, "evaluate", pair[0], "--reference", pair[1], *flags, names=["--num_neighbors"])
+    assert BATCH_SIZES == []
+
+
 def test_a_run_saves_one_result_per_measurement(tmp_path, pair, capsys):
     run = write_run(tmp_path / "run", image_size=16)
     for subsets in (5, 6, 5):
@@ -71,6 +77,7 @@ def test_the_result_is_printed_as_a_table_and_written_as_json_and_csv(tmp_path, 
     rows = {row["metric"]: row for row in csv.DictReader(io.StringIO(printed))}
     assert (float(rows["fd"]["value"]), float(rows["fd"]["low"])) == (result["values"]["fd"], low)
     assert (rows["kd"]["extractor"], rows["kd"]["num_reference"]) == ("effnet_lite0_64", "50")
+    assert rows["kd"]["reference_digest"] == result["reference_digest"] != ""
     assert "kid_subset_size 40" in rows["kd"]["settings"]
     assert "±" not in table  # the subsets of the 40 images are equal
     assert exit_code(*arguments, "--kid_subset_size", 20) == 0

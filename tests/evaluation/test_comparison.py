@@ -165,7 +165,7 @@ def test_a_metric_with_resamples_has_a_row_of_paired_differences_from_the_first_
     _, difference = section.rows
     assert "b" in difference.name.text
     assert [(cell.text, cell.note) for cell in difference.cells] == [
-        (ABSENT, ""),
+        (ABSENT, "not paired: evaluated without `bootstrap`"),
         (ABSENT, ""),
         ("+1.00", "+0.05 … +1.95"),
     ]
@@ -209,6 +209,16 @@ def test_runs_of_other_ids_share_a_row_without_a_paired_difference():
     values, differences = section.rows
     assert [cell.text for cell in values.cells] == ["12.30"] * 4
     assert [cell.text for cell in differences.cells] == [ABSENT, ABSENT, "0.00", "0.00"]
+    assert differences.cells[1].note == "not paired: ids 20000-39999"
+
+
+def test_runs_that_were_resampled_otherwise_share_a_row_with_the_reason_for_no_paired_difference():
+    settings = ({"bootstrap": 2, "seed": 0}, {"bootstrap": 2, "seed": 1})
+    resamples = {"fd": (10.0, 14.0)}
+    (section,) = metric_sections(
+        [run(results=[result({"fd": 12.3}, resamples=resamples, settings=s)]) for s in settings]
+    )
+    assert section.rows[1].cells[1].note == "not paired: other `bootstrap` or `seed`"
 
 
 def test_the_version_of_an_extractor_is_shown():

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from sagl.errors import UserError
 from sagl.utils import run_lock
 from sagl.utils.run_lock import LOCK_NAME, lock_file, lock_folder
+from tests.helpers.commands import environments
+from tests.helpers.processes import import_from, run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +64,31 @@ def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch,
 def test_a_path_without_a_name_is_refused(path):
     with pytest.raises(UserError, match="`target`"), lock_file(Path(path), "target"):
         pass
+
+
+EXISTING_OUTPUT = """
+from pathlib import Path
+
+from sagl.errors import UserError
+from sagl.settings.sampling import DeviceSettings
+from sagl.utils.distributed import launch
+from sagl.utils.run_lock import lock_new_file
+
+devices = DeviceSettings(devices="2", accelerator="cpu")
+try:
+    with lock_new_file(Path("program.py"), devices, overwrite=False), launch(devices) as ranks:
+        ranks.wait()
+except UserError as error:
+    print("error:", error)
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_that_a_launcher_started_end_if_the_file_exists(tmp_path):
+    (tmp_path / "program.py").write_text(EXISTING_OUTPUT)
+    ranks = run_ranks(
+        [], tmp_path, environments(2), timeout=120, module="program", prepare=partial(import_from, tmp_path)
+    )
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert [output.count("error: `output`") for _, output in ranks] == [1, 0]
+    assert not list(tmp_path.glob(".*.lock"))
