@@ -82,9 +82,9 @@ def sample_missing(
                 progress.update(run.count_sampled(batches))
 
             for ids in ranks.share(batches):
-                nfe, seconds = run.write_batch(pipeline, ids, progress)
+                batch, seconds = run.write_batch(pipeline, ids, progress)
                 if ranks.rank == 0:
-                    run.record_batch(pipeline, nfe, seconds * ranks.world_size)
+                    run.record_batch(pipeline, batch, seconds * ranks.world_size)
                     update_progress()
             ranks.wait(update_progress)
             update_progress()  # another rank may have written the last shard after the last poll
@@ -119,6 +119,9 @@ def print_summary(run: SamplingRun) -> None:
         f"Cost of an image: {cost['nfe']:g} network evaluations, {cost['flops'] / 1e9:,.4g} GFLOPs, "
         f"{cost['seconds'] / count:.3g} s."
     )
+    if (share := cost["mask_share"]) is not None:
+        effect = "" if share else " SAG changed nothing: lower --sag.threshold."
+        print(f"Masked in guided steps: {share:.1%} of the pixels.{effect}")
     exports = ", ".join(file for name in run.metadata["exports"] for file in EXPORTS[name]) or "shards only"
     print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")
 

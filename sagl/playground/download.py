@@ -63,5 +63,5 @@ class Download:
         others = [None] * len(row.batches) if self.unguided is None else self.unguided.batches
         for batch, other, seconds in zip(row.batches, others, row.seconds, strict=True):
             run.write_samples(pipeline, make_samples(run.config.samples.seed, batch, other))
-            run.record_batch(pipeline, batch.nfe, seconds)
+            run.record_batch(pipeline, batch, seconds)
         run.export()

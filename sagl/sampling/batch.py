@@ -79,6 +79,8 @@ class BatchImages:
     images: Sequence[bytes]
     masks: Sequence[bytes] | None
     """Mask frequencies; None if no step had a mask."""
+    mask_share: float | None
+    """Share of the pixels that are masked, the mean over guided steps and samples; None if no step had a mask."""
     nfe: float
     """Network evaluations of each sample."""
 
@@ -112,6 +114,7 @@ def sample_images(
         labels=[-1] * len(ids) if labels is None else labels[part].tolist(),
         images=encode_pngs(to_uint8(images[part])),
         masks=None if masks is None else encode_pngs(masks[part]),
+        mask_share=None if mask_frequency is None else mask_frequency[part].mean().item(),
         nfe=nfe,
     )
 

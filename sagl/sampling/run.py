@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import torch
 
     from sagl.models.adm import UNet
+    from sagl.sampling.batch import BatchImages
     from sagl.sampling.pipeline import SamplingPipeline
 
 EXPORTS = {
@@ -173,6 +174,7 @@ class SamplingRun:
             "checkpoint": str(checkpoint.resolve()),
             "nfe": metadata.get("nfe", 0),
             "flops": metadata.get("flops", 0),
+            "mask_share": metadata.get("mask_share"),
             "seconds": metadata.get("seconds", 0.0),
             "num_timed_batches": metadata.get("num_timed_batches", 0),
             "versions": {"python": platform.python_version(), "sagl": sagl.__version__}
@@ -260,12 +262,11 @@ class SamplingRun:
 
     def write_batch(
         self, pipeline: "SamplingPipeline", ids: Sequence[int], progress: ProgressReporter
-    ) -> tuple[float, float]:
+    ) -> "tuple[BatchImages, float]":
         """Sample the whole batch that contains these ids, and write the images of these ids as a shard.
 
         Returns:
-            The network evaluations per image, and the seconds it took, without those of unguided images for
-            `compare`.
+            The images, and the seconds it took, without those of unguided images for `compare`.
 
         Raises:
             UserError: an image is not finite, or the shard cannot be written.
@@ -278,7 +279,7 @@ class SamplingRun:
         start = time.monotonic()
         batch = sample_images(pipeline, samples, ids, progress.track_steps)
         self.write_samples(pipeline, make_samples(samples.seed, batch, unguided))
-        return batch.nfe, time.monotonic() - start
+        return batch, time.monotonic() - start
 
     def write_samples(self, pipeline: "SamplingPipeline", samples: Sequence[Sample]) -> None:
         """Write the samples of a batch as a shard.
@@ -292,20 +293,27 @@ class SamplingRun:
                 write_run_json(self.folder, metadata)
         write_shard(self.folder, samples)
 
-    def record_batch(self, pipeline: "SamplingPipeline", nfe: float, seconds: float) -> None:
+    def record_batch(self, pipeline: "SamplingPipeline", batch: "BatchImages", seconds: float) -> None:
         """Record the cost of a batch in run.json, and delete superseded shards; for rank 0.
 
         Args:
             pipeline: the pipeline.
-            nfe: network evaluations of each sample, which some guidance methods decide while they run. The mean of
-                rank 0's batches is recorded, and the floating-point operations that it stands for.
+            batch: images of a batch. The means over rank 0's batches are recorded: of the network evaluations of a
+                sample, with the floating-point operations that they stand for, and of the share of masked pixels.
             seconds: duration of a batch in every process, added to those of the other batches.
         """
         remove_superseded(self.folder)
         count = self.metadata["num_timed_batches"]
-        mean_nfe = (count * self.metadata["nfe"] + nfe) / (count + 1)
+
+        def mean(name: str, value: float) -> float:
+            old: float | None = self.metadata[name]
+            return value if old is None else (count * old + value) / (count + 1)
+
+        if batch.mask_share is not None:
+            self.metadata["mask_share"] = mean("mask_share", batch.mask_share)
         seconds = round(self.metadata["seconds"] + seconds, 2)
-        self.metadata |= {**pipeline.cost(mean_nfe), "seconds": seconds, "num_timed_batches": count + 1}
+        costs = pipeline.cost(mean("nfe", batch.nfe))
+        self.metadata |= {**costs, "seconds": seconds, "num_timed_batches": count + 1}
         write_run_json(self.folder, self.metadata)
 
     # ------------------------------------------------------------------------------------------------- exports

@@ -29,6 +29,7 @@ RUN_JSON, INDEX, SHARDS = "run.json", "index.json", "shards"
 NUMBERS = {
     **dict.fromkeys(("num_samples", "batch_size", "num_timed_batches"), (int,)),
     **dict.fromkeys(("nfe", "flops", "seconds"), (int, float)),
+    "mask_share": (int, float, type(None)),
 }
 """Numbers in run.json and their types."""
 MAX_NUMBER = 1e21
@@ -221,7 +222,7 @@ def read_run_json(folder: Path, argument: str = "output") -> dict[str, Any]:
         require(digest is None or digest == _digest(metadata), "other values than those written")
         for name, types in NUMBERS.items():
             value = metadata.get(name, 0)
-            require(type(value) in types and 0 <= value < MAX_NUMBER, f"{name} {value!r:.60}")
+            require(type(value) in types and 0 <= (value or 0) < MAX_NUMBER, f"{name} {value!r:.60}")
         for name in ("model", "checkpoint"):
             require(isinstance(metadata.get(name), str | None), f"{name} {metadata.get(name)!r:.60}")
         for name in ("settings", *({"exports", "versions"} & metadata.keys())):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sagl
+from sagl.data.transforms import decode_image
 from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
 from sagl.models.memory import estimate_memory
 from sagl.sampling import choices
@@ -107,6 +108,16 @@ def test_the_metadata_hold_settings_cost_versions_digest_and_command(compared, t
     versions = metadata["versions"]
     assert (versions["sagl"], versions["torch"]) == (sagl.__version__, version("torch"))
     assert metadata["command"].startswith(f"sagl sample --checkpoint {tiny} --output {compared} ")
+
+
+def test_the_share_of_masked_pixels_is_recorded_and_printed(compared, tiny, tmp_path, capsys):
+    masks = [decode_image(image.pngs["masks"], 1) for image in iter_samples(compared, 6)]
+    shares = [np.mean(masks[ids]) / 255 for ids in (slice(0, 4), slice(4, 6))]  # of the two batches
+    assert metadata_of(compared)["mask_share"] == pytest.approx(np.mean(shares), abs=1 / 255)
+    capsys.readouterr()
+    empty = sample(tmp_path / "empty", *TWO, *GUIDED, "--sag.threshold", "1000", network=tiny)
+    assert metadata_of(empty)["mask_share"] == 0
+    assert "0.0% of the pixels. SAG changed nothing: lower --sag.threshold." in capsys.readouterr().out
 
 
 def test_a_run_may_begin_at_any_sample(compared, tiny, tmp_path):

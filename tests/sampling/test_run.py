@@ -12,7 +12,7 @@ from sagl.settings.sampling import SamplerSettings
 from sagl.utils.progress import ProgressReporter
 from tests.helpers.networks import stable_unet
 
-NO_COST = {"settings": {}, "nfe": 0, "flops": 0, "seconds": 0.0, "num_timed_batches": 0}
+NO_COST = {"settings": {}, "nfe": 0, "flops": 0, "mask_share": None, "seconds": 0.0, "num_timed_batches": 0}
 
 
 @pytest.fixture
@@ -25,14 +25,26 @@ def run_in(folder, *flags):
     return run.SamplingRun(config=config, checkpoint=folder, network=None, metadata=dict(NO_COST))
 
 
+def batch_images(nfe, mask_share=None):
+    return batch.BatchImages(ids=[0], labels=[-1], images=[b""], masks=None, mask_share=mask_share, nfe=nfe)
+
+
 def test_the_recorded_evaluations_are_the_mean_of_the_batches(pipeline, tmp_path):
     """Guidance methods may decide while they run whether to evaluate the network."""
     sampling_run = run_in(tmp_path)
     for nfe in (2.0, 3.0, 4.0):
-        sampling_run.record_batch(pipeline, nfe, 1.5)
+        sampling_run.record_batch(pipeline, batch_images(nfe), 1.5)
     recorded = read_run_json(tmp_path)
     assert (recorded["nfe"], recorded["seconds"]) == (3.0, 4.5)
     assert recorded["flops"] == 3 * flops_per_evaluation(pipeline.network.settings)
+    assert recorded["mask_share"] is None
+
+
+def test_the_recorded_share_of_masked_pixels_is_the_mean_of_the_batches(pipeline, tmp_path):
+    sampling_run = run_in(tmp_path)
+    for share in (0.1, 0.2, 0.6):
+        sampling_run.record_batch(pipeline, batch_images(2.0, share), 1.5)
+    assert read_run_json(tmp_path)["mask_share"] == pytest.approx(0.3)
 
 
 def test_the_seconds_of_a_batch_are_without_its_unguided_images(pipeline, tmp_path, monkeypatch):
@@ -47,7 +59,8 @@ def test_the_seconds_of_a_batch_are_without_its_unguided_images(pipeline, tmp_pa
     monkeypatch.setattr(run.time, "monotonic", lambda: seconds[0])
     sampling_run = run_in(tmp_path / "run", "--compare", "--num_samples", "2", "--batch_size", "2")
     with ProgressReporter("sampling", 2, "off") as progress:
-        assert sampling_run.write_batch(pipeline, [0, 1], progress) == (2.0, 2.0)
+        images, seconds = sampling_run.write_batch(pipeline, [0, 1], progress)
+    assert (images.nfe, seconds) == (2.0, 2.0)
 
 
 def test_a_record_of_another_process_is_not_replaced_by_that_of_the_beginning(pipeline, tmp_path, monkeypatch):
