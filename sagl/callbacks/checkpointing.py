@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
 from sagl.data.dataloader import ResumableDataLoader
+from sagl.errors import require
 from sagl.settings.training import CheckpointSettings, PreviewSettings
 from sagl.utils.files import atomic_file, partial_pattern, remove_partial
 from sagl.utils.signals import Interrupted
@@ -124,7 +125,18 @@ class ResumableCheckpoint(Checkpoint):
     # ------------------------------------------------------------------------------------------------------ what
 
     def _save(self, trainer: Trainer) -> None:
+        """Save unless the weights are damaged, which no resumed run could use.
+
+        Raises:
+            UserError: a weight is not finite, or the file cannot be written; the previous file is intact.
+        """
         start_time = time.monotonic()
+        require(
+            all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()),
+            f"`model.optimizer.learning_rate` must keep the weights finite, and they are not after step "
+            f"{trainer.global_step}. Lower it, or set trainer.gradient_clip_val, and resume from step "
+            f"{self._saved_step}.",
+        )
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         self._save_seconds = self._saved_time - start_time

@@ -73,7 +73,7 @@ def fit(parser: Parser, config: Namespace) -> None:
     with (
         file_errors(Path(config.output), numbers=NO_SPACE),  # of a logger
         refuse_out_of_memory(*MEMORY_HINT),
-        on_stop_signal(savers[0].request_stop if savers else _end_without_save),
+        on_stop_signal(savers[0].request_stop if savers else _end_without_save, repeat_seconds=1.0),
     ):
         trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
 

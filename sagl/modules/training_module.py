@@ -165,18 +165,12 @@ class TrainingModule(LightningModule):
         """Log the rank means of `values` if the loss, the first of them, is finite on all ranks; return whether it is.
 
         Raises:
-            UserError: the loss was not finite too many times in a row.
+            UserError: too many batches were skipped in a row.
         """
         means = self._all_reduce(torch.stack([value.detach() for value in values.values()]), "mean")
         finite = bool(torch.isfinite(means[0]))
-        self.num_skipped += not finite
-        self.num_skipped_in_a_row = 0 if finite else self.num_skipped_in_a_row + 1
-        require(
-            self.num_skipped_in_a_row <= self.settings.max_nonfinite_batches,
-            f"`model.max_nonfinite_batches` allows {self.settings.max_nonfinite_batches} batches in a row with a "
-            f"non-finite loss, got {self.num_skipped_in_a_row}. Lower model.optimizer.learning_rate, or set "
-            "trainer.gradient_clip_val, and resume.",
-        )
+        if not finite:
+            self._count_skipped_batch()
         self._step_has_gradient |= finite
         if self.logs_this_step:
             self.log("train/skipped_batches", float(self.num_skipped))
@@ -184,6 +178,21 @@ class TrainingModule(LightningModule):
             self.log_dict({f"train/{name}": mean for name, mean in zip(values, means, strict=True)})
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return finite
+
+    def _count_skipped_batch(self) -> None:
+        """Count a batch whose loss or gradient is not finite.
+
+        Raises:
+            UserError: there were too many since the last step with a finite gradient.
+        """
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        require(
+            self.num_skipped_in_a_row <= self.settings.max_nonfinite_batches,
+            f"`model.max_nonfinite_batches` allows {self.settings.max_nonfinite_batches} batches in a row with a "
+            f"loss or gradient that is not finite, got {self.num_skipped_in_a_row}. Lower "
+            "model.optimizer.learning_rate, or set trainer.gradient_clip_val, and resume.",
+        )
 
     @property
     def logs_this_step(self) -> bool:
@@ -267,13 +276,27 @@ class TrainingModule(LightningModule):
         self._batch_end_time = None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ANN401 (Lightning's own)
-        """Log the gradient norm before clipping; drop the gradients if all accumulated batches were skipped."""
-        if not self._step_has_gradient:
+        """Log the gradient norm before clipping; drop gradients that are not finite, or of skipped batches only.
+
+        Raises:
+            UserError: too many batches were skipped in a row.
+        """
+        has_gradient, self._step_has_gradient = self._step_has_gradient, False
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        is_finite = bool(norm.isfinite())
+        if has_gradient and is_finite:
+            self.num_skipped_in_a_row = 0
+        else:
             optimizer.zero_grad()  # with gradients of 0, AdamW's moments would still move the weights
-        self._step_has_gradient = False
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradients and self.logs_this_step:
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if has_gradient and not is_finite and not self._scales_gradients:
+            self._count_skipped_batch()
+        if self.logs_this_step:
+            self.log("train/grad_norm", norm)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        """True for 16-mixed, whose scale of the loss is lowered after a gradient that overflows."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     # --------------------------------------------------------------------------------------------- checkpoints
 

@@ -162,7 +162,7 @@ class TrainingSettings:
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.*."""
     max_nonfinite_batches: int = 10
-    """Skipped batches in a row, with a non-finite loss, before training ends."""
+    """Skipped batches in a row, with a loss or gradient that is not finite, before training ends."""
     seed: int = 0
     """Random seed of initial weights, noise, timesteps, label dropout and dropout."""
 

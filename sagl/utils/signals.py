@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -37,16 +38,25 @@ def raise_interrupted(number: int) -> None:
 
 
 @contextmanager
-def on_stop_signal(handler: Callable[[int], None]) -> Iterator[None]:
+def on_stop_signal(handler: Callable[[int], None], repeat_seconds: float = 0) -> Iterator[None]:
     """Call `handler` with the number of the first stop signal; a second one ends the process at once.
 
     A signal that the process was started to ignore, such as SIGHUP by nohup, stays ignored.
+
+    Args:
+        handler: function that is called with the number of the signal.
+        repeat_seconds: time in which further signals are taken for the first one, and ignored. torchrun passes on a
+            signal that the scheduler has already sent to all processes.
     """
 
     def handle(number: int, _: Any) -> None:  # noqa: ANN401 (a frame)
-        for other in STOP_SIGNALS:
-            if signal.getsignal(other) == handle:
-                signal.signal(other, signal.SIG_DFL)
+        handled = [other for other in STOP_SIGNALS if signal.getsignal(other) == handle]
+        if repeat_seconds:
+            for other in handled:
+                signal.signal(other, signal.SIG_IGN)
+            time.sleep(repeat_seconds)
+        for other in handled:
+            signal.signal(other, signal.SIG_DFL)
         handler(number)
 
     with _stop_signals_handled_by(handle):

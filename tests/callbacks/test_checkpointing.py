@@ -139,6 +139,28 @@ def test_a_resumed_run_counts_from_the_step_that_it_continues_from(tmp_path, clo
 # --------------------------------------------------------------------------------- last.ckpt: whole or not at all
 
 
+class DamageWeights(Callback):
+    """Sets the weights to nan after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.step:
+            for parameter in module.parameters():
+                parameter.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(("settings", "step"), [({"save_every_steps": 2}, 3), ({}, 5)], ids=["periodic", "at the end"])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(settings, step, tmp_path):
+    path = tmp_path / "last.ckpt"
+    fit_line(callbacks=[last(path)], max_steps=2)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=r"weights finite.*after step.*resume from step 2"):
+        fit_line(callbacks=[DamageWeights(step), last(path, **settings)], max_steps=5, ckpt_path=path)
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize("exception", [RuntimeError("out of memory"), MemoryError()])
 def test_a_run_that_fails_leaves_the_last_save_which_continues_to_the_same_weights(exception, tmp_path, clock):
     path = tmp_path / "last.ckpt"

@@ -273,6 +273,29 @@ def test_too_many_skipped_batches_in_a_row_end_the_training():
     assert fit_with_nan((1, 2, 4, 5), steps=8, max_nonfinite_batches=2)[0].num_skipped == 4
 
 
+def fit_with_nan_gradient(nan_steps, steps, **options):
+    """Fit with a gradient of nan in these steps; return the module and a weight after every batch."""
+    module, weights = diffusion(optimizer=OptimizerSettings(learning_rate=1e-3), **options), []
+    module.on_train_batch_end = lambda *_: weights.append(module.network.out[2].weight.detach().clone())
+    module.network.out[2].weight.register_hook(lambda g: g * torch.nan if module.global_step in nan_steps else g)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+    trainer(max_steps=steps).fit(module, loader, loader)
+    return module, weights
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    module, weights = fit_with_nan_gradient((1,), steps=3)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert all(p.isfinite().all() for p in module.network.parameters())
+    assert (module.num_skipped, module.num_skipped_in_a_row) == (1, 0)
+
+
+def test_too_many_gradients_in_a_row_that_are_not_finite_end_the_training():
+    with pytest.raises(UserError, match="max_nonfinite_batches"):
+        fit_with_nan_gradient((1, 2, 3), steps=8, max_nonfinite_batches=2)
+
+
 @pytest.mark.parametrize(("nan_batches", "learns"), [((2, 3), False), ((2,), True), ((3,), True)])
 def test_an_accumulated_step_learns_from_its_finite_batches(nan_batches, learns):
     module, weights = fit_with_nan(nan_batches, accumulate_grad_batches=2)
