@@ -10,8 +10,9 @@ from jsonargparse import Namespace
 from sagl.callbacks.checkpointing import ResumableCheckpoint
 from sagl.configuration.parser import Parser, from_namespace
 from sagl.errors import require
-from sagl.models.adm import Classifier, UNet
 from sagl.models.transfer import load_initial_weights
+from sagl.modules.classifier_module import ClassifierModule
+from sagl.modules.diffusion_module import DiffusionModule
 from sagl.modules.direction_head_module import DirectionHeadModule
 from sagl.settings.training import CheckpointSettings
 from sagl.training.setup import prepare_evaluation, prepare_fit
@@ -52,7 +53,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
             return
         trainer, module, data, _ = prepare_evaluation(parser, config)
         assert not isinstance(module, DirectionHeadModule)
-        _load_weights(module.network, config)
+        _load_weights(module, config)
         report_slow_precision(trainer.precision, trainer.strategy.root_device)
         with refuse_out_of_memory(*MEMORY_HINT):
             (trainer.validate if command == "validate" else trainer.test)(module, data, verbose=False)
@@ -67,7 +68,7 @@ def fit(parser: Parser, config: Namespace) -> None:
     """
     trainer, module, data, resume_from = prepare_fit(parser, config, from_namespace(CheckpointSettings, config))
     if resume_from is None and not isinstance(module, DirectionHeadModule):
-        _load_weights(module.network, config)
+        _load_weights(module, config)
     report_slow_precision(trainer.precision, trainer.strategy.root_device)
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumableCheckpoint)]
     with (
@@ -87,10 +88,10 @@ def _end_without_save(number: int) -> None:
     raise Interrupted(number, "the training has ended, and nothing of it was saved", is_lost=True)
 
 
-def _load_weights(network: UNet | Classifier, config: Namespace) -> None:
+def _load_weights(module: DiffusionModule | ClassifierModule, config: Namespace) -> None:
     """Load the weights of `checkpoint` if it is given, and say on rank 0 if they are random or were adapted."""
-    message = "The training starts from random weights, as there is no checkpoint."
+    messages = ["The training starts from random weights, as there is no checkpoint."]
     if config.checkpoint:
-        message = load_initial_weights(network, config.checkpoint, config.weights)
-    if message and global_rank() == 0:
+        messages = load_initial_weights(module.network, module.diffusion_settings, config.checkpoint, config.weights)
+    for message in messages if global_rank() == 0 else ():
         print(message)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -102,14 +102,22 @@ def read_checkpoint(
     )
 
 
-def read_state_dict(path: Path, weights: str = "ema") -> tuple[Mapping[str, Tensor], NetworkSettings | None]:
-    """Read the weights of a file, and the settings of its network if it has them; see `read_checkpoint`.
+class Weights(NamedTuple):
+    """Weights of a file, with the settings of its network and process if it has them."""
+
+    state_dict: Mapping[str, Tensor]
+    settings: NetworkSettings | None = None
+    diffusion: DiffusionSettings | None = None
+
+
+def read_state_dict(path: Path, weights: str = "ema") -> Weights:
+    """Read the weights of a file, which need not contain the settings of its network; see `read_checkpoint`.
 
     Raises:
         UserError: As `read_checkpoint`.
     """
     state_dict, metadata = _read(path, weights)
-    return state_dict, settings_from_metadata(metadata, path)[0] if metadata else None
+    return Weights(state_dict, *settings_from_metadata(metadata, path)) if metadata else Weights(state_dict)
 
 
 def write_checkpoint(checkpoint: NetworkWeights, path: Path) -> None:

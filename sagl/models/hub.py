@@ -140,7 +140,7 @@ class HubUNet(
         Raises:
             UserError: The file is damaged or contains code, or names or shapes differ.
         """
-        state_dict, _ = read_state_dict(Path(model_file))
+        state_dict = read_state_dict(Path(model_file)).state_dict
         check_state_dict(model.state_dict(), state_dict)
         model.load_state_dict(state_dict)
         return model.eval()

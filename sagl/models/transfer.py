@@ -1,6 +1,7 @@
 """Fine-tuning: load weights of a network with other classes, and freeze parameters."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from sagl.models.checkpoints import read_state_dict
 from sagl.models.loading import load
 from sagl.models.metadata import WEIGHT_SUFFIXES
 from sagl.models.state_dicts import check_state_dict
-from sagl.settings.network import NetworkSettings, UNetSettings
+from sagl.models.zoo import name_from_filename
+from sagl.settings.diffusion import DiffusionSettings
+from sagl.settings.network import SETTINGS_CLASSES, ClassifierSettings, NetworkSettings, UNetSettings
 
 LABELS = "label_emb.weight"
 """Label embeddings (classes, width), followed by that of the null label if there is one."""
@@ -21,20 +24,57 @@ DEGRADED = "degraded_emb"
 """Embedding (width,) that is added if x_t was degraded."""
 
 
-def load_initial_weights(network: UNet | Classifier, checkpoint: str, weights: str = "ema") -> str:
+def load_initial_weights(
+    network: UNet | Classifier, diffusion: DiffusionSettings, checkpoint: str, weights: str = "ema"
+) -> list[str]:
     """Load weights from a file, or of a network by its name.
 
+    Args:
+        network: the network.
+        diffusion: the process that it is used with.
+        checkpoint: file or name.
+        weights: weights of a training checkpoint: ema, ema:DECAY or raw.
+
     Returns:
-        A message on how its classes were adapted; empty if they match.
+        Messages on how the classes were adapted, and on what differs in the process; none if all is the same.
 
     Raises:
-        UserError: the checkpoint cannot be read, or has weights of other shapes.
+        UserError: the checkpoint cannot be read, has weights of other shapes, or is of a network with other settings.
     """
     path = Path(checkpoint)
-    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
-        return load_pretrained_weights(network, *read_state_dict(path, weights)) or ""
-    pretrained = load(checkpoint, weights)
-    return load_pretrained_weights(network, pretrained.state_dict, pretrained.model_settings) or ""
+    if (path.suffix in WEIGHT_SUFFIXES or path.is_file()) and name_from_filename(path) is None:
+        state_dict, settings, process = read_state_dict(path, weights)
+    else:
+        pretrained = load(checkpoint, weights)
+        state_dict, settings, process = pretrained.state_dict, pretrained.model_settings, pretrained.diffusion
+    adapted = load_pretrained_weights(network, state_dict, settings)
+    if isinstance(settings, UNetSettings | ClassifierSettings):
+        _check_architecture(network.settings, settings, checkpoint)
+    changes = [
+        f"{name} {old} (now {new})"
+        for name, old in (asdict(process) if process else {}).items()
+        if (new := getattr(diffusion, name)) != old
+    ]
+    other = f"The weights were trained with {', '.join(changes)}." if changes else None
+    return [message for message in (adapted, other) if message]
+
+
+def _check_architecture(
+    network: UNetSettings | ClassifierSettings, file: UNetSettings | ClassifierSettings, checkpoint: str
+) -> None:
+    """Compare the settings that change the output of a network, but not the names and shapes of its weights.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    (key,) = (key for key, cls in SETTINGS_CLASSES.items() if isinstance(network, cls))
+    num_heads = () if file.num_head_channels else ("num_heads", "num_heads_upsample")
+    for name in ("use_new_attention_order", "num_head_channels", *num_heads):
+        expected, actual = (getattr(settings, name, None) for settings in (file, network))
+        require(
+            expected == actual,
+            f"`model.{key}.{name}` must be {expected}, as in the network of {checkpoint}, got {actual}.",
+        )
 
 
 def load_pretrained_weights(

@@ -20,7 +20,7 @@ COMMAND_SETTINGS = ("config", "output", "resume")
 
 
 def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse a network or frozen parts other than those of the checkpoint, whose weights and moments would not fit.
+    """Refuse another network, process or frozen parts than those of the checkpoint, whose state would not fit.
 
     Args:
         saved: hyperparameters in the checkpoint.
@@ -45,6 +45,9 @@ def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) 
                 name in TRAINING_ONLY or _plain(value) == _plain(old),
                 f"`model.{key}.{name}` must be {old}, as in the run that is resumed, got {value}.",
             )
+    for name, value in current["diffusion"].items():
+        old = saved["diffusion"].get(name, value)
+        require(value == old, f"`model.diffusion.{name}` must be {old}, as in the run that is resumed, got {value}.")
     old, new = (list(parameters.get("freeze", ())) for parameters in (saved, current))
     require(old == new, f"`model.freeze` must be {old}, as in the run that is resumed, got {new}.")
 

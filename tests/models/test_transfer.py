@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sagl.errors import UserError
-from sagl.models.transfer import LABELS, freeze, load_pretrained_weights
+from sagl.models.transfer import LABELS, freeze, load_initial_weights, load_pretrained_weights
+from sagl.models.zoo import RELEASED
+from sagl.settings.diffusion import DiffusionSettings
 from tests.helpers.errors import refused
-from tests.helpers.networks import grey_classifier, grey_unet
+from tests.helpers.networks import grey_classifier, grey_unet, write_grey_unet
 
 
 def output(network, labels):
@@ -94,6 +98,35 @@ def test_a_classifier_of_other_classes_keeps_only_its_own_last_layer(pool):
 def test_weights_that_differ_elsewhere_are_refused(network, other):
     with pytest.raises(UserError, match=r"`checkpoint` .*parameters differ"):
         load_pretrained_weights(network(), other().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"use_new_attention_order": True}, "use_new_attention_order"),
+        ({"num_heads": 1}, "num_heads"),
+        ({"num_head_channels": 16}, "num_head_channels"),
+    ],
+)
+def test_settings_that_no_weight_shows_must_be_those_of_the_file(change, name, tmp_path):
+    path = write_grey_unet(tmp_path / "network.safetensors")
+    with pytest.raises(UserError, match=rf"`model\.network\.{name}` must be .*network\.safetensors"):
+        load_initial_weights(grey_unet(**change), DiffusionSettings(), str(path))
+
+
+def test_the_file_of_a_released_network_is_known_by_its_name(tmp_path, monkeypatch):
+    entry = replace(RELEASED["imagenet64"], settings=grey_unet().settings)
+    monkeypatch.setitem(RELEASED, "imagenet64", entry)
+    torch.save(grey_unet().state_dict(), tmp_path / entry.file)
+    with pytest.raises(UserError, match=r"`model\.network\.use_new_attention_order`"):
+        load_initial_weights(grey_unet(use_new_attention_order=True), entry.diffusion, str(tmp_path / entry.file))
+
+
+def test_another_process_than_that_of_the_weights_is_reported(tmp_path):
+    path = write_grey_unet(tmp_path / "network.safetensors")
+    assert load_initial_weights(grey_unet(), DiffusionSettings(), str(path)) == []
+    (message,) = load_initial_weights(grey_unet(), DiffusionSettings(noise_schedule="cosine"), str(path))
+    assert "noise_schedule linear (now cosine)" in message
 
 
 def test_frozen_parameters_are_those_that_match():

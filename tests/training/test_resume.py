@@ -6,8 +6,10 @@ from sagl.training.resume import changed_settings, check_same_parameters
 from tests.helpers.errors import refused
 
 HPARAMS = {"network": {"num_channels": 32, "channel_mult": (1, 2), "dropout": 0.0}, "freeze": ()}
+HPARAMS["diffusion"] = {"noise_schedule": "linear", "num_timesteps": 1000}
 HEAD = {"width": 8, "network_rms": (0.5, 0.0, 1.25)}
 """Hyperparameters of a direction head of a network with three tensors."""
+HEAD_HPARAMS = {"direction_head": HEAD, "diffusion": HPARAMS["diffusion"]}
 
 
 def test_changed_settings_are_listed_by_full_names_with_both_values(tmp_path):
@@ -32,7 +34,7 @@ def test_other_initial_weights_are_refused_because_a_resumed_training_does_not_r
 
 
 def test_the_network_and_the_trained_parameters_must_stay_the_same():
-    loaded = {"network": {"num_channels": 32, "channel_mult": [1, 2]}, "freeze": []}  # of an older version, as lists
+    loaded = HPARAMS | {"network": {"num_channels": 32, "channel_mult": [1, 2]}, "freeze": []}  # of an older version
     check_same_parameters(HPARAMS, HPARAMS)
     check_same_parameters(loaded, HPARAMS | {"network": HPARAMS["network"] | {"dropout": 0.1}})
 
@@ -42,11 +44,12 @@ def test_the_network_and_the_trained_parameters_must_stay_the_same():
     [
         ({"network": HPARAMS["network"] | {"num_channels": 64}}, "model.network.num_channels"),
         ({"network": HPARAMS["network"] | {"channel_mult": (1, 2, 3)}}, "model.network.channel_mult"),
+        ({"diffusion": HPARAMS["diffusion"] | {"num_timesteps": 500}}, "model.diffusion.num_timesteps"),
         ({"freeze": ("input_blocks.*",)}, "model.freeze"),
         ({"network": None, "classifier": {}}, "model."),
     ],
 )
-def test_another_network_or_other_frozen_parts_are_refused_by_name(changed, name):
+def test_another_network_process_or_other_frozen_parts_are_refused_by_name(changed, name):
     with pytest.raises(UserError, match=f"`{name}"):
         check_same_parameters(HPARAMS, HPARAMS | changed)
 
@@ -54,13 +57,13 @@ def test_another_network_or_other_frozen_parts_are_refused_by_name(changed, name
 @pytest.mark.parametrize("rounding", [1e-7, -1e-7, 2**-9])
 def test_a_head_is_resumed_whatever_the_rounding_of_its_networks_root_mean_squares(rounding):
     changed = [value * (1 + rounding) for value in HEAD["network_rms"]]
-    check_same_parameters({"direction_head": HEAD}, {"direction_head": HEAD | {"network_rms": changed}})
+    check_same_parameters(HEAD_HPARAMS, HEAD_HPARAMS | {"direction_head": HEAD | {"network_rms": changed}})
 
 
 @pytest.mark.parametrize("changed", [(0.5, 0.0, 1.27), (0.5, 0.1, 1.25), (0.5, 0.0), (0.5, 0.0, float("nan"))])
 def test_a_head_of_another_network_is_not_resumed(changed):
     with refused("`checkpoint`", "another"):
-        check_same_parameters({"direction_head": HEAD}, {"direction_head": HEAD | {"network_rms": changed}})
+        check_same_parameters(HEAD_HPARAMS, HEAD_HPARAMS | {"direction_head": HEAD | {"network_rms": changed}})
 
 
 @pytest.mark.parametrize(
