@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     if num_requested > count:
         print(f"{run} has {count} of {num_requested} images so far.")
     _check_files(flags.grid, flags.npz)
-    from sagl.sampling.exports import require_no_other_images, write_grid, write_images, write_npz
+    from sagl.sampling.exports import GRID_SAMPLES, require_no_other_images, write_grid, write_images, write_npz
 
     if flags.images is not None:
         require_no_other_images(run, Path(flags.images), num_samples, "images")
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         if (path := flags[name]) is not None:
             with (lock_folder if name == "images" else lock_file)(Path(path), name):
                 write(run, Path(path), num_samples, argument=name)
-            print(f"{path}: {num_samples} images.")
+            print(f"{path}: {min(num_samples, GRID_SAMPLES) if name == 'grid' else num_samples} images.")
 
 
 def _check_files(grid: str | None, npz: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sagl.configuration.sample import parse_sample_config, sample_parser
 from sagl.sampling.run import EXPORTS, SampleConfig, SamplingRun, lock_run
-from sagl.sampling.run_folder import SHARDS, count_images
+from sagl.sampling.run_folder import SHARDS, count_images, remove_superseded
 from sagl.utils.distributed import (
     global_rank,
     has_launched_peers,
@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
             stack.enter_context(lock_run(config.output))
             run = SamplingRun.open(config, command)
             remove_partial(run.folder, "*", f"{SHARDS}/*")
+            remove_superseded(run.folder)
             batches, pipeline = run.missing_batches(), None
             if batches:
                 run.prepare_folder(batches)
@@ -104,6 +105,9 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
     num_batches, num_ranks = len(run.config.batches), num_processes(config.devices)[1]
     if num_batches < num_ranks:
         print(f"{num_ranks} processes share {num_batches} batches, so some have no work. Lower --batch_size.")
+    size, count = run.config.samples.effective_batch_size, run.config.samples.num_samples
+    if (num_computed := num_batches * size) > 1.1 * count:
+        print(f"Batches start at multiples of --batch_size {size} and are computed whole: {num_computed} for {count}.")
     if choices:
         accelerator = "cpu" if select_device(config.devices).type == "cpu" else "gpu"
         choices.insert(0, f"--trainer.accelerator {accelerator}")

@@ -17,7 +17,7 @@ from sagl.settings.sampling import RunSettings, id_batches
 from sagl.utils.images import save_png, to_rgb, to_uint8
 {setup}
 checkpoint = {load}
-network = cast_weights(build_network(checkpoint), {precision!r}, torch.device({device!r}))
+network = cast_weights(build_network(checkpoint), {precision!r}, torch.device({device!r})){compile}
 sampler = {sampler}
 guidances = {guidances}
 pipeline = build_pipeline(network, checkpoint.diffusion, sampler, guidances{checkpoint})
@@ -53,13 +53,17 @@ def python_text(run: SamplingRun) -> str:
         ]
         settings = f"{source.network!r}, {source.diffusion!r}"
         load = f"read_checkpoint(Path({str(run.checkpoint)!r}), {source.weights!r}, {settings})"
-    setup = "from sagl.utils.environment import disable_tf32\n\ndisable_tf32()" if device == "cuda" else ""
+    setup = ""
+    if device == "cuda":
+        setup = "from sagl.utils.environment import disable_tf32, use_deterministic_algorithms\n\n"
+        setup += "disable_tf32()\nuse_deterministic_algorithms()"
     return TEMPLATE.format(
         imports="\n".join(imports),
         setup=setup,
         load=load,
         precision=config.devices.precision,
         device=device,
+        compile="\nnetwork.compile(dynamic=False)" if config.devices.compile else "",
         sampler=constructor(config.sampler),
         guidances="{" + ", ".join(f"{name!r}: {constructor(guidance)}" for name, guidance in guidances.items()) + "}",
         samples=constructor(config.samples),

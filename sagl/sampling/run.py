@@ -118,6 +118,12 @@ class SampleConfig:
         return [range(max(first, ids[0]), min(end, ids[-1] + 1)) for ids in id_batches(self.samples)]
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python, sagl and the libraries that compute images."""
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "sagl": sagl.__version__, **libraries}
+
+
 def lock_run(folder: Path) -> AbstractContextManager[None]:
     """Hold a run folder for this command, unless it is a run that cannot be written to.
 
@@ -138,6 +144,8 @@ class SamplingRun:
     network: UNetSettings
     metadata: dict[str, Any]
     """Content of run.json."""
+    command: str = ""
+    """Command line, which is recorded if images are sampled."""
 
     @classmethod
     def open(cls, config: SampleConfig, command: str = "") -> "SamplingRun":
@@ -147,7 +155,7 @@ class SamplingRun:
 
         Args:
             config: the configuration.
-            command: command line to record.
+            command: command line to record if images are sampled.
 
         Raises:
             UserError: two of them are incompatible.
@@ -177,12 +185,11 @@ class SamplingRun:
             "mask_share": metadata.get("mask_share"),
             "seconds": metadata.get("seconds", 0.0),
             "num_timed_batches": metadata.get("num_timed_batches", 0),
-            "versions": {"python": platform.python_version(), "sagl": sagl.__version__}
-            | {name: version(name) for name in LIBRARIES},
-            "command": command,
+            "versions": metadata.get("versions") or installed_versions(),
+            "command": metadata.get("command") or command,
             "exports": metadata.get("exports", {}),
         }
-        return cls(config=config, checkpoint=checkpoint, network=network, metadata=metadata)
+        return cls(config=config, checkpoint=checkpoint, network=network, metadata=metadata, command=command)
 
     @classmethod
     def without_folder(cls, config: SampleConfig) -> "SamplingRun":
@@ -211,7 +218,7 @@ class SamplingRun:
         return sum(len(ids) for ids in batches if (ids[0], ids[-1]) in shards)
 
     def prepare_folder(self, batches: Sequence[Sequence[int]]) -> None:
-        """Remove damaged shards, and record the number of threads.
+        """Remove damaged shards, and record what is about to sample others: command, versions and threads.
 
         Raises:
             UserError: the folder cannot be written.
@@ -224,7 +231,15 @@ class SamplingRun:
                 f"{self.folder} was sampled with {old_threads} threads per process, and this command uses {threads}: "
                 "new images may differ from those of one command in the last bits."
             )
-        self.metadata |= {"threads": old_threads or threads, "exports": {}}
+        versions = installed_versions()
+        old_versions = {name: self.metadata["versions"].get(name, new) for name, new in versions.items()}
+        changes = [f"{name} {old} (now {new})" for name, new in versions.items() if (old := old_versions[name]) != new]
+        if changes:
+            print(
+                f"{self.folder} was sampled with {', '.join(changes)}: new images may differ from those of one command."
+            )
+        new = {"command": self.command, "versions": versions, "threads": old_threads or threads, "exports": {}}
+        self.metadata |= new
 
     def build_pipeline(self, device: "torch.device") -> "SamplingPipeline":
         """Load the weights and build the pipeline.

@@ -351,7 +351,7 @@ class EpsScaling(GuidanceSettings):
     scale: float = 0.0
     """Excess of the divisor over 1 in the cleanest step, such as 0.005; 0 is off and costs nothing."""
     slope: float = 0.0
-    """Increase of the divisor per step, from the cleanest to the noisiest."""
+    """Increase of the divisor per step, from the cleanest to the noisiest, if the scale is not 0."""
 
 
 def effective_kernel_size(kernel_size: int | None, image_size: int, group: str = "sag") -> int:

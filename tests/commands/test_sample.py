@@ -14,7 +14,7 @@ import sagl
 from sagl.data.transforms import decode_image
 from sagl.models.checkpoints import build_network, read_checkpoint, write_checkpoint
 from sagl.models.memory import estimate_memory
-from sagl.sampling import choices
+from sagl.sampling import choices, run
 from sagl.sampling.pipeline import build_pipeline, make_labels
 from sagl.sampling.run_folder import encode_png, iter_samples
 from sagl.settings.diffusion import DiffusionSettings
@@ -265,6 +265,30 @@ def test_the_same_command_writes_a_deleted_export_again(pattern, compared, tiny,
     assert names[0] == names[1]
 
 
+def test_an_export_alone_changes_neither_the_recorded_command_nor_the_versions(compared, tiny, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "run")
+    metadata = metadata_of(folder)
+    (folder / "grid.png").unlink()
+    sample(folder, "--num_samples", "2", "--compare", *GUIDED, network=tiny)
+    assert metadata_of(folder) == metadata
+
+
+def test_other_versions_of_libraries_are_reported_when_a_run_is_continued(tiny, tmp_path, capsys, monkeypatch):
+    folder = sample(tmp_path / "run", *TWO, network=tiny)
+    monkeypatch.setattr(run, "version", lambda name: "9.9" if name == "torch" else version(name))
+    capsys.readouterr()
+    sample(folder, "--num_samples", "6", *SHORT, network=tiny)
+    assert f"torch {version('torch')} (now 9.9)" in capsys.readouterr().out
+    assert metadata_of(folder)["versions"]["torch"] == "9.9"
+
+
+def test_a_shard_that_a_longer_one_contains_is_removed_even_if_nothing_is_missing(compared, tiny, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "run")
+    shutil.copy(folder / "shards/000004-000005.tar", folder / "shards/000004-000004.tar")
+    sample(folder, "--num_samples", "6", "--compare", *GUIDED, network=tiny)
+    assert set(shards_of(folder)) == set(shards_of(compared))
+
+
 def test_large_runs_have_only_the_requested_exports(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sagl.sampling.run.DEFAULT_EXPORTS_MAX_IMAGES", 1)
     folder = sample(tmp_path / "run", *TWO, "--exports", "npz", network=tiny)
@@ -285,6 +309,11 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(processes, tiny, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------ choices for a machine
+
+
+def test_images_that_are_computed_in_addition_are_announced(tiny, tmp_path, capsys):
+    sample(tmp_path / "run", "--first_id", "3", *TWO, network=tiny)
+    assert "multiples of --batch_size 4 and are computed whole: 8 for 2." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
