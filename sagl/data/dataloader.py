@@ -117,7 +117,7 @@ class CorruptImageLog:
                     file.write(f"{name}\n")
             require(
                 len(self.names) <= self.max_images,
-                f"`data.max_corrupt_fraction` allows {self.max_images} corrupt images per process, and there are more, "
+                f"`data.max_corrupt_fraction` allows {self.max_images} corrupt images, and there are more, "
                 f"the last of them {name}{f' (all: {self.path})' if self.path else ''}. Repair or remove them, or "
                 "raise the limit.",
             )

@@ -216,12 +216,15 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def corrupt_log(self) -> CorruptImageLog:
-        """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0."""
-        rank, world_size = rank_and_world_size(self.trainer)
+        """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0.
+
+        The limit is the same on each rank: every epoch distributes the images anew, so each rank meets all of them.
+        """
+        rank, _ = rank_and_world_size(self.trainer)
         path = None
         if self.trainer and self.trainer.state.fn == "fit" and not getattr(self.trainer, "fast_dev_run", False):
             path = Path(self.trainer.default_root_dir) / f"corrupt_images{f'_{rank}' if rank else ''}.txt"
-        return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images) / world_size))
+        return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images)))
 
     @property
     def has_labels(self) -> bool:

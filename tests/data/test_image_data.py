@@ -169,6 +169,12 @@ def test_corrupt_images_of_training_and_validation_count_together():
         num_read(max_corrupt_fraction=0.01)  # of twelve images, rounded up
 
 
+def test_the_limit_on_corrupt_images_does_not_depend_on_the_number_of_processes():
+    """Every process meets every corrupt image in time, as each epoch is shuffled anew."""
+    trainer = FakeTrainer({**COLOUR, "num_classes": None, "null_label": False}, world_size=8)
+    assert data_module(trainer, image_size=None, max_corrupt_fraction=0.5).corrupt_log.max_images == 6
+
+
 def test_the_default_number_of_workers_is_the_number_of_cores_and_at_most_eight(monkeypatch):
     for cores, workers in ((1, 1), (6, 6), (64, 8)):
         monkeypatch.setattr("sagl.utils.environment.available_cpus", lambda cores=cores: cores)
