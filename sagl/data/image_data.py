@@ -40,6 +40,8 @@ NO_LABEL = -1
 """Label of an image without a class."""
 RANGES = {"batch_size": (1, MAX_BATCH_SIZE), "num_workers": (0, 4096), "image_size": (1, LARGEST["image_size"])}
 """Smallest and largest values of settings of a data module."""
+MAX_UNREADABLE = 100
+"""Unreadable images in a row at which reading ends, as when a network folder has disappeared."""
 
 
 class ImageSource(ABC):
@@ -112,21 +114,22 @@ class ImageDataset(EpochDataset):
         The next readable image replaces a corrupt one.
 
         Raises:
-            UserError: no image is readable.
+            UserError: `MAX_UNREADABLE` images in a row, or all, are unreadable.
         """
-        errors: list[Exception] = []
-        for offset in range(len(self)):
+        max_images = min(MAX_UNREADABLE, len(self))
+        first_error: Exception | None = None
+        for offset in range(max_images):
             index = int(self.indices[(item + offset) % len(self)])
             try:
                 pixels = self.source.pixels(index, self.crop.channels)
                 break
             except Exception as error:  # decoders and file systems raise many types
-                errors.append(error)
+                first_error = first_error or error
         else:
             raise UserError(
-                f"`data` must contain readable images, and none of its {len(self)} images is readable. The first "
-                f"error: {type(errors[0]).__name__}: {errors[0]}."
-            ) from errors[0]
+                f"`data` must contain readable images, and none of {max_images} images in a row is readable. The first "
+                f"error: {type(first_error).__name__}: {first_error}."
+            ) from first_error
         square = self.crop(pixels, np.random.default_rng([self.seed, item]))
         corrupt = self.source.name(int(self.indices[item % len(self)])) if offset else ""
         return Item(square.permute(2, 0, 1), self.source.label(index), corrupt)

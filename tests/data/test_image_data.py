@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.data.image_data import ImageDataModule, ImageDataset
+from sagl.data.image_data import MAX_UNREADABLE, ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
 from sagl.modules.classifier_module import ClassifierModule
@@ -49,6 +49,24 @@ def test_a_batch_names_its_corrupt_images():
 def test_a_data_set_without_readable_images_is_refused():
     with pytest.raises(UserError, match=r"`data`.* 3"):
         dataset(b"", b"", b"")[0]
+
+
+class LostSource(MemorySource):
+    """Images whose folder has disappeared."""
+
+    num_read = 0
+
+    def read_bytes(self, index):
+        self.num_read += 1
+        raise FileNotFoundError(f"read {self.num_read}")
+
+
+def test_a_data_set_that_has_disappeared_is_refused_after_a_number_of_images():
+    source = LostSource([b""] * 1000)
+    images = ImageDataset(source, np.arange(1000), CropResize(image_size=8, channels=3))
+    with refused("`data`", MAX_UNREADABLE, "FileNotFoundError: read 1."):
+        images[990]
+    assert source.num_read == MAX_UNREADABLE < 1000
 
 
 class MemoryData(ImageDataModule):
@@ -154,9 +172,10 @@ def test_if_no_image_is_readable_the_message_is_one_line_with_the_first_error(nu
     module = data_module(corrupt=range(12), num_workers=num_workers)
     with pytest.raises(UserError) as error:
         next(iter(module.train_dataloader()))
-    assert str(error.value).startswith("`data` must contain readable images, and none of its 8 images is readable.")
-    assert "UnidentifiedImageError" in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+    message = str(error.value)
+    assert message.startswith("`data` must contain readable images, and none of 8 images in a row is readable.")
+    assert "UnidentifiedImageError" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_corrupt_images_of_training_and_validation_count_together():
