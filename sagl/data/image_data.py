@@ -152,7 +152,7 @@ class ImageDataModule(LightningDataModule):
     max_corrupt_fraction: float = 0.01
     """Largest fraction of all images that may be corrupt before training ends; the next image replaces each."""
     image_size: int | None = None
-    """Side of the images in pixels; by default the network's."""
+    """Side of the images in pixels; by default the network's, which it must equal."""
     random_crop: bool = False
     """Crop training images at random, at 80 to 100 % of the shorter side, rather than at the centre."""
     random_flip: bool = True
@@ -242,7 +242,12 @@ class ImageDataModule(LightningDataModule):
     def _crop(self, *, random_crop: bool = False, random_flip: bool = False) -> CropResize:
         size, channels = self.image_size, 3
         if network := network_in_training(self.trainer):
-            size, channels = size or network.image_size, network.in_channels
+            require(
+                size in (None, network.image_size),
+                f"`data.image_size` must be the network's {network.image_size}, or left out, got {size}. Another size "
+                "needs a network with this image_size.",
+            )
+            size, channels = network.image_size, network.in_channels
             require(
                 channels in (1, 3),
                 f"`data` are read as greyscale or RGB images, and the network has in_channels {channels}. Set "

@@ -120,6 +120,13 @@ def test_size_and_channels_are_those_of_the_network():
         data_module(image_size=None).train_dataloader()
 
 
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_another_size_than_that_of_the_network_is_refused(loader):
+    module = data_module(FakeTrainer({**GREY, "num_classes": None, "null_label": False}), image_size=16)
+    with refused("`data.image_size`", "8", "16"):
+        getattr(module, loader)()
+
+
 def test_images_are_read_as_greyscale_or_rgb_alone():
     module = data_module(FakeTrainer({**GREY, "in_channels": 2, "num_classes": None, "null_label": False}))
     with pytest.raises(UserError, match=r"in_channels 2"):
