@@ -199,15 +199,15 @@ class ImageDataModule(LightningDataModule):
         return training_loader(dataset, self._loader_settings, self.seed, self.trainer, self.corrupt_log)
 
     def val_dataloader(self) -> ImageLoader:
-        return self._eval_loader(slice(self.num_validation))
+        return self._eval_loader(slice(self.num_validation), "data.num_validation")
 
     def test_dataloader(self) -> ImageLoader:
         require(self.num_test > 0, "`data.num_test` must be at least 1 to test, got 0. Give the value of the training.")
-        return self._eval_loader(slice(self.num_validation, self.num_validation + self.num_test))
+        return self._eval_loader(slice(self.num_validation, self.num_validation + self.num_test), "data.num_test")
 
-    def _eval_loader(self, part: slice) -> ImageLoader:
+    def _eval_loader(self, part: slice, argument: str) -> ImageLoader:
         dataset = ImageDataset(self.images, self._shuffled_indices[part], self._crop())
-        return eval_loader(dataset, self._loader_settings, self.trainer, self.corrupt_log)
+        return eval_loader(dataset, self._loader_settings, self.trainer, argument, self.corrupt_log)
 
     @property
     def _loader_settings(self) -> LoaderSettings:

@@ -113,6 +113,18 @@ def test_the_splits_are_disjoint_and_do_not_depend_on_the_seed():
         data_module().test_dataloader()
 
 
+@pytest.mark.parametrize(("split", "name"), [("val", "num_validation"), ("test", "num_test")])
+def test_fewer_images_than_processes_are_refused_on_every_rank(split, name):
+    network = {**GREY, "num_classes": None, "null_label": False}
+    for rank in range(4):
+        module = data_module(FakeTrainer(network, rank, world_size=4), **{name: 3})
+        with refused(f"`data.{name}`", "3", "4"):
+            getattr(module, f"{split}_dataloader")()
+    trainer = FakeTrainer(network, world_size=4)
+    assert len(data_module(trainer, num_validation=0).val_dataloader()) == 0
+    assert len(data_module(trainer, num_validation=4).val_dataloader()) == 1
+
+
 def test_size_and_channels_are_those_of_the_network():
     module = data_module(FakeTrainer({**GREY, "num_classes": None, "null_label": False}), image_size=None)
     assert next(iter(module.train_dataloader()))[0].shape == (2, 1, 8, 8)
