@@ -51,7 +51,7 @@ def run(command: str, parser: Parser, config: Namespace) -> None:
             with lock_folder(Path(config.output)) if writes else nullcontext():
                 fit(parser, config)
             return
-        trainer, module, data, _ = prepare_evaluation(parser, config)
+        trainer, module, data, _ = prepare_evaluation(parser, config, command)
         assert not isinstance(module, DirectionHeadModule)
         _load_weights(module, config)
         report_slow_precision(trainer.precision, trainer.strategy.root_device)

@@ -117,7 +117,7 @@ class CorruptImageLog:
                     file.write(f"{name}\n")
             require(
                 len(self.names) <= self.max_images,
-                f"`data.max_corrupt_fraction` allows {self.max_images} corrupt images per process, and there are more, "
+                f"`data.max_corrupt_fraction` allows {self.max_images} corrupt images, and there are more, "
                 f"the last of them {name}{f' (all: {self.path})' if self.path else ''}. Repair or remove them, or "
                 "raise the limit.",
             )
@@ -334,10 +334,20 @@ def eval_loader(
     dataset: EpochDataset,
     settings: LoaderSettings,
     trainer: Trainer | None,
+    argument: str,
     corrupt_log: CorruptImageLog | None = None,
 ) -> ImageLoader:
-    """Return the validation or test loader of this rank: every `world_size`-th image, unshuffled."""
+    """Return the validation or test loader of this rank: every `world_size`-th image, unshuffled.
+
+    Raises:
+        UserError: there are images, but fewer than processes; `argument` determines their number.
+    """
     rank, world_size = rank_and_world_size(trainer)
+    require(
+        len(dataset) == 0 or len(dataset) >= world_size,
+        f"`{argument}` must give no image or at least {world_size}, one per process, got {len(dataset)}. Change it, or "
+        "use fewer processes.",
+    )
     return ImageLoader(dataset, range(rank, len(dataset), world_size), settings, corrupt_log)
 
 

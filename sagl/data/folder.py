@@ -4,8 +4,11 @@ import csv
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from sagl.data.image_data import NO_LABEL, ImageDataModule, ImageSource
 from sagl.errors import UserError, require
@@ -17,6 +20,26 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,9}(\.0*)?")
 """Label that is a class number. Tables of numbers with gaps are often written as 1.0, 2.0, …"""
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)|nan", re.IGNORECASE)
 """Label that is not the name of a class."""
+
+
+class FileNames(Sequence[str]):
+    """File names as one block of bytes.
+
+    Separate strings have reference counts, and counting copies the memory of a list of them into every worker process.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.content = b"".join(encoded)
+        self.lengths = np.array([len(name) for name in encoded], dtype=np.int64)
+        self.ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        end = self.ends[index]
+        return os.fsdecode(self.content[end - self.lengths[index] : end])
 
 
 class FolderImageSource(ImageSource):
@@ -43,17 +66,16 @@ class FolderImageSource(ImageSource):
         require(os.path.isdir(root), f"`{argument}` must be a folder of images, and there is none at {root}.")
         self.root = root
         listing = list_folder(root, argument)
-        self.files = [name for name in listing.files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
-        require(
-            bool(self.files), f"`{argument}` must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}): {root} has none."
-        )
+        files = [name for name in listing.files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+        require(bool(files), f"`{argument}` must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}): {root} has none.")
         names: list[str] = []
         if labels == "folders":
-            names = _top_folders(root, self.files, listing.folders, argument)
+            names = _top_folders(root, files, listing.folders, argument)
         elif labels != "none":
-            names = _read_csv(Path(labels), root, self.files, labels_argument)
-        self.labels, self.classes = number_classes(names, labels_argument)
-        self.num_classes = max(self.labels, default=NO_LABEL) + 1 or None
+            names = _read_csv(Path(labels), root, files, labels_argument)
+        numbers, self.classes = number_classes(names, labels_argument)
+        self.files, self.labels = FileNames(files), np.array(numbers or [NO_LABEL] * len(files))
+        self.num_classes = int(self.labels.max()) + 1 or None
         self.notes = tuple(filter(None, (_describe_rest(root, listing), _describe_classes(self.classes))))
 
     def __len__(self) -> int:
@@ -63,7 +85,7 @@ class FolderImageSource(ImageSource):
         return (self.root / self.files[index]).read_bytes()
 
     def label(self, index: int) -> int:
-        return self.labels[index] if self.labels else NO_LABEL
+        return int(self.labels[index])
 
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])

@@ -40,6 +40,8 @@ NO_LABEL = -1
 """Label of an image without a class."""
 RANGES = {"batch_size": (1, MAX_BATCH_SIZE), "num_workers": (0, 4096), "image_size": (1, LARGEST["image_size"])}
 """Smallest and largest values of settings of a data module."""
+MAX_UNREADABLE = 100
+"""Unreadable images in a row at which reading ends, as when a network folder has disappeared."""
 
 
 class ImageSource(ABC):
@@ -112,21 +114,22 @@ class ImageDataset(EpochDataset):
         The next readable image replaces a corrupt one.
 
         Raises:
-            UserError: no image is readable.
+            UserError: `MAX_UNREADABLE` images in a row, or all, are unreadable.
         """
-        errors: list[Exception] = []
-        for offset in range(len(self)):
+        max_images = min(MAX_UNREADABLE, len(self))
+        first_error: Exception | None = None
+        for offset in range(max_images):
             index = int(self.indices[(item + offset) % len(self)])
             try:
                 pixels = self.source.pixels(index, self.crop.channels)
                 break
             except Exception as error:  # decoders and file systems raise many types
-                errors.append(error)
+                first_error = first_error or error
         else:
             raise UserError(
-                f"`data` must contain readable images, and none of its {len(self)} images is readable. The first "
-                f"error: {type(errors[0]).__name__}: {errors[0]}."
-            ) from errors[0]
+                f"`data` must contain readable images, and none of {max_images} images in a row is readable. The first "
+                f"error: {type(first_error).__name__}: {first_error}."
+            ) from first_error
         square = self.crop(pixels, np.random.default_rng([self.seed, item]))
         corrupt = self.source.name(int(self.indices[item % len(self)])) if offset else ""
         return Item(square.permute(2, 0, 1), self.source.label(index), corrupt)
@@ -149,7 +152,7 @@ class ImageDataModule(LightningDataModule):
     max_corrupt_fraction: float = 0.01
     """Largest fraction of all images that may be corrupt before training ends; the next image replaces each."""
     image_size: int | None = None
-    """Side of the images in pixels; by default the network's."""
+    """Side of the images in pixels; by default the network's, which it must equal."""
     random_crop: bool = False
     """Crop training images at random, at 80 to 100 % of the shorter side, rather than at the centre."""
     random_flip: bool = True
@@ -196,15 +199,15 @@ class ImageDataModule(LightningDataModule):
         return training_loader(dataset, self._loader_settings, self.seed, self.trainer, self.corrupt_log)
 
     def val_dataloader(self) -> ImageLoader:
-        return self._eval_loader(slice(self.num_validation))
+        return self._eval_loader(slice(self.num_validation), "data.num_validation")
 
     def test_dataloader(self) -> ImageLoader:
         require(self.num_test > 0, "`data.num_test` must be at least 1 to test, got 0. Give the value of the training.")
-        return self._eval_loader(slice(self.num_validation, self.num_validation + self.num_test))
+        return self._eval_loader(slice(self.num_validation, self.num_validation + self.num_test), "data.num_test")
 
-    def _eval_loader(self, part: slice) -> ImageLoader:
+    def _eval_loader(self, part: slice, argument: str) -> ImageLoader:
         dataset = ImageDataset(self.images, self._shuffled_indices[part], self._crop())
-        return eval_loader(dataset, self._loader_settings, self.trainer, self.corrupt_log)
+        return eval_loader(dataset, self._loader_settings, self.trainer, argument, self.corrupt_log)
 
     @property
     def _loader_settings(self) -> LoaderSettings:
@@ -216,12 +219,15 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def corrupt_log(self) -> CorruptImageLog:
-        """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0."""
-        rank, world_size = rank_and_world_size(self.trainer)
+        """Log of corrupt images: corrupt_images.txt in the run folder, corrupt_images_RANK.txt for ranks above 0.
+
+        The limit is the same on each rank: every epoch distributes the images anew, so each rank meets all of them.
+        """
+        rank, _ = rank_and_world_size(self.trainer)
         path = None
         if self.trainer and self.trainer.state.fn == "fit" and not getattr(self.trainer, "fast_dev_run", False):
             path = Path(self.trainer.default_root_dir) / f"corrupt_images{f'_{rank}' if rank else ''}.txt"
-        return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images) / world_size))
+        return CorruptImageLog(path, math.ceil(self.max_corrupt_fraction * len(self.images)))
 
     @property
     def has_labels(self) -> bool:
@@ -236,7 +242,12 @@ class ImageDataModule(LightningDataModule):
     def _crop(self, *, random_crop: bool = False, random_flip: bool = False) -> CropResize:
         size, channels = self.image_size, 3
         if network := network_in_training(self.trainer):
-            size, channels = size or network.image_size, network.in_channels
+            require(
+                size in (None, network.image_size),
+                f"`data.image_size` must be the network's {network.image_size}, or left out, got {size}. Another size "
+                "needs a network with this image_size.",
+            )
+            size, channels = network.image_size, network.in_channels
             require(
                 channels in (1, 3),
                 f"`data` are read as greyscale or RGB images, and the network has in_channels {channels}. Set "

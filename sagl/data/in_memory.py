@@ -96,7 +96,7 @@ class InMemoryData(LightningDataModule):
     def _eval_loader(self, part: slice) -> ImageLoader:
         split = self._fitting_split(test=True)
         dataset = InMemoryImages(split.images[part], split.labels[part])
-        return eval_loader(dataset, self._loader_settings, self.trainer)
+        return eval_loader(dataset, self._loader_settings, self.trainer, "data.num_validation")
 
     def _fitting_split(self, *, test: bool) -> InMemoryImages:
         """Load a split, and compare its images and labels with the network in training, if there is one.

@@ -101,14 +101,18 @@ def _fit_callbacks(init: Namespace, settings: CheckpointSettings, output: Path, 
     return [*callbacks, ResumableCheckpoint(output / "checkpoints" / "last.ckpt", settings)]
 
 
-def prepare_evaluation(parser: ArgumentParser, config: Namespace) -> TrainingSetup:
-    """Build module, data and trainer of a validation or test.
+def prepare_evaluation(parser: ArgumentParser, config: Namespace, command: str) -> TrainingSetup:
+    """Build module, data and trainer of a validation or test; `command` is validate or test.
 
     Raises:
-        UserError: the settings are not valid, or `checkpoint` is missing.
+        UserError: the settings are not valid, `checkpoint` is missing, or there are no validation images.
     """
     require(config.checkpoint is not None, "`checkpoint` must be a file or a name, or `run` a folder, got neither.")
     init = parser.instantiate(config)
+    require(
+        command == "test" or getattr(init.data, "num_validation", None) != 0,
+        "`data.num_validation` must be at least 1 to validate, got 0. Give the value of the training.",
+    )
     module = _build_module(init)
     callbacks: list[Callback] = [LossTable()]
     if isinstance(module, DiffusionModule):

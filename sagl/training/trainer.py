@@ -17,6 +17,12 @@ from sagl.utils.environment import gpu_has_bfloat16, has_fast_bfloat16
 
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
+UNSUPPORTED = {
+    "overfit_batches": "the order of the images continues in every epoch, so the same batches would not come again. To "
+    "overfit, give `data` these images alone.",
+    "reload_dataloaders_every_n_epochs": "a new data loader would begin with the first epoch again.",
+}
+"""Options of Lightning's Trainer that would have another effect, each with the reason."""
 
 
 def fit_plugins(configured: Any) -> list[Any]:  # noqa: ANN401 (Lightning's own union)
@@ -41,13 +47,22 @@ def build_trainer(options: dict[str, Any], callbacks: list[Callback]) -> Trainer
         f"`trainer.strategy` must be auto or ddp, got {strategy}: a checkpoint is one file with all weights, and "
         "strategies that split the weights are not supported.",
     )
+    for name, reason in UNSUPPORTED.items():
+        require(not options.get(name), f"`trainer.{name}` must be 0, got {options.get(name)}: {reason}")
     if isinstance(options["accelerator"], str):
         options["accelerator"] = select_accelerator(options["accelerator"])
     if options["enable_checkpointing"] is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(TrainingProgress())
-    return Trainer(**options, callbacks=callbacks)
+    trainer = Trainer(**options, callbacks=callbacks)
+    interval = options.get("val_check_interval")
+    require(
+        trainer.world_size == 1 or interval is None or isinstance(interval, int | float),
+        f"`trainer.val_check_interval` must be a number of batches or a fraction of an epoch for {trainer.world_size} "
+        f"processes, whose clocks differ, got {interval}.",
+    )
+    return trainer
 
 
 def select_accelerator(accelerator: str) -> str:

@@ -66,6 +66,12 @@ def test_a_validation_without_config_or_checkpoint_is_refused(arguments, names, 
     refusal(capsys, tmp_path, "validate", *arguments, names=names)
 
 
+def test_a_validation_without_images_is_refused(run, capsys, tmp_path):
+    arguments = [run, "--data.num_validation", "0"]
+    refusal(capsys, tmp_path, "validate", *arguments, names=["`data.num_validation`", "0"])
+    assert exit_code("test", *arguments) == 0
+
+
 def test_a_classifier_is_validated(tmp_path, capsys):
     model, trainer = {"classifier": {**CLASSIFIER, "pool": "adaptive"}}, {**TRAINER, "max_steps": 1}
     config = write_fashion_mnist_config(tmp_path, {"model": model, "trainer": trainer})

@@ -1,4 +1,6 @@
 import os
+import pickle
+import pickletools
 import re
 
 import pytest
@@ -16,10 +18,20 @@ def test_images_are_found_at_any_depth_and_sorted_by_path(tmp_path):
     root = write_folder(tmp_path / "images")
     (root / "notes.txt").write_text("not an image")
     source = FolderImageSource(root)
-    assert source.files == sorted(FOLDER_FILES)
+    assert list(source.files) == sorted(FOLDER_FILES)
     assert (len(source), source.num_classes, source.label(0)) == (5, None, -1)
     assert source.read_bytes(1) == (root / "cats" / "1.JPG").read_bytes()
     assert source.name(1) == str(root / "cats" / "1.JPG")
+
+
+def test_more_images_are_no_more_python_objects(tmp_path):
+    """The reference counts of objects would copy the memory of the listing into every worker process."""
+
+    def num_objects(count):
+        root = write_folder(tmp_path / str(count), [f"{name}/{i}.png" for name in "ab" for i in range(count)])
+        return len(list(pickletools.genops(pickle.dumps(FolderImageSource(root, "folders")))))
+
+    assert num_objects(20) == num_objects(2)
 
 
 def test_sub_folders_are_classes_numbered_by_their_names(tmp_path):
@@ -35,7 +47,7 @@ def test_linked_folders_are_classes_and_hidden_ones_are_not(tmp_path, capsys):
     (root / "dogs" / "notes.txt").touch()
     source = FolderImageSource(root, "folders")
     assert source.classes == ["birds", "cats", "dogs"]
-    assert source.files == ["birds/c.png", "cats/x.png", "cats/y.png", "dogs/a.png"]
+    assert list(source.files) == ["birds/c.png", "cats/x.png", "cats/y.png", "dogs/a.png"]
     (note,) = source.notes
     for part in ("1 files (1 .txt)", "4 hidden", ".ipynb_checkpoints"):
         assert part in note
@@ -53,7 +65,7 @@ def test_linked_folders_are_classes_and_hidden_ones_are_not(tmp_path, capsys):
 )
 def test_folders_that_are_all_whole_numbers_are_used_as_labels(folders, labels, tmp_path):
     source = FolderImageSource(write_folder(tmp_path / "images", [f"{name}/a.png" for name in folders]), "folders")
-    assert source.labels == labels
+    assert source.labels.tolist() == labels
     is_mixed = "A" in folders
     assert source.notes == (("Classes are numbered in the order of their names: 0 = 10, 1 = 9, 2 = A.",) * is_mixed)
 

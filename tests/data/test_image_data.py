@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagl.data.image_data import ImageDataModule, ImageDataset
+from sagl.data.image_data import MAX_UNREADABLE, ImageDataModule, ImageDataset
 from sagl.data.transforms import CropResize
 from sagl.errors import UserError
 from sagl.modules.classifier_module import ClassifierModule
@@ -51,6 +51,24 @@ def test_a_data_set_without_readable_images_is_refused():
         dataset(b"", b"", b"")[0]
 
 
+class LostSource(MemorySource):
+    """Images whose folder has disappeared."""
+
+    num_read = 0
+
+    def read_bytes(self, index):
+        self.num_read += 1
+        raise FileNotFoundError(f"read {self.num_read}")
+
+
+def test_a_data_set_that_has_disappeared_is_refused_after_a_number_of_images():
+    source = LostSource([b""] * 1000)
+    images = ImageDataset(source, np.arange(1000), CropResize(image_size=8, channels=3))
+    with refused("`data`", MAX_UNREADABLE, "FileNotFoundError: read 1."):
+        images[990]
+    assert source.num_read == MAX_UNREADABLE < 1000
+
+
 class MemoryData(ImageDataModule):
     """Twelve images of one grey value each."""
 
@@ -95,11 +113,30 @@ def test_the_splits_are_disjoint_and_do_not_depend_on_the_seed():
         data_module().test_dataloader()
 
 
+@pytest.mark.parametrize(("split", "name"), [("val", "num_validation"), ("test", "num_test")])
+def test_fewer_images_than_processes_are_refused_on_every_rank(split, name):
+    network = {**GREY, "num_classes": None, "null_label": False}
+    for rank in range(4):
+        module = data_module(FakeTrainer(network, rank, world_size=4), **{name: 3})
+        with refused(f"`data.{name}`", "3", "4"):
+            getattr(module, f"{split}_dataloader")()
+    trainer = FakeTrainer(network, world_size=4)
+    assert len(data_module(trainer, num_validation=0).val_dataloader()) == 0
+    assert len(data_module(trainer, num_validation=4).val_dataloader()) == 1
+
+
 def test_size_and_channels_are_those_of_the_network():
     module = data_module(FakeTrainer({**GREY, "num_classes": None, "null_label": False}), image_size=None)
     assert next(iter(module.train_dataloader()))[0].shape == (2, 1, 8, 8)
     with pytest.raises(UserError, match=r"`data.image_size`"):
         data_module(image_size=None).train_dataloader()
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_another_size_than_that_of_the_network_is_refused(loader):
+    module = data_module(FakeTrainer({**GREY, "num_classes": None, "null_label": False}), image_size=16)
+    with refused("`data.image_size`", "8", "16"):
+        getattr(module, loader)()
 
 
 def test_images_are_read_as_greyscale_or_rgb_alone():
@@ -154,9 +191,10 @@ def test_if_no_image_is_readable_the_message_is_one_line_with_the_first_error(nu
     module = data_module(corrupt=range(12), num_workers=num_workers)
     with pytest.raises(UserError) as error:
         next(iter(module.train_dataloader()))
-    assert str(error.value).startswith("`data` must contain readable images, and none of its 8 images is readable.")
-    assert "UnidentifiedImageError" in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+    message = str(error.value)
+    assert message.startswith("`data` must contain readable images, and none of 8 images in a row is readable.")
+    assert "UnidentifiedImageError" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_corrupt_images_of_training_and_validation_count_together():
@@ -167,6 +205,12 @@ def test_corrupt_images_of_training_and_validation_count_together():
     assert num_read(max_corrupt_fraction=2 / 12) == 12
     with pytest.raises(UserError, match=r"`data.max_corrupt_fraction`.* 1 "):
         num_read(max_corrupt_fraction=0.01)  # of twelve images, rounded up
+
+
+def test_the_limit_on_corrupt_images_does_not_depend_on_the_number_of_processes():
+    """Every process meets every corrupt image in time, as each epoch is shuffled anew."""
+    trainer = FakeTrainer({**COLOUR, "num_classes": None, "null_label": False}, world_size=8)
+    assert data_module(trainer, image_size=None, max_corrupt_fraction=0.5).corrupt_log.max_images == 6
 
 
 def test_the_default_number_of_workers_is_the_number_of_cores_and_at_most_eight(monkeypatch):

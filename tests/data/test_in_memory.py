@@ -8,6 +8,7 @@ from sagl.data.dataloader import EpochDataset
 from sagl.data.in_memory import InMemoryData, InMemoryImages
 from sagl.errors import UserError
 from sagl.settings.network import UNetSettings
+from tests.helpers.errors import refused
 from tests.helpers.networks import COLOUR
 
 SIZE = COLOUR["image_size"]
@@ -44,6 +45,14 @@ def training_loader(**network):
         lightning_module=SimpleNamespace(network_settings=UNetSettings(**{**COLOUR, "num_classes": 7, **network})),
     )
     return data.train_dataloader()
+
+
+@pytest.mark.parametrize(("split", "num_validation"), [("val", 3), ("test", 4)])
+def test_fewer_images_than_processes_are_refused(split, num_validation):
+    data = Ramps(batch_size=2, num_validation=num_validation)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4, lightning_module=None)
+    with refused("`data.num_validation`", "3", "4"):
+        getattr(data, f"{split}_dataloader")()
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1), ("seed", -1)])

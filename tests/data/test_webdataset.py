@@ -166,7 +166,7 @@ def test_a_source_can_be_pickled_while_it_is_in_use(tmp_path):
 def test_two_ranks_share_the_images_of_an_odd_number_of_shards(tmp_path):
     write_shards(tmp_path / "shards")
     trainers = [FakeTrainer({**COLOUR, "num_classes": 10}, rank, world_size=2) for rank in range(2)]
-    modules = [data_module(tmp_path / "shards", trainer, batch_size=1) for trainer in trainers]
+    modules = [data_module(tmp_path / "shards", trainer, batch_size=1, image_size=None) for trainer in trainers]
     trained = [values(module.train_dataloader()) for module in modules]
     validated = [values(module.val_dataloader()) for module in modules]
     assert [len(rank) for rank in trained] == [9, 9]

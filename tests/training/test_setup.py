@@ -5,6 +5,7 @@ import torch
 
 from sagl.configuration.training import rename_network_flags, training_parser
 from sagl.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.training import prepare_training
 
 
@@ -40,12 +41,22 @@ def test_accumulation_follows_from_the_global_batch_and_the_processes(devices, b
         (("--trainer.strategy", "fsdp"), ("trainer.strategy", "fsdp")),
         (("--trainer.strategy", "deepspeed_stage_2"), ("trainer.strategy", "deepspeed_stage_2")),
         (("--trainer.accelerator", "mps"), ("trainer.accelerator", "mps")),
+        (("--trainer.overfit_batches", "3"), ("trainer.overfit_batches", "3")),
+        (("--trainer.overfit_batches", "0.5"), ("trainer.overfit_batches", "0.5")),
+        (("--trainer.reload_dataloaders_every_n_epochs", "2"), ("trainer.reload_dataloaders_every_n_epochs", "2")),
     ],
 )
 def test_what_cannot_be_trained_is_refused(flags, names, setup):
     with pytest.raises(UserError) as error:
         setup(*CPU, *flags)
     assert all(name in str(error.value) for name in names)
+
+
+def test_several_processes_cannot_validate_by_their_clocks(setup):
+    flags = ("--trainer.val_check_interval", "00:01:00:00", "--trainer.strategy", "ddp")
+    assert setup(*CPU, *flags, "--trainer.devices", "1").trainer._val_check_time_interval == 3600
+    with refused("`trainer.val_check_interval`", "00:01:00:00", "2 processes"):
+        setup(*CPU, *flags, "--trainer.devices", "2")
 
 
 @pytest.mark.parametrize("num_validation", [0, 1])
