@@ -95,6 +95,10 @@ class InMemoryData(LightningDataModule):
 
     def _eval_loader(self, part: slice) -> ImageLoader:
         split = self._fitting_split(test=True)
+        require(
+            self.num_validation <= len(split),
+            f"`data.num_validation` must be at most {len(split)}, the test split, got {self.num_validation}.",
+        )
         dataset = InMemoryImages(split.images[part], split.labels[part])
         return eval_loader(dataset, self._loader_settings, self.trainer, "data.num_validation")
 

@@ -74,11 +74,14 @@ class ShardImageSource(ImageSource):
         return int(self.index[index, 2])
 
     def name(self, index: int) -> str:
-        """Return the name of the member, from the header before it, and of the shard."""
+        """Return the name of the member, from the header before it, and of the shard; its index if it is unreadable."""
         shard = self._shard(index)
-        with shard.open("rb") as file:
-            header = _read(file, self.index[index, 0] - BLOCK_SIZE, BLOCK_SIZE)
-        return f"{tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name} in {shard}"
+        try:
+            with shard.open("rb") as file:
+                header = _read(file, self.index[index, 0] - BLOCK_SIZE, BLOCK_SIZE)
+            return f"{tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name} in {shard}"
+        except (OSError, tarfile.TarError):
+            return f"image {index} in {shard}"
 
     def _shard(self, index: int) -> Path:
         return self.shards[int(np.searchsorted(self._ends, index, side="right"))]

@@ -55,6 +55,12 @@ def test_fewer_images_than_processes_are_refused(split, num_validation):
         getattr(data, f"{split}_dataloader")()
 
 
+def test_more_validation_images_than_the_test_split_has_are_refused():
+    data = Ramps(batch_size=2, num_validation=1000)
+    with refused("`data.num_validation`", "1000"):
+        data.val_dataloader()
+
+
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1), ("seed", -1)])
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=rf"`data.{name}`.*{value}"):

@@ -163,6 +163,13 @@ def test_a_source_can_be_pickled_while_it_is_in_use(tmp_path):
     assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
 
 
+def test_an_image_of_a_shard_that_has_disappeared_has_a_name(tmp_path):
+    shards = write_shards(tmp_path)
+    source = ShardImageSource(shards)
+    shards[1].unlink()
+    assert source.name(7) == f"image 7 in {shards[1]}"
+
+
 def test_two_ranks_share_the_images_of_an_odd_number_of_shards(tmp_path):
     write_shards(tmp_path / "shards")
     trainers = [FakeTrainer({**COLOUR, "num_classes": 10}, rank, world_size=2) for rank in range(2)]
