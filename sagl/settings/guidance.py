@@ -56,6 +56,8 @@ class GuidanceSettings:
             0 <= start <= end <= 1,
             f"`{self.group}.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}.",
         )
+        # a config has lists and integers: equal intervals have one representation, which hashes of settings need
+        object.__setattr__(self, "interval", (float(start), float(end)))
         require(self.renew_every >= 1, f"`{self.group}.renew_every` must be at least 1, got {self.renew_every}.")
         require(self.stop_below >= 0, f"`{self.group}.stop_below` must be at least 0, got {self.stop_below}.")
         for name in ("max_norm", "shape_sigma"):

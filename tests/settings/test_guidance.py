@@ -40,6 +40,11 @@ def test_an_interval_may_hold_all_steps_or_none(name):
         assert GUIDANCES[name].settings_class(interval=interval).interval == interval
 
 
+def test_intervals_of_integers_and_of_floats_are_written_alike():
+    intervals = [SelfAttentionGuidance(interval=interval).interval for interval in ((0, 1), [0, 1], (0.0, 1.0))]
+    assert set(map(repr, intervals)) == {"(0.0, 1.0)"}
+
+
 @every_method
 def test_any_finite_scale_is_allowed(name):
     for scale in (-0.1, 0.0, 3.0):
