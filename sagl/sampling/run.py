@@ -373,5 +373,10 @@ def _check_network(config: SampleConfig) -> tuple[UNetSettings, DiffusionSetting
     for guidance in config.guidances.values():
         if isinstance(guidance, ClassifierGuidance) and guidance.scale and guidance.checkpoint is not None:
             check_classifier_name(guidance.checkpoint, network, diffusion)
-    respaced_timesteps(config.sampler.respacing, diffusion.num_timesteps)  # refuses one that does not fit
+    respacing, num_timesteps = config.sampler.respacing, diffusion.num_timesteps
+    require(
+        respaced_timesteps(respacing, num_timesteps)[-1] > 0 or num_timesteps == 1,
+        f"`respacing` must have a timestep above 0, because a chain begins with noise, got {respacing!r}. Give at "
+        "least 2 steps.",
+    )
     return network, diffusion, config.source.find_file()
