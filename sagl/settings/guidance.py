@@ -355,6 +355,10 @@ class EpsScaling(GuidanceSettings):
     slope: float = 0.0
     """Increase of the divisor per step, from the cleanest to the noisiest."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.scale > -1, f"`eps_scaling.scale` must be above -1, for a divisor above 0, got {self.scale}.")
+
 
 def effective_kernel_size(kernel_size: int | None, image_size: int, group: str = "sag") -> int:
     """Return the blur kernel's size for images of a size; None stands for the paper's 31, or less if that is too large.

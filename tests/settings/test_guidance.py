@@ -2,7 +2,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
-from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
+from sagl.settings.guidance import EpsScaling, SelfAttentionGuidance, effective_kernel_size
 from tests.helpers.errors import refused
 
 every_method = pytest.mark.parametrize("name", GUIDANCES)
@@ -52,6 +52,12 @@ def test_any_finite_scale_is_allowed(name):
     for scale in (-INFINITY, INFINITY, NAN):
         with pytest.raises(UserError, match=rf"`{name}\.scale`"):
             GUIDANCES[name].settings_class(scale=scale)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -2.0])
+def test_a_divisor_of_eps_that_is_not_positive_is_refused(scale):
+    with refused("`eps_scaling.scale`", scale):
+        EpsScaling(scale=scale)
 
 
 @every_method
