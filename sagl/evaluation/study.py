@@ -127,7 +127,7 @@ class Study:
 
     def missing(self, settings: Sequence[Setting], ids: range) -> list[tuple[Setting, list[int]]]:
         """Return the settings and whole batches that contain `ids` and are not in the folder yet, each once."""
-        distinct = {str(setting.values): setting for setting in settings}
+        distinct = {str(self._values(setting)): setting for setting in settings}
         return [
             (setting, batch)
             for setting in distinct.values()
@@ -192,7 +192,7 @@ class Study:
         return self.folder / json_sha256({**self.identity, **self._values(setting)})[:16] / f"{batch[0]}.npz"
 
     def _values(self, setting: Setting) -> dict[str, Any]:
-        """Return the values of a setting, with the digests of the weight files that its guidance uses.
+        """Return the values of a setting, with the digests of the weight files of its guidance in place of their names.
 
         Raises:
             UserError: such a file does not exist, or has changed since its first use in this study.
@@ -208,8 +208,11 @@ class Study:
                 f"`{name}` must be a file that does not change during a study, and {path} was replaced or deleted. "
                 "Repeat the command: features of the earlier file are not used again.",
             )
-        digests = guidance_digests(files)
-        return {**setting.values, **({"guidance_sha256": digests} if digests else {})}
+        values, digests = setting.values, guidance_digests(files)
+        for parameter in digests:
+            group, _, name = parameter.partition(".")
+            del values[group][name]
+        return {**values, **({"guidance_sha256": digests} if digests else {})}
 
 
 def is_whole(path: Path) -> bool:

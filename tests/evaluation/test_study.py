@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,15 @@ def test_features_of_a_weaker_network_that_was_replaced_are_not_used_again(tmp_p
     (tmp_path / "weak.safetensors").unlink()
     with refused("`autoguidance.checkpoint`", tmp_path / "weak.safetensors"):
         study.features(setting, range(4))
+
+
+def test_features_of_a_weaker_network_are_those_of_its_content_wherever_it_lies(tmp_path):
+    study, path = open_study(tmp_path), write_grey_unet(tmp_path / "weak.safetensors", num_res_blocks=2)
+    study.sample([weak(tmp_path)], range(4))
+    (tmp_path / "other").mkdir()
+    shutil.copy(path, tmp_path / "other" / path.name)
+    assert study.missing([weak(tmp_path / "other")], range(4)) == []
+    assert len(study.missing([weak(tmp_path), weak(tmp_path / "other")], range(8))) == 1
 
 
 def test_the_name_of_a_weaker_network_is_looked_up_once_per_setting(tmp_path, monkeypatch):
