@@ -15,6 +15,7 @@ from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import BUNDLED
+from sagl.sampling.guidance_files import AUTO
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.config_files import to_text
 from sagl.utils.files import write_text
@@ -76,6 +77,10 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
         network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
     off = {name: {"scale": 0.0} for name in GUIDANCES}  # the weight file may recommend one that is not used here
     settings = network | {"labels": config.samples.labels} | off | result.best.setting.values
+    for guidance in result.best.setting.guidances.values():
+        for name in guidance.file_settings if guidance.scale else ():
+            if (value := getattr(guidance, name)) != AUTO and Path(value).is_file():  # not the name of a network
+                settings[guidance.group][name] = str(Path(value).resolve())
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
     return comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

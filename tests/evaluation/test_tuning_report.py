@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation import tuning_report
@@ -37,16 +38,35 @@ def test_the_settings_that_differ_from_the_defaults_are_named():
     )
 
 
+def recommended(monkeypatch, *flags):
+    """Return the recommended config of a search whose best candidate is the configured guidance."""
+    config = parse_sample_config(list(flags))
+    best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
+    tuning = SimpleNamespace(run=SimpleNamespace(config=config))
+    monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
+    return format_config(tuning, SimpleNamespace(best=best))
+
+
+def test_the_recommended_config_has_absolute_paths_and_names_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "weak.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "fashion_mnist", "--autoguidance.scale", "1", "--autoguidance.checkpoint", "weak.safetensors"]
+    flags += ["--sag.scale", "1", "--sag.direction_head", "auto", "--classifier.scale", "1"]
+    settings = yaml.safe_load(recommended(monkeypatch, *flags))
+    assert settings["autoguidance"]["checkpoint"] == str(tmp_path / "weak.safetensors")
+    assert settings["sag"]["direction_head"] == "auto"
+    assert settings["classifier"]["checkpoint"] == "fashion_mnist_classifier"
+
+
 @pytest.mark.parametrize("network", [("--model", "fashion_mnist"), ("--checkpoint", str(BUNDLED["fashion_mnist"]))])
 def test_the_recommended_config_names_the_network_and_turns_off_guidance_that_its_file_recommends(
     network, tmp_path, monkeypatch
 ):
-    config = parse_sample_config([*network, "--sag.scale", "0", "--pag.scale", "1"])
     assert parse_sample_config(["--model", "fashion_mnist"]).guidances["sag"].scale > 0
-    tuning = SimpleNamespace(run=SimpleNamespace(config=config))
-    best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
-    monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
-    (tmp_path / "recommended.yaml").write_text(format_config(tuning, SimpleNamespace(best=best)))
+    flags = (*network, "--sag.scale", "0", "--pag.scale", "1")
+    (tmp_path / "recommended.yaml").write_text(recommended(monkeypatch, *flags))
+    best = parse_sample_config([*flags])
     again = parse_sample_config(["--config", str(tmp_path / "recommended.yaml")])
     assert again.source.checkpoint == BUNDLED["fashion_mnist"]
-    assert Setting(sampler=again.sampler, guidances=again.guidances).values == best.setting.values
+    values = [Setting(sampler=config.sampler, guidances=config.guidances).values for config in (best, again)]
+    assert values[0] == values[1]
