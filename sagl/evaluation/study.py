@@ -27,13 +27,17 @@ from sagl.metrics.statistics_file import Reference
 from sagl.sampling.batch import sample_batch
 from sagl.sampling.guidance_files import guidance_digests, guidance_files
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
-from sagl.sampling.run import SamplingRun
+from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.archives import read_arrays
-from sagl.utils.files import atomic_file, file_version, json_sha256, sha256
+from sagl.utils.digest_cache import weights_sha256
+from sagl.utils.files import atomic_file, file_version, json_sha256, sha256, write_text
 from sagl.utils.images import to_rgb, to_uint8
 from sagl.utils.progress import ProgressReporter
+
+FEATURES, BATCH_SIZES = "features", "batch_sizes.json"
+"""Folder of the features in the output folder; file in it with the batch size of each network and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,43 @@ class Features:
     """Mean number of network evaluations per image."""
 
 
+def prepare_run(config: SampleConfig) -> SamplingRun:
+    """Check the configuration of a study, as `SamplingRun.without_folder` does; write nothing.
+
+    A batch size that is left open is that of the features in the output folder: they are not found with another one,
+    and one that is chosen anew may differ with the free memory and the number of processes.
+
+    Raises:
+        UserError: the configuration does not fit the network or the machine, or the record of the folder is damaged.
+    """
+    run = SamplingRun.without_folder(config)
+    if config.samples.batch_size is not None or not (sizes := _read_batch_sizes(config.output / FEATURES)):
+        return run
+    size = sizes.get(_batch_size_key(weights_sha256(run.checkpoint), run.config.devices.precision))
+    if size is None:
+        return run
+    return replace(run, config=replace(run.config, samples=replace(run.config.samples, batch_size=size)))
+
+
+def _batch_size_key(digest: str, precision: str) -> str:
+    return f"{digest} {precision}"
+
+
+def _read_batch_sizes(folder: Path) -> dict[str, int]:
+    path = folder / BATCH_SIZES
+    try:
+        sizes = dict(json.loads(path.read_text())) if path.is_file() else {}
+        require(
+            all(type(size) is int and size > 0 for size in sizes.values()), "a batch size is not a whole number above 0"
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"`output` must have an intact {BATCH_SIZES}, and {path} is damaged: {error}. Delete it, and give the "
+            "`batch_size` of the features."
+        ) from error
+    return sizes
+
+
 @dataclass(kw_only=True)
 class Study:
     """A network whose images are sampled in many settings. All ranks hold one and call `sample` in the same order."""
@@ -89,8 +130,8 @@ class Study:
     """Versions of the weight files of guidance methods at their first use."""
 
     @classmethod
-    def open(cls, run: SamplingRun, folder: Path, extraction: FeatureExtraction) -> "Study":
-        """Load the network of an opened run, whose sampler and guidance are not used.
+    def open(cls, run: SamplingRun, extraction: FeatureExtraction) -> "Study":
+        """Load the network of a run of `prepare_run`, whose sampler and guidance are not used.
 
         Raises:
             UserError: the weights cannot be read.
@@ -105,7 +146,7 @@ class Study:
         if network is not None:  # the weight file does not contain them
             identity |= {"network": asdict(network), "diffusion": diffusion and asdict(diffusion)}
         return cls(
-            folder=folder,
+            folder=config.output / FEATURES,
             pipeline=run.build_pipeline(extraction.ranks.device).unguided,
             samples=run.config.samples,
             extraction=extraction,
@@ -147,6 +188,8 @@ class Study:
         """
         ranks = self.extraction.ranks
         jobs = ranks.broadcast(self.missing(settings, ids) if ranks.rank == 0 else None)
+        if jobs and ranks.rank == 0:
+            self._record_batch_size()
         with ProgressReporter(title, sum(len(batch) for _, batch in jobs), progress if ranks.rank == 0 else "off") as p:
             for setting, batch in ranks.share(jobs):
                 features = self._compute_features(setting, batch)
@@ -178,6 +221,14 @@ class Study:
         except UserError:  # there is no integer stride for so many steps
             respacing = str(num_steps)
         return Setting(sampler=replace(setting.sampler, respacing=respacing))
+
+    def _record_batch_size(self) -> None:
+        """Record the batch size for `prepare_run`, unless one is recorded for this network and precision."""
+        sizes = _read_batch_sizes(self.folder)
+        key = _batch_size_key(self.identity["weights_sha256"], self.identity["precision"])
+        if key not in sizes:
+            sizes[key] = self.samples.effective_batch_size
+            write_text(self.folder / BATCH_SIZES, json.dumps(sizes, indent=1) + "\n")
 
     def _compute_features(self, setting: Setting, batch: list[int]) -> Features:
         result = sample_batch(self.pipeline_for(setting), self.samples, batch)

@@ -16,7 +16,7 @@ from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.reference import load_reference
-from sagl.evaluation.study import Comparison, Measurement, Setting, Study
+from sagl.evaluation.study import Comparison, Measurement, Setting, Study, prepare_run
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import with_default_classifier
 from sagl.sampling.run import SampleConfig, SamplingRun
@@ -84,7 +84,7 @@ class Tuning:
     def plan(
         cls, config: SampleConfig, settings: TuningSettings, search: Space, reference: str, extractor: str | None = None
     ) -> "Tuning":
-        """Check a request, and return the planned search.
+        """Check a request, and return the planned search in the folder `config.output`.
 
         Args:
             config: network, sampler and samples.
@@ -100,7 +100,7 @@ class Tuning:
             require_extractor(extractor)
         num_samples = config.samples.num_samples
         require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
-        run = SamplingRun.without_folder(config)
+        run = prepare_run(config)
         space = {**default_space(settings.method, run.network), **search}
         candidates = make_candidates(run, space, settings.candidates)
         require(bool(candidates), f"`search` must have a setting of scale above 0, got {space}.")
@@ -125,7 +125,7 @@ class Tuning:
         stop = self.rounds[-1][1].stop
         return range(stop, stop + self.settings.report_samples)
 
-    def open(self, folder: Path, ranks: Ranks) -> tuple[Study, Comparison | None]:
+    def open(self, ranks: Ranks) -> tuple[Study, Comparison | None]:
         """Load the network, the extractor and the reference; the comparison is on rank 0 only.
 
         Raises:
@@ -135,7 +135,7 @@ class Tuning:
         extraction = FeatureExtraction.load(self.extractor, settings, ranks)
         size, reference_path = self.run.network.image_size, local_path(self.reference, "reference")
         reference = load_reference(reference_path, extraction, (size, size), MetricSettings.max_features)
-        study = Study.open(self.run, folder, extraction)
+        study = Study.open(self.run, extraction)
         num_resamples = self.settings.bootstrap
         return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)
 

@@ -7,15 +7,15 @@ import torch
 from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation import study as module
 from sagl.evaluation.extraction import FeatureExtraction
-from sagl.evaluation.study import Comparison, Setting, Study
+from sagl.evaluation.study import BATCH_SIZES, Comparison, Setting, Study, prepare_run
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.bootstrap import paired_difference, resample
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.precision_recall import precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.models.checkpoints import write_checkpoint
+from sagl.sampling import choices
 from sagl.sampling.exports import write_npz
-from sagl.sampling.run import SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.guidance import Autoguidance, ClassifierFreeGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
@@ -39,11 +39,11 @@ def open_study(tmp_path, *flags, version=""):
     if not checkpoint.exists():
         write_checkpoint(grey_weights(), checkpoint)
     flags = ["--batch_size", 4, "--labels", "balanced", "--trainer.precision", "32-true", *flags]
-    arguments = ["--checkpoint", checkpoint, "--trainer.accelerator", "cpu", *flags]
-    run = SamplingRun.without_folder(parse_sample_config(list(map(str, arguments))))
+    arguments = ["--checkpoint", checkpoint, "--output", tmp_path / "study", "--trainer.accelerator", "cpu", *flags]
+    run = prepare_run(parse_sample_config(list(map(str, arguments))))
     ranks, settings = Ranks(device=torch.device("cpu")), ExtractionSettings(progress="off")
     extraction = FeatureExtraction(name="columns", version=version, extract=columns, ranks=ranks, settings=settings)
-    return Study.open(run, tmp_path / "study", extraction)
+    return Study.open(run, extraction)
 
 
 def sampled(study, setting, ids):
@@ -74,6 +74,23 @@ def test_an_interrupted_study_samples_only_what_is_missing(tmp_path, monkeypatch
     study.sample([GUIDED], range(4))
     monkeypatch.setattr(Study, "_compute_features", compute)
     assert torch.equal(sampled(study, GUIDED, range(8)).pooled, expected)
+
+
+def test_a_batch_size_that_is_left_open_is_chosen_once_for_a_network_and_precision(tmp_path, monkeypatch):
+    sizes = iter((4, 3, 2, 1, 1))
+    monkeypatch.setattr(choices, "default_batch_size", lambda *_: next(sizes))
+    left_open = ("--batch_size", "null")
+    first = open_study(tmp_path, *left_open)
+    assert not first.folder.exists()
+    first.sample([UNGUIDED], range(4))
+    assert open_study(tmp_path, *left_open).missing([UNGUIDED], range(4)) == []
+    explicit = open_study(tmp_path, "--batch_size", "5")
+    explicit.sample([UNGUIDED], range(4))
+    assert open_study(tmp_path, *left_open).samples.batch_size == 4
+    assert open_study(tmp_path, *left_open, "--trainer.precision", "bf16-true").samples.batch_size == 1
+    (first.folder / BATCH_SIZES).write_text('{"a": "b"}')
+    with refused("`output`", first.folder / BATCH_SIZES):
+        open_study(tmp_path, *left_open)
 
 
 def test_settings_of_a_method_that_is_off_do_not_matter_but_all_others_do(tmp_path):
