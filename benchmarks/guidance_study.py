@@ -127,7 +127,7 @@ def study_network(
 
 def _json(title: str, row: Measurement, baseline: Measurement) -> JSONObject:
     values = {"network": title, "setting": row.setting.values, "nfe": row.nfe, "num_samples": row.num_samples}
-    return {**values, **row.values, "from_unguided": row.difference(baseline)}
+    return {**values, **row.json_values, "from_unguided": row.difference(baseline)}
 
 
 def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement | None) -> Row:

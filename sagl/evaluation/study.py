@@ -4,6 +4,7 @@ A study that was interrupted goes on with the missing batches, and studies in on
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from sagl.utils.archives import read_arrays
 from sagl.utils.digest_cache import weights_sha256
 from sagl.utils.files import atomic_file, file_version, json_sha256, sha256, write_text
 from sagl.utils.images import to_rgb, to_uint8
+from sagl.utils.json_values import finite_or_none
 from sagl.utils.progress import ProgressReporter
 
 FEATURES, BATCH_SIZES = "features", "batch_sizes.json"
@@ -67,7 +69,7 @@ class Features:
 
     setting: Setting
     pooled: Tensor
-    """(N, D) float32."""
+    """(N, D) float32; nan for an image that is not finite, as guidance that overflows gives it."""
     nfe: float
     """Mean number of network evaluations per image."""
 
@@ -184,7 +186,7 @@ class Study:
         """Sample the missing batches in all ranks, and store their features.
 
         Raises:
-            UserError: an image is not finite, or a file cannot be written.
+            UserError: an image without guidance is not finite, or a file cannot be written.
         """
         ranks = self.extraction.ranks
         jobs = ranks.broadcast(self.missing(settings, ids) if ranks.rank == 0 else None)
@@ -231,10 +233,12 @@ class Study:
             write_text(self.folder / BATCH_SIZES, json.dumps(sizes, indent=1) + "\n")
 
     def _compute_features(self, setting: Setting, batch: list[int]) -> Features:
-        result = sample_batch(self.pipeline_for(setting), self.samples, batch)
-        pooled = extract_features(to_rgb(to_uint8(result.images)).cpu(), self.extraction.extract).pooled
+        pipeline = self.pipeline_for(setting)
+        result = sample_batch(pipeline, self.samples, batch, may_overflow=bool(pipeline.guidances))
+        overflowed = ~result.images.isfinite().flatten(1).all(dim=1).cpu()
+        pooled = extract_features(to_rgb(to_uint8(result.images.nan_to_num())).cpu(), self.extraction.extract).pooled
         require(bool(pooled.isfinite().all()), f"`extractor` {self.extraction.name} must give finite features.")
-        return Features(setting=setting, pooled=pooled, nfe=result.nfe)
+        return Features(setting=setting, pooled=pooled.masked_fill(overflowed[:, None], math.nan), nfe=result.nfe)
 
     def _batches(self, ids: range) -> list[list[int]]:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
@@ -286,14 +290,25 @@ class Measurement:
     """Mean number of network evaluations per image."""
     num_samples: int
     values: Mapping[str, float]
-    """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features."""
+    """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features.
+
+    `fd` is infinite, and the others are missing, if an image is not finite."""
     resamples: Tensor
-    """Fréchet distances of bootstrap resamples, the same ids for all settings; may be empty."""
+    """Fréchet distances of bootstrap resamples, the same ids for all settings; empty if `fd` is infinite."""
+
+    @property
+    def json_values(self) -> dict[str, float | None]:
+        """The metrics as JSON values: None for an infinite distance."""
+        return {name: finite_or_none(value) for name, value in self.values.items()}
 
     def difference(self, other: "Measurement") -> Interval | None:
-        """Return the Fréchet distance minus that of `other` over the same ids, with its paired 95 % interval."""
-        estimate = self.values["fd"] - other.values["fd"]
-        return paired_difference(estimate, other.resamples, self.resamples) if len(self.resamples) else None
+        """Return the Fréchet distance minus that of `other` over the same ids, with its paired 95 % interval.
+
+        None without resamples of both.
+        """
+        if not (len(self.resamples) and len(other.resamples)):
+            return None
+        return paired_difference(self.values["fd"] - other.values["fd"], other.resamples, self.resamples)
 
 
 class Comparison:
@@ -308,15 +323,16 @@ class Comparison:
         self._num_resamples, self._seed = num_resamples, seed
 
     def distance(self, pooled: Tensor) -> float:
-        """Return the Fréchet distance of (N, D) features from the reference."""
-        return self._frechet(statistics(pooled))
+        """Return the Fréchet distance of (N, D) features from the reference; infinity if one is not finite."""
+        return self._frechet(statistics(pooled)) if pooled.isfinite().all() else math.inf
 
     def measure(self, features: Features) -> Measurement:
         """Compute all metrics of a setting."""
         pooled, values = features.pooled, {"fd": self.distance(features.pooled)}
-        if self._real is not None and len(pooled) > NUM_NEIGHBORS:
+        is_finite = math.isfinite(values["fd"])
+        if is_finite and self._real is not None and len(pooled) > NUM_NEIGHBORS:
             values |= precision_recall(pooled, self._real, real_radii=self._real_radii)._asdict()
-        resamples = resampled_rows(len(pooled), self._num_resamples, self._seed)
+        resamples = resampled_rows(len(pooled), self._num_resamples if is_finite else 0, self._seed)
         return Measurement(
             setting=features.setting,
             nfe=features.nfe,

@@ -4,6 +4,7 @@ All candidates are compared over few ids; the better half goes on to twice as ma
 ids that the search did not use, beside unguided sampling with as many steps and with as many network evaluations.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -45,7 +46,7 @@ class Round:
     unguided: float
     """Fréchet distance of unguided sampling."""
     distances: Mapping[int, float]
-    """Fréchet distances of the candidates by their numbers."""
+    """Fréchet distances of the candidates by their numbers; infinity if an image is not finite."""
 
     @property
     def ranking(self) -> list[int]:
@@ -153,19 +154,28 @@ class Tuning:
         return search + study.num_images(self.report_ids) * (unguided_nfe + 2 * max(nfe) + configured_nfe)
 
     def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
-        """Compare the candidates round by round, in all ranks."""
+        """Compare the candidates round by round, in all ranks; those whose images are not finite take part in one.
+
+        Raises:
+            UserError: no candidate has finite images.
+        """
         unguided, rounds = self.candidates[0].unguided, list[Round]()
         numbers = list(range(len(self.candidates)))
         for size, ids in self.rounds:
             settings = {number: self.candidates[number] for number in numbers[:size]}
-            study.sample([unguided, *settings.values()], ids, f"{size} candidates", progress)
+            study.sample([unguided, *settings.values()], ids, f"{len(settings)} candidates", progress)
             result = None
             if comparison is not None:
                 distances = {n: comparison.distance(study.features(s, ids).pooled) for n, s in settings.items()}
                 baseline = comparison.distance(study.features(unguided, ids).pooled)
                 result = Round(ids=ids, unguided=baseline, distances=distances)
             rounds.append(study.extraction.ranks.broadcast(result))
-            numbers = rounds[-1].ranking
+            numbers = [number for number in rounds[-1].ranking if math.isfinite(rounds[-1].distances[number])]
+            require(
+                bool(numbers),
+                "`search` must have a setting whose images are finite, but those of every candidate overflowed. Search "
+                "lower scales, or set `trainer.precision` to 32-true.",
+            )
         return rounds
 
     def report(

@@ -202,6 +202,44 @@ def test_a_statistics_file_at_a_url_gives_the_reference_and_the_extractor(inputs
     assert result["rounds"] == results(tmp_path / "file")["rounds"]
 
 
+def test_candidates_whose_images_are_not_finite_are_the_last_of_the_first_round(tmp_path, arguments):
+    without_search = arguments[: arguments.index("--search")]
+    flags = [
+        "--search",
+        "sag.scale",
+        0.1,
+        0.5,
+        1e300,
+        "--sag.scale",
+        1e301,
+        "--sag.site",
+        "middle",
+        "--clip_x0",
+        "false",
+    ]
+    flags += ["--search", "sag.site", "middle", "--search", "sag.interval", "0,1", "--search", "sag.blur_sigma", 1]
+    assert exit_code(*without_search, "--output", tmp_path, *flags) == 0
+    result = json.loads((tmp_path / "tuning.json").read_text(), parse_constant=pytest.fail)
+    scales = [candidate["sag"]["scale"] for candidate in result["candidates"]]
+    overflowed = [scales.index(scale) for scale in (1e301, 1e300)]
+    assert [result["rounds"][0]["distances"][str(number)] for number in overflowed] == [None, None]
+    assert len(result["rounds"][1]["distances"]) == 2
+    assert None not in result["rounds"][1]["distances"].values()
+    assert (result["report"]["configured"]["fd"], result["difference_from_configured"]) == (None, None)
+    page = (tmp_path / "tuning.html").read_text()
+    assert page.count("not finite") >= 3  # both candidates, and the configured guidance
+    assert not re.search(r"\b(inf|nan)\b", page)
+    rows = list(csv.DictReader((tmp_path / "candidates.csv").read_text().splitlines()))
+    assert [float(row["sag.scale"]) for row in rows[2:]] == [scales[number] for number in sorted(overflowed)]
+
+
+def test_a_search_without_a_candidate_of_finite_images_is_refused(tmp_path, arguments, capsys):
+    without_search = arguments[: arguments.index("--search")]
+    flags = ("--search", "sag.scale", 1e300, "--search", "sag.site", "middle", "--clip_x0", "false")
+    assert exit_code(*without_search, "--output", tmp_path, *flags) == 2
+    assert "--search" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [

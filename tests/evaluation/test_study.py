@@ -1,3 +1,4 @@
+import math
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.precision_recall import precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.models.checkpoints import write_checkpoint
-from sagl.sampling import choices
+from sagl.sampling import batch, choices
 from sagl.sampling.exports import write_npz
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.guidance import Autoguidance, ClassifierFreeGuidance, SelfAttentionGuidance
@@ -176,6 +177,28 @@ def test_metrics_and_differences_are_those_of_the_metrics_package():
     resamples = (resample(part, comparison.distance, num_resamples=20, seed=3) for part in (first, second))
     expected = paired_difference(distance - comparison.distance(first), *resamples)
     assert measurements[1].difference(measurements[0]) == pytest.approx(expected)
+
+
+def test_a_setting_whose_images_are_not_finite_has_an_infinite_distance_and_unguided_sampling_is_refused(
+    tmp_path, monkeypatch
+):
+    reference = Reference(statistics=FeatureStatistics(pooled=statistics(torch.randn(60, 8))), extractor="columns")
+    comparison, study = Comparison(reference, num_resamples=20), open_study(tmp_path)
+    unguided = comparison.measure(sampled(study, UNGUIDED, range(8)))
+    run_to_end = batch.run_to_end
+
+    def overflow(steps):
+        images, frequency = run_to_end(steps)
+        return images.index_fill(0, torch.tensor([1]), math.inf), frequency
+
+    monkeypatch.setattr(batch, "run_to_end", overflow)
+    features = sampled(study, GUIDED, range(8))
+    assert features.pooled.isnan().any(dim=1).tolist() == [False, True, False, False] * 2
+    guided = comparison.measure(features)
+    assert (guided.values, guided.json_values) == ({"fd": math.inf}, {"fd": None})
+    assert unguided.difference(guided) is guided.difference(unguided) is None
+    with refused("`checkpoint`"):
+        study.sample([UNGUIDED], range(8, 12))
 
 
 @pytest.mark.parametrize(

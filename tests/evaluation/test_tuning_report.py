@@ -1,3 +1,5 @@
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,14 @@ def test_a_plot_of_the_rounds_holds_every_candidate_but_the_worst_of_the_first_r
     assert outside == ([300.0] if len(rounds) == 2 else [])
     (best,) = [line for line in plot.lines if line.best]
     assert best.points == [(60, -90.0), (120, -40.0)][: len(rounds)]
+
+
+def test_a_candidate_whose_images_are_not_finite_is_not_drawn():
+    first = replace(FIRST, distances={**FIRST.distances, 3: math.inf})
+    tuning = SimpleNamespace(candidates=[Setting(sampler=SamplerSettings())] * 4, space={})
+    plot = plot_rounds(tuning, SimpleNamespace(rounds=[first]))
+    assert sorted(line.points for line in plot.lines) == [[(60.0, -90.0)], [(60.0, -80.0)], [(60.0, -30.0)]]
+    assert all(map(math.isfinite, plot.y_range))
 
 
 def test_the_settings_that_differ_from_the_defaults_are_named():
