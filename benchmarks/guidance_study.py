@@ -24,12 +24,11 @@ from sagl.data.webdataset_files import local_path
 from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Cell, Report, Row, Section, Table, print_report
-from sagl.evaluation.study import Measurement, Setting
+from sagl.evaluation.study import Measurement, Setting, prepare_run
 from sagl.evaluation.tuning import Tuning, make_candidates
 from sagl.evaluation.tuning_report import COLUMNS, describe_setting, measurement_row
 from sagl.metrics.bootstrap import Interval
 from sagl.models.zoo import default_reference
-from sagl.sampling.run import SamplingRun
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch, num_processes
 from sagl.utils.environment import disable_malloc_trim
@@ -82,7 +81,7 @@ def study_network(
     """
     parser = study_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
-    run = SamplingRun.without_folder(config)
+    run = prepare_run(config)
     space = parse_search(flags.search)
     candidates, samples = make_candidates(run, space, ALL), run.config.samples
     reference = flags.reference or default_reference(config.source.model)
@@ -96,7 +95,7 @@ def study_network(
         extractor=flags.extractor or default_extractor(Path(local_path(reference, "reference"))),
     )
     with launch(config.devices) as ranks:
-        study, comparison = tuning.open(config.output / "features", ranks)
+        study, comparison = tuning.open(ranks)
         unguided = Setting(sampler=config.sampler)
         missing = study.missing([unguided, *candidates], ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
@@ -128,7 +127,7 @@ def study_network(
 
 def _json(title: str, row: Measurement, baseline: Measurement) -> JSONObject:
     values = {"network": title, "setting": row.setting.values, "nfe": row.nfe, "num_samples": row.num_samples}
-    return {**values, **row.values, "from_unguided": row.difference(baseline)}
+    return {**values, **row.json_values, "from_unguided": row.difference(baseline)}
 
 
 def _row(name: str, row: Measurement, baseline: Measurement, other: Measurement | None) -> Row:

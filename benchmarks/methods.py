@@ -22,7 +22,7 @@ from sagl.configuration.parser import Parser
 from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.data.webdataset_files import local_path
 from sagl.evaluation.evaluate import default_extractor
-from sagl.evaluation.study import Comparison, Measurement, Setting, Study
+from sagl.evaluation.study import Comparison, Measurement, Setting, Study, prepare_run
 from sagl.evaluation.tuning import Tuning, make_candidates
 from sagl.evaluation.tuning_report import describe_setting
 from sagl.metrics.bootstrap import Interval
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     parser = methods_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
-    run, reference = SamplingRun.without_folder(config), flags.reference or default_reference(config.source.model)
+    run, reference = prepare_run(config), flags.reference or default_reference(config.source.model)
     tuning = Tuning(
         run=run,
         space={},
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     )
     choice_ids = range(flags.choice_samples)
     with launch(config.devices) as ranks:
-        study, comparison = tuning.open(config.output / "features", ranks)
+        study, comparison = tuning.open(ranks)
         results = dict[str, Any]()
         for name in flags.methods:
             space = parse_search([(key, *values) for key, values in search_values(name, run).items()])

@@ -16,10 +16,9 @@ from sagl.configuration.sample import network_parser, parse_sample_config
 from sagl.data.webdataset_files import local_path
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.report import Report, Section, Table, print_report
-from sagl.evaluation.study import Measurement, Setting
+from sagl.evaluation.study import Measurement, Setting, prepare_run
 from sagl.evaluation.tuning import Tuning
 from sagl.evaluation.tuning_report import COLUMNS, measurement_row
-from sagl.sampling.run import SamplingRun
 from sagl.settings.sampling import SAMPLERS
 from sagl.settings.tuning import TuningSettings
 from sagl.utils.distributed import launch
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
     disable_malloc_trim()
     parser = solvers_parser()
     flags, config = parser.parse(arguments), parse_sample_config(arguments, parser)
-    run, samples = SamplingRun.without_folder(config), config.samples
+    run, samples = prepare_run(config), config.samples
     ids = range(samples.first_id, samples.first_id + samples.num_samples)
     guidances = [{}, config.guidances] if any(g.scale for g in config.guidances.values()) else [{}]
     settings = {
@@ -66,7 +65,7 @@ def main(arguments: list[str]) -> None:
         extractor=flags.extractor or default_extractor(Path(local_path(flags.reference, "reference"))),
     )
     with launch(config.devices) as ranks:
-        study, comparison = tuning.open(config.output / "features", ranks)
+        study, comparison = tuning.open(ranks)
         missing = study.missing(tuning.candidates, ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
         print(f"{len(tuning.candidates)} settings, {nfe:,} network evaluations to do.", flush=True)

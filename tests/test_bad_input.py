@@ -62,6 +62,8 @@ def arguments_id(value):
         (["--sag.scale", "0.5", "--sag.site", "output.9"], ("--sag.site", "output.1 (8x8)", "output.9")),  # network
         (["--labels", "7"], ("--labels", "0 … 2", "7")),
         (["--respacing", "1001"], ("--respacing", "1001", "1000")),
+        (["--respacing", "1"], ("--respacing", "'1'")),  # a chain that begins without noise
+        (["--respacing", "ddim1"], ("--respacing", "'ddim1'")),
         (["--model", "lsun_cats"], ("--model", "lsun_cat?")),  # unknown name
         (
             ["--classifier.scale", "1", "--classifier.checkpoint", "imagenet64_x"],

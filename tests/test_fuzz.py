@@ -37,7 +37,7 @@ TYPES = {
 }
 """Every setting of a run, by its flag's name: sag.scale, num_samples, …"""
 
-SMALL = {"num_samples": 1, "respacing": "1", "batch_size": 1}
+SMALL = {"num_samples": 1, "respacing": "2", "batch_size": 1}
 """Values of settings that are not drawn."""
 SENSIBLE = {
     "num_samples": st.integers(1, 3),
@@ -264,7 +264,7 @@ def test_every_config_is_run_or_refused_in_one_line(count, exit_code_of_sample, 
     @given(PAIRS.flatmap(as_yaml))
     def check(text):
         file.write_text(text)
-        codes.append(exit_code_of_sample(["--config", file, "--num_samples", "2", "--respacing", "1"], 2))
+        codes.append(exit_code_of_sample(["--config", file, "--num_samples", "2", "--respacing", "2"], 2))
 
     check()
     assert_both_outcomes(codes, count)

@@ -19,14 +19,20 @@ from sagl.settings.sampling import id_batches
 def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
     """Measure seconds and memory of sampling without guidance and with each combination of SAG and a classifier.
 
-    The classifier is left out if the request has none. The memory is the peak of one batch in a run before the one
-    that is timed: on a GPU that of the allocator, on a CPU that of the tensors.
+    The classifier is left out if the request has none, or its samples no class labels. The memory is the peak of one
+    batch in a run before the one that is timed: on a GPU that of the allocator, on a CPU that of the tensors.
 
     Returns:
         By combination: network evaluations per image, seconds per image, ratio to no guidance, gigabytes.
+
+    Raises:
+        UserError: a guidance does not fit the network; nothing has been measured.
     """
     numbers: dict[str, dict[str, float]] = {}
-    for name, guidances in _combinations(request).items():
+    combinations = _combinations(request)
+    for guidances in combinations.values():
+        guided_pipeline(request, guidances)  # refuses what does not fit; kept, its classifier would count as memory
+    for name, guidances in combinations.items():
         evaluations, seconds, peak = _measure(request, guidances)
         unguided = numbers.get("unguided", {}).get("seconds_per_image", seconds)
         numbers[name] = {
@@ -79,7 +85,8 @@ def _build_and_warm_up(
 def _combinations(request: AnalysisRequest) -> Mapping[str, Mapping[str, GuidanceSettings]]:
     sag = replace(request.sag, scale=request.sag.scale or 1.0)
     combinations: dict[str, dict[str, GuidanceSettings]] = {"unguided": {}, "SAG": {"sag": sag}}
-    if request.classifier:
+    has_labels = request.samples.labels != "null" and request.pipeline.network.settings.num_classes is not None
+    if request.classifier and has_labels:
         classifier = ClassifierGuidance(scale=1.0, checkpoint=request.classifier)
         combinations["classifier"] = {"classifier": classifier}
         combinations["SAG + classifier"] = {"sag": sag, "classifier": classifier}

@@ -97,17 +97,22 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
     for guidance in config.guidances.values():
         for note in guidance.notes(run.network) if guidance.scale else ():
             print(note)
-    choices = []
-    if config.devices.precision == "auto":
-        choices.append(f"--trainer.precision {run.config.devices.precision}")
-    if config.samples.batch_size is None:
-        choices.append(f"--batch_size {run.config.samples.batch_size}")
     num_batches, num_ranks = len(run.config.batches), num_processes(config.devices)[1]
     if num_batches < num_ranks:
         print(f"{num_ranks} processes share {num_batches} batches, so some have no work. Lower --batch_size.")
     size, count = run.config.samples.effective_batch_size, run.config.samples.num_samples
     if (num_computed := num_batches * size) > 1.1 * count:
         print(f"Batches start at multiples of --batch_size {size} and are computed whole: {num_computed} for {count}.")
+    print_machine_choices(config, run)
+
+
+def print_machine_choices(config: SampleConfig, run: SamplingRun) -> None:
+    """Print precision and batch size, as far as the configuration leaves them open, with what they depend on."""
+    choices = []
+    if config.devices.precision == "auto":
+        choices.append(f"--trainer.precision {run.config.devices.precision}")
+    if config.samples.batch_size is None:
+        choices.append(f"--batch_size {run.config.samples.batch_size}")
     if choices:
         accelerator = "cpu" if select_device(config.devices).type == "cpu" else "gpu"
         choices.insert(0, f"--trainer.accelerator {accelerator}")

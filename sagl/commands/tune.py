@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from sagl.commands.sample import print_machine_choices
 from sagl.configuration.parser import Parser, field_names, from_namespace
 from sagl.configuration.sample import network_parser, parse_sample_config, sample_parser
 from sagl.errors import require
@@ -57,11 +58,13 @@ def main(arguments: list[str]) -> None:
                 tuning = Tuning.plan(config, settings, parse_search(flags.search or ()), reference, flags.extractor)
         with launch(config.devices) as ranks:
             tuning = ranks.broadcast(tuning)
-            study, comparison = tuning.open(config.output / "features", ranks)
+            study, comparison = tuning.open(ranks)
             if ranks.rank == 0:
                 print_budget(tuning, study)
             if config.dry_run:
                 return
+            if ranks.rank == 0:
+                print_machine_choices(config, tuning.run)
             rounds = tuning.search(study, comparison, config.progress)
             result = tuning.report(study, comparison, rounds, config.progress)
         assert result is not None

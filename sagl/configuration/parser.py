@@ -179,12 +179,12 @@ def from_namespace(cls: type, values: Namespace, group: str = "") -> Any:  # noq
 
 
 def _convert(field: "Field[Any]", value: Any, group: str) -> Any:  # noqa: ANN401
-    """Convert integers to floats where the field is one, and refuse null where the field does not allow it."""
+    """Convert integers to floats where the field is one or null, and refuse null where the field does not allow it."""
     type_name, name = str(getattr(field.type, "__name__", field.type)), f"{group}{field.name}"
     if value is None and "None" not in str(field.type):
         raise UserError(f"`{name}` must be {_allowed(name, repr(type_name))}, got null.")
     try:
-        return float(value) if type_name == "float" and isinstance(value, int) else value
+        return float(value) if "float" in str(field.type) and isinstance(value, int) else value
     except OverflowError as error:
         raise UserError(f"`{name}` must fit a float, got an integer of {value.bit_length()} bits.") from error
 

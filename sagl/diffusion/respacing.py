@@ -26,6 +26,10 @@ def respaced_timesteps(
         return _fixed_stride(_parse_count(spec.removeprefix("ddim"), spec), num_timesteps, spec)
     if spec.startswith("logsnr"):
         count = _parse_count(spec.removeprefix("logsnr"), spec)
+        require(
+            count >= 2,
+            f"`respacing` must have at least 2 timesteps after logsnr, the first and the last, got {spec!r}.",
+        )
         _require_at_most(num_timesteps, count, spec)
         return _evenly_spaced_in(log_snr() if log_snr else range(0, -num_timesteps, -1), count)
     counts = [_parse_count(part, spec) for part in spec.split(",")]
@@ -50,7 +54,7 @@ def _evenly_spaced(count: int, length: int) -> list[int]:
 
 
 def _evenly_spaced_in(values: Sequence[float], count: int) -> list[int]:
-    """Return `count` positions in a falling sequence, first and last included, at evenly spaced values.
+    """Return `count` positions (at least 2) in a falling sequence, first and last included, at evenly spaced values.
 
     Others are the first position at or below their value, moved where two would coincide.
     """
@@ -59,7 +63,7 @@ def _evenly_spaced_in(values: Sequence[float], count: int) -> list[int]:
         value = values[0] + (values[-1] - values[0]) * k / (count - 1)
         position = max(positions[-1] + 1, bisect_left(values, -value, key=lambda v: -v))
         positions.append(min(position, len(values) - count + k))
-    return [*positions[:-1], len(values) - 1] if count > 1 else positions
+    return [*positions[:-1], len(values) - 1]
 
 
 def _fixed_stride(count: int, num_timesteps: int, spec: str) -> list[int]:

@@ -4,6 +4,7 @@ A study that was interrupted goes on with the missing batches, and studies in on
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,13 +28,18 @@ from sagl.metrics.statistics_file import Reference
 from sagl.sampling.batch import sample_batch
 from sagl.sampling.guidance_files import guidance_digests, guidance_files
 from sagl.sampling.pipeline import SamplingPipeline, build_pipeline
-from sagl.sampling.run import SamplingRun
+from sagl.sampling.run import SampleConfig, SamplingRun
 from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.sampling import ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.archives import read_arrays
-from sagl.utils.files import atomic_file, file_version, json_sha256, sha256
+from sagl.utils.digest_cache import weights_sha256
+from sagl.utils.files import atomic_file, file_version, json_sha256, sha256, write_text
 from sagl.utils.images import to_rgb, to_uint8
+from sagl.utils.json_values import finite_or_none
 from sagl.utils.progress import ProgressReporter
+
+FEATURES, BATCH_SIZES = "features", "batch_sizes.json"
+"""Folder of the features in the output folder; file in it with the batch size of each network and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +69,46 @@ class Features:
 
     setting: Setting
     pooled: Tensor
-    """(N, D) float32."""
+    """(N, D) float32; nan for an image that is not finite, as guidance that overflows gives it."""
     nfe: float
     """Mean number of network evaluations per image."""
+
+
+def prepare_run(config: SampleConfig) -> SamplingRun:
+    """Check the configuration of a study, as `SamplingRun.without_folder` does; write nothing.
+
+    A batch size that is left open is that of the features in the output folder: they are not found with another one,
+    and one that is chosen anew may differ with the free memory and the number of processes.
+
+    Raises:
+        UserError: the configuration does not fit the network or the machine, or the record of the folder is damaged.
+    """
+    run = SamplingRun.without_folder(config)
+    if config.samples.batch_size is not None or not (sizes := _read_batch_sizes(config.output / FEATURES)):
+        return run
+    size = sizes.get(_batch_size_key(weights_sha256(run.checkpoint), run.config.devices.precision))
+    if size is None:
+        return run
+    return replace(run, config=replace(run.config, samples=replace(run.config.samples, batch_size=size)))
+
+
+def _batch_size_key(digest: str, precision: str) -> str:
+    return f"{digest} {precision}"
+
+
+def _read_batch_sizes(folder: Path) -> dict[str, int]:
+    path = folder / BATCH_SIZES
+    try:
+        sizes = dict(json.loads(path.read_text())) if path.is_file() else {}
+        require(
+            all(type(size) is int and size > 0 for size in sizes.values()), "a batch size is not a whole number above 0"
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"`output` must have an intact {BATCH_SIZES}, and {path} is damaged: {error}. Delete it, and give the "
+            "`batch_size` of the features."
+        ) from error
+    return sizes
 
 
 @dataclass(kw_only=True)
@@ -89,8 +132,8 @@ class Study:
     """Versions of the weight files of guidance methods at their first use."""
 
     @classmethod
-    def open(cls, run: SamplingRun, folder: Path, extraction: FeatureExtraction) -> "Study":
-        """Load the network of an opened run, whose sampler and guidance are not used.
+    def open(cls, run: SamplingRun, extraction: FeatureExtraction) -> "Study":
+        """Load the network of a run of `prepare_run`, whose sampler and guidance are not used.
 
         Raises:
             UserError: the weights cannot be read.
@@ -105,7 +148,7 @@ class Study:
         if network is not None:  # the weight file does not contain them
             identity |= {"network": asdict(network), "diffusion": diffusion and asdict(diffusion)}
         return cls(
-            folder=folder,
+            folder=config.output / FEATURES,
             pipeline=run.build_pipeline(extraction.ranks.device).unguided,
             samples=run.config.samples,
             extraction=extraction,
@@ -127,7 +170,7 @@ class Study:
 
     def missing(self, settings: Sequence[Setting], ids: range) -> list[tuple[Setting, list[int]]]:
         """Return the settings and whole batches that contain `ids` and are not in the folder yet, each once."""
-        distinct = {str(setting.values): setting for setting in settings}
+        distinct = {str(self._values(setting)): setting for setting in settings}
         return [
             (setting, batch)
             for setting in distinct.values()
@@ -143,10 +186,12 @@ class Study:
         """Sample the missing batches in all ranks, and store their features.
 
         Raises:
-            UserError: an image is not finite, or a file cannot be written.
+            UserError: an image without guidance is not finite, or a file cannot be written.
         """
         ranks = self.extraction.ranks
         jobs = ranks.broadcast(self.missing(settings, ids) if ranks.rank == 0 else None)
+        if jobs and ranks.rank == 0:
+            self._record_batch_size()
         with ProgressReporter(title, sum(len(batch) for _, batch in jobs), progress if ranks.rank == 0 else "off") as p:
             for setting, batch in ranks.share(jobs):
                 features = self._compute_features(setting, batch)
@@ -179,11 +224,21 @@ class Study:
             respacing = str(num_steps)
         return Setting(sampler=replace(setting.sampler, respacing=respacing))
 
+    def _record_batch_size(self) -> None:
+        """Record the batch size for `prepare_run`, unless one is recorded for this network and precision."""
+        sizes = _read_batch_sizes(self.folder)
+        key = _batch_size_key(self.identity["weights_sha256"], self.identity["precision"])
+        if key not in sizes:
+            sizes[key] = self.samples.effective_batch_size
+            write_text(self.folder / BATCH_SIZES, json.dumps(sizes, indent=1) + "\n")
+
     def _compute_features(self, setting: Setting, batch: list[int]) -> Features:
-        result = sample_batch(self.pipeline_for(setting), self.samples, batch)
-        pooled = extract_features(to_rgb(to_uint8(result.images)).cpu(), self.extraction.extract).pooled
+        pipeline = self.pipeline_for(setting)
+        result = sample_batch(pipeline, self.samples, batch, may_overflow=bool(pipeline.guidances))
+        overflowed = ~result.images.isfinite().flatten(1).all(dim=1).cpu()
+        pooled = extract_features(to_rgb(to_uint8(result.images.nan_to_num())).cpu(), self.extraction.extract).pooled
         require(bool(pooled.isfinite().all()), f"`extractor` {self.extraction.name} must give finite features.")
-        return Features(setting=setting, pooled=pooled, nfe=result.nfe)
+        return Features(setting=setting, pooled=pooled.masked_fill(overflowed[:, None], math.nan), nfe=result.nfe)
 
     def _batches(self, ids: range) -> list[list[int]]:
         return list(id_batches(replace(self.samples, first_id=ids.start, num_samples=len(ids))))
@@ -192,7 +247,7 @@ class Study:
         return self.folder / json_sha256({**self.identity, **self._values(setting)})[:16] / f"{batch[0]}.npz"
 
     def _values(self, setting: Setting) -> dict[str, Any]:
-        """Return the values of a setting, with the digests of the weight files that its guidance uses.
+        """Return the values of a setting, with the digests of the weight files of its guidance in place of their names.
 
         Raises:
             UserError: such a file does not exist, or has changed since its first use in this study.
@@ -208,8 +263,11 @@ class Study:
                 f"`{name}` must be a file that does not change during a study, and {path} was replaced or deleted. "
                 "Repeat the command: features of the earlier file are not used again.",
             )
-        digests = guidance_digests(files)
-        return {**setting.values, **({"guidance_sha256": digests} if digests else {})}
+        values, digests = setting.values, guidance_digests(files)
+        for parameter in digests:
+            group, _, name = parameter.partition(".")
+            del values[group][name]
+        return {**values, **({"guidance_sha256": digests} if digests else {})}
 
 
 def is_whole(path: Path) -> bool:
@@ -232,14 +290,25 @@ class Measurement:
     """Mean number of network evaluations per image."""
     num_samples: int
     values: Mapping[str, float]
-    """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features."""
+    """`fd`, the Fréchet distance, and `precision` and `recall` if the reference has enough features.
+
+    `fd` is infinite, and the others are missing, if an image is not finite."""
     resamples: Tensor
-    """Fréchet distances of bootstrap resamples, the same ids for all settings; may be empty."""
+    """Fréchet distances of bootstrap resamples, the same ids for all settings; empty if `fd` is infinite."""
+
+    @property
+    def json_values(self) -> dict[str, float | None]:
+        """The metrics as JSON values: None for an infinite distance."""
+        return {name: finite_or_none(value) for name, value in self.values.items()}
 
     def difference(self, other: "Measurement") -> Interval | None:
-        """Return the Fréchet distance minus that of `other` over the same ids, with its paired 95 % interval."""
-        estimate = self.values["fd"] - other.values["fd"]
-        return paired_difference(estimate, other.resamples, self.resamples) if len(self.resamples) else None
+        """Return the Fréchet distance minus that of `other` over the same ids, with its paired 95 % interval.
+
+        None without resamples of both.
+        """
+        if not (len(self.resamples) and len(other.resamples)):
+            return None
+        return paired_difference(self.values["fd"] - other.values["fd"], other.resamples, self.resamples)
 
 
 class Comparison:
@@ -254,15 +323,16 @@ class Comparison:
         self._num_resamples, self._seed = num_resamples, seed
 
     def distance(self, pooled: Tensor) -> float:
-        """Return the Fréchet distance of (N, D) features from the reference."""
-        return self._frechet(statistics(pooled))
+        """Return the Fréchet distance of (N, D) features from the reference; infinity if one is not finite."""
+        return self._frechet(statistics(pooled)) if pooled.isfinite().all() else math.inf
 
     def measure(self, features: Features) -> Measurement:
         """Compute all metrics of a setting."""
         pooled, values = features.pooled, {"fd": self.distance(features.pooled)}
-        if self._real is not None and len(pooled) > NUM_NEIGHBORS:
+        is_finite = math.isfinite(values["fd"])
+        if is_finite and self._real is not None and len(pooled) > NUM_NEIGHBORS:
             values |= precision_recall(pooled, self._real, real_radii=self._real_radii)._asdict()
-        resamples = resampled_rows(len(pooled), self._num_resamples, self._seed)
+        resamples = resampled_rows(len(pooled), self._num_resamples if is_finite else 0, self._seed)
         return Measurement(
             setting=features.setting,
             nfe=features.nfe,

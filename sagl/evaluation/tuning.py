@@ -4,6 +4,7 @@ All candidates are compared over few ids; the better half goes on to twice as ma
 ids that the search did not use, beside unguided sampling with as many steps and with as many network evaluations.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from sagl.errors import require
 from sagl.evaluation.evaluate import default_extractor
 from sagl.evaluation.extraction import FeatureExtraction
 from sagl.evaluation.reference import load_reference
-from sagl.evaluation.study import Comparison, Measurement, Setting, Study
+from sagl.evaluation.study import Comparison, Measurement, Setting, Study, prepare_run
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import with_default_classifier
 from sagl.sampling.run import SampleConfig, SamplingRun
@@ -45,7 +46,7 @@ class Round:
     unguided: float
     """Fréchet distance of unguided sampling."""
     distances: Mapping[int, float]
-    """Fréchet distances of the candidates by their numbers."""
+    """Fréchet distances of the candidates by their numbers; infinity if an image is not finite."""
 
     @property
     def ranking(self) -> list[int]:
@@ -84,7 +85,7 @@ class Tuning:
     def plan(
         cls, config: SampleConfig, settings: TuningSettings, search: Space, reference: str, extractor: str | None = None
     ) -> "Tuning":
-        """Check a request, and return the planned search.
+        """Check a request, and return the planned search in the folder `config.output`.
 
         Args:
             config: network, sampler and samples.
@@ -100,7 +101,7 @@ class Tuning:
             require_extractor(extractor)
         num_samples = config.samples.num_samples
         require(num_samples >= 2, f"`num_samples` must be at least 2, got {num_samples}.")
-        run = SamplingRun.without_folder(config)
+        run = prepare_run(config)
         space = {**default_space(settings.method, run.network), **search}
         candidates = make_candidates(run, space, settings.candidates)
         require(bool(candidates), f"`search` must have a setting of scale above 0, got {space}.")
@@ -125,7 +126,7 @@ class Tuning:
         stop = self.rounds[-1][1].stop
         return range(stop, stop + self.settings.report_samples)
 
-    def open(self, folder: Path, ranks: Ranks) -> tuple[Study, Comparison | None]:
+    def open(self, ranks: Ranks) -> tuple[Study, Comparison | None]:
         """Load the network, the extractor and the reference; the comparison is on rank 0 only.
 
         Raises:
@@ -135,7 +136,7 @@ class Tuning:
         extraction = FeatureExtraction.load(self.extractor, settings, ranks)
         size, reference_path = self.run.network.image_size, local_path(self.reference, "reference")
         reference = load_reference(reference_path, extraction, (size, size), MetricSettings.max_features)
-        study = Study.open(self.run, folder, extraction)
+        study = Study.open(self.run, extraction)
         num_resamples = self.settings.bootstrap
         return study, None if reference is None else Comparison(reference, num_resamples=num_resamples)
 
@@ -153,19 +154,28 @@ class Tuning:
         return search + study.num_images(self.report_ids) * (unguided_nfe + 2 * max(nfe) + configured_nfe)
 
     def search(self, study: Study, comparison: Comparison | None, progress: ProgressKind) -> list[Round]:
-        """Compare the candidates round by round, in all ranks."""
+        """Compare the candidates round by round, in all ranks; those whose images are not finite take part in one.
+
+        Raises:
+            UserError: no candidate has finite images.
+        """
         unguided, rounds = self.candidates[0].unguided, list[Round]()
         numbers = list(range(len(self.candidates)))
         for size, ids in self.rounds:
             settings = {number: self.candidates[number] for number in numbers[:size]}
-            study.sample([unguided, *settings.values()], ids, f"{size} candidates", progress)
+            study.sample([unguided, *settings.values()], ids, f"{len(settings)} candidates", progress)
             result = None
             if comparison is not None:
                 distances = {n: comparison.distance(study.features(s, ids).pooled) for n, s in settings.items()}
                 baseline = comparison.distance(study.features(unguided, ids).pooled)
                 result = Round(ids=ids, unguided=baseline, distances=distances)
             rounds.append(study.extraction.ranks.broadcast(result))
-            numbers = rounds[-1].ranking
+            numbers = [number for number in rounds[-1].ranking if math.isfinite(rounds[-1].distances[number])]
+            require(
+                bool(numbers),
+                "`search` must have a setting whose images are finite, but those of every candidate overflowed. Search "
+                "lower scales, or set `trainer.precision` to 32-true.",
+            )
         return rounds
 
     def report(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from sagl.evaluation.study import Measurement, Setting
 from sagl.evaluation.tuning import Round, Space, Tuning, TuningResult, searched_values
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.zoo import BUNDLED
+from sagl.sampling.guidance_files import AUTO
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.config_files import to_text
 from sagl.utils.files import write_text
+from sagl.utils.json_values import finite_or_none
 
 CONFIG_FILE, PAGE_FILE, CSV_FILE, JSON_FILE = "recommended.yaml", "tuning.html", "candidates.csv", "tuning.json"
 COLUMNS = ("network evaluations", "Fréchet distance ↓", "from unguided", "95 % interval", "precision ↑", "recall ↑")
@@ -55,7 +58,7 @@ def describe_result(tuning: Tuning, result: TuningResult) -> list[str]:
 
 
 def _describe(best: Measurement, other: Measurement, name: str) -> str:
-    distances = f"{best.values['fd']:,.2f}, that of {name} {other.values['fd']:,.2f}"
+    distances = f"{format_distance(best.values['fd'])}, that of {name} {format_distance(other.values['fd'])}"
     sentence, difference = f"The recommended setting's Fréchet distance is {distances}.", best.difference(other)
     if difference is None:
         return sentence
@@ -76,6 +79,10 @@ def format_config(tuning: Tuning, result: TuningResult) -> str:
         network |= {"checkpoint": str(source.checkpoint.resolve()), "weights": source.weights}
     off = {name: {"scale": 0.0} for name in GUIDANCES}  # the weight file may recommend one that is not used here
     settings = network | {"labels": config.samples.labels} | off | result.best.setting.values
+    for guidance in result.best.setting.guidances.values():
+        for name in guidance.file_settings if guidance.scale else ():
+            if (value := getattr(guidance, name)) != AUTO and Path(value).is_file():  # not the name of a network
+                settings[guidance.group][name] = str(Path(value).resolve())
     comment = "".join(f"# {line}\n" for line in describe_result(tuning, result))
     return comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
@@ -102,13 +109,17 @@ def format_csv(tuning: Tuning, result: TuningResult) -> str:
 def as_json(tuning: Tuning, result: TuningResult) -> dict[str, Any]:
     """Return everything that was measured as JSON values."""
     rounds = [
-        {"ids": [r.ids.start, r.ids.stop], "unguided": r.unguided, "distances": dict(r.distances)}
+        {
+            "ids": [r.ids.start, r.ids.stop],
+            "unguided": r.unguided,
+            "distances": {number: finite_or_none(distance) for number, distance in r.distances.items()},
+        }
         for r in result.rounds
     ]
     configured = result.configured
     rows = {"unguided": result.unguided, "recommended": result.best, "plain": result.plain}
     rows |= {"configured": configured} if configured else {}
-    report = {name: {"setting": row.setting.values, "nfe": row.nfe, **row.values} for name, row in rows.items()}
+    report = {name: {"setting": row.setting.values, "nfe": row.nfe, **row.json_values} for name, row in rows.items()}
     return {
         "reference": tuning.reference,
         "extractor": tuning.extractor,
@@ -144,7 +155,7 @@ def measurement_row(name: str, row: Measurement, baseline: Measurement) -> Row:
     """Return the row of a measurement in a table with `COLUMNS`; `baseline` is unguided sampling over the same ids."""
     difference = row.difference(baseline) if row is not baseline else None
     fractions = (f"{row.values[key]:.3f}" if key in row.values else "" for key in ("precision", "recall"))
-    texts = [f"{row.nfe:g}", f"{row.values['fd']:,.2f}"]
+    texts = [f"{row.nfe:g}", format_distance(row.values["fd"])]
     texts += (
         [f"{difference.estimate:+,.2f}", f"{difference.low:+,.2f} … {difference.high:+,.2f}"]
         if difference
@@ -183,8 +194,13 @@ def candidates_table(tuning: Tuning, result: TuningResult) -> Table:
 
 
 def _distance_cells(distance: float, unguided: float | None) -> tuple[Cell, ...]:
-    difference = "" if unguided is None else f"{distance - unguided:+,.2f}"
-    return Cell(text=f"{distance:,.2f}"), Cell(text=difference)
+    difference = "" if unguided is None or math.isinf(distance) else f"{distance - unguided:+,.2f}"
+    return Cell(text=format_distance(distance)), Cell(text=difference)
+
+
+def format_distance(distance: float) -> str:
+    """Format a Fréchet distance; an infinite one stands for images that are not finite."""
+    return "not finite" if math.isinf(distance) else f"{distance:,.2f}"
 
 
 def describe_setting(setting: Setting, space: Space) -> str:
@@ -208,16 +224,18 @@ def describe_changes(setting: Setting) -> str:
 
 
 def plot_rounds(tuning: Tuning, result: TuningResult) -> Plot:
-    """Return the differences from unguided sampling of all candidates, round by round.
+    """Return the differences from unguided sampling of all candidates with finite images, round by round.
 
     The vertical range holds the candidates of the second round in all rounds; others are drawn at its upper end if they
     are worse.
     """
     lines = []
     for number in last_rounds(result):
-        points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in result.rounds if number in r.distances]
+        rounds = [r for r in result.rounds if math.isfinite(r.distances.get(number, math.inf))]
+        points = [(float(len(r.ids)), r.distances[number] - r.unguided) for r in rounds]
         name = describe_setting(tuning.candidates[number], tuning.space)
-        lines.append(Line(name=name, points=points, best=number == result.rounds[-1].ranking[0]))
+        if points:
+            lines.append(Line(name=name, points=points, best=number == result.rounds[-1].ranking[0]))
     second_round = [y for line in lines if len(line.points) > 1 for _, y in line.points]
     values = [0.0, *(second_round or [y for line in lines for _, y in line.points])]
     margin = 0.08 * (max(values) - min(values)) or 1.0

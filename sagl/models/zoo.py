@@ -168,20 +168,20 @@ def get_settings(name: str) -> tuple[NetworkSettings, DiffusionSettings]:
     return entry.settings, entry.diffusion
 
 
-def get_unet_settings(name: str) -> tuple[UNetSettings, DiffusionSettings]:
+def get_unet_settings(name: str, argument: str = "model") -> tuple[UNetSettings, DiffusionSettings]:
     """Return the settings of a pretrained UNet and of its diffusion process.
 
     Raises:
-        UserError: The name is unknown, or that of a classifier.
+        UserError: The name is unknown, or that of a classifier; names `argument`.
     """
     require(
         name not in CLASSIFIER_NAMES,
-        f"`model` must be a diffusion model, but {name} is a classifier, which goes into `classifier.checkpoint`.",
+        f"`{argument}` must be a diffusion model, but {name} is a classifier, which goes into `classifier.checkpoint`.",
     )
     if not is_hub_name(name):
-        _require_name(name, UNET_NAMES)
+        _require_name(name, UNET_NAMES, argument)
     settings, diffusion = get_settings(name)
-    require(isinstance(settings, UNetSettings), f"`model` must be a diffusion model, but {name} is a classifier.")
+    require(isinstance(settings, UNetSettings), f"`{argument}` must be a diffusion model, but {name} is a classifier.")
     assert isinstance(settings, UNetSettings)
     return settings, diffusion
 

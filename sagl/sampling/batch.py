@@ -22,7 +22,7 @@ class SampledBatch(NamedTuple):
     labels: Labels | None
     """(B,) int64; None if the network has no classes or gets none."""
     images: Image
-    """(B, C, H, W), finite."""
+    """(B, C, H, W), finite unless `may_overflow` was set."""
     mask_frequency: Tensor | None
     """Fraction of the guided steps in which each pixel was masked, (B, 1, H, W); None if no step had a mask."""
     nfe: float
@@ -34,6 +34,8 @@ def sample_batch(
     samples: RunSettings,
     ids: Sequence[int],
     track_steps: Callable[[Trajectory, int], Trajectory] = lambda steps, num_steps: steps,
+    *,
+    may_overflow: bool = False,
 ) -> SampledBatch:
     """Sample a whole batch.
 
@@ -42,6 +44,7 @@ def sample_batch(
         samples: seed and labels.
         ids: ids of the batch.
         track_steps: function (steps, number of steps) that yields the steps, and may show them.
+        may_overflow: return images that are not finite, too.
 
     Raises:
         UserError: an image is not finite, or the network does not have a label.
@@ -52,7 +55,7 @@ def sample_batch(
         steps = _collect_nfe(pipeline.sample_progressive(samples.seed, ids, labels), nfe)
         images, mask_frequency = run_to_end(track_steps(steps, pipeline.schedule.num_steps))
     require(
-        bool(images.isfinite().all()),
+        may_overflow or bool(images.isfinite().all()),
         "`sag.scale` and other guidance scales must leave the images finite, but these overflowed. Lower the "
         "scales, or set `trainer.precision` to 32-true."
         if pipeline.guidances

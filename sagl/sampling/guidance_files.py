@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from sagl.errors import UserError, require
+from sagl.models.hub_files import is_hub_name
 from sagl.models.metadata import WEIGHT_SUFFIXES
-from sagl.models.zoo import get_classifier_settings
+from sagl.models.zoo import get_classifier_settings, get_unet_settings
 from sagl.settings.compatibility import check_second_network
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.guidance import GuidanceSettings
@@ -69,15 +70,46 @@ def head_path(settings: GuidanceSettings, checkpoint: Path | None) -> Path:
     return path
 
 
-def check_classifier_name(name: str, network: UNetSettings, diffusion: DiffusionSettings) -> None:
-    """Refuse a released classifier that does not fit the network before it is downloaded; a file is not read.
+def check_guidance_files(
+    guidances: Mapping[str, GuidanceSettings], network: UNetSettings, diffusion: DiffusionSettings
+) -> None:
+    """Refuse weight files that do not exist and released networks that do not fit, before anything is downloaded.
+
+    Files are not read. Names on the Hub and the head `auto` are looked up later.
 
     Raises:
-        UserError: there is no classifier of this name, or it is for other images or another process.
+        UserError: there is no such file, or `check_network_name` refuses a name.
     """
-    parameter = "classifier.checkpoint"
-    if not Path(name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES:
-        check_second_network(parameter, *get_classifier_settings(name, parameter), network, diffusion)
+    for settings in guidances.values():
+        for name in settings.file_settings if settings.scale else ():
+            value = str(getattr(settings, name))
+            if name == "checkpoint" and _is_network_name(value):
+                check_network_name(f"{settings.group}.{name}", value, network, diffusion)
+            elif value != AUTO:
+                _find_file(settings, name, None)
+
+
+def check_network_name(parameter: str, name: str, network: UNetSettings, diffusion: DiffusionSettings) -> None:
+    """Refuse a released network that does not fit the one that it guides; a file or a network of the Hub is not read.
+
+    Args:
+        parameter: `classifier.checkpoint` for a classifier, that of another method for a UNet.
+        name: its name or file.
+        network: settings of the network that it guides.
+        diffusion: process of that network.
+
+    Raises:
+        UserError: there is no network of this name, or it is for other images or another process.
+    """
+    if _is_network_name(name) and not is_hub_name(name):
+        is_classifier = parameter == "classifier.checkpoint"
+        second, process = (get_classifier_settings if is_classifier else get_unet_settings)(name, parameter)
+        check_second_network(parameter, second, process, network, diffusion)
+
+
+def _is_network_name(value: str) -> bool:
+    """Return whether a value is the name of a network, here or on the Hub, and not a file."""
+    return is_hub_name(value) or not (Path(value).is_file() or Path(value).suffix in WEIGHT_SUFFIXES)
 
 
 def _find_file(settings: GuidanceSettings, name: str, checkpoint: Path | None) -> Path:
@@ -85,7 +117,7 @@ def _find_file(settings: GuidanceSettings, name: str, checkpoint: Path | None) -
     parameter, value = f"{settings.group}.{name}", str(getattr(settings, name))
     if name == "direction_head":
         return head_path(settings, checkpoint)
-    if name == "checkpoint" and not Path(value).is_file():
+    if name == "checkpoint" and _is_network_name(value):
         from sagl.models.loading import find_file
 
         try:

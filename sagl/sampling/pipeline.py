@@ -23,7 +23,7 @@ from sagl.models.adm import UNet
 from sagl.models.checkpoints import DTYPES, AnyNetwork, NetworkWeights, build_classifier, build_network, cast_weights
 from sagl.models.flops import flops_per_evaluation
 from sagl.models.loading import load
-from sagl.sampling.guidance_files import check_classifier_name
+from sagl.sampling.guidance_files import check_network_name
 from sagl.sampling.heads import load_head
 from sagl.settings.compatibility import check_compatible, check_labels, check_second_network
 from sagl.settings.diffusion import DiffusionSettings
@@ -231,7 +231,6 @@ def build_pipeline(
 
 
 def load_noisy_classifier(name: str, network: UNet, diffusion: DiffusionSettings) -> NoisyClassifier:
-    check_classifier_name(name, network.settings, diffusion)
     return _load_second_network("classifier.checkpoint", name, "ema", build_classifier, network, diffusion)
 
 
@@ -263,6 +262,7 @@ def _load_second_network(
     Raises:
         UserError: it cannot be loaded, or does not fit the first one.
     """
+    check_network_name(parameter, name, network.settings, diffusion)
     try:
         checkpoint = load(name, weights)
         other = build(checkpoint)

@@ -18,7 +18,7 @@ from sagl.diffusion.respacing import respaced_timesteps
 from sagl.errors import require
 from sagl.models.sources import NetworkSource
 from sagl.sampling.choices import choose_batch_size, choose_precision
-from sagl.sampling.guidance_files import check_classifier_name, guidance_digests, guidance_files
+from sagl.sampling.guidance_files import check_guidance_files, guidance_digests, guidance_files
 from sagl.sampling.run_folder import (
     Sample,
     check_same_run,
@@ -34,7 +34,7 @@ from sagl.sampling.run_folder import (
 )
 from sagl.settings.compatibility import check_compatible, check_labels
 from sagl.settings.diffusion import DiffusionSettings
-from sagl.settings.guidance import ClassifierGuidance, GuidanceSettings
+from sagl.settings.guidance import GuidanceSettings
 from sagl.settings.network import UNetSettings
 from sagl.settings.sampling import DeviceSettings, ProgressKind, RunSettings, SamplerSettings, id_batches
 from sagl.utils.digest_cache import weights_sha256
@@ -385,8 +385,11 @@ def _check_network(config: SampleConfig) -> tuple[UNetSettings, DiffusionSetting
     network, diffusion = config.source.read_settings()
     check_compatible(network, diffusion, config.guidances)
     check_labels(config.samples, network, config.guidances)
-    for guidance in config.guidances.values():
-        if isinstance(guidance, ClassifierGuidance) and guidance.scale and guidance.checkpoint is not None:
-            check_classifier_name(guidance.checkpoint, network, diffusion)
-    respaced_timesteps(config.sampler.respacing, diffusion.num_timesteps)  # refuses one that does not fit
+    check_guidance_files(config.guidances, network, diffusion)
+    respacing, num_timesteps = config.sampler.respacing, diffusion.num_timesteps
+    require(
+        respaced_timesteps(respacing, num_timesteps)[-1] > 0 or num_timesteps == 1,
+        f"`respacing` must have a timestep above 0, because a chain begins with noise, got {respacing!r}. Give at "
+        "least 2 steps.",
+    )
     return network, diffusion, config.source.find_file()

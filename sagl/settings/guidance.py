@@ -56,6 +56,8 @@ class GuidanceSettings:
             0 <= start <= end <= 1,
             f"`{self.group}.interval` must be two fractions 0 <= start <= end <= 1, got {self.interval}.",
         )
+        # a config has lists and integers: equal intervals have one representation, which hashes of settings need
+        object.__setattr__(self, "interval", (float(start), float(end)))
         require(self.renew_every >= 1, f"`{self.group}.renew_every` must be at least 1, got {self.renew_every}.")
         require(self.stop_below >= 0, f"`{self.group}.stop_below` must be at least 0, got {self.stop_below}.")
         for name in ("max_norm", "shape_sigma"):
@@ -352,6 +354,10 @@ class EpsScaling(GuidanceSettings):
     """Excess of the divisor over 1 in the cleanest step, such as 0.005; 0 is off and costs nothing."""
     slope: float = 0.0
     """Increase of the divisor per step, from the cleanest to the noisiest, if the scale is not 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.scale > -1, f"`eps_scaling.scale` must be above -1, for a divisor above 0, got {self.scale}.")
 
 
 def effective_kernel_size(kernel_size: int | None, image_size: int, group: str = "sag") -> int:

@@ -1,5 +1,6 @@
-"""Dataclasses from JSON values, whose types are checked against the annotations."""
+"""Dataclasses from JSON values, whose types are checked against the annotations; floats as JSON values."""
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,11 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     hints = get_type_hints(cls)
     return cls(**{name: _convert_field(name, value, hints.get(name, Any)) for name, value in values.items()})
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a finite number, and None for infinity and nan, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def _convert_field(name: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 (any JSON value, any type)

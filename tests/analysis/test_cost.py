@@ -7,6 +7,7 @@ from sagl.analysis import cost, guided_images
 from sagl.analysis.cost import analyze_cost
 from sagl.settings.sampling import RunSettings
 from tests.helpers.analyses import analysis_request
+from tests.helpers.errors import refused
 from tests.helpers.networks import grey_unet, write_grey_classifier
 
 
@@ -20,6 +21,21 @@ def test_the_cost_is_that_of_every_combination_with_the_classifier(has_classifie
     assert all(row["gigabytes"] > 0 for row in numbers.values())
     if has_classifier:  # whose gradients keep the features of all its layers
         assert numbers["classifier"]["gigabytes"] > numbers["unguided"]["gigabytes"]
+
+
+@pytest.mark.parametrize(("labels", "network"), [("null", {}), ("random", {"num_classes": None, "null_label": False})])
+def test_a_classifier_is_left_out_where_there_are_no_labels(labels, network, tmp_path):
+    classifier = str(write_grey_classifier(tmp_path / "c.safetensors"))
+    request = analysis_request(grey_unet(**network), tmp_path, classifier=classifier)
+    numbers = analyze_cost(replace(request, samples=replace(request.samples, labels=labels)))
+    assert list(numbers) == ["unguided", "SAG"]
+
+
+def test_a_classifier_that_does_not_fit_is_refused_before_the_first_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(guided_images, "sample_batch", lambda *_: pytest.fail("measured"))
+    classifier = str(write_grey_classifier(tmp_path / "c.safetensors", num_classes=4))
+    with refused("`classifier.checkpoint`", 4):
+        analyze_cost(analysis_request(grey_unet(), tmp_path, classifier=classifier))
 
 
 def test_the_seconds_are_those_of_sampling_by_a_warm_pipeline_divided_by_the_images_of_whole_batches(

@@ -134,6 +134,18 @@ def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alik
     assert results(tmp_path / "parts") == results(search.folder)
 
 
+def test_a_repeated_command_finds_its_features_on_a_machine_with_less_free_memory(
+    tmp_path, arguments, monkeypatch, capsys
+):
+    sizes = iter((4, 3))
+    monkeypatch.setattr("sagl.sampling.choices.default_batch_size", lambda *_: next(sizes))
+    assert exit_code(*arguments, tmp_path / "a", "--batch_size", "null", "--candidates", 2) == 0
+    batches = count_batches(monkeypatch)
+    assert exit_code(*arguments, tmp_path / "a", "--batch_size", "null", "--candidates", 2) == 0
+    assert (batches, next(sizes, None)) == ([], None)
+    assert capsys.readouterr().out.count("--batch_size 4 ") == 2
+
+
 def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limited(tmp_path, arguments, capsys):
     flags = ("--sag.scale", 0.7, "--sag.site", "input.1", "--candidates", 3, "--dry_run")
     assert exit_code(*arguments, tmp_path / "a", *flags) == 0
@@ -188,6 +200,44 @@ def test_a_statistics_file_at_a_url_gives_the_reference_and_the_extractor(inputs
     result = results(tmp_path / "url")
     assert (result["extractor"], result["reference"]) == ("inception", "https://host/s.npz")
     assert result["rounds"] == results(tmp_path / "file")["rounds"]
+
+
+def test_candidates_whose_images_are_not_finite_are_the_last_of_the_first_round(tmp_path, arguments):
+    without_search = arguments[: arguments.index("--search")]
+    flags = [
+        "--search",
+        "sag.scale",
+        0.1,
+        0.5,
+        1e300,
+        "--sag.scale",
+        1e301,
+        "--sag.site",
+        "middle",
+        "--clip_x0",
+        "false",
+    ]
+    flags += ["--search", "sag.site", "middle", "--search", "sag.interval", "0,1", "--search", "sag.blur_sigma", 1]
+    assert exit_code(*without_search, "--output", tmp_path, *flags) == 0
+    result = json.loads((tmp_path / "tuning.json").read_text(), parse_constant=pytest.fail)
+    scales = [candidate["sag"]["scale"] for candidate in result["candidates"]]
+    overflowed = [scales.index(scale) for scale in (1e301, 1e300)]
+    assert [result["rounds"][0]["distances"][str(number)] for number in overflowed] == [None, None]
+    assert len(result["rounds"][1]["distances"]) == 2
+    assert None not in result["rounds"][1]["distances"].values()
+    assert (result["report"]["configured"]["fd"], result["difference_from_configured"]) == (None, None)
+    page = (tmp_path / "tuning.html").read_text()
+    assert page.count("not finite") >= 3  # both candidates, and the configured guidance
+    assert not re.search(r"\b(inf|nan)\b", page)
+    rows = list(csv.DictReader((tmp_path / "candidates.csv").read_text().splitlines()))
+    assert [float(row["sag.scale"]) for row in rows[2:]] == [scales[number] for number in sorted(overflowed)]
+
+
+def test_a_search_without_a_candidate_of_finite_images_is_refused(tmp_path, arguments, capsys):
+    without_search = arguments[: arguments.index("--search")]
+    flags = ("--search", "sag.scale", 1e300, "--search", "sag.site", "middle", "--clip_x0", "false")
+    assert exit_code(*without_search, "--output", tmp_path, *flags) == 2
+    assert "--search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

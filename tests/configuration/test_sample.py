@@ -87,6 +87,13 @@ def test_a_group_of_settings_on_the_command_line_leaves_the_other_settings_of_th
     assert sag == SelfAttentionGuidance(scale=0.9, blur_sigma=2.0, site="output.0", threshold=1.3)
 
 
+def test_whole_numbers_of_a_config_give_the_settings_of_flags_to_the_letter(tmp_path):
+    sag = {"scale": 1, "interval": [0, 1], "max_norm": 2, "shape_sigma": 3}
+    flags = ["--sag.scale", "1", "--sag.interval", "0,1", "--sag.max_norm", "2", "--sag.shape_sigma", "3"]
+    from_config, from_flags = parse_sample_config(write_config(tmp_path, sag=sag)), parse_sample_config(flags)
+    assert repr(from_config.guidances["sag"]) == repr(from_flags.guidances["sag"])
+
+
 def test_flags_that_name_a_network_replace_the_weights_of_a_config(tmp_path):
     tiny = write_grey_unet(tmp_path / "tiny.safetensors")
     config = write_config(tmp_path, checkpoint=str(write_grey_unet(tmp_path / "other.safetensors")))

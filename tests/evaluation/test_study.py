@@ -1,3 +1,6 @@
+import math
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -5,15 +8,15 @@ import torch
 from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation import study as module
 from sagl.evaluation.extraction import FeatureExtraction
-from sagl.evaluation.study import Comparison, Setting, Study
+from sagl.evaluation.study import BATCH_SIZES, Comparison, Setting, Study, prepare_run
 from sagl.metrics.accumulator import FeatureStatistics
 from sagl.metrics.bootstrap import paired_difference, resample
 from sagl.metrics.frechet import frechet_distance, statistics
 from sagl.metrics.precision_recall import precision_recall
 from sagl.metrics.statistics_file import Reference
 from sagl.models.checkpoints import write_checkpoint
+from sagl.sampling import batch, choices
 from sagl.sampling.exports import write_npz
-from sagl.sampling.run import SamplingRun
 from sagl.settings.evaluation import ExtractionSettings
 from sagl.settings.guidance import Autoguidance, ClassifierFreeGuidance, SelfAttentionGuidance
 from sagl.settings.sampling import SamplerSettings
@@ -37,11 +40,11 @@ def open_study(tmp_path, *flags, version=""):
     if not checkpoint.exists():
         write_checkpoint(grey_weights(), checkpoint)
     flags = ["--batch_size", 4, "--labels", "balanced", "--trainer.precision", "32-true", *flags]
-    arguments = ["--checkpoint", checkpoint, "--trainer.accelerator", "cpu", *flags]
-    run = SamplingRun.without_folder(parse_sample_config(list(map(str, arguments))))
+    arguments = ["--checkpoint", checkpoint, "--output", tmp_path / "study", "--trainer.accelerator", "cpu", *flags]
+    run = prepare_run(parse_sample_config(list(map(str, arguments))))
     ranks, settings = Ranks(device=torch.device("cpu")), ExtractionSettings(progress="off")
     extraction = FeatureExtraction(name="columns", version=version, extract=columns, ranks=ranks, settings=settings)
-    return Study.open(run, tmp_path / "study", extraction)
+    return Study.open(run, extraction)
 
 
 def sampled(study, setting, ids):
@@ -74,6 +77,23 @@ def test_an_interrupted_study_samples_only_what_is_missing(tmp_path, monkeypatch
     assert torch.equal(sampled(study, GUIDED, range(8)).pooled, expected)
 
 
+def test_a_batch_size_that_is_left_open_is_chosen_once_for_a_network_and_precision(tmp_path, monkeypatch):
+    sizes = iter((4, 3, 2, 1, 1))
+    monkeypatch.setattr(choices, "default_batch_size", lambda *_: next(sizes))
+    left_open = ("--batch_size", "null")
+    first = open_study(tmp_path, *left_open)
+    assert not first.folder.exists()
+    first.sample([UNGUIDED], range(4))
+    assert open_study(tmp_path, *left_open).missing([UNGUIDED], range(4)) == []
+    explicit = open_study(tmp_path, "--batch_size", "5")
+    explicit.sample([UNGUIDED], range(4))
+    assert open_study(tmp_path, *left_open).samples.batch_size == 4
+    assert open_study(tmp_path, *left_open, "--trainer.precision", "bf16-true").samples.batch_size == 1
+    (first.folder / BATCH_SIZES).write_text('{"a": "b"}')
+    with refused("`output`", first.folder / BATCH_SIZES):
+        open_study(tmp_path, *left_open)
+
+
 def test_settings_of_a_method_that_is_off_do_not_matter_but_all_others_do(tmp_path):
     study = open_study(tmp_path)
     study.sample([UNGUIDED], range(4))
@@ -103,6 +123,15 @@ def test_features_of_a_weaker_network_that_was_replaced_are_not_used_again(tmp_p
     (tmp_path / "weak.safetensors").unlink()
     with refused("`autoguidance.checkpoint`", tmp_path / "weak.safetensors"):
         study.features(setting, range(4))
+
+
+def test_features_of_a_weaker_network_are_those_of_its_content_wherever_it_lies(tmp_path):
+    study, path = open_study(tmp_path), write_grey_unet(tmp_path / "weak.safetensors", num_res_blocks=2)
+    study.sample([weak(tmp_path)], range(4))
+    (tmp_path / "other").mkdir()
+    shutil.copy(path, tmp_path / "other" / path.name)
+    assert study.missing([weak(tmp_path / "other")], range(4)) == []
+    assert len(study.missing([weak(tmp_path), weak(tmp_path / "other")], range(8))) == 1
 
 
 def test_the_name_of_a_weaker_network_is_looked_up_once_per_setting(tmp_path, monkeypatch):
@@ -148,6 +177,28 @@ def test_metrics_and_differences_are_those_of_the_metrics_package():
     resamples = (resample(part, comparison.distance, num_resamples=20, seed=3) for part in (first, second))
     expected = paired_difference(distance - comparison.distance(first), *resamples)
     assert measurements[1].difference(measurements[0]) == pytest.approx(expected)
+
+
+def test_a_setting_whose_images_are_not_finite_has_an_infinite_distance_and_unguided_sampling_is_refused(
+    tmp_path, monkeypatch
+):
+    reference = Reference(statistics=FeatureStatistics(pooled=statistics(torch.randn(60, 8))), extractor="columns")
+    comparison, study = Comparison(reference, num_resamples=20), open_study(tmp_path)
+    unguided = comparison.measure(sampled(study, UNGUIDED, range(8)))
+    run_to_end = batch.run_to_end
+
+    def overflow(steps):
+        images, frequency = run_to_end(steps)
+        return images.index_fill(0, torch.tensor([1]), math.inf), frequency
+
+    monkeypatch.setattr(batch, "run_to_end", overflow)
+    features = sampled(study, GUIDED, range(8))
+    assert features.pooled.isnan().any(dim=1).tolist() == [False, True, False, False] * 2
+    guided = comparison.measure(features)
+    assert (guided.values, guided.json_values) == ({"fd": math.inf}, {"fd": None})
+    assert unguided.difference(guided) is guided.difference(unguided) is None
+    with refused("`checkpoint`"):
+        study.sample([UNGUIDED], range(8, 12))
 
 
 @pytest.mark.parametrize(

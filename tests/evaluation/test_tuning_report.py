@@ -1,6 +1,9 @@
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from sagl.configuration.sample import parse_sample_config
 from sagl.evaluation import tuning_report
@@ -26,6 +29,14 @@ def test_a_plot_of_the_rounds_holds_every_candidate_but_the_worst_of_the_first_r
     assert best.points == [(60, -90.0), (120, -40.0)][: len(rounds)]
 
 
+def test_a_candidate_whose_images_are_not_finite_is_not_drawn():
+    first = replace(FIRST, distances={**FIRST.distances, 3: math.inf})
+    tuning = SimpleNamespace(candidates=[Setting(sampler=SamplerSettings())] * 4, space={})
+    plot = plot_rounds(tuning, SimpleNamespace(rounds=[first]))
+    assert sorted(line.points for line in plot.lines) == [[(60.0, -90.0)], [(60.0, -80.0)], [(60.0, -30.0)]]
+    assert all(map(math.isfinite, plot.y_range))
+
+
 def test_the_settings_that_differ_from_the_defaults_are_named():
     sag = SelfAttentionGuidance(scale=0.5, interval=(0.5, 1.0), soft=True)
     setting = Setting(
@@ -37,16 +48,35 @@ def test_the_settings_that_differ_from_the_defaults_are_named():
     )
 
 
+def recommended(monkeypatch, *flags):
+    """Return the recommended config of a search whose best candidate is the configured guidance."""
+    config = parse_sample_config(list(flags))
+    best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
+    tuning = SimpleNamespace(run=SimpleNamespace(config=config))
+    monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
+    return format_config(tuning, SimpleNamespace(best=best))
+
+
+def test_the_recommended_config_has_absolute_paths_and_names_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "weak.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "fashion_mnist", "--autoguidance.scale", "1", "--autoguidance.checkpoint", "weak.safetensors"]
+    flags += ["--sag.scale", "1", "--sag.direction_head", "auto", "--classifier.scale", "1"]
+    settings = yaml.safe_load(recommended(monkeypatch, *flags))
+    assert settings["autoguidance"]["checkpoint"] == str(tmp_path / "weak.safetensors")
+    assert settings["sag"]["direction_head"] == "auto"
+    assert settings["classifier"]["checkpoint"] == "fashion_mnist_classifier"
+
+
 @pytest.mark.parametrize("network", [("--model", "fashion_mnist"), ("--checkpoint", str(BUNDLED["fashion_mnist"]))])
 def test_the_recommended_config_names_the_network_and_turns_off_guidance_that_its_file_recommends(
     network, tmp_path, monkeypatch
 ):
-    config = parse_sample_config([*network, "--sag.scale", "0", "--pag.scale", "1"])
     assert parse_sample_config(["--model", "fashion_mnist"]).guidances["sag"].scale > 0
-    tuning = SimpleNamespace(run=SimpleNamespace(config=config))
-    best = SimpleNamespace(setting=Setting(sampler=config.sampler, guidances=config.guidances))
-    monkeypatch.setattr(tuning_report, "describe_result", lambda tuning, result: [])
-    (tmp_path / "recommended.yaml").write_text(format_config(tuning, SimpleNamespace(best=best)))
+    flags = (*network, "--sag.scale", "0", "--pag.scale", "1")
+    (tmp_path / "recommended.yaml").write_text(recommended(monkeypatch, *flags))
+    best = parse_sample_config([*flags])
     again = parse_sample_config(["--config", str(tmp_path / "recommended.yaml")])
     assert again.source.checkpoint == BUNDLED["fashion_mnist"]
-    assert Setting(sampler=again.sampler, guidances=again.guidances).values == best.setting.values
+    values = [Setting(sampler=config.sampler, guidances=config.guidances).values for config in (best, again)]
+    assert values[0] == values[1]

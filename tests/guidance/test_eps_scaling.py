@@ -21,7 +21,6 @@ def test_it_costs_no_evaluation():
     assert guided(eps_scaling={"scale": 0.01}).nfe == len(calls) == 1
 
 
-@pytest.mark.parametrize(("scale", "slope"), [(-1.0, 0.0), (0.5, -0.2)])
-def test_divisors_that_are_not_positive_are_refused(scale, slope):
+def test_a_slope_whose_divisors_are_not_positive_is_refused():
     with pytest.raises(UserError, match=r"`eps_scaling\.scale`"):
-        guided(eps_scaling={"scale": scale, "slope": slope})
+        guided(eps_scaling={"scale": 0.5, "slope": -0.2})

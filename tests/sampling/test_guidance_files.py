@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from sagl.models import loading
-from sagl.models.zoo import BUNDLED
-from sagl.sampling.guidance_files import guidance_digests, guidance_files
+from sagl.models.zoo import BUNDLED, get_unet_settings
+from sagl.sampling.guidance_files import check_guidance_files, guidance_digests, guidance_files
 from sagl.settings.guidance import Autoguidance, ClassifierGuidance, PerturbedAttentionGuidance, SelfAttentionGuidance
 from sagl.utils.files import sha256
 from tests.helpers.errors import refused
@@ -70,3 +70,37 @@ def test_weights_of_dino_belong_to_its_mask_alone():
 def test_a_missing_file_or_name_is_refused_with_its_parameter(name):
     with refused("`autoguidance.checkpoint`", name):
         guidance_files({"autoguidance": Autoguidance(scale=1.0, checkpoint=name)}, None)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "parameter", "value"),
+    [
+        (SelfAttentionGuidance(scale=1.0, direction_head="absent.safetensors"), "sag.direction_head", "absent"),
+        (SelfAttentionGuidance(scale=1.0, mask="dino", dino_checkpoint="absent.pth"), "sag.dino_checkpoint", "absent"),
+        (Autoguidance(scale=1.0, checkpoint="absent.ckpt"), "autoguidance.checkpoint", "absent"),
+        (Autoguidance(scale=1.0, checkpoint="lsun_ct"), "autoguidance.checkpoint", "lsun_cat"),
+        (Autoguidance(scale=1.0, checkpoint="imagenet64"), "autoguidance.checkpoint", "64x64"),
+        (ClassifierGuidance(scale=1.0, checkpoint="imagenet64_classifier"), "classifier.checkpoint", "64x64"),
+    ],
+)
+def test_a_guidance_file_that_cannot_be_used_is_refused_before_a_download(guidance, parameter, value, monkeypatch):
+    monkeypatch.setattr(loading, "download", lambda *_, **__: pytest.fail("downloaded"))
+    network, diffusion = get_unet_settings("lsun_cat")
+    with refused(f"`{parameter}`", value):
+        check_guidance_files({guidance.group: guidance}, network, diffusion)
+    check_guidance_files({guidance.group: replace(guidance, scale=0.0)}, network, diffusion)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        SelfAttentionGuidance(scale=1.0, direction_head="auto"),
+        Autoguidance(scale=1.0, checkpoint="lsun_horse"),
+        Autoguidance(scale=1.0, checkpoint="hf:owner/name"),
+        ClassifierGuidance(scale=1.0, checkpoint="imagenet256_classifier"),
+        ClassifierGuidance(scale=1.0, checkpoint="hf:owner/name"),
+    ],
+)
+def test_names_that_stand_for_files_are_not_looked_up_by_the_check(guidance, monkeypatch):
+    monkeypatch.setattr(loading, "download", lambda *_, **__: pytest.fail("downloaded"))
+    check_guidance_files({guidance.group: guidance}, *get_unet_settings("lsun_cat"))

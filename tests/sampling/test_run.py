@@ -10,6 +10,7 @@ from sagl.sampling.run_folder import read_run_json, write_run_json
 from sagl.settings.diffusion import DiffusionSettings
 from sagl.settings.sampling import SamplerSettings
 from sagl.utils.progress import ProgressReporter
+from tests.helpers.errors import refused
 from tests.helpers.networks import stable_unet
 
 NO_COST = {"settings": {}, "nfe": 0, "flops": 0, "mask_share": None, "seconds": 0.0, "num_timed_batches": 0}
@@ -23,6 +24,15 @@ def pipeline():
 def run_in(folder, *flags):
     config = replace(parse_sample_config(["--labels", "null", *flags]), output=folder)
     return run.SamplingRun(config=config, checkpoint=folder, network=None, metadata=dict(NO_COST))
+
+
+def test_a_missing_guidance_file_is_refused_before_the_network_is_downloaded(monkeypatch):
+    monkeypatch.setattr("sagl.models.loading.download_pretrained", lambda _: pytest.fail("downloaded"))
+    flags = ["--model", "lsun_cat", "--sag.scale", "1", "--sag.direction_head", "absent.safetensors"]
+    config = parse_sample_config(flags)
+    for check in (run.SamplingRun.open, run.SamplingRun.without_folder):
+        with refused("`sag.direction_head`", "absent.safetensors"):
+            check(config)
 
 
 def batch_images(nfe, mask_share=None):

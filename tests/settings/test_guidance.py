@@ -2,7 +2,7 @@ import pytest
 
 from sagl.errors import UserError
 from sagl.guidance.registry import GUIDANCES
-from sagl.settings.guidance import SelfAttentionGuidance, effective_kernel_size
+from sagl.settings.guidance import EpsScaling, SelfAttentionGuidance, effective_kernel_size
 from tests.helpers.errors import refused
 
 every_method = pytest.mark.parametrize("name", GUIDANCES)
@@ -40,6 +40,11 @@ def test_an_interval_may_hold_all_steps_or_none(name):
         assert GUIDANCES[name].settings_class(interval=interval).interval == interval
 
 
+def test_intervals_of_integers_and_of_floats_are_written_alike():
+    intervals = [SelfAttentionGuidance(interval=interval).interval for interval in ((0, 1), [0, 1], (0.0, 1.0))]
+    assert set(map(repr, intervals)) == {"(0.0, 1.0)"}
+
+
 @every_method
 def test_any_finite_scale_is_allowed(name):
     for scale in (-0.1, 0.0, 3.0):
@@ -47,6 +52,12 @@ def test_any_finite_scale_is_allowed(name):
     for scale in (-INFINITY, INFINITY, NAN):
         with pytest.raises(UserError, match=rf"`{name}\.scale`"):
             GUIDANCES[name].settings_class(scale=scale)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -2.0])
+def test_a_divisor_of_eps_that_is_not_positive_is_refused(scale):
+    with refused("`eps_scaling.scale`", scale):
+        EpsScaling(scale=scale)
 
 
 @every_method
