@@ -81,7 +81,7 @@ HEADINGS = [
 
 def methods_parser() -> Parser:
     p = network_parser("methods", __doc__ or "")
-    p.prog, p.usage = "methods.py", "methods.py [options]"
+    p.prog = "methods.py"
     default = [name for name in METHODS if name not in NEEDS_MORE]
     p.add_argument("--methods", type=str, nargs="+", default=default, choices=METHODS, help="Methods to compare.")
     p.add_argument("--choice_samples", type=int, default=100, help="Images of each setting for the choice.")
