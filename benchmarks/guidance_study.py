@@ -101,7 +101,8 @@ def study_network(
         missing = study.missing([unguided, *candidates], ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
         print(
-            f"{title}: {len(candidates)} settings, {nfe:,.0f} network evaluations, and at most as many of plain sampling.",
+            f"{title}: {len(candidates)} settings, {nfe:,.0f} network evaluations, and at most as many of plain "
+            "sampling.",
             flush=True,
         )
         study.sample([unguided, *candidates], ids, title, config.progress)

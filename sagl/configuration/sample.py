@@ -25,8 +25,9 @@ from sagl.utils.config_files import read_config, read_configs, to_text
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
 """Top-level keys of a config for `sagl sample`."""
-DEFAULTS = """Sampler, labels and guidance default to the settings that are recommended for the network, by its weight file or, for
-a released network, by its packaged config. The defaults printed here apply where nothing is recommended."""
+DEFAULTS = """Sampler, labels and guidance default to the settings that are recommended for the network, by its weight
+file or, for a released network, by its packaged config. The defaults printed here apply where nothing is
+recommended."""
 """Part of the help of every command that samples."""
 TRAINING_KEYS = {"model", "trainer", "data", "preview", *field_names(CheckpointSettings)}
 TRAINING_KEYS |= {"output", "global_batch_size", "resume"}
@@ -49,8 +50,8 @@ def sample_parser() -> Parser:
     p.add_argument("--output", type=str, default="samples", help="Run folder.")
     p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
     exports = (
-        f"Exports of the run: {', '.join(EXPORTS)}, separated by commas. {', '.join(DEFAULT_EXPORTS)} are always written "
-        f"for up to {DEFAULT_EXPORTS_MAX_IMAGES:,} images, strip only if it is named."
+        f"Exports of the run: {', '.join(EXPORTS)}, separated by commas. {', '.join(DEFAULT_EXPORTS)} are always "
+        f"written for up to {DEFAULT_EXPORTS_MAX_IMAGES:,} images, strip only if it is named."
     )
     p.add_argument("--exports", type=str, default="", help=exports)
     p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
