@@ -42,7 +42,7 @@ OTHER = "plain, equal cost"
 
 def study_parser() -> Parser:
     p = network_parser("study", __doc__ or "")
-    p.prog, p.usage = "guidance_study.py", "guidance_study.py [options]"
+    p.prog = "guidance_study.py"
     p.add_argument("--search", type=str, nargs="+", action="append", default=[], help="A setting and its values.")
     p.add_argument("--also", type=str, action="append", default=[], help="Flags of another network.")
     p.add_argument("--reference", type=str, default=None, help="Images or a statistics file, as for sagl tune.")
@@ -100,7 +100,8 @@ def study_network(
         missing = study.missing([unguided, *candidates], ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
         print(
-            f"{title}: {len(candidates)} settings, {nfe:,} network evaluations, and at most as many of plain sampling.",
+            f"{title}: {len(candidates)} settings, {nfe:,.0f} network evaluations, and at most as many of plain "
+            "sampling.",
             flush=True,
         )
         study.sample([unguided, *candidates], ids, title, config.progress)

@@ -81,7 +81,7 @@ HEADINGS = [
 
 def methods_parser() -> Parser:
     p = network_parser("methods", __doc__ or "")
-    p.prog, p.usage = "methods.py", "methods.py [options]"
+    p.prog = "methods.py"
     default = [name for name in METHODS if name not in NEEDS_MORE]
     p.add_argument("--methods", type=str, nargs="+", default=default, choices=METHODS, help="Methods to compare.")
     p.add_argument("--choice_samples", type=int, default=100, help="Images of each setting for the choice.")
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
         table = "\n".join(format_table(results))
         (config.output / "methods.md").write_text(table + "\n")
         print(table)
-        plot_front(results, config.output / "methods.png")
+        plot_front(results, tuning.extractor, config.output / "methods.png")
 
 
 def search_values(name: str, run: SamplingRun) -> dict[str, tuple[str, ...]]:
@@ -171,7 +171,7 @@ def format_table(results: Mapping[str, Any]) -> Iterator[str]:
         yield _line((name, result["settings"], *_numbers(row), *differences, *_shares(row)))
 
 
-def plot_front(results: Mapping[str, Any], path: Path) -> None:
+def plot_front(results: Mapping[str, Any], extractor: str, path: Path) -> None:
     """Draw the distance over the cost: a line through plain sampling, and a point per method.
 
     Methods of equal cost stand side by side, the interval of each one's difference from unguided sampling around it.
@@ -193,7 +193,7 @@ def plot_front(results: Mapping[str, Any], path: Path) -> None:
         count = next(iter(results.values()))["guided"]["num_samples"]
         ax.set(
             xlabel="network evaluations per image (methods of equal cost side by side)",
-            ylabel=f"Fréchet distance of {count:,} images",
+            ylabel=f"Fréchet distance ({extractor}), {count:,} images",
             xticks=[cost for cost, _ in plain],
         )
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -105,8 +105,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left, *others = figure.subplots(1, 4, width_ratios=[1.8, 1, 1, 1])
     timesteps = [r["timestep"] for r in rows]
     left.plot(timesteps, [r["a"] for r in rows], "o-", label="a(t)")
-    left.plot(timesteps, [r["explained_per_sample"] for r in rows], "s--", label="explained part of the energy")
-    left.set(xlabel="timestep (noise on the right)", ylim=(0, 1.35), title="SAG's direction as an unsharp mask")
+    left.plot(timesteps, [r["explained_per_sample"] for r in rows], "s--", label="explained fraction of |d|²")
+    left.set(
+        xlabel="timestep (noise on the right)",
+        ylabel="a(t); explained fraction of |d|²",
+        ylim=(0, 1.35),
+        title="SAG's direction as an unsharp mask",
+    )
     left.legend(loc="upper left")
     shown = (rows[0], rows[len(rows) // 2], rows[-2])
     top = 1.05 * max(sum(parts) for r in shown for parts in zip(r["unsharp_bands"], r["rest_bands"], strict=True))

@@ -29,7 +29,7 @@ SOLVERS = [name for name in SAMPLERS if name != "ddpm"]
 
 def solvers_parser() -> Parser:
     p = network_parser("solvers", __doc__ or "")
-    p.prog, p.usage = "solvers.py", "solvers.py [options]"
+    p.prog = "solvers.py"
     p.add_argument("--samplers", type=str, nargs="+", default=SOLVERS, help="Samplers to compare.")
     p.add_argument("--respacings", type=str, nargs="+", default=["10", "logsnr10", "20", "logsnr20"])
     p.add_argument("--reference", type=str, default="emoji_test", help="Images or a statistics file.")
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         study, comparison = tuning.open(ranks)
         missing = study.missing(tuning.candidates, ids)
         nfe = sum(study.pipeline_for(setting).nfe * len(batch) for setting, batch in missing)
-        print(f"{len(tuning.candidates)} settings, {nfe:,} network evaluations to do.", flush=True)
+        print(f"{len(tuning.candidates)} settings, {nfe:,.0f} network evaluations to do.", flush=True)
         if config.dry_run:
             return
         for group in settings.values():

@@ -56,6 +56,11 @@ def test_lists_are_rendered_as_lists(site):
     ] == []
 
 
+def test_tables_are_rendered_as_tables(site):
+    """Python-Markdown makes a paragraph of a table without an empty line before it."""
+    assert [path.name for path, html in site.items() if "|---" in html] == []
+
+
 def test_equations_are_rendered(site):
     (equations,) = (html for path, html in site.items() if path.name == "equations.html")
     assert equations.count("<math") > 50

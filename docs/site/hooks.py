@@ -23,8 +23,11 @@ LINK = re.compile(r'(\]\(|\b(?:src|href)=")(?!\w+:|#)([^)#"\s]+)')
 NAME = re.compile(r"\[(?:docs/)?(\w+\.md)\](?=\((?:docs/)?\1)")
 """A link whose text is the name of a page, in place of which the site shows the page's title."""
 FENCE = re.compile(r"(^```.*?^```$)", flags=re.M | re.S)
-BLOCK = re.compile(r"^(?!\s*$|[-*|]|\d+\. |  )(.*\n)(?=[-*] |\d+\. |\|)", flags=re.M)
+LIST_OR_TABLE = r"(?=[-*] |\d+\. |\|)"
+BLOCK = re.compile(rf"^(?!\s*$|[-*|]|\d+\. |  )(.*\n){LIST_OR_TABLE}", flags=re.M)
 """A line of text before the first line of a list or table, which Python-Markdown separates by an empty line only."""
+AFTER_CODE = re.compile(rf"\A(\n){LIST_OR_TABLE}")
+"""The end of the last line of a block of code before a list or table, which needs an empty line likewise."""
 HEADING = re.compile(r"(?<=\n)(#+ )")
 """Every heading but that of the page, which become smaller in a page of several parts."""
 EQUATION = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', flags=re.S)
@@ -72,7 +75,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     parts = FENCE.split(markdown)
     has_parts = any("\n# " in part for part in parts[::2])
     for index in range(0, len(parts), 2):  # the others are blocks of code
-        text = BLOCK.sub(r"\1\n", LINK.sub(site_link, NAME.sub(title, parts[index])))
+        text = LINK.sub(site_link, NAME.sub(title, parts[index]))
+        for pattern in (BLOCK, AFTER_CODE):
+            text = pattern.sub(r"\1\n", text)
         parts[index] = HEADING.sub(r"#\1", text) if has_parts else text
     return "".join(parts)
 

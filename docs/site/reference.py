@@ -12,6 +12,7 @@ from docstring_parser.attrdoc import AttributeDocstrings
 
 import sagl
 from sagl.commands.subcommands import SUBCOMMANDS
+from sagl.configuration.parser import default_text
 from sagl.configuration.sample import MODEL_GROUPS
 from sagl.settings.guidance import TERM_OPTIONS, GuidanceSettings
 
@@ -54,7 +55,7 @@ def is_shown(action: Action) -> bool:
 def option_row(action: Action) -> str:
     """Return the row of an option in the table of its group."""
     name = max(action.option_strings, key=len, default=action.dest)
-    default = "" if action.default in (None, False, "") or action.default == SUPPRESS else f"`{action.default}`"
+    default = f"`{text}`" if (text := default_text(action)) else ""
     choices = f" `{action.metavar}`" if str(action.metavar).startswith("{") else ""
     return f"| `{name}` | {default} | {escape(action.help or '')}{choices} |"
 

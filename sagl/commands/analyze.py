@@ -22,7 +22,7 @@ def analyze_parser() -> Parser:
     p = network_parser(
         "analyze", "Make a figure of one of the paper's analyses, and its numbers.", f"analyses:\n{lines}"
     )
-    p.add_argument("analysis", type=str, nargs="?", help="Name of the analysis, see below.")
+    p.add_argument("analysis", type=str, nargs="?", help="Name of the analysis, see below. (required)")
     p.add_argument("--output", type=str, default="analysis", help="Folder for ANALYSIS.png and ANALYSIS.json.")
     objects = "Object masks of overlap: silhouette, mask_rcnn, or a folder of ID.png."
     p.add_argument("--object_masks", type=str, default="silhouette", help=objects)

@@ -17,12 +17,11 @@ FLAGS_WITHOUT_VALUE = ("--overwrite", "--help")
 def compare_parser() -> Parser:
     """Build the parser of `sagl compare`."""
     p = Parser("compare", "Runs side by side: settings that differ, cost, metrics, images at equal ids.")
-    p.usage = "sagl compare RUN [RUN …] [options]"
     p.add_argument("run", type=str, nargs="+", help="Folders written by sagl sample.")
     p.add_argument("--output", type=str, default=None, help="A .html file to write, with images.")
     num_samples = f"Images of each run on the page, 0 for none; default: {NUM_SAMPLES}."
     p.add_argument("--num_samples", type=int, default=None, help=num_samples)
-    p.add_argument("--overwrite", action="store_true", help="Replace a file that is no page of sagl compare.")
+    p.add_argument("--overwrite", action="store_true", help="Replace --output even if sagl compare did not write it.")
     return p
 
 

@@ -18,7 +18,10 @@ DEVICES = ("batch_size", *(f"trainer.{name}" for name in field_names(DeviceSetti
 
 
 def playground_parser() -> Parser:
-    p = network_parser("playground", "Open a page on which guidance can be tried, with the settings of sagl sample.")
+    start = f"The page starts with {' '.join(QUICK)},\nunless flags or a config set other values."
+    p = network_parser(
+        "playground", "Open a page on which guidance can be tried, with the settings of sagl sample.", start
+    )
     p.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen at; 0.0.0.0: from other machines.")
     p.add_argument("--port", type=int, default=7860, help="Port to listen at; 0: a free one.")
     p.add_argument("--allow_files", action="store_true", help="Open files whose paths are entered on the page.")

@@ -55,7 +55,7 @@ def reproduce_parser() -> Parser:
         "  table7    print the settings of all tables and figures\n  all       everything\n  report    write the report"
     )
     p = Parser("reproduce", description, f"items:\n{lines}\n{extra}")
-    p.add_argument("item", type=str, nargs="?", help="Table or figure, see below.")
+    p.add_argument("item", type=str, nargs="?", help="Table or figure, see below. (required)")
     p.add_argument("--model", type=str, default=None, help="Network to take in place of the paper's: a name or file.")
     p.add_argument("--num_samples", type=int, default=None, help="Largest number of images; default: the paper's.")
     p.add_argument("--sampler", type=str, default="ddpm", help="Sampler.")
@@ -67,7 +67,9 @@ def reproduce_parser() -> Parser:
     p.add_argument("--dino_checkpoint", type=str, default=None, help=dino)
     p.add_argument("--object_masks", type=str, default="silhouette", help="Objects of overlap, as of sagl analyze.")
     p.add_argument("--devices", type=str, default="auto", help="Processes per machine, as --trainer.devices.")
-    p.add_argument("--smoke", action="store_true", help="Four images of two steps: whether everything runs.")
+    p.add_argument(
+        "--smoke", action="store_true", help="Sample four images of two steps per row, to check that everything runs."
+    )
     p.add_argument("--output", type=str, default="reproduction", help="Folder of the runs and of the report.")
     return p
 

@@ -99,7 +99,7 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
             print(note)
     num_batches, num_ranks = len(run.config.batches), num_processes(config.devices)[1]
     if num_batches < num_ranks:
-        print(f"{num_ranks} processes share {num_batches} batches, so some have no work. Lower --batch_size.")
+        print(f"{num_ranks} processes share {_batches(num_batches)}, so some have no work. Lower --batch_size.")
     size, count = run.config.samples.effective_batch_size, run.config.samples.num_samples
     if (num_computed := num_batches * size) > 1.1 * count:
         print(f"Batches start at multiples of --batch_size {size} and are computed whole: {num_computed} for {count}.")
@@ -159,7 +159,11 @@ def print_cost(config: SampleConfig, run: SamplingRun) -> None:
     duration = seconds * evaluations * -(-num_batches // num_ranks)
     shared = f" in {num_ranks} processes" if num_ranks > 1 else ""
     print(
-        f"{settings.num_samples} images, {pipeline.nfe:g} network evaluations each, {num_batches} batches of "
+        f"{settings.num_samples} images, {pipeline.nfe:g} network evaluations each, {_batches(num_batches)} of "
         f"{len(ids)} to do{shared}: about {duration:.1f} s ({seconds:.3f} s per evaluation of {len(ids)} images), "
         f"{peak_gigabytes():.1f} GB of memory. Nothing was written."
     )
+
+
+def _batches(count: int) -> str:
+    return "1 batch" if count == 1 else f"{count} batches"

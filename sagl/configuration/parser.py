@@ -43,8 +43,30 @@ class ShortHelpFormatter(DefaultHelpFormatter):
         return None
 
     def _get_help_string(self, action: Any) -> str:  # noqa: ANN401
-        text = super()._get_help_string(action)
-        return text.removesuffix(" (default: %(default)s)") if action.default in (None, False, "") else text
+        text, default = super()._get_help_string(action), default_text(action)
+        return text.replace(" (default: %(default)s)", f" (default: {default})" if default else "")
+
+    def _format_usage(self, usage: str | None, actions: Iterable[Action], *args: Any) -> str:  # noqa: ANN401
+        names = [positional_usage(action) for action in actions if not action.option_strings]
+        return super()._format_usage(" ".join([self._prog, *names, "[options]"]), [], *args)
+
+
+def default_text(action: Action) -> str:
+    """Return the default of an option in the form of its flag; empty for null, "", () and options without a value."""
+    if action.nargs == 0 or action.default in (None, "", (), [], SUPPRESS):
+        return ""
+    return str(action.default).lower() if isinstance(action.default, bool) else str(action.default)
+
+
+def positional_usage(action: Action) -> str:
+    """Return a positional argument in the form of a line of usage: RUN, [RUN] or RUN [RUN …].
+
+    One that the command itself requires, as its help says, has nargs "?" and no brackets.
+    """
+    name = str(action.metavar or action.dest.upper())
+    if (action.help or "").endswith("(required)"):
+        return name
+    return {"?": f"[{name}]", "+": f"{name} [{name} …]"}.get(str(action.nargs), name)
 
 
 class Parser(ArgumentParser):
@@ -59,11 +81,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, command: str = "", description: str = "", epilog: str = "", **options: Any) -> None:  # noqa: ANN401
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        defaults = {
-            "prog": f"sagl {command}",
-            "usage": f"sagl {command} [options]",
-            "formatter_class": ShortHelpFormatter,
-        }
+        defaults = {"prog": f"sagl {command}".strip(), "formatter_class": ShortHelpFormatter}
         defaults |= {"description": description, "epilog": epilog, "exit_on_error": False, "allow_abbrev": False}
         super().__init__(**{**defaults, **options})
         # argparse takes -1e3, -inf and -nan for options otherwise

@@ -13,8 +13,8 @@ from sagl.errors import UserError, require, suggest
 from sagl.guidance.registry import GUIDANCES
 from sagl.models.metadata import read_metadata
 from sagl.models.sources import resolve_network
-from sagl.models.zoo import RELEASED, UNET_NAMES, with_default_classifier
-from sagl.sampling.run import EXPORTS, SampleConfig
+from sagl.models.zoo import DEFAULT_MODEL, RELEASED, UNET_NAMES, with_default_classifier
+from sagl.sampling.run import DEFAULT_EXPORTS, DEFAULT_EXPORTS_MAX_IMAGES, EXPORTS, SampleConfig
 from sagl.settings.diffusion import DiffusionSettings, LossSettings
 from sagl.settings.guidance import TERM_OPTIONS
 from sagl.settings.network import ClassifierSettings, UNetSettings
@@ -25,6 +25,10 @@ from sagl.utils.config_files import read_config, read_configs, to_text
 SAMPLING_KEYS = {"checkpoint", "weights", "compare", "exports", *GUIDANCES}
 SAMPLING_KEYS |= {*field_names(RunSettings), *field_names(SamplerSettings)}
 """Top-level keys of a config for `sagl sample`."""
+DEFAULTS = """Sampler, labels and guidance default to the settings that are recommended for the network, by its weight
+file or, for a released network, by its packaged config. The defaults printed here apply where nothing is
+recommended."""
+"""Part of the help of every command that samples."""
 TRAINING_KEYS = {"model", "trainer", "data", "preview", *field_names(CheckpointSettings)}
 TRAINING_KEYS |= {"output", "global_batch_size", "resume"}
 """Other top-level keys: those for `sagl fit`. `model` and `trainer` are read in part."""
@@ -45,7 +49,11 @@ def sample_parser() -> Parser:
     p = network_parser("sample", "Sample images from a diffusion model, with or without guidance.")
     p.add_argument("--output", type=str, default="samples", help="Run folder.")
     p.add_argument("--compare", action="store_true", help="Also save unguided images of the same seeds, and the masks.")
-    p.add_argument("--exports", type=str, default="", help=f"Further exports of the images: {','.join(EXPORTS)}.")
+    exports = (
+        f"Exports of the run: {', '.join(EXPORTS)}, separated by commas. {', '.join(DEFAULT_EXPORTS)} are always "
+        f"written for up to {DEFAULT_EXPORTS_MAX_IMAGES:,} images, strip only if it is named."
+    )
+    p.add_argument("--exports", type=str, default="", help=exports)
     p.add_argument("--dry_run", action="store_true", help="Print the expected time and memory, and write nothing.")
     return p
 
@@ -53,12 +61,12 @@ def sample_parser() -> Parser:
 def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     """Build a parser with the options of `SampleConfig` that all commands have which sample from a network."""
     first, *others = GUIDANCES
-    shared = f"Every guidance method has these flags of --{first}:\n{', '.join(TERM_OPTIONS)}."
-    p = Parser(command, description, f"{epilog}\n\n{shared}".strip())
-    add_config_argument(p, "A .yaml file, or the name of a packaged one: lsun_cat; several are merged in order.")
-    p.add_argument(
-        "--model", type=str, default=None, help=f"Pretrained network: {', '.join(UNET_NAMES)}; or hf:OWNER/NAME."
+    p = Parser(command, description, "\n\n".join(text for text in (epilog, DEFAULTS, shared_flags(first)) if text))
+    add_config_argument(
+        p, "A .yaml file, or the name of a packaged one, such as lsun_cat; several are merged in order."
     )
+    model = f"Pretrained network (default: {DEFAULT_MODEL}, unless --checkpoint or a config names one): "
+    p.add_argument("--model", type=str, default=None, help=f"{model}{', '.join(UNET_NAMES)}; or hf:OWNER/NAME.")
     p.add_argument("--checkpoint", type=str, default=None, help="Weight file: .safetensors, .ckpt or .pt.")
     p.add_argument("--weights", type=str, default=None, help="Weights of a .ckpt: ema (default), ema:DECAY or raw.")
     p.add_argument(
@@ -69,6 +77,15 @@ def network_parser(command: str, description: str, epilog: str = "") -> Parser:
     for group, cls in _groups().items():
         p.add_settings(cls, group, repeated=TERM_OPTIONS if group in others else ())
     return p
+
+
+def shared_flags(first: str) -> str:
+    """Return the part of the help on the flags that every guidance method has and the help lists for `first` alone."""
+    without = [name for name, entry in GUIDANCES.items() if not entry.settings_class.has_weak_prediction]
+    return f"""Every guidance method has these flags too, with the meanings of those of --{first}:
+{", ".join(TERM_OPTIONS)}.
+Exceptions: {", ".join(without)} have no weak prediction and refuse direction_head and reuse_before;
+autoguidance refuses reuse_before; history refuses a renew_every above 1."""
 
 
 def add_config_argument(p: Parser, help_text: str) -> None:

@@ -78,7 +78,8 @@ def training_parser(command: str, *, kind: Kind = "network", full: bool = False)
     if command != "fit":
         p.add_argument("run", type=str, nargs="?", help="Folder of a run of sagl fit.")
     p.add_argument("--config", action="config", help="YAML file, or name of a packaged one, such as lsun_cat.")
-    p.add_argument("--output", type=str, default=None, help="Folder for config, logs and checkpoints.")
+    output = f"Folder for config, logs and checkpoints.{' (required)' if command == 'fit' else ''}"
+    p.add_argument("--output", type=str, default=None, help=output)
     p.add_argument("--resume", action="store_true", help="Continue from OUTPUT/checkpoints/last.ckpt if it exists.")
     p.add_argument(
         "--checkpoint", type=str, default=None, help="Weights to start from or to evaluate: a file or a name."

@@ -1,13 +1,16 @@
 """The report of all tables and figures that were reproduced into a folder: its pages as Markdown and HTML."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sagl.errors import UserError
+from sagl.evaluation.analysis_labels import label
 from sagl.evaluation.comparison import difference_cell
 from sagl.evaluation.metric_display import metric_name
 from sagl.evaluation.paper import PaperItem, paper_items
@@ -92,13 +95,24 @@ def write_report(folder: Path) -> list[Path]:
     items = {name: item for name, item in paper_items().items() if (folder / f"{name}.json").is_file()}
     if not items:
         raise UserError(f"`output` must hold reproduced tables or figures, and {folder} holds none.")
-    tables = []
-    for name, item in items.items():
-        stored = _read(folder / f"{name}.json", _parse_rows)
-        tables.append(_analysis_table(folder, item, stored) if item.analysis else _table(folder, item, stored))
+    stored = {name: _read(folder / f"{name}.json", _parse_rows) for name in items}
+    rows = [row for item_rows in stored.values() for row in item_rows]
+    network = _shared_change(rows, r"network (.+) \(paper: \w+\)")
+    sampler = _shared_change(rows, r"(\S+ with respacing \S+) \(paper: .+\)")
+    title = " ".join(
+        ["Tables and figures of the paper, reproduced", *([f"with the network {network}"] if network else [])]
+    )
+    tables = [
+        (_analysis_table if item.analysis else _table)(folder, item, stored[name]) for name, item in items.items()
+    ]
     report = Report(
-        title="Tables and figures of the paper, reproduced",
+        title=f"{title} ({sampler})" if sampler else title,
         notes=(
+            *(
+                [f"All rows here are of the network {network}; a row has the name of the paper's row."]
+                if network
+                else []
+            ),
             "The paper's numbers are for its own networks and 50,000 or 10,000 images. Where another network is named, "
             "only the direction of a difference can be compared, not its size.",
             "Below a value is its 95 % interval. Intervals of differences resample the images of both rows in pairs; "
@@ -111,6 +125,16 @@ def write_report(folder: Path) -> list[Path]:
     for path, text in pages.items():
         write_text(path, text)
     return list(pages)
+
+
+def _shared_change(rows: Sequence[StoredRow], pattern: str) -> str:
+    """Return what replaces a setting of the paper in all rows, the pattern's group; empty if they differ."""
+    changes = {
+        next((match[1] for change in row.translation if (match := re.fullmatch(pattern, change))), "")
+        for row in rows
+        if row.command
+    }
+    return changes.pop() if len(changes) == 1 else ""
 
 
 def _parse_rows(content: Any) -> list[StoredRow]:  # noqa: ANN401 (JSON values)
@@ -146,9 +170,15 @@ def _table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) -> Table:
         table_rows.append(Row(name=name, cells=(*paper, *own)))
     own_columns = [_short_name(name) for name in own_metrics]
     own_columns[1:1] = ["minus unguided"] if differences else []  # beside the distance, the first metric
-    columns = [*(f"paper: {_short_name(name)}" for name in paper_metrics), *own_columns]
+    columns = _headings(map(_short_name, paper_metrics), own_columns)
     facts = _verdict(rows, results) or [[] if columns else _obstacles(rows)]
     return _assemble(folder, item, rows, columns, table_rows, [*facts, [*_translation(rows), *_evaluated(results)]])
+
+
+def _headings(paper: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Return the headings of the paper's columns and of ours."""
+    headings = [f"paper: {name}" for name in paper]
+    return headings + [f"here: {name}" if headings else name for name in own]
 
 
 def _differences_from_unguided(rows: Sequence[StoredRow], results: Mapping[str, EvaluationResult]) -> dict[str, Cell]:
@@ -274,11 +304,12 @@ def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) ->
         for name, value in row.paper_values.items():
             group, _, column = name.rpartition(" ")
             paper.setdefault(group, {})[column] = value
-    facts = [f"{_words(name)}: {_leaf_cell(value).text}" for name, value in own.pop("", {}).items()]
+    describe = partial(label, item.analysis)
+    facts = [f"{describe(name)}: {_leaf_cell(value).text}" for name, value in own.pop("", {}).items()]
     columns, paper_columns = (list(dict.fromkeys(c for g in groups.values() for c in g)) for groups in (own, paper))
     table_rows = [
         Row(
-            name=Cell(text=_words(name), link=links.get(name, "")),
+            name=Cell(text=describe(name), link=links.get(name, "")),
             cells=(
                 *(Cell(text=_number(paper.get(name, {}).get(column))) for column in paper_columns),
                 *(_leaf_cell(own.get(name, {}).get(column)) for column in columns),
@@ -286,8 +317,8 @@ def _analysis_table(folder: Path, item: PaperItem, rows: Sequence[StoredRow]) ->
         )
         for name in dict.fromkeys((*own, *paper))
     ]
-    here = [f"Here: {', '.join(facts)}."] if facts else []
-    headings = [*(f"paper: {_words(column)}" for column in paper_columns), *map(_words, columns)]
+    here = [f"Here: {'; '.join(facts)}."] if facts else []
+    headings = _headings(map(describe, paper_columns), map(describe, columns))
     return _assemble(folder, item, rows, headings, table_rows, ([*here, *_obstacles(rows)], _translation(rows)))
 
 
@@ -301,10 +332,6 @@ def _leaves(numbers: Mapping[str, Any], name: str = "") -> dict[str, dict[str, A
     for key, value in nested.items():
         groups |= _leaves(value, f"{name} {key}".strip())
     return groups
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _is_interval(value: Any) -> bool:  # noqa: ANN401 (any JSON value)

@@ -39,7 +39,7 @@ class GuidanceSettings:
     stop_below: float = 0.0
     """End a sample's guidance when weak and base x0_hat differ by less than this fraction of x0_hat; 0: never."""
     max_norm: float | None = None
-    """Largest root mean square of the difference of weak and base x0_hat (APG)."""
+    """Largest root mean square of the difference of weak and base x0_hat (APG); null: no limit."""
     shape: Literal["none", "off_x0", "off_unsharp", "high_pass"] = "none"
     """Part of the term to remove: along x0_hat (APG), along an unsharp mask of x0_hat, or low frequencies (FDG)."""
     shape_weight: float = 0.0
@@ -220,7 +220,7 @@ class ClassifierGuidance(GuidanceSettings):
     scale: float = 0.0
     """Guidance scale, the factor on grad log p(y | x_t); 0 is off and costs nothing."""
     checkpoint: str | None = None
-    """Classifier of noisy images: the name of a released one, or a file."""
+    """Classifier of noisy images: the name of a released one, or a file; null: the bundled one, for fashion_mnist."""
 
     def check_network(self, network: UNetSettings) -> None:
         """Require a classifier; `check_second_network` compares it with the network once it is loaded."""

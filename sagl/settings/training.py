@@ -121,7 +121,7 @@ class OptimizerSettings:
     learning_rate: float = 1e-4
     """Learning rate after warm-up."""
     weight_decay: float = 0.0
-    """AdamW weight decay; ADM uses none for diffusion models and 0.05 for classifiers."""
+    """AdamW weight decay; ADM: 0 for diffusion models, 0.05 for classifiers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
     warmup_steps: int = 0
@@ -162,9 +162,9 @@ class TrainingSettings:
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.*."""
     max_nonfinite_batches: int = 10
-    """Skipped batches in a row, with a loss or gradient that is not finite, before training ends."""
+    """Batches in a row with a non-finite loss or gradient before training ends."""
     seed: int = 0
-    """Random seed of initial weights, noise, timesteps, label dropout and dropout."""
+    """Random seed of weights, noise, timesteps, label dropout and dropout."""
 
     def __post_init__(self) -> None:
         require(

@@ -225,6 +225,48 @@ def test_help_omits_defaults_that_say_nothing():
     assert re.findall(r"default: (?:null|False|\[\]|\))", sample_parser().format_help()) == []
 
 
+def test_help_prints_defaults_of_0_and_false_but_none_of_flags_without_a_value():
+    p = Parser("try", "Try options.")
+    p.add_argument("--count", type=int, default=0)
+    p.add_argument("--fraction", type=float, default=0.5)
+    p.add_argument("--is_soft", type=bool, default=False)
+    p.add_argument("--overwrite", action="store_true", help="Replace.")
+    p.add_argument("--name", type=str, default=None, help="Name.")
+    defaults = dict(re.findall(r"--(\w+) .*\(default: (.+)\)$", p.format_help(), re.M))
+    assert defaults == {"count": "0", "fraction": "0.5", "is_soft": "false"}
+
+
+@pytest.mark.parametrize(("nargs", "usage"), [(None, "RUN"), ("?", "[RUN]"), ("+", "RUN [RUN …]")])
+def test_the_line_of_usage_has_the_positional_arguments_before_the_options(nargs, usage):
+    p = Parser("try", "Try runs.")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("run", type=str, nargs=nargs)
+    assert p.format_help().splitlines()[0] == f"usage: sagl try {usage} [options]"
+
+
+def test_help_names_the_shared_options_that_a_guidance_method_refuses():
+    values = {
+        "direction_head": "auto",
+        "renew_every": 2,
+        "reuse_before": "output.3",
+        "stop_below": 0.1,
+        "max_norm": 1.0,
+    }
+    values |= {"shape": "off_x0", "shape_weight": 0.5, "shape_sigma": 1.0}
+    assert values.keys() == set(TERM_OPTIONS)
+    refused = set()
+    for name, entry in GUIDANCES.items():
+        for option, value in values.items():
+            try:
+                entry.settings_class(**{option: value})
+            except UserError:
+                refused.add((name, option))
+    (exceptions,) = re.findall(r"Exceptions: (.*)", sample_parser().epilog, re.S)
+    clauses = exceptions.split(";")
+    options = {(name, option) for name in GUIDANCES for option in values}
+    assert {(n, o) for n, o in options if any(n in clause and o in clause for clause in clauses)} == refused
+
+
 def test_an_integer_that_no_float_can_hold_is_refused_in_a_config_too():
     with pytest.raises(UserError, match=r"`sag\.scale` must fit a float"):
         sample_parser().parse_object({"sag": {"scale": 10**400}})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sagl.evaluation.analysis_labels import LABELS
 from sagl.evaluation.paper import paper_items
 from sagl.evaluation.reproduction import Target, plan_reproduction
 from sagl.evaluation.reproduction_report import store_item, write_report
@@ -76,6 +77,30 @@ def test_a_report_of_the_documentation_is_that_of_its_stored_runs_and_leads_to_t
     settings = [json.loads((REPORTS / name / path).read_text())["settings"] for path in runs]
     assert len(settings) == num_rows
     assert all(entry["seed"] == 0 and entry["respacing"] == respacing for entry in settings)
+
+
+def test_the_title_names_a_network_that_replaces_the_papers_in_all_rows(tmp_path):
+    write_run(tmp_path / "runs" / "a", results=[json_result({"fd": 3.0})])
+    row = ROW | {"folder": "runs/a", "name": "x"}
+    other, second = (["network my/other.ckpt (paper: lsun_cat)", "b"], ["network third (paper: lsun_cat)"])
+    for changes, is_named in (([other], True), ([other, other], True), ([[]], False), ([other, second], False)):
+        rows = [row | {"translation": translation} for translation in changes]
+        write_report(store(tmp_path, rows=rows))
+        title = (tmp_path / "README.md").read_text().splitlines()[0]
+        assert ("my/other.ckpt" in title) == is_named
+
+
+def test_every_number_of_an_analysis_has_a_description():
+    """Names of groups are those of blocks and combinations of methods, or have a description of their first word."""
+    for path in REPORTS.glob("*/analyses/*/*.json"):
+        content = json.loads(path.read_text())
+        names = {name for group in content["numbers"].items() for name in _names(*group)}
+        assert [name for name in names if "_" in name and name not in LABELS[content["analysis"]]] == []
+
+
+def _names(name, value):
+    nested = value.items() if isinstance(value, dict) else ()
+    return {*([] if isinstance(value, list) else [name]), *(found for item in nested for found in _names(*item))}
 
 
 def store(root, item="table2", rows=None, **changes):
