@@ -31,7 +31,7 @@ def analyze_cost(request: AnalysisRequest) -> dict[str, Any]:
     numbers: dict[str, dict[str, float]] = {}
     combinations = _combinations(request)
     for guidances in combinations.values():
-        guided_pipeline(request, guidances)  # refuses what does not fit; kept, its classifier would count as memory
+        guided_pipeline(request, guidances)  # raises if one does not fit; discarded, as it would count as memory
     for name, guidances in combinations.items():
         evaluations, seconds, peak = _measure(request, guidances)
         unguided = numbers.get("unguided", {}).get("seconds_per_image", seconds)

@@ -131,11 +131,11 @@ class ResumableCheckpoint(Checkpoint):
             UserError: a weight is not finite, or the file cannot be written; the previous file is intact.
         """
         start_time = time.monotonic()
+        remedy = f"resume from step {self._saved_step}" if self.path.exists() else "start again"
         require(
             all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()),
             f"`model.optimizer.learning_rate` must keep the weights finite, and they are not after step "
-            f"{trainer.global_step}. Lower it, or set trainer.gradient_clip_val, and resume from step "
-            f"{self._saved_step}.",
+            f"{trainer.global_step}. Lower it, or set trainer.gradient_clip_val, and {remedy}.",
         )
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()

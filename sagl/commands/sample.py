@@ -102,7 +102,7 @@ def print_choices(config: SampleConfig, run: SamplingRun) -> None:
         print(f"{num_ranks} processes share {_batches(num_batches)}, so some have no work. Lower --batch_size.")
     size, count = run.config.samples.effective_batch_size, run.config.samples.num_samples
     if (num_computed := num_batches * size) > 1.1 * count:
-        print(f"Batches start at multiples of --batch_size {size} and are computed whole: {num_computed} for {count}.")
+        print(f"Batches start at multiples of --batch_size {size}, so {num_computed} images are computed for {count}.")
     print_machine_choices(config, run)
 
 
@@ -129,7 +129,8 @@ def print_summary(run: SamplingRun) -> None:
         f"{cost['seconds'] / count:.3g} s."
     )
     if (share := cost["mask_share"]) is not None:
-        effect = "" if share else " SAG changed nothing: lower --sag.threshold."
+        changes_nothing = share == 0 and run.config.guidances["sag"].direction_head is None
+        effect = " SAG changed nothing: lower --sag.threshold." if changes_nothing else ""
         print(f"Masked in guided steps: {share:.1%} of the pixels.{effect}")
     exports = ", ".join(file for name in run.metadata["exports"] for file in EXPORTS[name]) or "shards only"
     print(f"Exports: {exports}. Next: sagl evaluate {run.folder}, or sagl export {run.folder} --help.")

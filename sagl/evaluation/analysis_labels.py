@@ -49,4 +49,4 @@ def label(analysis: str | None, name: str) -> str:
     """Describe a number, or a group of them, of an analysis: ("overlap", "iou 8x8") -> intersection over union, 8x8."""
     labels = LABELS.get(analysis or "", {})
     first, _, rest = name.partition(" ")
-    return labels.get(name) or f"{labels.get(first, first)} {rest}".strip().replace("_", " ")
+    return labels.get(name) or f"{labels.get(first, first)} {rest}".strip(" ,").replace("_", " ")

@@ -115,7 +115,7 @@ class EvaluationResult:
         if self.ids and other.ids and self.ids != other.ids:
             return f"not paired: ids {self.ids}"
         first, second = (result.resamples.get(name, ()) for result in (other, self))
-        if not second:
+        if not first or not second:
             return "not paired: evaluated without `bootstrap`"
         if len(first) != len(second) or any(
             self.settings.get(k) != other.settings.get(k) for k in ("bootstrap", "seed")

@@ -225,11 +225,14 @@ class Study:
         return Setting(sampler=replace(setting.sampler, respacing=respacing))
 
     def _record_batch_size(self) -> None:
-        """Record the batch size for `prepare_run`, unless one is recorded for this network and precision."""
-        sizes = _read_batch_sizes(self.folder)
+        """Record the batch size for `prepare_run`, unless one is recorded for this network and precision.
+
+        One that the number of images limits, as in a first trial, is left out: larger searches need a larger one.
+        """
+        sizes, size = _read_batch_sizes(self.folder), self.samples.effective_batch_size
         key = _batch_size_key(self.identity["weights_sha256"], self.identity["precision"])
-        if key not in sizes:
-            sizes[key] = self.samples.effective_batch_size
+        if key not in sizes and size < self.samples.num_samples:
+            sizes[key] = size
             write_text(self.folder / BATCH_SIZES, json.dumps(sizes, indent=1) + "\n")
 
     def _compute_features(self, setting: Setting, batch: list[int]) -> Features:

@@ -102,7 +102,8 @@ def format_csv(tuning: Tuning, result: TuningResult) -> str:
     writer.writerow(("rank", *tuning.space, "num_samples", "distance", "unguided"))
     for rank, (number, round_) in enumerate(last_rounds(result).items(), start=1):
         values = searched_values(tuning.candidates[number], tuning.space).values()
-        writer.writerow((rank, *values, len(round_.ids), round_.distances[number], round_.unguided))
+        distance = finite_or_none(round_.distances[number])
+        writer.writerow((rank, *values, len(round_.ids), distance, round_.unguided))
     return file.getvalue()
 
 

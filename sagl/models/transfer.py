@@ -68,13 +68,21 @@ def _check_architecture(
         UserError: names the first that differs.
     """
     (key,) = (key for key, cls in SETTINGS_CLASSES.items() if isinstance(network, cls))
-    num_heads = () if file.num_head_channels else ("num_heads", "num_heads_upsample")
-    for name in ("use_new_attention_order", "num_head_channels", *num_heads):
-        expected, actual = (getattr(settings, name, None) for settings in (file, network))
+    for name, values in (
+        ("use_new_attention_order", [settings.use_new_attention_order for settings in (file, network)]),
+        ("num_head_channels or num_heads", [_num_heads(settings) for settings in (file, network)]),
+    ):
         require(
-            expected == actual,
-            f"`model.{key}.{name}` must be {expected}, as in the network of {checkpoint}, got {actual}.",
+            values[0] == values[1],
+            f"`model.{key}` must have the {name} of the network of {checkpoint}: {values[0]}, got {values[1]}.",
         )
+
+
+def _num_heads(settings: UNetSettings | ClassifierSettings) -> dict[str, int]:
+    """Return the number of attention heads by block of a UNet, by width of a classifier."""
+    if isinstance(settings, UNetSettings):
+        return {site: settings.num_heads_at(site) for site in settings.sites}
+    return {f"width {width}": settings.num_heads_for(width) for width in settings.widths}
 
 
 def load_pretrained_weights(

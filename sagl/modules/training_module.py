@@ -102,7 +102,7 @@ class TrainingModule(LightningModule):
         self.save_hyperparameters({**asdict(settings), "diffusion": asdict(diffusion)})
         self.settings, self.diffusion_settings = settings, diffusion
         self.schedule = make_schedule(diffusion)
-        self.num_skipped = self.num_skipped_in_a_row = 0
+        self.num_skipped = self.num_skipped_since_step = 0
         self._step_has_gradient = False
         self._noise_ahead: Iterator[BatchNoise] = iter(())
         self._compiled_network: Callable[..., Any] | None = None
@@ -165,7 +165,7 @@ class TrainingModule(LightningModule):
         """Log the rank means of `values` if the loss, the first of them, is finite on all ranks; return whether it is.
 
         Raises:
-            UserError: too many batches were skipped in a row.
+            UserError: too many batches were skipped.
         """
         means = self._all_reduce(torch.stack([value.detach() for value in values.values()]), "mean")
         finite = bool(torch.isfinite(means[0]))
@@ -183,14 +183,14 @@ class TrainingModule(LightningModule):
         """Count a batch whose loss or gradient is not finite.
 
         Raises:
-            UserError: there were too many since the last step with a finite gradient.
+            UserError: there were too many since the last step of the optimiser.
         """
         self.num_skipped += 1
-        self.num_skipped_in_a_row += 1
+        self.num_skipped_since_step += 1
         require(
-            self.num_skipped_in_a_row <= self.settings.max_nonfinite_batches,
-            f"`model.max_nonfinite_batches` allows {self.settings.max_nonfinite_batches} batches in a row with a "
-            f"loss or gradient that is not finite, got {self.num_skipped_in_a_row}. Lower "
+            self.num_skipped_since_step <= self.settings.max_nonfinite_batches,
+            f"`model.max_nonfinite_batches` allows {self.settings.max_nonfinite_batches} batches with a loss or "
+            f"gradient that is not finite between two steps of the optimiser, got {self.num_skipped_since_step}. Lower "
             "model.optimizer.learning_rate, or set trainer.gradient_clip_val, and resume.",
         )
 
@@ -279,13 +279,13 @@ class TrainingModule(LightningModule):
         """Log the gradient norm before clipping; drop gradients that are not finite, or of skipped batches only.
 
         Raises:
-            UserError: too many batches were skipped in a row.
+            UserError: too many batches were skipped.
         """
         has_gradient, self._step_has_gradient = self._step_has_gradient, False
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         is_finite = bool(norm.isfinite())
         if has_gradient and is_finite:
-            self.num_skipped_in_a_row = 0
+            self.num_skipped_since_step = 0
         else:
             optimizer.zero_grad()  # with gradients of 0, AdamW's moments would still move the weights
         if has_gradient and not is_finite and not self._scales_gradients:
@@ -303,7 +303,7 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["timestep_sampler"] = self.timestep_sampler.state_dict()
         checkpoint["num_skipped"] = self.num_skipped
-        checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
+        checkpoint["num_skipped_since_step"] = self.num_skipped_since_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the state of the training, but not the settings of its optimiser, which may have changed."""
@@ -316,4 +316,4 @@ class TrainingModule(LightningModule):
             schedule["base_lrs"] = [s.learning_rate for _ in schedule["base_lrs"]]
         self.timestep_sampler.load_state_dict(checkpoint.get("timestep_sampler", {}))
         self.num_skipped = checkpoint.get("num_skipped", 0)
-        self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)
+        self.num_skipped_since_step = checkpoint.get("num_skipped_since_step", 0)

@@ -232,14 +232,14 @@ class SamplingRun:
                 "new images may differ from those of one command in the last bits."
             )
         versions = installed_versions()
-        old_versions = {name: self.metadata["versions"].get(name, new) for name, new in versions.items()}
-        changes = [f"{name} {old} (now {new})" for name, new in versions.items() if (old := old_versions[name]) != new]
+        old = {**versions, **self.metadata["versions"]}
+        changes = [f"{name} {old[name]} (now {versions[name]})" for name in versions if old[name] != versions[name]]
         if changes:
             print(
                 f"{self.folder} was sampled with {', '.join(changes)}: new images may differ from those of one command."
             )
-        new = {"command": self.command, "versions": versions, "threads": old_threads or threads, "exports": {}}
-        self.metadata |= new
+        self.metadata |= {"command": self.command, "versions": versions, "threads": old_threads or threads}
+        self.metadata["exports"] = {}
 
     def build_pipeline(self, device: "torch.device") -> "SamplingPipeline":
         """Load the weights and build the pipeline.

@@ -162,9 +162,9 @@ class TrainingSettings:
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as input_blocks.*."""
     max_nonfinite_batches: int = 10
-    """Batches in a row with a non-finite loss or gradient before training ends."""
+    """Skipped batches between two optimiser steps before training ends."""
     seed: int = 0
-    """Random seed of weights, noise, timesteps, label dropout and dropout."""
+    """Seed of initial weights, noise, timesteps, label dropout and dropout."""
 
     def __post_init__(self) -> None:
         require(

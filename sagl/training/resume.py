@@ -20,7 +20,7 @@ COMMAND_SETTINGS = ("config", "output", "resume")
 
 
 def check_same_parameters(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse another network, process or frozen parts than those of the checkpoint, whose state would not fit.
+    """Refuse another network, diffusion process or frozen parts than those of the checkpoint; its state would not fit.
 
     Args:
         saved: hyperparameters in the checkpoint.

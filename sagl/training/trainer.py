@@ -18,11 +18,11 @@ from sagl.utils.environment import gpu_has_bfloat16, has_fast_bfloat16
 ACCELERATORS: dict[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Accelerators of Lightning that a training may use, by what `sagl sample` calls them."""
 UNSUPPORTED = {
-    "overfit_batches": "the order of the images continues in every epoch, so the same batches would not come again. To "
+    "overfit_batches": "every epoch is shuffled anew, so the same batches would not come again. To "
     "overfit, give `data` these images alone.",
     "reload_dataloaders_every_n_epochs": "a new data loader would begin with the first epoch again.",
 }
-"""Options of Lightning's Trainer that would have another effect, each with the reason."""
+"""Options of Lightning's Trainer that do not work with the data loaders of sagl, each with the reason."""
 
 
 def fit_plugins(configured: Any) -> list[Any]:  # noqa: ANN401 (Lightning's own union)

@@ -313,7 +313,7 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(processes, tiny, tmp_path,
 
 def test_images_that_are_computed_in_addition_are_announced(tiny, tmp_path, capsys):
     sample(tmp_path / "run", "--first_id", "3", *TWO, network=tiny)
-    assert "multiples of --batch_size 4 and are computed whole: 8 for 2." in capsys.readouterr().out
+    assert "multiples of --batch_size 4, so 8 images are computed for 2." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

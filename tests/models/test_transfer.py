@@ -110,15 +110,20 @@ def test_weights_that_differ_elsewhere_are_refused(network, other):
 )
 def test_settings_that_no_weight_shows_must_be_those_of_the_file(change, name, tmp_path):
     path = write_grey_unet(tmp_path / "network.safetensors")
-    with pytest.raises(UserError, match=rf"`model\.network\.{name}` must be .*network\.safetensors"):
+    with pytest.raises(UserError, match=rf"`model\.network` must have the .*{name}.* of .*network\.safetensors"):
         load_initial_weights(grey_unet(**change), DiffusionSettings(), str(path))
+
+
+def test_the_same_heads_may_be_given_by_other_settings(tmp_path):
+    path = write_grey_unet(tmp_path / "network.safetensors", num_heads=4)
+    assert load_initial_weights(grey_unet(num_heads=4, num_heads_upsample=4), DiffusionSettings(), str(path)) == []
 
 
 def test_the_file_of_a_released_network_is_known_by_its_name(tmp_path, monkeypatch):
     entry = replace(RELEASED["imagenet64"], settings=grey_unet().settings)
     monkeypatch.setitem(RELEASED, "imagenet64", entry)
     torch.save(grey_unet().state_dict(), tmp_path / entry.file)
-    with pytest.raises(UserError, match=r"`model\.network\.use_new_attention_order`"):
+    with pytest.raises(UserError, match=r"`model\.network` .*use_new_attention_order"):
         load_initial_weights(grey_unet(use_new_attention_order=True), entry.diffusion, str(tmp_path / entry.file))
 
 

@@ -1,5 +1,6 @@
 """Properties of any `TrainingModule`, tested on the diffusion module or the classifier, whichever is simpler."""
 
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -262,7 +263,7 @@ def test_a_batch_with_a_loss_that_is_not_finite_is_skipped_and_counted():
     module, weights = fit_with_nan((1,))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
-    assert (module.num_skipped, module.num_skipped_in_a_row) == (1, 0)
+    assert (module.num_skipped, module.num_skipped_since_step) == (1, 0)
 
 
 def test_too_many_skipped_batches_in_a_row_end_the_training():
@@ -288,12 +289,18 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert all(p.isfinite().all() for p in module.network.parameters())
-    assert (module.num_skipped, module.num_skipped_in_a_row) == (1, 0)
+    assert (module.num_skipped, module.num_skipped_since_step) == (1, 0)
 
 
 def test_too_many_gradients_in_a_row_that_are_not_finite_end_the_training():
     with pytest.raises(UserError, match="max_nonfinite_batches"):
         fit_with_nan_gradient((1, 2, 3), steps=8, max_nonfinite_batches=2)
+
+
+@pytest.mark.parametrize(("nan_batches", "is_refused"), [((2, 3), True), ((3, 4), False)])
+def test_skipped_batches_are_counted_from_one_step_of_the_optimiser_to_the_next(nan_batches, is_refused):
+    with pytest.raises(UserError, match="max_nonfinite_batches") if is_refused else nullcontext():
+        fit_with_nan(nan_batches, accumulate_grad_batches=2, max_nonfinite_batches=1)
 
 
 @pytest.mark.parametrize(("nan_batches", "learns"), [((2, 3), False), ((2,), True), ((3,), True)])
