@@ -109,7 +109,7 @@ def write_report(folder: Path) -> list[Path]:
         title=f"{title} ({sampler})" if sampler else title,
         notes=(
             *(
-                [f"All rows here are of the network {network}; a row has the name of the paper's row."]
+                [f"All rows here are of the network {network}; rows keep the names of the paper's rows."]
                 if network
                 else []
             ),
