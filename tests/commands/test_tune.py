@@ -137,13 +137,13 @@ def test_a_search_that_is_interrupted_twice_samples_no_batch_twice_and_ends_alik
 def test_a_repeated_command_finds_its_features_on_a_machine_with_less_free_memory(
     tmp_path, arguments, monkeypatch, capsys
 ):
-    sizes = iter((4, 3))
+    sizes = iter((3, 2))
     monkeypatch.setattr("sagl.sampling.choices.default_batch_size", lambda *_: next(sizes))
     assert exit_code(*arguments, tmp_path / "a", "--batch_size", "null", "--candidates", 2) == 0
     batches = count_batches(monkeypatch)
     assert exit_code(*arguments, tmp_path / "a", "--batch_size", "null", "--candidates", 2) == 0
     assert (batches, next(sizes, None)) == ([], None)
-    assert capsys.readouterr().out.count("--batch_size 4 ") == 2
+    assert capsys.readouterr().out.count("--batch_size 3 ") == 2
 
 
 def test_the_configured_guidance_is_a_candidate_and_the_number_of_others_is_limited(tmp_path, arguments, capsys):

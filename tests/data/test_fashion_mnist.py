@@ -127,9 +127,9 @@ def test_validation_and_test_images_are_the_two_parts_of_the_test_split(tmp_path
     assert [len(part) for part in images] == [25, 15]
     assert torch.equal(torch.cat(images), PaddedFashionMNIST(tmp_path, train=False).images)
     module.num_validation = 2000
-    assert sum(len(images) for images, _ in module.val_dataloader()) == 40
-    with pytest.raises(UserError, match=r"`data.num_validation`.* 2000"):
-        module.test_dataloader()
+    for loader in (module.val_dataloader, module.test_dataloader):
+        with pytest.raises(UserError, match=r"`data.num_validation`.* 40, .* 2000"):
+            loader()
 
 
 def test_the_default_folder_is_the_cache_folder(cache):
