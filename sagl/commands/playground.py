@@ -18,6 +18,7 @@ DEVICES = ("batch_size", *(f"trainer.{name}" for name in field_names(DeviceSetti
 
 
 def playground_parser() -> Parser:
+    """Build the parser of `sagl playground`."""
     start = f"The page starts with {' '.join(QUICK)},\nunless flags or a config set other values."
     p = network_parser(
         "playground", "Open a page on which guidance can be tried, with the settings of sagl sample.", start

@@ -59,10 +59,7 @@ def evaluate(
         reference_path = local_path(reference, "reference")
         name = extraction.extractor or default_extractor(Path(reference_path))
         count, run_notes = _check_num_samples(num_samples, image_set, images), _run_notes(Path(images), image_set)
-        require(
-            metrics.num_neighbors < count,
-            f"`num_neighbors` must be below {count}, the number of images, got {metrics.num_neighbors}.",
-        )
+        _check_num_neighbors(metrics.num_neighbors, count)
         ids = _format_ids(list_shards(Path(images)), count) if isinstance(image_set, RunImages) else ""
         extractor = FeatureExtraction.load(name, extraction, ranks)
         real = load_reference(reference_path, extractor, image_set.image_size, metrics.max_features)
@@ -140,6 +137,10 @@ def _check_num_samples(num_samples: int | None, images: ImageSet, name: str) -> 
     count = len(images) if num_samples is None else num_samples
     require(2 <= count <= len(images), f"`num_samples` must be 2 … {len(images)} for {name}, got {count}.")
     return count
+
+
+def _check_num_neighbors(num_neighbors: int, count: int) -> None:
+    require(num_neighbors < count, f"`num_neighbors` must be below {count}, the number of images, got {num_neighbors}.")
 
 
 def _effective_settings(s: MetricSettings, fake: FeatureStatistics, real: FeatureStatistics) -> dict[str, Any]:
